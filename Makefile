@@ -1,0 +1,44 @@
+# make demo   quantize the embedded network by all five methods: table, results, plots
+# make test   lint and all tests;  make lint, type, bench: one thing each
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant
+
+.PHONY: demo test lint type bench clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/.demo
+	$(RUN) -m launch.compare --config=configs/digits.py:w2a2 --presets=$(DEMO_PRESETS) --workdir=runs/demo
+
+test: lint
+	$(RUN) -m pytest -n 2
+
+lint: $(VENV)/.test
+	$(RUN) -m ruff check .
+
+type: $(VENV)/.test
+	$(RUN) -m pyright
+
+bench: $(VENV)/.test
+	$(RUN) -m launch.bench calibrate
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), but Python 3.11 or newer is needed;" \
+	       "name one: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	@touch $@
+
+# The stamps depend on pyproject.toml, so what is installed follows what it asks for.
+$(VENV)/.demo: $(VENV)/.created pyproject.toml
+	$(RUN) -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.created pyproject.toml
+	$(RUN) -m pip install --quiet --editable '.[test]'
+	@touch $@

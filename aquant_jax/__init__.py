@@ -1,0 +1,25 @@
+"""AQuant for JAX: post-training quantization with learned rounding borders."""
+
+from aquant_jax import recipe as recipes
+from aquant_jax.border import register as register_border
+from aquant_jax.errors import InputError, ReconstructionError
+from aquant_jax.pipeline import describe, prepare, quantize
+from aquant_jax.quantized import BlockReport, LayerSummary, Quantized
+from aquant_jax.recipe import Override, Recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockReport",
+    "InputError",
+    "LayerSummary",
+    "Override",
+    "Quantized",
+    "Recipe",
+    "ReconstructionError",
+    "describe",
+    "prepare",
+    "quantize",
+    "recipes",
+    "register_border",
+]

@@ -1,0 +1,176 @@
+"""Partition of a network into the units that are reconstructed one after another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from aquant_jax.errors import InputError
+from aquant_jax.graph import ALIASES, Graph
+
+_REDUCTIONS = ("reduce", "argmax", "argmin", "cum", "gather", "dot", "conv", "concatenate")
+
+
+class Block(NamedTuple):
+    """One unit of reconstruction.
+
+    Attributes:
+      name: common path of its layers.
+      layers: paths of its weighted ops.
+      start: the values that it takes from the block before (none for the first).
+      end: the values that it hands on; the model's output for the last.
+      targets: the values whose error it minimises.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    start: tuple[int, ...]
+    end: tuple[int, ...]
+    targets: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {', '.join(self.layers)}"
+
+
+def partition(graph: Graph, unit: str, patterns: Sequence[str] = ()) -> list[Block]:
+    """Split a folded graph.
+
+    Args:
+      graph: from `fold`.
+      unit: "block" cuts where exactly one activation is live, so a residual block stays whole, and
+        merges the layers of one repeated module (``blocks_3/...``); "layer" cuts after each layer.
+      patterns: path regexes that replace the merging by module: consecutive units whose layers
+        match the same text of the same regex become one.
+
+    Raises:
+      InputError: a pattern matches no layer, or is no regular expression.
+    """
+    weighted = [index for index, op in enumerate(graph.ops) if op.layer is not None]
+    live = _live_after(graph)
+    if unit == "layer":
+        cuts = [_advance(graph, live, a, b) for a, b in zip(weighted, weighted[1:], strict=False)]
+    else:
+        cuts = [c for c in _single_cuts(graph, live, weighted) if c is not None]
+        cuts = _merge(graph, weighted, cuts, _keys(graph, patterns))
+    return _blocks(graph, live, weighted, cuts, per_layer=unit == "layer")
+
+
+def _live_after(graph: Graph) -> list[tuple[int, ...]]:
+    """Values that depend on input and weight, made by ops[:i + 1] and read by an op after."""
+    last_read: dict[int, int] = {}
+    for index, op in enumerate(graph.ops):
+        for value in op.reads:
+            last_read[value] = index
+    alive: dict[int, None] = {}
+    table = []
+    for index, op in enumerate(graph.ops):
+        for out in op.outputs:
+            if out in graph.live and last_read.get(out, -1) > index:
+                alive[out] = None
+        table.append(tuple(v for v in alive if last_read[v] > index))
+    return table
+
+
+def _single_cuts(graph, live, weighted):
+    for a, b in zip(weighted, weighted[1:], strict=False):
+        first = next((i for i in range(a, b) if len(live[i]) == 1), None)
+        yield None if first is None else _advance(graph, live, first, b)
+
+
+def _advance(graph: Graph, live, first: int, stop: int) -> int:
+    """The last cut position that only activation functions separate from `first`."""
+    best, shape = first, _shapes(graph, live[first])
+    for index in range(first + 1, stop):
+        op = graph.ops[index]
+        if any(i in graph.live for i in op.reads):
+            if op.name in ALIASES or op.name.startswith(_REDUCTIONS):
+                break
+        if len(live[index]) == len(live[best]) and _shapes(graph, live[index]) == shape:
+            best = index
+    return best
+
+
+def _shapes(graph, values):
+    return sorted(graph.avals[v].shape for v in values)
+
+
+def _keys(graph: Graph, patterns: Sequence[str]) -> dict[str, str | None]:
+    """The text that layers must share to be merged, by path."""
+    paths = [layer.path for layer in graph.layers]
+    if not patterns:
+        return {path: _module(path, paths) for path in paths}
+    keys: dict[str, str | None] = dict.fromkeys(paths)
+    for pattern in patterns:
+        try:
+            found = {path: match for path in paths if (match := re.search(pattern, path))}
+        except re.error as error:
+            raise InputError(f"blocks: {pattern!r} is not a regular expression: {error}") from error
+        if not found:
+            raise InputError(f"blocks: {pattern!r} matches none of the weights {paths}")
+        keys.update({path: f"{pattern}:{match.group()}" for path, match in found.items()})
+    return keys
+
+
+def _module(path: str, paths: list[str]) -> str | None:
+    """The repeated module that owns the layer's module: ``blocks_3`` of ``blocks_3/conv1/kernel``."""
+    owner = path.split("/")[:-2]
+    if not owner or not re.search(r"\d", owner[-1]):
+        return None
+    prefix = "/".join(owner) + "/"
+    return None if all(other.startswith(prefix) for other in paths) else prefix
+
+
+def _merge(graph, weighted, cuts, keys) -> list[int]:
+    """Drop the cuts between layers with one key."""
+    paths = {index: graph.ops[index].layer.path for index in weighted}
+    groups: dict[str, list[int]] = {}
+    for index in weighted:
+        if keys[paths[index]] is not None:
+            groups.setdefault(keys[paths[index]], []).append(index)
+    inside = [(min(group), max(group)) for group in groups.values()]
+    return [c for c in cuts if not any(low <= c < high for low, high in inside)]
+
+
+def _blocks(graph, live, weighted, cuts, per_layer) -> list[Block]:
+    outputs = tuple(out for out in graph.outputs if isinstance(out, int))
+    bounds = [-1, *cuts, len(graph.ops) - 1]
+    blocks, start = [], ()
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        inside = [graph.ops[i] for i in weighted if low < i <= high]
+        last = high == bounds[-1]
+        end = outputs if last else live[high]
+        layers = tuple(op.layer.path for op in inside)
+        targets = end
+        if per_layer and not last:
+            targets = _layer_target(graph, inside[-1], end)
+        blocks.append(Block(_common(layers), layers, start, end, targets))
+        start = end
+    return blocks
+
+
+def _layer_target(graph, op, end) -> tuple[int, ...]:
+    """The layer's output, after the activation function where nothing else reads it before."""
+    consumers, (value,) = graph.consumers(), op.outputs
+    while value not in end and len(consumers.get(value, ())) == 1:
+        step = graph.ops[consumers[value][0]]
+        dynamic = [i for i in step.reads if i in graph.dynamic]
+        if step.layer is not None or len(dynamic) != 1 or len(step.outputs) != 1:
+            break
+        if graph.avals[step.outputs[0]].shape != graph.avals[value].shape:
+            break
+        (value,) = step.outputs
+    return (value,)
+
+
+def _common(paths: tuple[str, ...]) -> str:
+    """The longest common module path, or the layer's own module."""
+    split = [path.split("/") for path in paths]
+    common: list[str] = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    if len(paths) == 1 and len(common) > 1:
+        common = common[:-1]
+    return "/".join(common) or " + ".join(dict.fromkeys(parts[0] for parts in split))

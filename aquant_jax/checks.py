@@ -1,0 +1,69 @@
+"""Checks of what the user passed, and the memory that a run will need."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aquant_jax.errors import InputError
+from aquant_jax.graph import path_names
+from aquant_jax.recipe import Recipe
+
+MIN_SAMPLES = 2
+
+
+def check_variables(variables) -> None:
+    """InputError when a leaf holds NaN or infinity, or there is none."""
+    leaves = jax.tree.leaves(variables)
+    if not leaves:
+        raise InputError("variables is an empty pytree; the weights must be passed in it")
+    _check_finite("variables", variables)
+
+
+def check_calibration(calibration, recipe: Recipe) -> int:
+    """Number of samples; InputError when there are too few, or they do not fit together."""
+    leaves, names = jax.tree.leaves(calibration), path_names(calibration)
+    if not leaves:
+        raise InputError("the calibration set is an empty pytree")
+    if any(leaf.ndim == 0 for leaf in leaves):
+        raise InputError("the calibration set has a scalar leaf; samples are on the first axis")
+    counts = {name: leaf.shape[0] for name, leaf in zip(names, leaves, strict=True)}
+    if len(set(counts.values())) > 1:
+        raise InputError(f"the calibration leaves have different sample counts: {counts}")
+    samples = leaves[0].shape[0]
+    needed = max(MIN_SAMPLES, recipe.batch_size if recipe.steps else MIN_SAMPLES)
+    if samples < needed:
+        raise InputError(
+            f"the calibration set has {samples} samples; the recipe needs at least {needed} "
+            "(batch_size)"
+        )
+    for name, leaf in zip(names, leaves, strict=True):
+        if leaf.dtype == np.float64 or leaf.dtype == np.complex128 or leaf.dtype == object:
+            raise InputError(
+                f"calibration{'/' + name if name else ''} has dtype {leaf.dtype}; give float32, "
+                "bfloat16, float16 or integers"
+            )
+    _check_finite("calibration", calibration)
+    return samples
+
+
+def _check_finite(what: str, tree) -> None:
+    for name, leaf in zip(path_names(tree), jax.tree.leaves(tree), strict=True):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            continue
+        bad = int(np.count_nonzero(~np.isfinite(np.asarray(leaf, np.float32))))
+        if bad:
+            path = f"{what}/{name}" if name else what
+            raise InputError(f"{path} has {bad} of {np.size(leaf)} values that are NaN or infinite")
+
+
+def cache_bytes(graph, blocks, samples: int) -> int:
+    """Bytes of the cached activations of the largest block: both inputs, and the targets."""
+
+    def size(values) -> int:
+        avals = [graph.avals[v] for v in values]
+        return sum(int(np.prod(a.shape[1:])) * min(a.dtype.itemsize, 2) for a in avals)
+
+    return max(samples * (2 * size(b.start) + 2 * size(b.end) + size(b.targets)) for b in blocks)
+

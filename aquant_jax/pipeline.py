@@ -1,0 +1,303 @@
+"""``quantize``: the spine of the library. Data flows once through, block by block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from aquant_jax import checks
+from aquant_jax.blocks import Block, partition
+from aquant_jax.cache import Cache, store
+from aquant_jax.fold import fold, folded_weights
+from aquant_jax.graph import Graph, trace
+from aquant_jax.layer import LayerSpec, LayerState
+from aquant_jax.numerics import TensorState
+from aquant_jax.observers import tensor_state
+from aquant_jax.program import cut, root, static_inputs
+from aquant_jax.quantized import BlockReport, History, Quantized
+from aquant_jax.recipe import Recipe
+from aquant_jax.reconstruct import (
+    Compiler,
+    Data,
+    Grids,
+    deployed_weights,
+    make_grids,
+    nearest_layers,
+    optimize,
+    output_loss,
+)
+from aquant_jax.unit import Unit, Weights, forward, layer_specs, make_unit
+
+CLUSTERS = 16
+
+
+class Network(NamedTuple):
+    """A traced, folded network and how it is to be quantized."""
+
+    graph: Graph
+    variables: Any
+    folded: dict[str, Any]
+    specs: dict[str, LayerSpec]
+    blocks: list[Block]
+    samples: int
+    batch: int
+
+
+def prepare(apply: Callable, variables, calibration, recipe: Recipe) -> Network:
+    """Check the input, trace the network, fold it and split it into blocks.
+
+    Raises:
+      InputError: see `quantize`.
+    """
+    samples = checks.check_calibration(calibration, recipe)
+    checks.check_variables(variables)
+    batch = min(recipe.batch_size, samples)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype), calibration)
+    unfolded = trace(apply, variables, shapes)
+    graph = fold(unfolded)
+    blocks = partition(graph, recipe.unit, recipe.blocks)
+    specs = layer_specs(graph, recipe)
+    return Network(graph, variables, folded_weights(unfolded, variables), specs, blocks, samples, batch)
+
+
+def quantize(
+    apply: Callable,
+    variables,
+    calibration,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    on_block: Callable[[BlockReport], None] | None = None,
+) -> Quantized:
+    """Quantize the network ``apply(variables, x)`` after training.
+
+    Args:
+      apply: any traceable inference function (Flax NNX after `nnx.split`, linen, plain JAX).
+      variables: pytree of float32, bfloat16 or float16 arrays (others are passed through).
+      calibration: unlabelled inputs, a pytree of arrays with a leading sample axis.
+      recipe: see `recipes`; same recipe, seed and machine give the same codes, bit for bit.
+      seed: of batches and masks.
+      progress: print the blocks and the memory of their cached activations, and show a bar.
+      on_block: called with the report of each finished block.
+
+    Returns:
+      The quantized network.
+
+    Raises:
+      InputError: non-finite variables or calibration samples (named by path), an empty or too
+        small calibration set, a network that cannot be traced or has no weighted op, a regex of
+        the recipe that matches nothing.
+      ReconstructionError: a block's loss became non-finite.
+    """
+    calibration = jax.tree.map(np.asarray, calibration)
+    net = prepare(apply, variables, calibration, recipe)
+    run = _Run(net, recipe, calibration, seed)
+    if progress:
+        print(describe(net))
+    total = recipe.steps * len(net.blocks)
+    reports = []
+    with tqdm(total=total, disable=not progress or not total, unit="step") as bar:
+        for index, block in enumerate(net.blocks):
+            report = run.block(index, block, bar)
+            reports.append(report)
+            if progress and report.kept_start:
+                bar.write(f"{block.name}: reconstruction did not help; kept the nearest start")
+            if on_block is not None:
+                on_block(report)
+    return run.result(apply, tuple(reports))
+
+
+def describe(net: Network) -> str:
+    """The blocks, and the peak memory of their cached activations, as text."""
+    lines = [f"{i:3d}  {block}" for i, block in enumerate(net.blocks)]
+    peak = checks.cache_bytes(net.graph, net.blocks, net.samples) / 2**20
+    last = f"cached activations: {peak:.1f} MiB at the peak"
+    return "\n".join([f"{len(net.blocks)} blocks:", *lines, last])
+
+
+class _Run:
+    """One quantization: what is carried from block to block."""
+
+    def __init__(self, net: Network, recipe: Recipe, calibration, seed: int):
+        self.net, self.recipe, self.seed = net, recipe, seed
+        self.compiler = Compiler()
+        leaves = jax.tree.leaves(calibration)
+        self.inputs = dict(zip(net.graph.inputs, map(jnp.asarray, leaves), strict=True))
+        self.quantized: tuple[Cache, ...] = ()
+        self.floating: tuple[Cache, ...] = ()
+        self.layers: dict[str, LayerState] = {}
+        self.tensors: dict[str, TensorState] = {}
+
+    def block(self, index: int, block: Block, bar) -> BlockReport:
+        """Quantize one block and hand its activations on."""
+        began = time.perf_counter()
+        net, recipe = self.net, self.recipe
+        unit = make_unit(net.graph, net.specs, block.start, block.targets)
+        onward = unit
+        if block.end != block.targets:
+            onward = make_unit(net.graph, net.specs, block.start, block.end)
+        grids = make_grids(unit, net.folded)
+        weights = [Weights(g.weight, g.bias, {}) for g in grids]
+        targets = self._forward(unit, weights, None, self.floating)
+        fresh = self._observe([unit, onward], weights)
+        side = tuple(self.inputs[i] for i in unit.program.side)
+        data = Data(self.quantized, self.floating, side, targets)
+        start = nearest_layers(unit, grids, recipe)
+        layers, curve = start, np.zeros((0, 2), np.float32)
+        start_error = final_error = self._error(unit, start, targets)
+        if recipe.steps:
+            bar.set_description(f"block {index + 1}/{len(net.blocks)} {block.name}")
+            layers, curve, final_error = self._learn(index, unit, grids, fresh, data, bar)
+        kept_start = not final_error <= start_error
+        if kept_start:
+            layers, final_error = start, start_error
+            self.tensors.update(fresh)
+        self.layers.update({s.path: layer for s, layer in zip(unit.specs, layers, strict=True)})
+        propagated = _propagated_error(self.quantized, self.floating)
+        if index + 1 < len(net.blocks):
+            self._hand_on(onward, layers, weights, targets if onward is unit else None)
+        return BlockReport(
+            index, block.name, block.layers, recipe.steps, curve, start_error, final_error,
+            kept_start, time.perf_counter() - began, propagated,
+        )  # fmt: skip
+
+    def _learn(self, index, unit: Unit, grids: tuple[Grids, ...], fresh, data: Data, bar):
+        def on_step(step, loss):
+            bar.update(step - on_step.seen)
+            bar.set_postfix(loss=f"{loss:.4g}")
+            on_step.seen = step
+
+        on_step.seen = 0
+        states = [self.tensors[t.key] for t in unit.tensors]
+        trained = [t.key in fresh for t in unit.tensors]
+        seed = int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0])
+        result = optimize(
+            unit, grids, states, trained, data, self._static(unit), self.recipe,
+            seed, self.compiler, on_step,
+        )  # fmt: skip
+        self.tensors.update({t.key: s for t, s in zip(unit.tensors, result.tensors, strict=True)})
+        return result.layers, result.curve, self._error(unit, result.layers, data.targets)
+
+    def _hand_on(self, unit, layers, weights, targets):
+        """Turn the caches into those of the next block."""
+        deployed = deployed_weights(unit, layers)
+        tensors = [self.tensors[t.key] for t in unit.tensors]
+        self.quantized = self._forward(unit, deployed, tensors, self.quantized)
+        self.floating = targets or self._forward(unit, weights, None, self.floating)
+
+    def _observe(self, units, weights) -> dict[str, TensorState]:
+        """Initial states of the tensors that are read for the first time, from the float model."""
+        net, unseen = self.net, {}
+        for unit in units:
+            for value, tensor in unit.tensor_of.items():
+                key = unit.tensors[tensor].key
+                if key not in self.tensors:
+                    unseen.setdefault(key, (root(unit.producers, value), unit.tensors[tensor].bits))
+        if not unseen:
+            return {}
+        live = units[0].program.live
+        wanted = tuple(value for value, _ in unseen.values())
+        seer = make_unit(net.graph, net.specs, live, wanted)
+        own = [weights[[s.path for s in units[0].specs].index(s.path)] for s in seer.specs]
+        count = min(self.recipe.init_samples, self.net.samples)
+        caches = self._forward(seer, own, None, self.floating, count)
+        fresh = {
+            key: tensor_state(np.asarray(cache.take(np.arange(count), np.float32)), bits)
+            for (key, (_, bits)), cache in zip(unseen.items(), caches, strict=True)
+        }
+        self.tensors.update(fresh)
+        return fresh
+
+    def _forward(self, unit, weights, tensors, live, samples=None) -> tuple[Cache, ...]:
+        """Outputs of a unit for all calibration samples (or the first `samples`)."""
+        samples = samples or self.net.samples
+        batches = (outputs for outputs in self._batches(unit, weights, tensors, live, samples))
+        return store(batches, samples)
+
+    def _batches(self, unit, weights, tensors, live, samples):
+        quantized = tensors is not None
+        function = self.compiler.get(
+            ("forward", unit.key, quantized), lambda: lambda *args: _take_and_run(unit, *args)
+        )
+        side = tuple(self.inputs[i] for i in unit.program.side)
+        static = self._static(unit)
+        for start in range(0, samples, self.net.batch):
+            index = np.arange(start, start + self.net.batch, dtype=np.int32) % self.net.samples
+            yield function(weights, tensors, live, side, static, index)
+
+    def _error(self, unit, layers, targets) -> float:
+        """Loss of the deployed unit on the calibration set."""
+        tensors = [self.tensors[t.key] for t in unit.tensors]
+        weights = deployed_weights(unit, layers)
+        function = self.compiler.get(
+            ("error", unit.key, self.recipe.loss_power),
+            lambda: lambda index, targets, *args: output_loss(
+                self.recipe, unit, _take_and_run(unit, *args, index),
+                [t.take(index, unit.avals[i].dtype)
+                 for t, i in zip(targets, unit.program.outputs, strict=True)],
+            ),
+        )  # fmt: skip
+        side = tuple(self.inputs[i] for i in unit.program.side)
+        losses = []
+        for start in range(0, self.net.samples - self.net.batch + 1, self.net.batch):
+            index = np.arange(start, start + self.net.batch, dtype=np.int32)
+            losses.append(
+                function(index, targets, weights, tensors, self.quantized, side, self._static(unit))
+            )
+        return float(np.mean([float(loss) for loss in losses]))
+
+    def _static(self, unit: Unit) -> tuple[jax.Array, ...]:
+        return tuple(static_inputs(self.net.graph, unit.program, self.net.variables))
+
+    def result(self, apply, reports) -> Quantized:
+        net = self.net
+        whole = cut(net.graph, (), net.graph.outputs)
+        values = static_inputs(net.graph, whole, net.variables)
+        static = {
+            net.graph.variables[i]: jnp.asarray(value)
+            for i, value in zip(whole.static, values, strict=True) if i in net.graph.variables
+        }  # fmt: skip
+        leaves, treedef = jax.tree.flatten(net.variables)
+        shapes = tuple(jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in leaves)
+        specs = tuple(net.specs[path] for path in self.layers)
+        return Quantized(
+            self.layers, self.tensors, static, apply, (treedef, shapes), specs, self.recipe,
+            History(reports),
+        )  # fmt: skip
+
+
+def _take_and_run(unit, weights, tensors, live, side, static, index):
+    values = [
+        cache.take(index, unit.avals[i].dtype)
+        for cache, i in zip(live, unit.program.live, strict=True)
+    ]
+    return forward(unit, weights, tensors, values, [leaf[index] for leaf in side], static)
+
+
+def _propagated_error(quantized, floating) -> np.ndarray:
+    """``[16, 4]``: mean ``|x'|``, mean and deviation of ``x' - x``, count, by magnitude (Fig. 2)."""
+    if not quantized:
+        return np.zeros((0, 4), np.float32)
+    noised, exact = (
+        np.asarray(cache[0].take(np.arange(min(256, cache[0].values.shape[0])), np.float32)).ravel()
+        for cache in (quantized, floating)
+    )
+    magnitude, error = np.abs(noised), noised - exact
+    edges = np.linspace(0.0, magnitude.max(), CLUSTERS + 1)[1:-1]
+    cluster = np.digitize(magnitude, edges)
+    rows = []
+    for c in range(CLUSTERS):
+        inside = cluster == c
+        if inside.any():
+            part = error[inside]
+            rows.append((magnitude[inside].mean(), part.mean(), part.std(), inside.sum()))
+        else:
+            rows.append((np.nan, np.nan, np.nan, 0))
+    return np.array(rows, np.float32)

@@ -1,0 +1,364 @@
+"""Reconstruction of one unit: Algorithm 1 as an optax loop over pytrees of quantizer state."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from aquant_jax import border as borders
+from aquant_jax.cache import Cache
+from aquant_jax.errors import ReconstructionError
+from aquant_jax.layer import (
+    LayerState,
+    border_shape,
+    channel_rows,
+    dequantize_weight,
+    per_channel,
+)
+from aquant_jax.numerics import TensorState, lsq_gradient_scale, max_code, scale_gradient
+from aquant_jax.observers import weight_grid
+from aquant_jax.recipe import Recipe
+from aquant_jax.rounding import (
+    beta_schedule,
+    hard_codes,
+    init_alpha,
+    nearest_codes,
+    regularizer,
+    soft_codes,
+)
+from aquant_jax.unit import Unit, Weights, forward, random_keep
+
+LOG_EVERY = 20
+GPU_CHUNK = 100  # steps a scan; on CPU a scan around a convolution is 30 times slower than a loop
+MIN_STEP_SHRINK = 1e-2  # a step size never falls below this share of where it started
+
+
+class Grids(NamedTuple):
+    """Fixed weight side of one layer: float weight and bias, and per-channel grid (or None)."""
+
+    weight: jax.Array
+    bias: jax.Array
+    scale: jax.Array | None
+    zero_point: jax.Array | None
+
+
+class Data(NamedTuple):
+    """Cached activations of a unit: its inputs from the quantized prefix and from the float
+    network, the leaves of the model's input that it reads, and the float targets."""
+
+    quantized: tuple[Cache, ...]
+    floating: tuple[Cache, ...]
+    side: tuple[jax.Array, ...]
+    targets: tuple[Cache, ...]
+
+
+class Result(NamedTuple):
+    """Outcome of `optimize`: deployed layers, tensor states, and ``[k, 2]`` (step, loss)."""
+
+    layers: tuple[LayerState, ...]
+    tensors: tuple[TensorState, ...]
+    curve: np.ndarray
+
+
+class Compiler:
+    """Jitted functions by what they compute, so that units of one shape share them."""
+
+    def __init__(self):
+        self._functions: dict[Any, Callable] = {}
+
+    def get(self, key, build: Callable[[], Callable], **options) -> Callable:
+        if key not in self._functions:
+            self._functions[key] = jax.jit(build(), compiler_options=_compiler_options(), **options)
+        return self._functions[key]
+
+
+def _compiler_options() -> dict[str, bool] | None:
+    """On CPU, run the ops one after another: ops side by side evict each other's activations from
+    the cache, which doubles the time of a step with learned borders."""
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+
+def make_grids(unit: Unit, folded) -> tuple[Grids, ...]:
+    """Weight grids of a unit's layers by MSE search, from the `folded` weights by path."""
+    grids = []
+    for op, spec in zip(unit.program.weighted, unit.specs, strict=True):
+        weight, bias = folded[spec.path]
+        found = (None, None)
+        if spec.weight_bits is not None:
+            found = weight_grid(channel_rows(op, weight), spec.weight_bits)
+        grids.append(Grids(jnp.asarray(weight), jnp.asarray(bias), *found))
+    return tuple(grids)
+
+
+def nearest_layers(unit: Unit, grids, recipe: Recipe) -> tuple[LayerState, ...]:
+    """Layers rounded to nearest: what reconstruction starts from, and falls back to."""
+    coefficients = init_borders(unit)
+    return _deploy(unit, grids, None, coefficients)
+
+
+def init_borders(unit: Unit) -> list[dict[str, jax.Array]]:
+    """Coefficients of the constant border 0.5 for every layer (empty dict for nearest)."""
+    found = []
+    for op, spec in zip(unit.program.weighted, unit.specs, strict=True):
+        if spec.border is None:
+            found.append({})
+            continue
+        shape = border_shape(op, unit.avals[op.x].shape)
+        found.append(borders.get(spec.border).init(shape, borders.get_phi(spec.phi).half))
+    return found
+
+
+def optimize(
+    unit: Unit,
+    grids: Sequence[Grids],
+    tensors: Sequence[TensorState],
+    trained: Sequence[bool],
+    data: Data,
+    static: Sequence[jax.Array],
+    recipe: Recipe,
+    seed: int,
+    compiler: Compiler,
+    on_step: Callable[[int, float], None],
+) -> Result:
+    """Learn weight rounding, step sizes and borders of one unit.
+
+    Args:
+      unit: what to reconstruct.
+      grids: weight side of its layers.
+      tensors: initial states of its quantized tensors; those not `trained` stay as they are.
+      data: cached activations.
+      static: values of ``unit.program.static``.
+      recipe: every knob.
+      seed: of batches and masks.
+      compiler: where compiled steps are shared.
+      on_step: told (step, reconstruction loss) now and then.
+
+    Raises:
+      ReconstructionError: the loss is not finite.
+    """
+    trained = tuple(trained)
+    optimizer = _optimizer(unit, recipe)
+    params = {
+        "alpha": [_alpha(op, g) for op, g in zip(unit.program.weighted, grids, strict=True)],
+        "step": [jnp.copy(t.step_size) if own else None for t, own in zip(tensors, trained, strict=True)],
+        "border": init_borders(unit),
+    }
+    fixed = (tuple(grids), tuple(tensors), tuple(static))
+    advance = compiler.get(
+        ("step", unit.key, recipe, trained),
+        lambda: functools.partial(_steps, unit, recipe, optimizer),
+        donate_argnums=0,
+    )
+    carry = (params, optimizer.init(params))
+    samples = data.targets[0].values.shape[0]
+    index = _batches(np.random.default_rng(seed), samples, recipe)
+    key, chunk = jax.random.key(seed), 1 if jax.default_backend() == "cpu" else GPU_CHUNK
+    losses: list[jax.Array] = []
+    curve = []
+    for start in range(0, recipe.steps, chunk):
+        steps = np.arange(start, min(start + chunk, recipe.steps), dtype=np.int32)
+        carry, loss = advance(carry, fixed, data, key, steps, index[start : start + chunk])
+        losses.append(loss)
+        done = int(steps[-1]) + 1
+        if done % LOG_EVERY == 0 or done == recipe.steps or chunk > 1:
+            recent = np.concatenate([np.atleast_1d(np.asarray(value)) for value in losses])
+            losses = []
+            if not np.isfinite(recent).all():
+                raise ReconstructionError(
+                    f"{', '.join(s.path for s in unit.specs)}: the reconstruction loss is "
+                    f"{recent[~np.isfinite(recent)][0]} near step {done} of {recipe.steps}"
+                )
+            curve.append((done, float(recent.mean())))
+            on_step(done, curve[-1][1])
+    params = carry[0]
+    final = [
+        state if step is None else state._replace(step_size=step)
+        for state, step in zip(tensors, params["step"], strict=True)
+    ]
+    layers = _deploy(unit, grids, params["alpha"], params["border"])
+    return Result(layers, tuple(final), np.array(curve, np.float32).reshape(-1, 2))
+
+
+def output_loss(recipe: Recipe, unit: Unit, outputs, targets) -> jax.Array:
+    """``|y - target|^p`` summed over channels and averaged over the rest, for all targets."""
+    op = unit.program.weighted[-1]
+    total = jnp.float32(0.0)
+    for output, target in zip(outputs, targets, strict=True):
+        if not jnp.issubdtype(output.dtype, jnp.floating):
+            continue
+        error = jnp.abs(output.astype(jnp.float32) - target.astype(jnp.float32))
+        axes = [axis for axis in op.layer.output_axes if axis < output.ndim]
+        channels = np.prod([output.shape[axis] for axis in axes or [output.ndim - 1]])
+        power = error**2 if recipe.loss_power == 2.0 else error**recipe.loss_power
+        total = total + jnp.mean(power) * np.float32(channels)
+    return total
+
+
+def deployed_weights(unit: Unit, layers: Sequence[LayerState]) -> list[Weights]:
+    """What deployed layers compute with."""
+    return [
+        Weights(dequantize_weight(op, layer), layer.bias, layer.border)
+        for op, layer in zip(unit.program.weighted, layers, strict=True)
+    ]
+
+
+def _alpha(op, grid: Grids):
+    if grid.scale is None:
+        return None
+    return init_alpha(grid.weight / per_channel(op, grid.scale))
+
+
+def _deploy(unit: Unit, grids, alphas, coefficients) -> tuple[LayerState, ...]:
+    layers = []
+    for i, (op, spec) in enumerate(zip(unit.program.weighted, unit.specs, strict=True)):
+        grid = grids[i]
+        if grid.scale is None:
+            nothing = jnp.zeros(0, jnp.float32)
+            layers.append(LayerState(grid.weight, nothing, nothing, grid.bias, coefficients[i]))
+            continue
+        units = grid.weight / per_channel(op, grid.scale)
+        zero = per_channel(op, grid.zero_point)
+        if alphas is None:
+            codes = nearest_codes(units, zero, spec.weight_bits)
+        else:
+            codes = hard_codes(units, alphas[i], zero, spec.weight_bits)
+        layers.append(
+            LayerState(
+                codes.astype(jnp.uint8), grid.scale, grid.zero_point, grid.bias, coefficients[i]
+            )
+        )
+    return tuple(layers)
+
+
+def _optimizer(unit: Unit, recipe: Recipe) -> optax.GradientTransformation:
+    steps = max(recipe.steps, 1)
+
+    def schedule(rate, kind, warmup=0.0):
+        begin = int(warmup * steps)
+        after = optax.constant_schedule(rate)
+        if kind == "cosine":
+            after = optax.cosine_decay_schedule(rate, steps - begin)
+        return optax.join_schedules([optax.constant_schedule(0.0), after], [begin])
+
+    factors = [
+        {name: _coefficient_rate(spec, recipe, name) for name in coefficients}
+        for spec, coefficients in zip(unit.specs, init_borders(unit), strict=True)
+    ]
+
+    def scale_borders(updates, _):
+        return {**updates, "border": jax.tree.map(jnp.multiply, updates["border"], factors)}
+
+    border_rate = schedule(recipe.border_lr, recipe.border_schedule, recipe.border_warmup)
+    parts = {
+        "alpha": optax.adam(recipe.weight_lr),
+        "step": optax.adam(schedule(recipe.step_lr, recipe.step_schedule)),
+        "border": optax.adam(border_rate),
+    }
+    groups = optax.multi_transform(parts, lambda params: {name: name for name in params})
+    return optax.chain(groups, optax.stateless(scale_borders))
+
+
+def _coefficient_rate(spec, recipe: Recipe, name: str) -> float:
+    power = borders.get(spec.border).powers.get(name, 0) if recipe.normalize_u else 0
+    return recipe.border_gain / max_code(spec.act_bits) ** power
+
+
+def _batches(rng, samples: int, recipe: Recipe) -> np.ndarray:
+    """Sample indices of every step: ``[steps, batch_size]``, without repeats in a batch."""
+    size = min(recipe.batch_size, samples)
+    draws = [rng.choice(samples, size, replace=False) for _ in range(recipe.steps)]
+    return np.array(draws, np.int32)
+
+
+def _steps(unit, recipe, optimizer, carry, fixed, data, key, steps, index):
+    body = functools.partial(_step, unit, recipe, optimizer, fixed, data, key)
+    if steps.shape[0] == 1:
+        carry, loss = body(carry, (steps[0], index[0]))
+        return carry, loss[None]
+    return jax.lax.scan(body, carry, (steps, index))
+
+
+def _step(unit, recipe, optimizer, fixed, data, key, carry, step_and_index):
+    """One optimisation step; the whole of Algorithm 1 on one mini-batch."""
+    step, index = step_and_index
+    params, state = carry
+    grids, tensors, static = fixed
+    mixing, dropping = jax.random.split(jax.random.fold_in(key, step))
+    live = _mix(unit, recipe, data, index, mixing)
+    side = [leaf[index] for leaf in data.side]
+    dtypes = [unit.avals[i].dtype for i in unit.program.outputs]
+    targets = [t.take(index, d) for t, d in zip(data.targets, dtypes, strict=True)]
+    keep = None
+    if recipe.drop > 0:
+        local = {value: i for i, value in enumerate(unit.tensor_of)}
+        keep = lambda value, shape: random_keep(  # noqa: E731
+            jax.random.fold_in(dropping, local[value]), 1.0 - recipe.drop, shape
+        )
+
+    def loss_fn(params):
+        weights = _soft_weights(unit, grids, params)
+        states = _trained_states(unit, tensors, params["step"], live)
+        outputs = forward(unit, weights, states, live, side, static, keep)
+        reconstruction = output_loss(recipe, unit, outputs, targets)
+        return reconstruction + _rounding_loss(recipe, params["alpha"], step), reconstruction
+
+    (_, loss), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    updates, state = optimizer.update(gradients, state, params)
+    params = optax.apply_updates(params, updates)
+    floors = [None if s is None else t.step_size * MIN_STEP_SHRINK
+              for s, t in zip(params["step"], tensors, strict=True)]
+    params["step"] = jax.tree.map(jnp.maximum, params["step"], floors)
+    return (params, state), loss
+
+
+def _mix(unit, recipe, data, index, key):
+    """The unit's input: the quantized prefix's, each element the float network's by chance."""
+    live = []
+    for i, (quantized, floating) in enumerate(zip(data.quantized, data.floating, strict=True)):
+        dtype = unit.avals[unit.program.live[i]].dtype
+        value = quantized.take(index, dtype)
+        if recipe.input_mixing > 0:
+            chosen = random_keep(jax.random.fold_in(key, i), recipe.input_mixing, value.shape)
+            value = jnp.where(chosen, floating.take(index, dtype), value)
+        live.append(value)
+    return live
+
+
+def _soft_weights(unit, grids, params) -> list[Weights]:
+    weights = []
+    for i, (op, spec) in enumerate(zip(unit.program.weighted, unit.specs, strict=True)):
+        grid, value = grids[i], grids[i].weight
+        if grid.scale is not None:
+            scale, zero = per_channel(op, grid.scale), per_channel(op, grid.zero_point)
+            codes = soft_codes(value / scale, params["alpha"][i], zero, spec.weight_bits)
+            value = scale * (codes - zero)
+        weights.append(Weights(value, grid.bias, params["border"][i]))
+    return weights
+
+
+def _trained_states(unit, tensors, steps, live):
+    states = []
+    sizes = {index: value for value, index in reversed(unit.tensor_of.items())}
+    for i, (state, step) in enumerate(zip(tensors, steps, strict=True)):
+        if step is not None:
+            numel = int(np.prod(unit.avals[sizes[i]].shape))
+            factor = lsq_gradient_scale(numel, unit.tensors[i].bits)
+            state = state._replace(step_size=scale_gradient(step, factor))
+        states.append(state)
+    return states
+
+
+def _rounding_loss(recipe: Recipe, alphas, step):
+    progress = step.astype(jnp.float32) / recipe.steps
+    beta = beta_schedule(progress, recipe.rounding_warmup, recipe.beta_start, recipe.beta_end)
+    total = sum(regularizer(alpha, beta) for alpha in alphas if alpha is not None)
+    on = (progress >= recipe.rounding_warmup).astype(jnp.float32)
+    return recipe.rounding_weight * on * total

@@ -1,0 +1,1 @@
+"""One file a (data set, model); the variant comes after a colon: ``digits.py:w2a2``."""

@@ -1,0 +1,66 @@
+"""Reads the variant of a config: ``w2a2,preset=aquant``."""
+
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+import aquant_jax as aq
+from aquant_jax.errors import InputError
+
+BIT_WIDTHS = {f"w{w}a{a}": (w, a) for w, a in ((4, 4), (2, 4), (3, 3), (2, 2), (4, 2), (8, 8))}
+
+
+class Variant(NamedTuple):
+    """Bits of weights and activations, and the settings given as key=value."""
+
+    weight_bits: int
+    act_bits: int
+    settings: dict[str, str]
+
+
+def parse(argument: str, **choices: tuple[str, ...]) -> Variant:
+    """Parses a variant.
+
+    Args:
+        argument: comma-separated: at most one bit-width (w2a2 if none) and key=value pairs.
+        **choices: the keys that this config knows, the default first among its values.
+
+    Returns:
+        Every key of ``choices`` has a setting.
+
+    Raises:
+        InputError: an unknown bit-width, key or value, listing what exists, or one twice.
+
+    >>> parse("w4a4,preset=qdrop", preset=("aquant", "qdrop"))
+    Variant(weight_bits=4, act_bits=4, settings={'preset': 'qdrop'})
+    """
+    found: dict[str, str] = {}
+    for part in filter(None, argument.split(",")):
+        key, equals, value = part.partition("=")
+        key, value = (key, value) if equals else ("bits", part)
+        known = {"bits": tuple(BIT_WIDTHS), **choices}
+        if key not in known:
+            raise InputError(f"unknown key {key!r} in {argument!r}; there are {', '.join(choices)}")
+        if value not in known[key]:
+            what = "variant" if key == "bits" else key
+            raise InputError(f"unknown {what} {value!r}; there are {', '.join(known[key])}")
+        if key in found:
+            raise InputError(f"{key} is given twice: {found[key]} and {value}")
+        found[key] = value
+    bits = BIT_WIDTHS[found.pop("bits", "w2a2")]
+    return Variant(*bits, {key: values[0] for key, values in choices.items()} | found)
+
+
+def presets() -> tuple[str, ...]:
+    """The presets that a variant may name, the default first."""
+    return ("aquant", *(name for name in aq.recipes.PRESETS if name != "aquant"))
+
+
+def recipe(variant: Variant, **fields) -> ConfigDict:
+    """All fields of the variant's recipe but its name, for flags to override any of them."""
+    name = variant.settings["preset"]
+    bits = {"weight_bits": variant.weight_bits, "act_bits": variant.act_bits}
+    chosen = aq.recipes.preset(name, **bits)
+    # A preset of zero steps (nearest) is that preset only without any.
+    chosen = chosen.replace(**{k: v for k, v in fields.items() if k != "steps" or chosen.steps})
+    return ConfigDict({k: v for k, v in chosen.to_dict().items() if k != "preset"})

@@ -1,0 +1,44 @@
+"""Quantizes the network of a config and scores it.
+
+    python -m launch.quantize --config=configs/digits.py:w2a2,preset=aquant --workdir=runs/x
+
+Writes results.json, log.jsonl and plots/ into the workdir. A finished run is not repeated:
+its result is printed. Any field of the config can be set: --config.recipe.steps=100.
+"""
+
+import sys
+
+from absl import flags
+
+from aquant_jax import workdir
+from launch import common, experiment
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this program."""
+    flags.DEFINE_string("config", None, "config file, file.py:variant", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder to write into", flag_values=values)
+    flags.DEFINE_string(
+        "data_dir", "~", "holds tensorflow_datasets/ and weights/", flag_values=values
+    )
+    flags.DEFINE_integer("seed", 0, "of calibration draw and steps", flag_values=values)
+    flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
+
+
+@common.program
+def main(argv: list[str]) -> None:
+    """Runs one cell."""
+    values, overrides = common.parse(argv, define_flags, __doc__)
+    config = common.load_config(values.config, overrides)
+    experiment.recipe_of(config)  # a wrong field ends the run here, before anything is loaded
+    with workdir.claim(values.workdir, experiment.identity(config, values.seed)) as folder:
+        results = folder.stored
+        if results is None:
+            loaded = experiment.load(config, values.data_dir)
+            results = experiment.run(loaded, config, values.config, values.seed, folder)
+        print(experiment.one_line(results))
+        print(f"in {folder.path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Strict promotion for our own code, the shared data folder, and one process's JAX settings."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+    """Our code promotes no dtype and no rank silently; a user's model may (user_model)."""
+    if request.node.get_closest_marker("user_model"):
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder with the real weights and data sets; skips where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the shared data in {SHARED_DATA}")
+    return SHARED_DATA
