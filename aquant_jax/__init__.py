@@ -2,24 +2,30 @@
 
 from aquant_jax import recipe as recipes
 from aquant_jax.border import register as register_border
+from aquant_jax.compiler import Compiler
 from aquant_jax.errors import InputError, ReconstructionError
 from aquant_jax.pipeline import describe, prepare, quantize
-from aquant_jax.quantized import BlockReport, LayerSummary, Quantized
+from aquant_jax.quantized import Quantized
 from aquant_jax.recipe import Override, Recipe
+from aquant_jax.report import BlockReport, LayerSummary
+from aquant_jax.sensitivity import Sensitivity, sensitivity
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockReport",
+    "Compiler",
     "InputError",
     "LayerSummary",
     "Override",
     "Quantized",
     "Recipe",
     "ReconstructionError",
+    "Sensitivity",
     "describe",
     "prepare",
     "quantize",
     "recipes",
     "register_border",
+    "sensitivity",
 ]

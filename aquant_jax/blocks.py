@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -49,7 +50,7 @@ def partition(graph: Graph, unit: str, patterns: Sequence[str] = ()) -> list[Blo
     weighted = [index for index, op in enumerate(graph.ops) if op.layer is not None]
     live = _live_after(graph)
     if unit == "layer":
-        cuts = [_advance(graph, live, a, b) for a, b in zip(weighted, weighted[1:], strict=False)]
+        cuts = [_advance(graph, live, a, b) for a, b in itertools.pairwise(weighted)]
     else:
         cuts = [c for c in _single_cuts(graph, live, weighted) if c is not None]
         cuts = _merge(graph, weighted, cuts, _keys(graph, patterns))
@@ -73,7 +74,7 @@ def _live_after(graph: Graph) -> list[tuple[int, ...]]:
 
 
 def _single_cuts(graph, live, weighted):
-    for a, b in zip(weighted, weighted[1:], strict=False):
+    for a, b in itertools.pairwise(weighted):
         first = next((i for i in range(a, b) if len(live[i]) == 1), None)
         yield None if first is None else _advance(graph, live, first, b)
 
@@ -83,9 +84,9 @@ def _advance(graph: Graph, live, first: int, stop: int) -> int:
     best, shape = first, _shapes(graph, live[first])
     for index in range(first + 1, stop):
         op = graph.ops[index]
-        if any(i in graph.live for i in op.reads):
-            if op.name in ALIASES or op.name.startswith(_REDUCTIONS):
-                break
+        ends = op.name in ALIASES or op.name.startswith(_REDUCTIONS)
+        if ends and any(i in graph.live for i in op.reads):
+            break
         if len(live[index]) == len(live[best]) and _shapes(graph, live[index]) == shape:
             best = index
     return best
@@ -113,7 +114,7 @@ def _keys(graph: Graph, patterns: Sequence[str]) -> dict[str, str | None]:
 
 
 def _module(path: str, paths: list[str]) -> str | None:
-    """The repeated module that owns the layer's module: ``blocks_3`` of ``blocks_3/conv1/kernel``."""
+    """The repeated module around the layer's own: ``blocks_3`` of ``blocks_3/conv1/kernel``."""
     owner = path.split("/")[:-2]
     if not owner or not re.search(r"\d", owner[-1]):
         return None
@@ -136,7 +137,7 @@ def _blocks(graph, live, weighted, cuts, per_layer) -> list[Block]:
     outputs = tuple(out for out in graph.outputs if isinstance(out, int))
     bounds = [-1, *cuts, len(graph.ops) - 1]
     blocks, start = [], ()
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         inside = [graph.ops[i] for i in weighted if low < i <= high]
         last = high == bounds[-1]
         end = outputs if last else live[high]

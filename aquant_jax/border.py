@@ -38,7 +38,7 @@ class Border(NamedTuple):
 
 
 class Phi(NamedTuple):
-    """Map from the polynomial to the border: `apply`, the preimage of 0.5, and its deployed name."""
+    """Map from polynomial to border: `apply`, the preimage of 0.5, and the name it deploys as."""
 
     apply: Callable[[jax.Array], jax.Array]
     half: float
@@ -136,15 +136,19 @@ def polynomials(
       A list with one array per tap, or with a single one, shared by all taps, when fused.
     """
     apply = get(name).apply
-    values = [
-        apply({key: c[tap] for key, c in coefficients.items()}, u) for tap, u in enumerate(us)
-    ]
+    values = [apply(_of_tap(coefficients, tap, u.ndim), u) for tap, u in enumerate(us)]
     if not fused:
         return values
     total = values[0]
     for value in values[1:]:
         total = total + value
     return [total * jnp.float32(1.0 / len(us))]
+
+
+def _of_tap(coefficients: Coefficients, tap: int, rank: int) -> dict[str, jax.Array]:
+    """One tap's coefficients, broadcast to the rank of u."""
+    rows = {key: c[tap] for key, c in coefficients.items()}
+    return {k: jnp.expand_dims(row, range(rank - row.ndim)) for k, row in rows.items()}
 
 
 def borders(

@@ -66,4 +66,3 @@ def cache_bytes(graph, blocks, samples: int) -> int:
         return sum(int(np.prod(a.shape[1:])) * min(a.dtype.itemsize, 2) for a in avals)
 
     return max(samples * (2 * size(b.start) + 2 * size(b.end) + size(b.targets)) for b in blocks)
-

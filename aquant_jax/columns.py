@@ -14,61 +14,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from aquant_jax import border as borders_lib
-from aquant_jax.numerics import TensorState, clip_codes, dequantize, max_code, quantize, ste_ceil, to_units
-
-
-class Window(NamedTuple):
-    """Geometry of the taps over a padded input ``[N, *spatial, C]`` (static).
-
-    A tap is read as a run of consecutive rows of the flattened input, one row per pixel, instead of
-    as a slice of its image: pixels whose window would leave the image are computed too, and cropped
-    from the result. With strides, every phase of the image is such a list of rows. Contiguous rows
-    are what XLA vectorises; sliced images cost three times as much.
-    """
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilation: tuple[int, ...]
-    out: tuple[int, ...]
-
-    def taps(self, x: jax.Array) -> list[jax.Array]:
-        """One array ``[rows, C]`` per tap, in row-major tap order."""
-        grid = self._grid(x.shape[1:-1])
-        phases = self._phases(x, grid)
-        places = [self._place(tap, grid) for tap in np.ndindex(*self.kernel)]
-        rows = phases.shape[1] - max(offset for _, offset in places)
-        return [phases[phase, offset : offset + rows] for phase, offset in places]
-
-    def crop(self, y: jax.Array, padded: tuple[int, ...]) -> jax.Array:
-        """Rows ``[rows, O]`` as images ``[N, *out, O]``; `padded` is the shape of the input."""
-        grid = self._grid(padded[1:-1])
-        missing = padded[0] * int(np.prod(grid)) - y.shape[0]
-        images = jnp.pad(y, ((0, missing), (0, 0))).reshape(padded[0], *grid, y.shape[-1])
-        return images[(slice(None), *(slice(size) for size in self.out))]
-
-    def _grid(self, spatial):
-        return tuple(-(-size // s) for size, s in zip(spatial, self.strides, strict=True))
-
-    def _phases(self, x, grid):
-        """``[phases, N * grid, C]``: space to depth by the strides."""
-        rank = len(grid)
-        extra = [g * s - n for g, s, n in zip(grid, self.strides, x.shape[1:-1], strict=True)]
-        x = jnp.pad(x, ((0, 0), *((0, e) for e in extra), (0, 0)))
-        split = [size for pair in zip(grid, self.strides, strict=True) for size in pair]
-        x = x.reshape(x.shape[0], *split, x.shape[-1])
-        x = x.transpose(*range(2, 2 * rank + 1, 2), 0, *range(1, 2 * rank, 2), 2 * rank + 1)
-        return x.reshape(int(np.prod(self.strides)), -1, x.shape[-1])
-
-    def _place(self, tap, grid) -> tuple[int, int]:
-        """Phase and row offset of a tap."""
-        phase = offset = 0
-        for at, size, stride, dilation in zip(tap, grid, self.strides, self.dilation, strict=True):
-            phase = phase * stride + at * dilation % stride
-            offset = offset * size + at * dilation // stride
-        return phase, offset
+from aquant_jax.numerics import (
+    TensorState,
+    clip_codes,
+    dequantize,
+    max_code,
+    quantize,
+    to_units,
+)
+from aquant_jax.window import Window
 
 
 class Rounding(NamedTuple):
@@ -94,7 +50,7 @@ def contract(column: jax.Array, kernel: jax.Array) -> jax.Array:
     if groups == 1:
         return column @ kernel[0]
     if inner == 1:
-        product = column[..., None] * kernel[:, 0, :]
+        product = column[..., None] * jnp.expand_dims(kernel[:, 0, :], range(column.ndim - 1))
         return product.reshape(*column.shape[:-1], groups * outer)
     grouped = column.reshape(*column.shape[:-1], groups, inner)
     product = jnp.einsum("...gi,gio->...go", grouped, kernel)
@@ -158,89 +114,121 @@ def _forward(x, keep, tensor, coefficients, kernel, window, rounding):
 
 def _backward(window, rounding, saved, dy):
     x, keep, tensor, coefficients, kernel, polynomials = saved
-    step, zero = tensor
-    inv_step = 1.0 / step
-    (dy,) = jax.linear_transpose(
-        lambda y: window.crop(y, x.shape),
-        jax.ShapeDtypeStruct((*polynomials[0].shape[:-1], dy.shape[-1]), dy.dtype),
-    )(dy)
+    pull = _Pullback(x, keep, tensor, coefficients, kernel, polynomials, window, rounding)
+    dy = pull.rows(dy)
+    dcolumns = pull.columns(dy)
+    dpolynomials, dstep = pull.codes(dcolumns)
+    dpolynomials = _pin(tensor, dpolynomials)
+    dcoefficients = pull.coefficients_(dpolynomials)
+    du = pull.units(dpolynomials)
+    inv_step = 1.0 / tensor.step_size
+    dstep = dstep - jnp.sum(_channel_sums(du * x)) * inv_step * inv_step
+    dx = pull.direct(dcolumns) + du * inv_step
+    dtensor = TensorState(dstep, jnp.zeros_like(tensor.zero_point))
+    return dx, None, dtensor, dcoefficients, pull.kernel_(dy)
 
-    def tap_values(x, polynomials):
-        """(kept, inside, codes, u, value) of every tap."""
-        us = window.taps(to_units(x, inv_step))
-        kept = [True] * len(us) if keep is None else window.taps(keep)
-        bounds = rounding.borders(polynomials, len(us))
-        raw = [ste_ceil(u - b) + zero for u, b in zip(us, bounds, strict=True)]
-        top = max_code(rounding.bits)
-        inside = [(r >= 0) & (r <= top) for r in raw]
-        codes = [clip_codes(r, rounding.bits) for r in raw]
-        return list(zip(kept, inside, codes, us, window.taps(x), strict=True))
 
-    def kernel_gradient(x, polynomials, dy):
-        columns = [
-            jnp.where(kept, dequantize(q, step, zero), value)
-            for kept, _, q, _, value in tap_values(x, polynomials)
-        ]
-        pull = [
-            jax.vjp(lambda k, c=c: contract(c, k), k)[1](dy)[0]
-            for c, k in zip(columns, kernel, strict=True)
-        ]
-        return jnp.stack(pull)
+class _Tap(NamedTuple):
+    """One tap of the forward pass: mask, inside the range, codes, units and value."""
 
-    def column_gradients(dy):
-        if kernel.shape[1] == 1:
+    kept: jax.Array | bool
+    inside: jax.Array
+    codes: jax.Array
+    u: jax.Array
+    value: jax.Array
+
+
+class _Pullback(NamedTuple):
+    """The derivative of `convolve`, in phases."""
+
+    x: jax.Array
+    keep: jax.Array | None
+    tensor: TensorState
+    coefficients: dict[str, jax.Array]
+    kernel: jax.Array
+    polynomials: list[jax.Array]
+    window: Window
+    rounding: Rounding
+
+    def rows(self, dy):
+        """``[N, *out, O]`` as rows; zero where the window leaves the image."""
+        shape = (*self.polynomials[0].shape[:-1], dy.shape[-1])
+        crop = jax.linear_transpose(
+            lambda y: self.window.crop(y, self.x.shape), jax.ShapeDtypeStruct(shape, dy.dtype)
+        )
+        return crop(dy)[0]
+
+    def taps(self) -> list[_Tap]:
+        us = self.window.taps(to_units(self.x, 1.0 / self.tensor.step_size))
+        kept = [True] * len(us) if self.keep is None else self.window.taps(self.keep)
+        bounds = self.rounding.borders(self.polynomials, len(us))
+        taps = []
+        for u, bound, k, value in zip(us, bounds, kept, self.window.taps(self.x), strict=True):
+            raw = jnp.ceil(u - bound) + self.tensor.zero_point
+            inside = (raw >= 0) & (raw <= max_code(self.rounding.bits))
+            taps.append(_Tap(k, inside, clip_codes(raw, self.rounding.bits), u, value))
+        return taps
+
+    def kernel_(self, dy):
+        """Gradient of the kernel."""
+        rows = []
+        for tap, weight in zip(self.taps(), self.kernel, strict=True):
+            column = jnp.where(tap.kept, dequantize(tap.codes, *self.tensor), tap.value)
+            rows.append(jax.vjp(lambda k, c=column: contract(c, k), weight)[1](dy)[0])
+        return jnp.stack(rows)
+
+    def columns(self, dy):
+        """Gradient of every tap's column."""
+        if self.kernel.shape[1] == 1:
             # One matmul for all taps; its readers take their slices of it.
-            every = dy @ kernel[:, 0].transpose(2, 0, 1).reshape(kernel.shape[3], -1)
-            size = x.shape[-1]
-            return [every[:, i * size : (i + 1) * size] for i in range(len(kernel))]
-        shape = jax.ShapeDtypeStruct(polynomials[0].shape, x.dtype)
-        return [jax.linear_transpose(lambda c, k=k: contract(c, k), shape)(dy)[0] for k in kernel]
-
-    def border_gradients(x, polynomials, dcolumns):
-        """Gradient of every polynomial, and of the step size through the codes."""
-        dbounds, dstep = [], jnp.zeros_like(dcolumns[0])
-        for (kept, inside, q, u, _), d in zip(tap_values(x, polynomials), dcolumns, strict=True):
-            dbounds.append(jnp.where(kept & inside, -step * d, 0.0))
-            dstep = dstep + jnp.where(kept, d * (q - zero - jnp.where(inside, u, 0.0)), 0.0)
-        if rounding.fused:
-            dbounds = [sum(dbounds)]
-        phi = borders_lib.get_phi(rounding.phi).apply
-        dpolynomials = [
-            jax.vjp(phi, p)[1](d)[0] for p, d in zip(polynomials, dbounds, strict=True)
+            flat = self.kernel[:, 0].transpose(2, 0, 1).reshape(self.kernel.shape[3], -1)
+            every, size = dy @ flat, self.x.shape[-1]
+            return [every[:, i * size : (i + 1) * size] for i in range(len(self.kernel))]
+        shape = jax.ShapeDtypeStruct(self.polynomials[0].shape, dy.dtype)
+        return [
+            jax.linear_transpose(lambda c, k=k: contract(c, k), shape)(dy)[0] for k in self.kernel
         ]
-        return dpolynomials, jnp.sum(_channel_sums(dstep))
 
-    def direct_gradient(x, polynomials, dcolumns):
+    def codes(self, dcolumns):
+        """Gradient of the polynomials, and of the step size through codes and dequantization."""
+        dbounds, dstep = [], jnp.float32(0.0)
+        for tap, d in zip(self.taps(), dcolumns, strict=True):
+            dbounds.append(jnp.where(tap.kept & tap.inside, -self.tensor.step_size * d, 0.0))
+            slope = tap.codes - self.tensor.zero_point - jnp.where(tap.inside, tap.u, 0.0)
+            dstep = dstep + jnp.where(tap.kept, d * slope, 0.0)
+        if self.rounding.fused:
+            dbounds = [sum(dbounds)]
+        phi = borders_lib.get_phi(self.rounding.phi).apply
+        pairs = zip(self.polynomials, dbounds, strict=True)
+        return [jax.vjp(phi, p)[1](d)[0] for p, d in pairs], jnp.sum(_channel_sums(dstep))
+
+    def direct(self, dcolumns):
         """Gradient of x through the straight-through codes and the unquantized elements."""
         passed = [
-            d * (inside | jnp.logical_not(kept))
-            for (kept, inside, *_), d in zip(tap_values(x, polynomials), dcolumns, strict=True)
+            d * (tap.inside | jnp.logical_not(tap.kept)).astype(d.dtype)
+            for tap, d in zip(self.taps(), dcolumns, strict=True)
         ]
-        return jax.linear_transpose(window.taps, x)(passed)[0]
+        return jax.linear_transpose(self.window.taps, self.x)(passed)[0]
 
-    def coefficient_gradients(x, dpolynomials):
-        us = window.taps(to_units(x, inv_step))
+    def coefficients_(self, dpolynomials):
+        """Gradient of the coefficients."""
+        us = self.window.taps(to_units(self.x, 1.0 / self.tensor.step_size))
         spread = {
             name: [jnp.broadcast_to(row, us[0].shape) for row in c]
-            for name, c in coefficients.items()
+            for name, c in self.coefficients.items()
         }
-        pulled = jax.vjp(lambda c: rounding.polynomials(c, us), spread)[1](dpolynomials)[0]
-        return {name: jnp.stack([_channel_sums(d) for d in ds]) for name, ds in pulled.items()}
+        pull = jax.vjp(lambda c: self.rounding.polynomials(c, us), spread)[1]
+        sums = {name: map(_channel_sums, rows) for name, rows in pull(dpolynomials)[0].items()}
+        return {name: jnp.stack(list(rows)) for name, rows in sums.items()}
 
-    def units_gradient(x, dpolynomials):
-        u = to_units(x, inv_step)
-        pull = jax.vjp(lambda u: rounding.polynomials(coefficients, window.taps(u)), u)[1]
-        return pull(dpolynomials)[0]
+    def units(self, dpolynomials):
+        """Gradient of u through the polynomials."""
+        u = to_units(self.x, 1.0 / self.tensor.step_size)
 
-    dkernel = kernel_gradient(x, polynomials, dy)
-    dcolumns = column_gradients(dy)
-    dpolynomials, dstep = border_gradients(x, polynomials, dcolumns)
-    dpolynomials = _pin(tensor, dpolynomials)
-    dx = direct_gradient(x, polynomials, dcolumns)
-    dcoefficients = coefficient_gradients(x, dpolynomials)
-    du = units_gradient(x, dpolynomials)
-    dstep = dstep - jnp.sum(_channel_sums(du * x)) * inv_step * inv_step
-    return dx + du * inv_step, None, TensorState(dstep, jnp.zeros_like(zero)), dcoefficients, dkernel
+        def polynomials(u):
+            return self.rounding.polynomials(self.coefficients, self.window.taps(u))
+
+        return jax.vjp(polynomials, u)[1](dpolynomials)[0]
 
 
 convolve.defvjp(_forward, _backward)
@@ -256,10 +244,11 @@ def _channel_sums(values: jax.Array) -> jax.Array:
 def _pin(tensor, values):
     """`values`, computed once: the CPU compiler would otherwise fuse them into all their readers.
 
-    It drops optimization barriers before it fuses, but never fuses across a matmul; that the step size
-    is positive is what it cannot know, so the matrix is not seen to be the identity.
+    It drops optimization barriers before it fuses, but never fuses across a matmul; that the step
+    size is positive is what it cannot know, so the matrix is not seen to be the identity.
     """
     if jax.default_backend() != "cpu":
         return values
-    eye = jnp.eye(values[0].shape[-1], dtype=values[0].dtype) * (tensor.step_size > 0)
+    one = (tensor.step_size > 0).astype(values[0].dtype)
+    eye = one * jnp.eye(values[0].shape[-1], dtype=values[0].dtype)
     return [value @ eye for value in values]

@@ -1,4 +1,4 @@
-"""One quantized conv or dense: what is static about it, its state, and the function that runs it."""
+"""One quantized conv or dense: its static part, its state, and the function that runs it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 from jax import lax
 
 from aquant_jax import border as borders_lib
-from aquant_jax.columns import Rounding, Window, column_codes, convolve
+from aquant_jax.columns import Rounding, column_codes, convolve
 from aquant_jax.graph import Op
 from aquant_jax.numerics import TensorState, dequantize, fake_quantize, quantize, to_units
+from aquant_jax.window import Window
 
 
 class LayerSpec(NamedTuple):
@@ -43,7 +44,7 @@ class LayerState(NamedTuple):
     """State of a layer as it is deployed (a pytree).
 
     Attributes:
-      codes: uint8 weight codes in the layout of the op's operand; float32 weights of a float layer.
+      codes: uint8 weight codes, laid out as the op's operand; float32 weights of a float layer.
       scale, zero_point: float32, one per output channel (empty for a float layer).
       bias: float32, one per output channel.
       border: coefficients ``(taps, channels)`` by name; empty for nearest rounding.
@@ -57,7 +58,7 @@ class LayerState(NamedTuple):
 
 
 def border_shape(op: Op, x_shape: tuple[int, ...]) -> tuple[int, int]:
-    """(taps, input channels) of a weighted op: one set of coefficients per im2col column element."""
+    """(taps, input channels) of a weighted op: the elements of one im2col column."""
     if op.layer.kind == "dense":
         axes = _contracted(op)
         return 1, int(np.prod([x_shape[a] for a in axes]))

@@ -14,27 +14,20 @@ from tqdm import tqdm
 from aquant_jax import checks
 from aquant_jax.blocks import Block, partition
 from aquant_jax.cache import Cache, store
+from aquant_jax.compiler import Compiler
 from aquant_jax.fold import fold, folded_weights
-from aquant_jax.graph import Graph, trace
+from aquant_jax.graph import Graph
+from aquant_jax.grids import Grids, deployed_weights, float_weights, make_grids, nearest_layers
 from aquant_jax.layer import LayerSpec, LayerState
 from aquant_jax.numerics import TensorState
 from aquant_jax.observers import tensor_state
 from aquant_jax.program import cut, root, static_inputs
-from aquant_jax.quantized import BlockReport, History, Quantized
+from aquant_jax.quantized import Quantized
 from aquant_jax.recipe import Recipe
-from aquant_jax.reconstruct import (
-    Compiler,
-    Data,
-    Grids,
-    deployed_weights,
-    make_grids,
-    nearest_layers,
-    optimize,
-    output_loss,
-)
-from aquant_jax.unit import Unit, Weights, forward, layer_specs, make_unit
-
-CLUSTERS = 16
+from aquant_jax.reconstruct import Data, optimize, output_loss
+from aquant_jax.report import BlockReport, History, propagated_error
+from aquant_jax.trace import trace
+from aquant_jax.unit import Unit, forward, layer_specs, make_unit
 
 
 class Network(NamedTuple):
@@ -45,6 +38,7 @@ class Network(NamedTuple):
     folded: dict[str, Any]
     specs: dict[str, LayerSpec]
     blocks: list[Block]
+    recipe: Recipe
     samples: int
     batch: int
 
@@ -58,12 +52,15 @@ def prepare(apply: Callable, variables, calibration, recipe: Recipe) -> Network:
     samples = checks.check_calibration(calibration, recipe)
     checks.check_variables(variables)
     batch = min(recipe.batch_size, samples)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype), calibration)
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype), calibration
+    )
     unfolded = trace(apply, variables, shapes)
     graph = fold(unfolded)
     blocks = partition(graph, recipe.unit, recipe.blocks)
     specs = layer_specs(graph, recipe)
-    return Network(graph, variables, folded_weights(unfolded, variables), specs, blocks, samples, batch)
+    folded = folded_weights(unfolded, variables)
+    return Network(graph, variables, folded, specs, blocks, recipe, samples, batch)
 
 
 def quantize(
@@ -75,6 +72,7 @@ def quantize(
     seed: int = 0,
     progress: bool = True,
     on_block: Callable[[BlockReport], None] | None = None,
+    compiler: Compiler | None = None,
 ) -> Quantized:
     """Quantize the network ``apply(variables, x)`` after training.
 
@@ -86,6 +84,7 @@ def quantize(
       seed: of batches and masks.
       progress: print the blocks and the memory of their cached activations, and show a bar.
       on_block: called with the report of each finished block.
+      compiler: pass the same one to several calls to share compiled steps between them.
 
     Returns:
       The quantized network.
@@ -98,7 +97,7 @@ def quantize(
     """
     calibration = jax.tree.map(np.asarray, calibration)
     net = prepare(apply, variables, calibration, recipe)
-    run = _Run(net, recipe, calibration, seed)
+    run = _Run(net, recipe, calibration, seed, compiler or Compiler())
     if progress:
         print(describe(net))
     total = recipe.steps * len(net.blocks)
@@ -125,9 +124,9 @@ def describe(net: Network) -> str:
 class _Run:
     """One quantization: what is carried from block to block."""
 
-    def __init__(self, net: Network, recipe: Recipe, calibration, seed: int):
+    def __init__(self, net: Network, recipe: Recipe, calibration, seed: int, compiler: Compiler):
         self.net, self.recipe, self.seed = net, recipe, seed
-        self.compiler = Compiler()
+        self.compiler = compiler
         leaves = jax.tree.leaves(calibration)
         self.inputs = dict(zip(net.graph.inputs, map(jnp.asarray, leaves), strict=True))
         self.quantized: tuple[Cache, ...] = ()
@@ -144,12 +143,12 @@ class _Run:
         if block.end != block.targets:
             onward = make_unit(net.graph, net.specs, block.start, block.end)
         grids = make_grids(unit, net.folded)
-        weights = [Weights(g.weight, g.bias, {}) for g in grids]
+        weights = float_weights(grids)
         targets = self._forward(unit, weights, None, self.floating)
         fresh = self._observe([unit, onward], weights)
         side = tuple(self.inputs[i] for i in unit.program.side)
         data = Data(self.quantized, self.floating, side, targets)
-        start = nearest_layers(unit, grids, recipe)
+        start = nearest_layers(unit, grids)
         layers, curve = start, np.zeros((0, 2), np.float32)
         start_error = final_error = self._error(unit, start, targets)
         if recipe.steps:
@@ -160,7 +159,7 @@ class _Run:
             layers, final_error = start, start_error
             self.tensors.update(fresh)
         self.layers.update({s.path: layer for s, layer in zip(unit.specs, layers, strict=True)})
-        propagated = _propagated_error(self.quantized, self.floating)
+        propagated = propagated_error(self.quantized, self.floating)
         if index + 1 < len(net.blocks):
             self._hand_on(onward, layers, weights, targets if onward is unit else None)
         return BlockReport(
@@ -279,25 +278,3 @@ def _take_and_run(unit, weights, tensors, live, side, static, index):
         for cache, i in zip(live, unit.program.live, strict=True)
     ]
     return forward(unit, weights, tensors, values, [leaf[index] for leaf in side], static)
-
-
-def _propagated_error(quantized, floating) -> np.ndarray:
-    """``[16, 4]``: mean ``|x'|``, mean and deviation of ``x' - x``, count, by magnitude (Fig. 2)."""
-    if not quantized:
-        return np.zeros((0, 4), np.float32)
-    noised, exact = (
-        np.asarray(cache[0].take(np.arange(min(256, cache[0].values.shape[0])), np.float32)).ravel()
-        for cache in (quantized, floating)
-    )
-    magnitude, error = np.abs(noised), noised - exact
-    edges = np.linspace(0.0, magnitude.max(), CLUSTERS + 1)[1:-1]
-    cluster = np.digitize(magnitude, edges)
-    rows = []
-    for c in range(CLUSTERS):
-        inside = cluster == c
-        if inside.any():
-            part = error[inside]
-            rows.append((magnitude[inside].mean(), part.mean(), part.std(), inside.sum()))
-        else:
-            rows.append((np.nan, np.nan, np.nan, 0))
-    return np.array(rows, np.float32)

@@ -52,6 +52,8 @@ class Recipe:
       phi: see `border.PHIS`.
       input_mixing: probability that an element of a unit's input is the float network's.
       drop: probability that an element inside a unit stays unquantized (QDrop).
+      settle: fraction of the steps, at the end, that neither mix nor drop: the borders and step
+        sizes then see what is deployed.
       weight_lr, step_lr, border_lr: Adam learning rates of alpha, step sizes and coefficients.
       step_schedule, border_schedule: "constant" or "cosine" (to zero).
       border_gain: every coefficient's learning rate is multiplied by it: learning p with
@@ -83,6 +85,7 @@ class Recipe:
     phi: str = "clamp"
     input_mixing: float = 0.0
     drop: float = 0.0
+    settle: float = 0.0
     weight_lr: float = 1e-3
     step_lr: float = 4e-5
     border_lr: float = 1e-3
@@ -185,20 +188,11 @@ def _known_fields(fields):
 
 
 def _check(recipe: Recipe):
-    bits = {f: getattr(recipe, f) for f in vars(recipe) if f.endswith("_bits")}
-    for override in recipe.overrides:
-        bits[f"overrides[{override.pattern!r}].weight_bits"] = override.weight_bits
-        bits[f"overrides[{override.pattern!r}].act_bits"] = override.act_bits
-    for name, value in bits.items():
-        optional = name not in ("weight_bits", "act_bits")
-        if value is None and optional:
-            continue
-        if not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
-            raise InputError(f"{name} is {value!r}; it must be a whole number of 2 to 8 bits")
+    _check_bits(recipe)
     for name in ("step_schedule", "border_schedule"):
         _one_of(recipe, name, ("constant", "cosine"))
     _one_of(recipe, "unit", ("block", "layer"))
-    for name in ("input_mixing", "drop", "border_warmup", "rounding_warmup"):
+    for name in ("input_mixing", "drop", "settle", "border_warmup", "rounding_warmup"):
         if not 0.0 <= getattr(recipe, name) < 1.0:
             raise InputError(f"{name} is {getattr(recipe, name)}; it must be in [0, 1)")
     for name in ("batch_size", "init_samples", "weight_lr", "step_lr", "border_lr", "loss_power"):
@@ -209,6 +203,18 @@ def _check(recipe: Recipe):
     borders.get_phi(recipe.phi)
     if recipe.border is not None:
         borders.get(recipe.border)
+
+
+def _check_bits(recipe: Recipe):
+    bits = {f: getattr(recipe, f) for f in vars(recipe) if f.endswith("_bits")}
+    for override in recipe.overrides:
+        bits[f"overrides[{override.pattern!r}].weight_bits"] = override.weight_bits
+        bits[f"overrides[{override.pattern!r}].act_bits"] = override.act_bits
+    for name, value in bits.items():
+        if value is None and name not in ("weight_bits", "act_bits"):
+            continue
+        if not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
+            raise InputError(f"{name} is {value!r}; it must be a whole number of 2 to 8 bits")
 
 
 def _one_of(recipe, name, known):

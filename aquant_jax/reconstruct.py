@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,39 +13,18 @@ import optax
 
 from aquant_jax import border as borders
 from aquant_jax.cache import Cache
+from aquant_jax.compiler import Compiler
 from aquant_jax.errors import ReconstructionError
-from aquant_jax.layer import (
-    LayerState,
-    border_shape,
-    channel_rows,
-    dequantize_weight,
-    per_channel,
-)
+from aquant_jax.grids import Grids, alpha_of, deploy, init_borders
+from aquant_jax.layer import LayerState, per_channel
 from aquant_jax.numerics import TensorState, lsq_gradient_scale, max_code, scale_gradient
-from aquant_jax.observers import weight_grid
 from aquant_jax.recipe import Recipe
-from aquant_jax.rounding import (
-    beta_schedule,
-    hard_codes,
-    init_alpha,
-    nearest_codes,
-    regularizer,
-    soft_codes,
-)
+from aquant_jax.rounding import beta_schedule, regularizer, soft_codes
 from aquant_jax.unit import Unit, Weights, forward, random_keep
 
 LOG_EVERY = 20
 GPU_CHUNK = 100  # steps a scan; on CPU a scan around a convolution is 30 times slower than a loop
 MIN_STEP_SHRINK = 1e-2  # a step size never falls below this share of where it started
-
-
-class Grids(NamedTuple):
-    """Fixed weight side of one layer: float weight and bias, and per-channel grid (or None)."""
-
-    weight: jax.Array
-    bias: jax.Array
-    scale: jax.Array | None
-    zero_point: jax.Array | None
 
 
 class Data(NamedTuple):
@@ -64,56 +43,6 @@ class Result(NamedTuple):
     layers: tuple[LayerState, ...]
     tensors: tuple[TensorState, ...]
     curve: np.ndarray
-
-
-class Compiler:
-    """Jitted functions by what they compute, so that units of one shape share them."""
-
-    def __init__(self):
-        self._functions: dict[Any, Callable] = {}
-
-    def get(self, key, build: Callable[[], Callable], **options) -> Callable:
-        if key not in self._functions:
-            self._functions[key] = jax.jit(build(), compiler_options=_compiler_options(), **options)
-        return self._functions[key]
-
-
-def _compiler_options() -> dict[str, bool] | None:
-    """On CPU, run the ops one after another: ops side by side evict each other's activations from
-    the cache, which doubles the time of a step with learned borders."""
-    if jax.default_backend() != "cpu":
-        return None
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-
-
-def make_grids(unit: Unit, folded) -> tuple[Grids, ...]:
-    """Weight grids of a unit's layers by MSE search, from the `folded` weights by path."""
-    grids = []
-    for op, spec in zip(unit.program.weighted, unit.specs, strict=True):
-        weight, bias = folded[spec.path]
-        found = (None, None)
-        if spec.weight_bits is not None:
-            found = weight_grid(channel_rows(op, weight), spec.weight_bits)
-        grids.append(Grids(jnp.asarray(weight), jnp.asarray(bias), *found))
-    return tuple(grids)
-
-
-def nearest_layers(unit: Unit, grids, recipe: Recipe) -> tuple[LayerState, ...]:
-    """Layers rounded to nearest: what reconstruction starts from, and falls back to."""
-    coefficients = init_borders(unit)
-    return _deploy(unit, grids, None, coefficients)
-
-
-def init_borders(unit: Unit) -> list[dict[str, jax.Array]]:
-    """Coefficients of the constant border 0.5 for every layer (empty dict for nearest)."""
-    found = []
-    for op, spec in zip(unit.program.weighted, unit.specs, strict=True):
-        if spec.border is None:
-            found.append({})
-            continue
-        shape = border_shape(op, unit.avals[op.x].shape)
-        found.append(borders.get(spec.border).init(shape, borders.get_phi(spec.phi).half))
-    return found
 
 
 def optimize(
@@ -147,8 +76,10 @@ def optimize(
     trained = tuple(trained)
     optimizer = _optimizer(unit, recipe)
     params = {
-        "alpha": [_alpha(op, g) for op, g in zip(unit.program.weighted, grids, strict=True)],
-        "step": [jnp.copy(t.step_size) if own else None for t, own in zip(tensors, trained, strict=True)],
+        "alpha": [alpha_of(op, g) for op, g in zip(unit.program.weighted, grids, strict=True)],
+        "step": [
+            jnp.copy(t.step_size) if own else None for t, own in zip(tensors, trained, strict=True)
+        ],
         "border": init_borders(unit),
     }
     fixed = (tuple(grids), tuple(tensors), tuple(static))
@@ -183,7 +114,7 @@ def optimize(
         state if step is None else state._replace(step_size=step)
         for state, step in zip(tensors, params["step"], strict=True)
     ]
-    layers = _deploy(unit, grids, params["alpha"], params["border"])
+    layers = deploy(unit, grids, params["alpha"], params["border"])
     return Result(layers, tuple(final), np.array(curve, np.float32).reshape(-1, 2))
 
 
@@ -200,42 +131,6 @@ def output_loss(recipe: Recipe, unit: Unit, outputs, targets) -> jax.Array:
         power = error**2 if recipe.loss_power == 2.0 else error**recipe.loss_power
         total = total + jnp.mean(power) * np.float32(channels)
     return total
-
-
-def deployed_weights(unit: Unit, layers: Sequence[LayerState]) -> list[Weights]:
-    """What deployed layers compute with."""
-    return [
-        Weights(dequantize_weight(op, layer), layer.bias, layer.border)
-        for op, layer in zip(unit.program.weighted, layers, strict=True)
-    ]
-
-
-def _alpha(op, grid: Grids):
-    if grid.scale is None:
-        return None
-    return init_alpha(grid.weight / per_channel(op, grid.scale))
-
-
-def _deploy(unit: Unit, grids, alphas, coefficients) -> tuple[LayerState, ...]:
-    layers = []
-    for i, (op, spec) in enumerate(zip(unit.program.weighted, unit.specs, strict=True)):
-        grid = grids[i]
-        if grid.scale is None:
-            nothing = jnp.zeros(0, jnp.float32)
-            layers.append(LayerState(grid.weight, nothing, nothing, grid.bias, coefficients[i]))
-            continue
-        units = grid.weight / per_channel(op, grid.scale)
-        zero = per_channel(op, grid.zero_point)
-        if alphas is None:
-            codes = nearest_codes(units, zero, spec.weight_bits)
-        else:
-            codes = hard_codes(units, alphas[i], zero, spec.weight_bits)
-        layers.append(
-            LayerState(
-                codes.astype(jnp.uint8), grid.scale, grid.zero_point, grid.bias, coefficients[i]
-            )
-        )
-    return tuple(layers)
 
 
 def _optimizer(unit: Unit, recipe: Recipe) -> optax.GradientTransformation:
@@ -292,34 +187,38 @@ def _step(unit, recipe, optimizer, fixed, data, key, carry, step_and_index):
     params, state = carry
     grids, tensors, static = fixed
     mixing, dropping = jax.random.split(jax.random.fold_in(key, step))
-    live = _mix(unit, recipe, data, index, mixing)
+    settled = step >= recipe.steps * (1.0 - recipe.settle) if recipe.settle > 0 else False
+    live = _mix(unit, recipe, data, index, mixing, settled)
     side = [leaf[index] for leaf in data.side]
     dtypes = [unit.avals[i].dtype for i in unit.program.outputs]
     targets = [t.take(index, d) for t, d in zip(data.targets, dtypes, strict=True)]
-    keep = None
-    if recipe.drop > 0:
-        local = {value: i for i, value in enumerate(unit.tensor_of)}
-        keep = lambda value, shape: random_keep(  # noqa: E731
-            jax.random.fold_in(dropping, local[value]), 1.0 - recipe.drop, shape
-        )
+    local = {value: i for i, value in enumerate(unit.tensor_of)}
+
+    def keep(value, shape):
+        drawn = jax.random.fold_in(dropping, local[value])
+        return random_keep(drawn, 1.0 - recipe.drop, shape) | settled
 
     def loss_fn(params):
         weights = _soft_weights(unit, grids, params)
         states = _trained_states(unit, tensors, params["step"], live)
-        outputs = forward(unit, weights, states, live, side, static, keep)
+        outputs = forward(
+            unit, weights, states, live, side, static, keep if recipe.drop > 0 else None
+        )
         reconstruction = output_loss(recipe, unit, outputs, targets)
         return reconstruction + _rounding_loss(recipe, params["alpha"], step), reconstruction
 
     (_, loss), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
     updates, state = optimizer.update(gradients, state, params)
     params = optax.apply_updates(params, updates)
-    floors = [None if s is None else t.step_size * MIN_STEP_SHRINK
-              for s, t in zip(params["step"], tensors, strict=True)]
+    floors = [
+        None if s is None else t.step_size * MIN_STEP_SHRINK
+        for s, t in zip(params["step"], tensors, strict=True)
+    ]
     params["step"] = jax.tree.map(jnp.maximum, params["step"], floors)
     return (params, state), loss
 
 
-def _mix(unit, recipe, data, index, key):
+def _mix(unit, recipe, data, index, key, settled):
     """The unit's input: the quantized prefix's, each element the float network's by chance."""
     live = []
     for i, (quantized, floating) in enumerate(zip(data.quantized, data.floating, strict=True)):
@@ -327,6 +226,7 @@ def _mix(unit, recipe, data, index, key):
         value = quantized.take(index, dtype)
         if recipe.input_mixing > 0:
             chosen = random_keep(jax.random.fold_in(key, i), recipe.input_mixing, value.shape)
+            chosen = chosen & jnp.logical_not(settled)
             value = jnp.where(chosen, floating.take(index, dtype), value)
         live.append(value)
     return live

@@ -16,7 +16,7 @@ def soft_rounding(alpha: jax.Array) -> jax.Array:
 
 
 def init_alpha(units: jax.Array) -> jax.Array:
-    """The alpha whose soft rounding is the fractional part of `units` (weights over their scale)."""
+    """The alpha whose soft rounding is the fraction of `units` (weights over their scale)."""
     fraction = units - jnp.floor(units)
     return -jnp.log((ZETA - GAMMA) / (fraction - GAMMA) - 1.0)
 

@@ -143,9 +143,7 @@ def layer_specs(graph: Graph, recipe: Recipe) -> dict[str, LayerSpec]:
     overrides = _match(recipe, [op.layer.path for op in ops])
     above = _weighted_ancestors(graph)
     first = {op.layer.path for op in ops if root(producers, op.x) not in graph.live}
-    last = {op.layer.path for op in ops} - {
-        path for op in ops for path in above[op.layer.path]
-    }
+    last = {op.layer.path for op in ops} - {path for op in ops for path in above[op.layer.path]}
     specs: dict[str, LayerSpec] = {}
     owner: dict[int, str] = {}
     for op in ops:
@@ -154,10 +152,17 @@ def layer_specs(graph: Graph, recipe: Recipe) -> dict[str, LayerSpec]:
         floats = any(o.keep_float for o in overrides[path])
         quantized = not floats and (value in graph.live or recipe.quantize_input)
         tensor = owner.setdefault(value, path) if quantized else None
+        bits = _weight_bits(recipe, path, first, last, overrides[path])
         specs[path] = LayerSpec(
-            path, op.layer.kind, None if floats else _weight_bits(recipe, path, first, last, overrides[path]),
-            tensor, recipe.act_bits, recipe.border if tensor else None, recipe.phi, recipe.fused,
-        )  # fmt: skip
+            path=path,
+            kind=op.layer.kind,
+            weight_bits=None if floats else bits,
+            tensor=tensor,
+            act_bits=recipe.act_bits,
+            border=recipe.border if tensor else None,
+            phi=recipe.phi,
+            fused=recipe.fused,
+        )
     return _share_act_bits(recipe, specs, above, first, last, overrides)
 
 
@@ -184,7 +189,7 @@ def _weighted_ancestors(graph: Graph) -> dict[str, set[str]]:
         if op.layer is not None:
             above[op.layer.path] = reached
             reached = {op.layer.path}
-        sources.update({out: reached for out in op.outputs})
+        sources.update(dict.fromkeys(op.outputs, reached))
     return above
 
 

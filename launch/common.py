@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from aquant_jax.errors import InputError, ReconstructionError
+from aquant_jax.runtime import keep_freed_memory
 
 FAILED_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
@@ -27,7 +28,7 @@ _WORDS = {"true": True, "false": False, "none": None}
 
 
 def program(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
-    """Makes a main that takes ``argv`` return an exit code.
+    """Makes a main that takes ``argv`` return an exit code, and sets the process up for speed.
 
     An ``InputError`` or a wrong flag is printed as one line and returns 2, a reconstruction
     that failed 1. Anything else is a bug of ours and keeps its traceback.
@@ -35,6 +36,7 @@ def program(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
+        keep_freed_memory()
         try:
             return main(sys.argv if argv is None else argv) or 0
         except (InputError, ReconstructionError, flags.Error) as error:

@@ -86,6 +86,7 @@ def run_cells(
     loaded: experiment.Experiment | None = None
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
     for name, config in configs.items():
+        compiler = aq.Compiler()
         for seed in seeds:
             path = folder.path / f"{name}-s{seed}"
             with workdir.claim(path, experiment.identity(config, seed)) as cell:
@@ -93,7 +94,7 @@ def run_cells(
                 if results is None:
                     loaded = loaded or experiment.load(config, values.data_dir)
                     spec = f"{values.config},preset={name}"
-                    results = experiment.run(loaded, config, spec, seed, cell)
+                    results = experiment.run(loaded, config, spec, seed, cell, compiler)
             print(experiment.one_line(results), flush=True)
             cells[name].append(results)
     return cells

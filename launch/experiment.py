@@ -59,7 +59,12 @@ def identity(config: Config, seed: int) -> dict[str, Any]:
 
 
 def run(
-    experiment: Experiment, config: Config, spec: str, seed: int, folder: workdir.Run
+    experiment: Experiment,
+    config: Config,
+    spec: str,
+    seed: int,
+    folder: workdir.Run,
+    compiler: aq.Compiler | None = None,
 ) -> dict[str, Any]:
     """Quantizes, scores and writes log, plots and results.
 
@@ -69,6 +74,7 @@ def run(
         spec: how the user named the config.
         seed: of the calibration draw and of the reconstruction.
         folder: where to write.
+        compiler: shares compiled steps between runs of one recipe.
 
     Returns:
         The results, as written.
@@ -83,6 +89,7 @@ def run(
         recipe,
         seed=seed,
         on_block=lambda report: folder.log(report._asdict()),
+        compiler=compiler,
     )
     seconds = time.perf_counter() - start
     metrics = evaluate(quantized, *experiment.test, batch_size=config.eval_batch_size)

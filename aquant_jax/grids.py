@@ -1,0 +1,103 @@
+"""The weight side of a unit: grids, what reconstruction starts from, and what is deployed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from aquant_jax import border as borders
+from aquant_jax.layer import (
+    LayerState,
+    border_shape,
+    channel_rows,
+    dequantize_weight,
+    per_channel,
+)
+from aquant_jax.observers import weight_grid
+from aquant_jax.rounding import hard_codes, init_alpha, nearest_codes
+from aquant_jax.unit import Unit, Weights
+
+
+class Grids(NamedTuple):
+    """Fixed weight side of one layer: float weight and bias, and per-channel grid (or None)."""
+
+    weight: jax.Array
+    bias: jax.Array
+    scale: jax.Array | None
+    zero_point: jax.Array | None
+
+
+def make_grids(unit: Unit, folded) -> tuple[Grids, ...]:
+    """Weight grids of a unit's layers by MSE search, from the `folded` weights by path."""
+    grids = []
+    for op, spec in zip(unit.program.weighted, unit.specs, strict=True):
+        weight, bias = folded[spec.path]
+        found = (None, None)
+        if spec.weight_bits is not None:
+            found = weight_grid(channel_rows(op, weight), spec.weight_bits)
+        grids.append(Grids(jnp.asarray(weight), jnp.asarray(bias), *found))
+    return tuple(grids)
+
+
+def nearest_layers(unit: Unit, grids: Sequence[Grids]) -> tuple[LayerState, ...]:
+    """Layers rounded to nearest: what reconstruction starts from, and falls back to."""
+    coefficients = init_borders(unit)
+    return deploy(unit, grids, None, coefficients)
+
+
+def init_borders(unit: Unit) -> list[dict[str, jax.Array]]:
+    """Coefficients of the constant border 0.5 for every layer (empty dict for nearest)."""
+    found = []
+    for op, spec in zip(unit.program.weighted, unit.specs, strict=True):
+        if spec.border is None:
+            found.append({})
+            continue
+        shape = border_shape(op, unit.avals[op.x].shape)
+        found.append(borders.get(spec.border).init(shape, borders.get_phi(spec.phi).half))
+    return found
+
+
+def alpha_of(op, grid: Grids) -> jax.Array | None:
+    """Initial alpha of a layer; None for a float layer."""
+    if grid.scale is None:
+        return None
+    return init_alpha(grid.weight / per_channel(op, grid.scale))
+
+
+def deploy(unit: Unit, grids: Sequence[Grids], alphas, coefficients) -> tuple[LayerState, ...]:
+    """Deployed layers: codes by hard rounding of `alphas`, or to nearest where that is None."""
+    layers = []
+    for i, (op, spec) in enumerate(zip(unit.program.weighted, unit.specs, strict=True)):
+        grid = grids[i]
+        if grid.scale is None:
+            nothing = jnp.zeros(0, jnp.float32)
+            layers.append(LayerState(grid.weight, nothing, nothing, grid.bias, coefficients[i]))
+            continue
+        units = grid.weight / per_channel(op, grid.scale)
+        zero = per_channel(op, grid.zero_point)
+        if alphas is None:
+            codes = nearest_codes(units, zero, spec.weight_bits)
+        else:
+            codes = hard_codes(units, alphas[i], zero, spec.weight_bits)
+        layers.append(
+            LayerState(
+                codes.astype(jnp.uint8), grid.scale, grid.zero_point, grid.bias, coefficients[i]
+            )
+        )
+    return tuple(layers)
+
+
+def deployed_weights(unit: Unit, layers: Sequence[LayerState]) -> list[Weights]:
+    """What deployed layers compute with."""
+    return [
+        Weights(dequantize_weight(op, layer), layer.bias, layer.border)
+        for op, layer in zip(unit.program.weighted, layers, strict=True)
+    ]
+
+
+def float_weights(grids: Sequence[Grids]) -> list[Weights]:
+    """What the float network computes with, after folding."""
+    return [Weights(grid.weight, grid.bias, {}) for grid in grids]

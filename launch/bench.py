@@ -1,0 +1,168 @@
+"""Measures speed: ``python -m launch.bench calibrate [--out=FILE.json]``.
+
+calibrate: one optimisation step of ResNet-20's first residual block at batch 32, in float (forward
+and backward of the block alone), by qdrop and by aquant, and the scale search of the whole network.
+Weights and images are random: the arithmetic does not depend on them. Every figure is the median of
+the rounds, every ratio that of figures of the same run.
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import aquant_jax as aq
+from aquant_jax import models
+from aquant_jax.cache import store
+from aquant_jax.compiler import Compiler
+from aquant_jax.errors import InputError
+from aquant_jax.grids import float_weights, make_grids
+from aquant_jax.observers import tensor_state
+from aquant_jax.pipeline import Network
+from aquant_jax.program import root
+from aquant_jax.reconstruct import LOG_EVERY, Data, optimize
+from aquant_jax.unit import forward, make_unit
+from launch import common, experiment
+
+BATCH = 32
+STEPS = 3 * LOG_EVERY
+BLOCK = 1  # the first residual block; block 0 is the stem
+SAMPLES = 256
+
+
+def calibrate(rounds: int) -> dict:
+    """Times of the steps and of the scale search, in ms and s.
+
+    Args:
+        rounds: how often every figure is taken.
+    """
+    apply, variables = models.create("resnet20_cifar")
+    images = np.random.default_rng(0).normal(size=(SAMPLES, 32, 32, 3)).astype(np.float32)
+    networks = {
+        name: aq.prepare(apply, variables, images, aq.recipes.preset(name, **_bits(2), steps=STEPS))
+        for name in ("qdrop", "aquant")
+    }
+    timers = {"float": _float_step(networks["qdrop"])}
+    timers |= {name: _quantized_step(net) for name, net in networks.items()}
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds + 1):
+        for name, timer in timers.items():
+            times[name].append(timer())
+    # The first round compiles.
+    steps = {name: statistics.median(values[1:]) * 1e3 for name, values in times.items()}
+    searches = {f"w{b}a{b}": _scale_search(apply, variables, images, b) for b in (2, 4)}
+    return {
+        "benchmark": "calibrate",
+        "block": "ResNet-20 layer1.0 (two 3x3 convs of 32x32x32x16)",
+        "rounds": rounds,
+        "step_ms": steps,
+        "step_ms_all": {name: [v * 1e3 for v in values[1:]] for name, values in times.items()},
+        "qdrop_over_float": steps["qdrop"] / steps["float"],
+        "aquant_over_qdrop": steps["aquant"] / steps["qdrop"],
+        "scale_search_s": searches,
+        **experiment.environment(),
+    }
+
+
+def _bits(bits: int) -> dict[str, int]:
+    return {"weight_bits": bits, "act_bits": bits}
+
+
+def _block(net: Network):
+    block = net.blocks[BLOCK]
+    unit = make_unit(net.graph, net.specs, block.start, block.targets)
+    rng = np.random.default_rng(1)
+
+    def cache(values):
+        shapes = [(SAMPLES, *net.graph.avals[v].shape[1:]) for v in values]
+        arrays = [np.maximum(rng.normal(size=shape), 0.0).astype(np.float32) for shape in shapes]
+        return store([arrays], SAMPLES)
+
+    return unit, make_grids(unit, net.folded), cache
+
+
+def _float_step(net: Network):
+    unit, grids, cache = _block(net)
+    (x,) = (c.values[:BATCH].astype(jnp.float32) for c in cache(unit.program.live))
+
+    @jax.jit
+    def step(weights, x):
+        def loss(weights, x):
+            (y,) = forward(unit, weights, None, [x], (), ())
+            return jnp.mean(y**2)
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(weights, x)
+
+    def timer():
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            result = step(float_weights(grids), x)
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / STEPS
+
+    return timer
+
+
+def _quantized_step(net: Network):
+    unit, grids, cache = _block(net)
+    live, targets = cache(unit.program.live), cache(unit.program.outputs)
+    data, compiler = Data(live, live, (), targets), Compiler()
+    values = np.abs(np.random.default_rng(2).normal(size=10_000))
+    tensors = [tensor_state(values, tensor.bits) for tensor in unit.tensors]
+    trained = [True] * len(tensors)
+
+    def timer():
+        marks: list[float] = []
+        optimize(
+            unit, grids, tensors, trained, data, (), net.recipe, 0, compiler,
+            lambda step, loss: marks.append(time.perf_counter()),
+        )  # fmt: skip
+        return (marks[-1] - marks[0]) / (STEPS - LOG_EVERY)
+
+    return timer
+
+
+def _scale_search(apply, variables, images, bits: int) -> float:
+    """Seconds for all weights and all activations (256 images), compilation included."""
+    recipe = aq.recipes.nearest(**_bits(bits), batch_size=SAMPLES)
+    net = aq.prepare(apply, variables, images, recipe)
+    whole = make_unit(net.graph, net.specs, (), net.graph.outputs)
+    owners = {index: root(whole.producers, v) for v, index in whole.tensor_of.items()}
+    seer = make_unit(net.graph, net.specs, (), tuple(owners.values()))
+    weights = float_weights(make_grids(seer, net.folded))
+    run = jax.jit(lambda weights, x: forward(seer, weights, None, (), [x], ()))
+    activations = [np.asarray(a) for a in run(weights, images)]
+    jax.clear_caches()
+    start = time.perf_counter()
+    jax.block_until_ready(make_grids(whole, net.folded))
+    for index, values in zip(owners, activations, strict=True):
+        jax.block_until_ready(tensor_state(values, whole.tensors[index].bits))
+    return time.perf_counter() - start
+
+
+def _define(flags):
+    from absl.flags import DEFINE_integer, DEFINE_string
+
+    DEFINE_string("out", None, "where to write the JSON too", flag_values=flags)
+    DEFINE_integer("rounds", 5, "how often every figure is taken", 1, flag_values=flags)
+
+
+@common.program
+def main(argv: list[str]) -> int | None:
+    """Runs the benchmark that the first argument names."""
+    if len(argv) < 2 or argv[1] != "calibrate":
+        raise InputError(f"unknown benchmark {' '.join(argv[1:2])!r}; there is: calibrate")
+    flags, _ = common.parse([argv[0], *argv[2:]], _define, __doc__)
+    text = json.dumps(calibrate(flags.rounds), indent=2)
+    print(text)
+    if flags.out:
+        Path(flags.out).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

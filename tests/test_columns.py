@@ -1,0 +1,161 @@
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_reference as reference
+import pytest
+from nets import normal, rng_of
+
+from aquant_jax import border as borders
+from aquant_jax import columns
+from aquant_jax.numerics import TensorState
+
+
+class Case(NamedTuple):
+    """One convolution over columns, and what rounds them."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    channels: int
+    outputs: int
+    spatial: tuple[int, ...]
+    border: str
+    phi: str
+    fused: bool
+    zero: float
+
+    def window(self):
+        sizes = zip(self.spatial, self.kernel, self.dilation, self.strides, strict=True)
+        out = tuple((n - (k - 1) * d - 1) // s + 1 for n, k, d, s in sizes)
+        return columns.Window(self.kernel, self.strides, self.dilation, out)
+
+    def rounding(self):
+        return columns.Rounding(3, self.border, self.phi, self.fused)
+
+    def arguments(self, seed, masked):
+        rng, taps = rng_of(seed), int(np.prod(self.kernel))
+        x = normal(rng, 2, *self.spatial, self.channels)
+        start = borders.get(self.border).init(
+            (taps, self.channels), borders.get_phi(self.phi).half
+        )
+        coefficients = {k: c + 0.1 * normal(rng, *c.shape) for k, c in start.items()}
+        inner, outer = self.channels // self.groups, self.outputs // self.groups
+        kernel = normal(rng, taps, self.groups, inner, outer)
+        tensor = TensorState(jnp.float32(0.3), jnp.float32(self.zero))
+        keep = jnp.asarray(rng.random(x.shape) < 0.6) if masked else None
+        return jnp.asarray(x), keep, tensor, coefficients, jnp.asarray(kernel)
+
+
+CASES = {
+    "3x3": Case((3, 3), (1, 1), (1, 1), 1, 4, 6, (8, 7), "quadratic", "clamp", True, 0),
+    "3x3 each tap": Case((3, 3), (1, 1), (1, 1), 1, 4, 6, (6, 7), "quadratic", "clamp", False, 2),
+    "strided": Case((3, 3), (2, 2), (1, 1), 1, 4, 6, (9, 8), "quadratic", "clamp", False, 1),
+    "grouped, dilated": Case(
+        (3, 2), (2, 3), (2, 1), 2, 4, 6, (11, 9), "linear", "identity", True, 2
+    ),
+    "depthwise": Case((3, 3), (1, 1), (1, 1), 4, 4, 8, (6, 6), "quadratic", "clamp_ste", True, 3),
+    "depthwise, each tap": Case((3, 3), (2, 1), (1, 1), 3, 3, 3, (7, 6), "linear", "clamp", False, 1),
+    "1-D": Case((5,), (1,), (2,), 4, 4, 4, (20,), "constant", "sigmoid", True, 0),
+    "1-D strided": Case((3,), (2,), (1,), 1, 4, 5, (11,), "quadratic", "identity", False, 4),
+    "1x1 with padding": Case((1, 1), (2, 2), (1, 1), 1, 3, 4, (5, 6), "quadratic", "clamp", True, 1),
+}  # fmt: skip
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request):
+    return request.param
+
+
+def pulled(function, case, arguments, dy):
+    """Value and gradients for x, tensor, coefficients and kernel."""
+    x, keep, *rest = arguments
+
+    def run(x, tensor, coefficients, kernel):
+        return function(x, keep, tensor, coefficients, kernel, case.window(), case.rounding())
+
+    def both(*operands):
+        value, pull = jax.vjp(run, *operands)
+        return value, pull(dy)
+
+    return jax.jit(both)(x, *rest)
+
+
+def cotangent(case, seed):
+    return normal(rng_of(seed), 2, *case.window().out, case.outputs)
+
+
+def assert_close(value, expected, tolerance):
+    top = np.abs(expected).max()
+    assert np.abs(np.asarray(value) - np.asarray(expected)).max() <= tolerance * top + 1e-6
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_gradients_are_the_autodiff_of_the_definition(case, masked):
+    arguments, dy = case.arguments(1, masked), cotangent(case, 2)
+    value, found = pulled(columns.convolve, case, arguments, dy)
+    expected_value, expected = pulled(columns.convolve_reference, case, arguments, dy)
+    assert_close(value, expected_value, 1e-6)
+    for gradient, definition in zip(
+        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+    ):
+        assert_close(gradient, definition, 2e-5)
+    assert np.asarray(found[1].step_size) != 0
+
+
+def test_taps_are_those_of_im2col(case):
+    if len(case.kernel) == 1:
+        pytest.skip("the numpy reference is 2-D")
+    x = case.arguments(3, False)[0]
+    window = case.window()
+    cropped = np.stack([window.crop(tap, x.shape) for tap in window.taps(x)], 3)
+    expected = reference.im2col(
+        np.asarray(x), case.kernel, strides=case.strides, dilation=case.dilation
+    )
+    np.testing.assert_array_equal(cropped, expected)
+
+
+def test_values_and_codes_are_those_of_the_numpy_reference(case):
+    if len(case.kernel) == 1:
+        pytest.skip("the numpy reference is 2-D")
+    phi = borders.get_phi(case.phi).deployed
+    x, keep, tensor, coefficients, kernel = case.arguments(4, True)
+    hwio = np.asarray(kernel).transpose(0, 2, 1, 3)
+    hwio = hwio.reshape(*case.kernel, case.channels // case.groups, case.outputs)
+    expected, codes = reference.quantized_conv(
+        np.asarray(x), hwio, np.float32(0), np.float32(0.3), case.zero, 3,
+        jax.tree.map(np.asarray, coefficients), phi, case.fused, strides=case.strides,
+        dilation=case.dilation, groups=case.groups, keep=np.asarray(keep),
+    )  # fmt: skip
+    window, rounding = case.window(), case.rounding()
+    value = columns.convolve(x, keep, tensor, coefficients, kernel, window, rounding)
+    assert_close(value, expected, 1e-5)
+    found = columns.column_codes(x, tensor, coefficients, window, rounding)
+    np.testing.assert_array_equal(np.stack(found, 3), codes)
+
+
+def test_a_dropped_element_goes_through_unquantized():
+    case = CASES["3x3"]
+    x, _, tensor, coefficients, kernel = case.arguments(5, False)
+    nothing = jnp.zeros(x.shape, bool)
+    value = columns.convolve(
+        x, nothing, tensor, coefficients, kernel, case.window(), case.rounding()
+    )
+    hwio = kernel[:, 0].reshape(3, 3, case.channels, case.outputs)
+    exact = jax.lax.conv_general_dilated(
+        x, hwio, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert_close(value, exact, 1e-5)
+
+
+def test_contract_agrees_with_a_dense_kernel():
+    column = normal(rng_of(6), 5, 6)
+    for groups, outer in ((1, 4), (2, 3), (6, 1), (6, 2)):
+        kernel = normal(rng_of(7), groups, 6 // groups, outer)
+        dense = np.zeros((6, groups * outer), np.float32)
+        for g in range(groups):
+            rows = slice(g * 6 // groups, (g + 1) * 6 // groups)
+            dense[rows, g * outer : (g + 1) * outer] = kernel[g]
+        assert_close(columns.contract(column, kernel), column @ dense, 1e-5)
