@@ -28,8 +28,8 @@ class Border(NamedTuple):
       init: ``init(shape, half) -> coefficients``: a dict of float32 arrays of `shape`
         ``(taps, channels)`` that gives the constant polynomial `half`.
       apply: ``apply(coefficients, u) -> P``, elementwise and broadcasting over `u`.
-      powers: for every coefficient, the power of u that it multiplies; the trainer divides its
-        learning rate by ``Qmax^power`` when the recipe normalises u. Missing means zero.
+      powers: for every coefficient, the power of u that it multiplies; the trainer scales its
+        learning rate accordingly (``Recipe.border_range``). Missing means zero.
     """
 
     init: Callable[[tuple[int, ...], float], dict[str, jax.Array]]

@@ -59,34 +59,14 @@ def contract(column: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def column_codes(x, tensor: TensorState, coefficients, window: Window, rounding: Rounding):
     """Codes of the column elements of the padded `x`: one ``[N, *out, C]`` per tap."""
-    us = window.taps(to_units(x, 1.0 / tensor.step_size))
+    us = window.taps([to_units(rows, 1.0 / tensor.step_size) for rows in window.flatten(x)])
     bounds = rounding.borders(rounding.polynomials(coefficients, us), len(us))
     return [
-        window.crop(quantize(u, tensor.zero_point, rounding.bits, bound), x.shape)
+        window.crop(quantize(u, tensor.zero_point, rounding.bits, bound))
         for u, bound in zip(us, bounds, strict=True)
     ]
 
 
-def convolve_reference(x, keep, tensor, coefficients, kernel, window, rounding) -> jax.Array:
-    """The definition of `convolve`; its gradients are plain autodiff."""
-    us = window.taps(to_units(x, 1.0 / tensor.step_size))
-    polynomials = rounding.polynomials(coefficients, us)
-    return _multiply(x, keep, tensor, polynomials, kernel, window, rounding)
-
-
-def _multiply(x, keep, tensor, polynomials, kernel, window, rounding) -> jax.Array:
-    us = window.taps(to_units(x, 1.0 / tensor.step_size))
-    bounds = rounding.borders(polynomials, len(us))
-    kept = [None] * len(us) if keep is None else window.taps(keep)
-    total = jnp.float32(0.0)
-    for u, bound, k, value, weight in zip(us, bounds, kept, window.taps(x), kernel, strict=True):
-        codes = quantize(u, tensor.zero_point, rounding.bits, bound)
-        column = dequantize(codes, tensor.step_size, tensor.zero_point)
-        total = total + contract(column if k is None else jnp.where(k, column, value), weight)
-    return window.crop(total, x.shape)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def convolve(x, keep, tensor, coefficients, kernel, window, rounding) -> jax.Array:
     """Quantize the columns of `x` with their borders and multiply them with `kernel`.
 
@@ -102,30 +82,65 @@ def convolve(x, keep, tensor, coefficients, kernel, window, rounding) -> jax.Arr
     Returns:
       float32 ``[N, *out, O]``.
     """
-    return _forward(x, keep, tensor, coefficients, kernel, window, rounding)[0]
+    kept = None if keep is None else window.flatten(keep)
+    phases = window.flatten(x)
+    return window.crop(_multiply(phases, kept, tensor, coefficients, kernel, window, rounding))
 
 
-def _forward(x, keep, tensor, coefficients, kernel, window, rounding):
-    us = window.taps(to_units(x, 1.0 / tensor.step_size))
+def convolve_reference(x, keep, tensor, coefficients, kernel, window, rounding) -> jax.Array:
+    """The definition of `convolve`; its gradients are plain autodiff."""
+    us = window.taps([to_units(rows, 1.0 / tensor.step_size) for rows in window.flatten(x)])
+    polynomials = rounding.polynomials(coefficients, us)
+    kept = None if keep is None else window.flatten(keep)
+    args = (window.flatten(x), kept, tensor, polynomials, kernel, window, rounding)
+    return window.crop(_products(*args))
+
+
+def _products(phases, keep, tensor, polynomials, kernel, window, rounding) -> jax.Array:
+    """Rows of the result, given the polynomials."""
+    us = window.taps([to_units(rows, 1.0 / tensor.step_size) for rows in phases])
+    bounds = rounding.borders(polynomials, len(us))
+    kept = [None] * len(us) if keep is None else window.taps(keep)
+    total = jnp.float32(0.0)
+    taps = zip(us, bounds, kept, window.taps(phases), kernel, strict=True)
+    for u, bound, k, value, weight in taps:
+        codes = quantize(u, tensor.zero_point, rounding.bits, bound)
+        column = dequantize(codes, tensor.step_size, tensor.zero_point)
+        total = total + contract(column if k is None else jnp.where(k, column, value), weight)
+    return total
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _multiply(phases, keep, tensor, coefficients, kernel, window, rounding):
+    """`convolve` on the rows of the phases."""
+    return _forward(phases, keep, tensor, coefficients, kernel, window, rounding)[0]
+
+
+def _forward(phases, keep, tensor, coefficients, kernel, window, rounding):
+    us = window.taps([to_units(rows, 1.0 / tensor.step_size) for rows in phases])
     polynomials = _pin(tensor, rounding.polynomials(coefficients, us))
-    y = _multiply(x, keep, tensor, polynomials, kernel, window, rounding)
-    return y, (x, keep, tensor, coefficients, kernel, polynomials)
+    y = _products(phases, keep, tensor, polynomials, kernel, window, rounding)
+    return y, (phases, keep, tensor, coefficients, kernel, polynomials)
 
 
 def _backward(window, rounding, saved, dy):
-    x, keep, tensor, coefficients, kernel, polynomials = saved
-    pull = _Pullback(x, keep, tensor, coefficients, kernel, polynomials, window, rounding)
-    dy = pull.rows(dy)
+    phases, keep, tensor, coefficients, kernel, polynomials = saved
+    pull = _Pullback(phases, keep, tensor, coefficients, kernel, polynomials, window, rounding)
     dcolumns = pull.columns(dy)
     dpolynomials, dstep = pull.codes(dcolumns)
     dpolynomials = _pin(tensor, dpolynomials)
     dcoefficients = pull.coefficients_(dpolynomials)
-    du = pull.units(dpolynomials)
+    dus = pull.units(dpolynomials)
     inv_step = 1.0 / tensor.step_size
-    dstep = dstep - jnp.sum(_channel_sums(du * x)) * inv_step * inv_step
-    dx = pull.direct(dcolumns) + du * inv_step
+    for du, rows in zip(dus, phases, strict=True):
+        dstep = dstep - jnp.sum(_channel_sums(du * rows)) * inv_step * inv_step
+    direct = pull.direct(dcolumns)
+    dphases = [d + du * inv_step for d, du in zip(direct, dus, strict=True)]
     dtensor = TensorState(dstep, jnp.zeros_like(tensor.zero_point))
-    return dx, None, dtensor, dcoefficients, pull.kernel_(dy)
+    return _pin(tensor, dphases), None, dtensor, dcoefficients, pull.kernel_(dy)
+
+
+_multiply.defvjp(_forward, _backward)
 
 
 class _Tap(NamedTuple):
@@ -139,10 +154,10 @@ class _Tap(NamedTuple):
 
 
 class _Pullback(NamedTuple):
-    """The derivative of `convolve`, in phases."""
+    """The derivative of `_multiply`, step by step."""
 
-    x: jax.Array
-    keep: jax.Array | None
+    phases: list[jax.Array]
+    keep: list[jax.Array] | None
     tensor: TensorState
     coefficients: dict[str, jax.Array]
     kernel: jax.Array
@@ -150,20 +165,15 @@ class _Pullback(NamedTuple):
     window: Window
     rounding: Rounding
 
-    def rows(self, dy):
-        """``[N, *out, O]`` as rows; zero where the window leaves the image."""
-        shape = (*self.polynomials[0].shape[:-1], dy.shape[-1])
-        crop = jax.linear_transpose(
-            lambda y: self.window.crop(y, self.x.shape), jax.ShapeDtypeStruct(shape, dy.dtype)
-        )
-        return crop(dy)[0]
+    def all_units(self) -> list[jax.Array]:
+        return [to_units(rows, 1.0 / self.tensor.step_size) for rows in self.phases]
 
     def taps(self) -> list[_Tap]:
-        us = self.window.taps(to_units(self.x, 1.0 / self.tensor.step_size))
+        us = self.window.taps(self.all_units())
         kept = [True] * len(us) if self.keep is None else self.window.taps(self.keep)
         bounds = self.rounding.borders(self.polynomials, len(us))
         taps = []
-        for u, bound, k, value in zip(us, bounds, kept, self.window.taps(self.x), strict=True):
+        for u, bound, k, value in zip(us, bounds, kept, self.window.taps(self.phases), strict=True):
             raw = jnp.ceil(u - bound) + self.tensor.zero_point
             inside = (raw >= 0) & (raw <= max_code(self.rounding.bits))
             taps.append(_Tap(k, inside, clip_codes(raw, self.rounding.bits), u, value))
@@ -182,7 +192,7 @@ class _Pullback(NamedTuple):
         if self.kernel.shape[1] == 1:
             # One matmul for all taps; its readers take their slices of it.
             flat = self.kernel[:, 0].transpose(2, 0, 1).reshape(self.kernel.shape[3], -1)
-            every, size = dy @ flat, self.x.shape[-1]
+            every, size = dy @ flat, self.phases[0].shape[-1]
             return [every[:, i * size : (i + 1) * size] for i in range(len(self.kernel))]
         shape = jax.ShapeDtypeStruct(self.polynomials[0].shape, dy.dtype)
         return [
@@ -208,11 +218,11 @@ class _Pullback(NamedTuple):
             d * (tap.inside | jnp.logical_not(tap.kept)).astype(d.dtype)
             for tap, d in zip(self.taps(), dcolumns, strict=True)
         ]
-        return jax.linear_transpose(self.window.taps, self.x)(passed)[0]
+        return jax.linear_transpose(self.window.taps, self.phases)(passed)[0]
 
     def coefficients_(self, dpolynomials):
         """Gradient of the coefficients."""
-        us = self.window.taps(to_units(self.x, 1.0 / self.tensor.step_size))
+        us = self.window.taps(self.all_units())
         spread = {
             name: [jnp.broadcast_to(row, us[0].shape) for row in c]
             for name, c in self.coefficients.items()
@@ -223,15 +233,12 @@ class _Pullback(NamedTuple):
 
     def units(self, dpolynomials):
         """Gradient of u through the polynomials."""
-        u = to_units(self.x, 1.0 / self.tensor.step_size)
+        us = self.all_units()
 
-        def polynomials(u):
-            return self.rounding.polynomials(self.coefficients, self.window.taps(u))
+        def polynomials(us):
+            return self.rounding.polynomials(self.coefficients, self.window.taps(us))
 
-        return jax.vjp(polynomials, u)[1](dpolynomials)[0]
-
-
-convolve.defvjp(_forward, _backward)
+        return jax.vjp(polynomials, us)[1](dpolynomials)[0]
 
 
 def _channel_sums(values: jax.Array) -> jax.Array:

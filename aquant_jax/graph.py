@@ -109,6 +109,8 @@ class Graph(NamedTuple):
 
 
 def path_names(tree) -> list[str]:
-    """``a/b/kernel`` for every leaf of `tree`, in leaf order."""
+    """``a/b/kernel`` for every leaf of `tree`, in order; without the box of an NNX variable."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    short = [name.removesuffix("/value") for name in names]
+    return short if len(set(short)) == len(set(names)) else names

@@ -201,11 +201,7 @@ def _canonical(op: Op, x: jax.Array) -> tuple[jax.Array, Window]:
     x = lax.pad(x, zero, [(0, 0, 0), *((lo, hi, 0) for lo, hi in params["padding"]), (0, 0, 0)])
     kernel = tuple(op.layer.weight_shape[a] for a in numbers.rhs_spec[2:])
     strides, dilation = tuple(params["window_strides"]), tuple(params["rhs_dilation"])
-    out = tuple(
-        (size - (k - 1) * d - 1) // s + 1
-        for size, k, d, s in zip(x.shape[1:-1], kernel, dilation, strides, strict=True)
-    )
-    return x, Window(kernel, strides, dilation, out)
+    return x, Window(x.shape[0], x.shape[1:-1], kernel, strides, dilation)
 
 
 def _column_convolution(op, spec, x, weight, tensor, border, keep):

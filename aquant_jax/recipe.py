@@ -58,7 +58,8 @@ class Recipe:
       step_schedule, border_schedule: "constant" or "cosine" (to zero).
       border_gain: every coefficient's learning rate is multiplied by it: learning p with
         B = phi(1/2 + gain * p) is the same thing under Adam.
-      normalize_u: likewise divide by Qmax^power, as if the border were a function of u / Qmax.
+      border_range: likewise, as if the border were a function of u scaled so that Qmax becomes
+        this; None is u itself, whose square at 8 bits is too large to train.
       border_warmup: fraction of the steps before the coefficients start to move.
       rounding_weight: lambda of the rounding loss.
       rounding_warmup: fraction of the steps without rounding loss.
@@ -92,7 +93,7 @@ class Recipe:
     step_schedule: str = "cosine"
     border_schedule: str = "constant"
     border_gain: float = 1.0
-    normalize_u: bool = False
+    border_range: float | None = 3.0
     border_warmup: float = 0.0
     rounding_weight: float = 0.01
     rounding_warmup: float = 0.2
@@ -126,7 +127,7 @@ PRESETS: dict[str, Mapping[str, Any]] = {
     "adaround": {"unit": "layer"},
     "brecq": {},
     "qdrop": _QDROP,
-    "aquant": {**_QDROP, "border": "quadratic", "border_gain": 0.25, "normalize_u": True},
+    "aquant": {**_QDROP, "border": "quadratic", "phi": "identity", "settle": 0.5},
 }
 
 

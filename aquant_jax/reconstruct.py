@@ -162,8 +162,12 @@ def _optimizer(unit: Unit, recipe: Recipe) -> optax.GradientTransformation:
 
 
 def _coefficient_rate(spec, recipe: Recipe, name: str) -> float:
-    power = borders.get(spec.border).powers.get(name, 0) if recipe.normalize_u else 0
-    return recipe.border_gain / max_code(spec.act_bits) ** power
+    """Factor on a coefficient's learning rate: gain * (range / Qmax)^power."""
+    power = borders.get(spec.border).powers.get(name, 0)
+    scale = 1.0
+    if recipe.border_range is not None:
+        scale = recipe.border_range / max_code(spec.act_bits)
+    return recipe.border_gain * scale**power
 
 
 def _batches(rng, samples: int, recipe: Recipe) -> np.ndarray:

@@ -31,7 +31,7 @@ def trace(apply: Callable, variables, x) -> Graph:
     """
     try:
         closed, out_shape = jax.make_jaxpr(apply, return_shape=True)(variables, x)
-    except (TypeError, ValueError, IndexError) as error:
+    except Exception as error:  # every framework has exceptions of its own for a wrong shape
         shapes = [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(x)]
         raise InputError(f"apply(variables, x) fails for x of {shapes}: {error}") from error
     return _Flattener(closed, variables, jax.tree.structure(out_shape)).graph()

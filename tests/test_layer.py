@@ -178,7 +178,10 @@ def test_two_contracted_axes_are_two_axes_of_column_elements():
     assert border_shape(op, x.shape) == (1, 8)
     coefficients, bias = coefficients_of(op, x.shape, "quadratic"), normal(rng_of(12), 6)
     y = run_layer(op, spec_of(op), x, kernel, bias, GRID, coefficients)
-    flat = x.reshape(3, 1, 5, 8)
+    # The elements are numbered in the order of the op's contracted axes.
+    first, second = op.params["dimension_numbers"][0][0]
+    flat = x.transpose(0, 1, first, second).reshape(3, 1, 5, 8)
+    kernel = kernel.transpose(first - 2, second - 2, 2)
     expected, _ = reference.quantized_conv(
         flat, kernel.reshape(1, 1, 8, 6), bias, np.float32(0.3), 2, BITS, coefficients
     )

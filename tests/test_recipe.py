@@ -1,0 +1,127 @@
+import dataclasses
+import json
+
+import pytest
+
+import aquant_jax as aq
+from aquant_jax import recipes
+from aquant_jax.errors import InputError
+from aquant_jax.recipe import PRESETS, Override, Recipe, preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_named_frozen_and_hashable(name):
+    recipe = getattr(recipes, name)(weight_bits=2, act_bits=3, steps=7)
+    assert (recipe.preset, recipe.weight_bits, recipe.act_bits, recipe.steps) == (name, 2, 3, 7)
+    assert hash(recipe) == hash(preset(name, weight_bits=2, act_bits=3, steps=7))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.steps = 1
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_recipe_survives_json(name):
+    recipe = preset(name, overrides=(Override("a.*", 3),), blocks=("b_[0-9]",))
+    fields = json.loads(json.dumps(recipe.to_dict()))
+    assert preset(fields.pop("preset"), **fields) == recipe
+
+
+def test_presets_mean_what_the_papers_rows_mean():
+    nearest, adaround, brecq, qdrop, aquant = (preset(n) for n in PRESETS)
+    assert nearest.steps == 0
+    assert adaround.unit == "layer"
+    assert {r.unit for r in (brecq, qdrop, aquant)} == {"block"}
+    assert all(r.input_mixing == r.drop == 0 for r in (nearest, adaround, brecq))
+    assert (qdrop.input_mixing, qdrop.drop) == (aquant.input_mixing, aquant.drop) == (0.5, 0.5)
+    assert aquant.border is not None
+    assert aquant.fused
+    assert all(r.border is None for r in (nearest, adaround, brecq, qdrop))
+    for r in (adaround, brecq, qdrop, aquant):
+        assert (r.first_weight_bits, r.last_weight_bits, r.last_act_bits) == (8, 8, 8)
+        assert (r.rounding_weight, r.beta_start, r.beta_end) == (0.01, 20, 2)
+        assert not r.quantize_input
+
+
+def test_replace_gives_another_recipe():
+    recipe = recipes.qdrop()
+    other = recipe.replace(steps=3)
+    assert (recipe.steps, other.steps) == (20_000, 3)
+    with pytest.raises(InputError, match=r"unknown recipe field 'stepz'; did you mean 'steps'"):
+        recipe.replace(stepz=3)
+
+
+def test_overrides_may_be_dicts():
+    recipe = recipes.qdrop(overrides=[{"pattern": "head", "keep_float": True}])
+    assert recipe.overrides == (Override("head", keep_float=True),)
+    assert hash(recipe)
+    with pytest.raises(InputError, match=r"overrides: .*bitz.*fields: .*weight_bits"):
+        recipes.qdrop(overrides=[{"pattern": "head", "bitz": 3}])
+
+
+def test_unknown_names_list_what_exists():
+    with pytest.raises(InputError, match=r"unknown preset 'aquont'.*nearest, adaround, brecq, qdrop"):
+        preset("aquont")
+    with pytest.raises(InputError, match=r"unknown recipe field 'weigth_bits'.*'weight_bits'"):
+        preset("qdrop", weigth_bits=3)
+    with pytest.raises(InputError, match=r"unknown border 'cubic'; known: constant, linear"):
+        recipes.aquant(border="cubic")
+    with pytest.raises(InputError, match=r"unknown phi 'exp'; known: clamp"):
+        recipes.aquant(phi="exp")
+
+
+@pytest.mark.parametrize("bits", [1, 9, 0, -2, 2.5, True, "4"])
+@pytest.mark.parametrize("field", ["weight_bits", "act_bits", "first_weight_bits", "last_act_bits"])
+def test_bits_outside_two_to_eight(field, bits):
+    with pytest.raises(InputError, match=rf"{field} is {bits!r}.*2 to 8"):
+        preset("qdrop", **{field: bits})
+
+
+def test_bits_of_an_override_outside_two_to_eight():
+    with pytest.raises(InputError, match=r"overrides\['head'\].act_bits is 9"):
+        recipes.qdrop(overrides=(Override("head", act_bits=9),))
+
+
+def test_optional_bits_may_be_none_and_the_others_may_not():
+    assert recipes.qdrop(first_weight_bits=None, first_output_bits=None).first_weight_bits is None
+    with pytest.raises(InputError, match="weight_bits is None"):
+        Recipe(weight_bits=None)
+
+
+BAD = [
+    ("unit", "stage", "unit is 'stage'; known: block, layer"),
+    ("step_schedule", "linear", "step_schedule is 'linear'; known: constant, cosine"),
+    ("border_schedule", "", "border_schedule is ''"),
+    ("drop", 1.0, r"drop is 1.0; it must be in \[0, 1\)"),
+    ("input_mixing", -0.1, "input_mixing is -0.1"),
+    ("rounding_warmup", 1.5, "rounding_warmup is 1.5"),
+    ("border_warmup", float("nan"), "border_warmup is nan"),
+    ("batch_size", 0, "batch_size is 0; it must be positive"),
+    ("weight_lr", -1e-3, "weight_lr is -0.001"),
+    ("step_lr", float("nan"), "step_lr is nan"),
+    ("loss_power", 0.0, "loss_power is 0.0"),
+    ("init_samples", 0, "init_samples is 0"),
+    ("steps", -1, "steps is -1; it must be 0 or more"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), BAD)
+def test_values_out_of_range(field, value, message):
+    with pytest.raises(InputError, match=message):
+        preset("qdrop", **{field: value})
+
+
+WRONG_TYPES = [
+    ("steps", "10"), ("steps", 1.5), ("drop", "half"), ("batch_size", 2.5), ("fused", "no"),
+    ("blocks", "block_1"), ("overrides", Override("a")), ("rounding_weight", float("nan")),
+    ("overrides", ({"pattern": 3},)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG_TYPES)
+def test_values_of_the_wrong_type(field, value):
+    with pytest.raises(InputError, match=field):
+        preset("qdrop", **{field: value})
+
+
+def test_names_of_the_public_api():
+    assert aq.recipes is recipes
+    assert isinstance(aq.recipes.aquant(weight_bits=2, act_bits=2), aq.Recipe)
