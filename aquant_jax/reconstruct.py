@@ -191,7 +191,8 @@ def _step(unit, recipe, optimizer, fixed, data, key, carry, step_and_index):
     params, state = carry
     grids, tensors, static = fixed
     mixing, dropping = jax.random.split(jax.random.fold_in(key, step))
-    settled = step >= recipe.steps * (1.0 - recipe.settle) if recipe.settle > 0 else False
+    begin = int(np.ceil(recipe.steps * (1.0 - recipe.settle)))
+    settled = step >= begin if recipe.settle > 0 else False
     live = _mix(unit, recipe, data, index, mixing, settled)
     side = [leaf[index] for leaf in data.side]
     dtypes = [unit.avals[i].dtype for i in unit.program.outputs]
