@@ -134,15 +134,19 @@ def _merge(graph, weighted, cuts, keys) -> list[int]:
 
 
 def _blocks(graph, live, weighted, cuts, per_layer) -> list[Block]:
-    outputs = tuple(out for out in graph.outputs if isinstance(out, int))
+    made = {out: index for index, op in enumerate(graph.ops) for out in op.outputs}
+    ids = dict.fromkeys(out for out in graph.outputs if isinstance(out, int))
+    outputs = tuple(out for out in ids if out in graph.live)
     bounds = [-1, *cuts, len(graph.ops) - 1]
     blocks, start = [], ()
     for low, high in itertools.pairwise(bounds):
         inside = [graph.ops[i] for i in weighted if low < i <= high]
         last = high == bounds[-1]
-        end = outputs if last else live[high]
+        # Finished outputs are handed on to the last block, whose end is the network's output.
+        done = (out for out in outputs if made[out] <= high and out not in live[high])
+        end = (*live[high], *done)
         layers = tuple(op.layer.path for op in inside)
-        targets = end
+        targets = tuple(value for value in end if value not in start) or end
         if per_layer and not last:
             targets = _layer_target(graph, inside[-1], end)
         blocks.append(Block(_common(layers), layers, start, end, targets))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class Cache(NamedTuple):
     values: jax.Array
     scale: jax.Array
 
-    def take(self, index: jax.Array, dtype) -> jax.Array:
+    def take(self, index: Any, dtype) -> jax.Array:
         """The samples at `index`, in `dtype`."""
         values = self.values[index]
         if self.values.dtype != jnp.float16:
@@ -32,7 +32,7 @@ class Cache(NamedTuple):
         return (values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
-def store(batches: Iterable[Sequence[jax.Array]], samples: int) -> tuple[Cache, ...]:
+def store(batches: Iterable[Sequence[Any]], samples: int) -> tuple[Cache, ...]:
     """Caches of the values that come in `batches` of samples, first axis first.
 
     The last batch may run over; what is beyond `samples` is dropped.

@@ -18,6 +18,9 @@ def check_variables(variables) -> None:
     leaves = jax.tree.leaves(variables)
     if not leaves:
         raise InputError("variables is an empty pytree; the weights must be passed in it")
+    for name, leaf in zip(path_names(variables), leaves, strict=True):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex):
+            raise InputError(f"variables/{name} is {leaf!r}, which is no array")
     _check_finite("variables", variables)
 
 
@@ -56,6 +59,16 @@ def _check_finite(what: str, tree) -> None:
         if bad:
             path = f"{what}/{name}" if name else what
             raise InputError(f"{path} has {bad} of {np.size(leaf)} values that are NaN or infinite")
+
+
+def check_outputs(graph, batch: int) -> None:
+    """InputError when an output that is to be reconstructed has no sample axis in front."""
+    for value in (out for out in graph.outputs if isinstance(out, int)):
+        if value in graph.live and graph.avals[value].shape[:1] != (batch,):
+            raise InputError(
+                f"an output has shape {graph.avals[value].shape} for {batch} samples; outputs must "
+                "have the samples on the first axis"
+            )
 
 
 def cache_bytes(graph, blocks, samples: int) -> int:

@@ -145,7 +145,7 @@ def _follow(step, operand, slope, offset, value):
 def _vector(layer, operand, values, channels) -> np.ndarray:
     """A per-channel operand as an array of the channels' shape."""
     if not isinstance(operand, int):
-        return np.float64(operand.val)
+        return np.asarray(operand.val, np.float64)
     array = np.asarray(values[operand], np.float64)
     if array.ndim == 0:
         return array

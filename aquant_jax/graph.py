@@ -43,7 +43,7 @@ class Op(NamedTuple):
       call: the equation as a function of its operands, with its own gradient rules.
       inputs: value ids, or literals.
       outputs: value ids. A weighted op that `fold` rewrote has those of the chain it absorbed.
-      layer: set on weighted ops.
+      layer: a `Layer` on weighted ops, else None.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Op(NamedTuple):
     call: Callable[..., list[Any]]
     inputs: tuple[Any, ...]
     outputs: tuple[int, ...]
-    layer: Layer | None = None
+    layer: Any = None
 
     @property
     def reads(self) -> tuple[int, ...]:

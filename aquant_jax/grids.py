@@ -72,7 +72,7 @@ def deploy(unit: Unit, grids: Sequence[Grids], alphas, coefficients) -> tuple[La
     layers = []
     for i, (op, spec) in enumerate(zip(unit.program.weighted, unit.specs, strict=True)):
         grid = grids[i]
-        if grid.scale is None:
+        if grid.scale is None or grid.zero_point is None or spec.weight_bits is None:
             nothing = jnp.zeros(0, jnp.float32)
             layers.append(LayerState(grid.weight, nothing, nothing, grid.bias, coefficients[i]))
             continue

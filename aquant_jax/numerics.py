@@ -85,7 +85,7 @@ def quantize(
     return clip_codes(ste_ceil(u - border) + zero_point, bits)
 
 
-def dequantize(codes: jax.Array, step_size: ArrayLike, zero_point: ArrayLike) -> jax.Array:
+def dequantize(codes: jax.Array, step_size: jax.Array, zero_point: jax.Array) -> jax.Array:
     """``s * (q - z)``, the real values that the codes stand for."""
     return step_size * (codes - zero_point)
 

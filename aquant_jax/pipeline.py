@@ -56,6 +56,7 @@ def prepare(apply: Callable, variables, calibration, recipe: Recipe) -> Network:
         lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype), calibration
     )
     unfolded = trace(apply, variables, shapes)
+    checks.check_outputs(unfolded, batch)
     graph = fold(unfolded)
     blocks = partition(graph, recipe.unit, recipe.blocks)
     specs = layer_specs(graph, recipe)
@@ -229,20 +230,25 @@ class _Run:
         static = self._static(unit)
         for start in range(0, samples, self.net.batch):
             index = np.arange(start, start + self.net.batch, dtype=np.int32) % self.net.samples
-            yield function(weights, tensors, live, side, static, index)
+            yield function(index, weights, tensors, live, side, static)
 
     def _error(self, unit, layers, targets) -> float:
         """Loss of the deployed unit on the calibration set."""
         tensors = [self.tensors[t.key] for t in unit.tensors]
         weights = deployed_weights(unit, layers)
-        function = self.compiler.get(
-            ("error", unit.key, self.recipe.loss_power),
-            lambda: lambda index, targets, *args: output_loss(
-                self.recipe, unit, _take_and_run(unit, *args, index),
-                [t.take(index, unit.avals[i].dtype)
-                 for t, i in zip(targets, unit.program.outputs, strict=True)],
-            ),
-        )  # fmt: skip
+
+        recipe = self.recipe  # a shared compiler must not keep this run and its caches alive
+
+        def build():
+            def error(index, targets, *args):
+                dtypes = [unit.avals[i].dtype for i in unit.program.outputs]
+                wanted = [t.take(index, d) for t, d in zip(targets, dtypes, strict=True)]
+                outputs = _take_and_run(unit, index, *args)
+                return output_loss(recipe, unit, outputs, wanted)
+
+            return error
+
+        function = self.compiler.get(("error", unit.key, self.recipe.loss_power), build)
         side = tuple(self.inputs[i] for i in unit.program.side)
         losses = []
         for start in range(0, self.net.samples - self.net.batch + 1, self.net.batch):
@@ -272,7 +278,7 @@ class _Run:
         )  # fmt: skip
 
 
-def _take_and_run(unit, weights, tensors, live, side, static, index):
+def _take_and_run(unit, index, weights, tensors, live, side, static):
     values = [
         cache.take(index, unit.avals[i].dtype)
         for cache, i in zip(live, unit.program.live, strict=True)

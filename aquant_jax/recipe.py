@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,6 +105,9 @@ class Recipe:
 
     def __post_init__(self):
         # Lists come from config files and JSON; the recipe must stay hashable.
+        for name in ("blocks", "overrides"):
+            if not isinstance(getattr(self, name), list | tuple):
+                raise InputError(f"{name} is {getattr(self, name)!r}; it must be a list or tuple")
         object.__setattr__(self, "blocks", tuple(self.blocks))
         items = (o if isinstance(o, Override) else _override(o) for o in self.overrides)
         object.__setattr__(self, "overrides", tuple(items))
@@ -190,6 +194,7 @@ def _known_fields(fields):
 
 def _check(recipe: Recipe):
     _check_bits(recipe)
+    _check_types(recipe)
     for name in ("step_schedule", "border_schedule"):
         _one_of(recipe, name, ("constant", "cosine"))
     _one_of(recipe, "unit", ("block", "layer"))
@@ -216,6 +221,21 @@ def _check_bits(recipe: Recipe):
             continue
         if not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
             raise InputError(f"{name} is {value!r}; it must be a whole number of 2 to 8 bits")
+
+
+def _check_types(recipe: Recipe):
+    kinds = {"int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": str}
+    for field in dataclasses.fields(recipe):
+        value, kind = getattr(recipe, field.name), kinds.get(str(field.type))
+        if kind is None:
+            continue
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise InputError(f"{field.name} is {value!r}; it must be of type {field.type}")
+        if value != value:
+            raise InputError(f"{field.name} is {value}")
+    for pattern in (*recipe.blocks, *(o.pattern for o in recipe.overrides)):
+        if not isinstance(pattern, str):
+            raise InputError(f"blocks and overrides: {pattern!r} is no regular expression")
 
 
 def _one_of(recipe, name, known):

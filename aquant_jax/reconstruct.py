@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,7 @@ def _optimizer(unit: Unit, recipe: Recipe) -> optax.GradientTransformation:
         return {**updates, "border": jax.tree.map(jnp.multiply, updates["border"], factors)}
 
     border_rate = schedule(recipe.border_lr, recipe.border_schedule, recipe.border_warmup)
-    parts = {
+    parts: dict[Hashable, optax.GradientTransformation] = {
         "alpha": optax.adam(recipe.weight_lr),
         "step": optax.adam(schedule(recipe.step_lr, recipe.step_schedule)),
         "border": optax.adam(border_rate),
@@ -214,13 +214,13 @@ def _step(unit, recipe, optimizer, fixed, data, key, carry, step_and_index):
 
     (_, loss), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
     updates, state = optimizer.update(gradients, state, params)
-    params = optax.apply_updates(params, updates)
+    stepped: Any = optax.apply_updates(params, updates)
     floors = [
         None if s is None else t.step_size * MIN_STEP_SHRINK
-        for s, t in zip(params["step"], tensors, strict=True)
+        for s, t in zip(stepped["step"], tensors, strict=True)
     ]
-    params["step"] = jax.tree.map(jnp.maximum, params["step"], floors)
-    return (params, state), loss
+    stepped["step"] = jax.tree.map(jnp.maximum, stepped["step"], floors)
+    return (stepped, state), loss
 
 
 def _mix(unit, recipe, data, index, key, settled):

@@ -1,5 +1,7 @@
 """Small networks that several test files quantize, with weights that are not all alike."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +80,7 @@ def mlp(seed=0, sizes=(6, 8, 8, 4)):
     rng = rng_of(seed)
     variables = [
         {"w": normal(rng, a, b) * np.float32(a**-0.5), "b": normal(rng, b)}
-        for a, b in zip(sizes, sizes[1:], strict=False)
+        for a, b in itertools.pairwise(sizes)
     ]
 
     def apply(variables, x):

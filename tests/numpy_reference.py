@@ -1,4 +1,4 @@
-"""What the library computes, written again with plain numpy from docs/design.md; imports no part of it.
+"""What the library computes, in plain numpy from docs/design.md, without importing it.
 
 Everything runs in the dtype of its arguments: float32 for codes, float64 for finite differences.
 """
@@ -118,7 +118,9 @@ def quantized_conv(
     codes = quantizer.codes(u - border, zero, bits)
     values = step * (codes - zero)
     if keep is not None:
-        values = np.where(im2col(keep, weight.shape[:2], strides, padding, dilation), values, columns)
+        values = np.where(
+            im2col(keep, weight.shape[:2], strides, padding, dilation), values, columns
+        )
     return product(values, weight, groups) + bias, codes
 
 
@@ -151,7 +153,14 @@ def residual_block(x, weights, biases, grids, bits, coefficients, fused, quantiz
     """
     options = {"fused": fused, "padding": ((1, 1), (1, 1))}
     y, _ = quantized_conv(
-        x, weights[0], biases[0], *grids[0], bits, coefficients[0], quantizer=quantizers[0], **options
+        x,
+        weights[0],
+        biases[0],
+        *grids[0],
+        bits,
+        coefficients[0],
+        quantizer=quantizers[0],
+        **options,
     )
     y, _ = quantized_conv(
         relu(y), weights[1], biases[1], *grids[1], bits, coefficients[1], quantizer=quantizers[1],

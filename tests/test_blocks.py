@@ -153,7 +153,7 @@ class TestOverride:
         net = prepare(*residual_net(blocks=2), blocks=(r"^(?:block_2|head)", "stem|block_1"))
         assert [len(b) for b in layers(net)] == [1, 2, 2, 1]
         net = prepare(*residual_net(blocks=2), blocks=(r"^(?=block_2|head)",))
-        assert [b[0] for b in layers(net)] == ["stem/kernel", "block_1/conv1/kernel", "block_2/conv1/kernel"]
+        assert [len(b) for b in layers(net)] == [1, 2, 3]
 
     def test_a_regex_that_matches_nothing_is_an_error(self):
         with pytest.raises(InputError, match=r"blocks: 'layer9' matches none of .*stem/kernel"):
@@ -162,6 +162,13 @@ class TestOverride:
     def test_a_bad_regex_is_an_error(self):
         with pytest.raises(InputError, match=r"blocks: 'block_\(' is not a regular expression"):
             prepare(*residual_net(), blocks=("block_(",))
+
+
+EARLY = {
+    "stem": normal(rng_of(0), 3, 3, 3, 4), "a": normal(rng_of(1), 3, 3, 4, 4),
+    "b": normal(rng_of(2), 3, 3, 4, 4), "aux": normal(rng_of(3), 4, 2),
+    "head": normal(rng_of(4), 4, 5),
+}  # fmt: skip
 
 
 class TestSeveralOutputs:
@@ -181,16 +188,10 @@ class TestSeveralOutputs:
         y = jax.nn.relu(conv(h, v["a"]) + h)
         return aux, jnp.mean(y, (1, 2)) @ v["head"]
 
-    variables = {
-        "stem": normal(rng_of(0), 3, 3, 3, 4), "a": normal(rng_of(1), 3, 3, 4, 4),
-        "b": normal(rng_of(2), 3, 3, 4, 4), "aux": normal(rng_of(3), 4, 2),
-        "head": normal(rng_of(4), 4, 5),
-    }  # fmt: skip
-
     @pytest.mark.parametrize("unit", ["block", "layer"])
     @pytest.mark.parametrize("name", ["features", "auxiliary"])
     def test_every_layer_is_in_one_block(self, name, unit):
-        net = prepare(getattr(self, name), self.variables, unit=unit)
+        net = prepare(getattr(self, name), EARLY, unit=unit)
         assert unit_layers(net) == layers(net)
         every = [path for block in layers(net) for path in block]
         assert sorted(every) == sorted(layer.path for layer in net.graph.layers)
@@ -200,9 +201,9 @@ class TestSeveralOutputs:
     def test_it_is_quantized(self, name, unit):
         apply = getattr(self, name)
         recipe = aq.recipes.nearest(8, 8, batch_size=8, unit=unit)
-        quantized = aq.quantize(apply, self.variables, X, recipe, progress=False)
+        quantized = aq.quantize(apply, EARLY, X, recipe, progress=False)
         for found, expected in zip(
-            jax.tree.leaves(quantized(X)), jax.tree.leaves(apply(self.variables, X)), strict=True
+            jax.tree.leaves(quantized(X)), jax.tree.leaves(apply(EARLY, X)), strict=True
         ):
             assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
@@ -220,13 +221,17 @@ def test_outputs_that_no_weight_touches_are_handed_through():
     np.testing.assert_allclose(found[4], X.sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
 
 
-def test_pooling_belongs_to_the_block_that_follows():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pooling_belongs_to_the_block_that_follows(stride):
+    """Even where it keeps the shape: what is quantized is the tensor before it."""
+
     def apply(v, x):
         h = jax.nn.relu(conv(x, v["a"]))
-        h = lax.reduce_window(h, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        h = lax.reduce_window(h, -jnp.inf, lax.max, (1, 2, 2, 1), (1, stride, stride, 1), "SAME")
         return conv(h, v["b"])
 
     variables = {"a": normal(rng_of(0), 3, 3, 3, 4), "b": normal(rng_of(1), 3, 3, 4, 4)}
     net = prepare(apply, variables)
     (value,) = net.blocks[0].end
     assert net.graph.avals[value].shape == (8, 6, 6, 4)
+    assert net.graph.producers()[value].name != "reduce_window_max"

@@ -76,8 +76,8 @@ class TestContract:
                 np.testing.assert_array_equal(quantize(u, 2.0, 3, bound), quantize(u, 2.0, 3))
 
     def test_jit_and_vmap_agree_with_eager(self, name, fused, phi):
-        us = columns(2, 9)
-        coefficients = moved(start(name, phi, 9), 3)
+        us = columns(2, 4)
+        coefficients = moved(start(name, phi, 4), 3)
 
         def run(us, coefficients):
             return jnp.stack(borders.borders(name, phi, fused, wide(coefficients, us), us))
@@ -88,7 +88,7 @@ class TestContract:
         np.testing.assert_allclose(mapped, eager, atol=1e-6)
 
     def test_gradients_are_finite_and_reach_every_coefficient(self, name, fused, phi):
-        us, coefficients = columns(4, 9), moved(start(name, phi, 9), 5)
+        us, coefficients = columns(4, 4), moved(start(name, phi, 4), 5)
 
         def total(coefficients, us):
             found = borders.borders(name, phi, fused, wide(coefficients, us), us)

@@ -10,6 +10,7 @@ from nets import normal, rng_of
 from aquant_jax import border as borders
 from aquant_jax import columns
 from aquant_jax.numerics import TensorState
+from aquant_jax.window import Window
 
 
 class Case(NamedTuple):
@@ -28,9 +29,7 @@ class Case(NamedTuple):
     zero: float
 
     def window(self):
-        sizes = zip(self.spatial, self.kernel, self.dilation, self.strides, strict=True)
-        out = tuple((n - (k - 1) * d - 1) // s + 1 for n, k, d, s in sizes)
-        return columns.Window(self.kernel, self.strides, self.dilation, out)
+        return Window(2, self.spatial, self.kernel, self.strides, self.dilation)
 
     def rounding(self):
         return columns.Rounding(3, self.border, self.phi, self.fused)
@@ -38,9 +37,7 @@ class Case(NamedTuple):
     def arguments(self, seed, masked):
         rng, taps = rng_of(seed), int(np.prod(self.kernel))
         x = normal(rng, 2, *self.spatial, self.channels)
-        start = borders.get(self.border).init(
-            (taps, self.channels), borders.get_phi(self.phi).half
-        )
+        start = borders.get(self.border).init((taps, self.channels), borders.get_phi(self.phi).half)
         coefficients = {k: c + 0.1 * normal(rng, *c.shape) for k, c in start.items()}
         inner, outer = self.channels // self.groups, self.outputs // self.groups
         kernel = normal(rng, taps, self.groups, inner, outer)
@@ -57,7 +54,9 @@ CASES = {
         (3, 2), (2, 3), (2, 1), 2, 4, 6, (11, 9), "linear", "identity", True, 2
     ),
     "depthwise": Case((2, 2), (1, 1), (1, 1), 4, 4, 8, (6, 6), "quadratic", "clamp_ste", True, 3),
-    "depthwise, each tap": Case((2, 3), (2, 1), (1, 1), 3, 3, 3, (7, 6), "linear", "clamp", False, 1),
+    "depthwise each tap": Case(
+        (2, 3), (2, 1), (1, 1), 3, 3, 3, (7, 6), "linear", "clamp", False, 1
+    ),
     "1-D": Case((5,), (1,), (2,), 4, 4, 4, (20,), "constant", "sigmoid", True, 0),
     "1-D strided": Case((3,), (2,), (1,), 1, 4, 5, (11,), "quadratic", "identity", False, 4),
     "1x1": Case((1, 1), (2, 2), (1, 1), 1, 3, 4, (5, 6), "quadratic", "clamp", True, 1),
@@ -107,7 +106,9 @@ def assert_gradients(case, masked):
     value, found = pulled(columns.convolve, case, arguments, dy)
     expected_value, expected = pulled(columns.convolve_reference, case, arguments, dy)
     assert_close(value, expected_value, 1e-6)
-    pairs = zip(jax.tree.leaves(drop_zero(found)), jax.tree.leaves(drop_zero(expected)), strict=True)
+    pairs = zip(
+        jax.tree.leaves(drop_zero(found)), jax.tree.leaves(drop_zero(expected)), strict=True
+    )
     for gradient, definition in pairs:
         assert_close(gradient, definition, 2e-5)
         assert np.abs(gradient).max() > 0
@@ -130,7 +131,7 @@ def test_gradients_without_a_mask():
 def test_taps_are_those_of_im2col(case):
     x = case.arguments(3, False)[0]
     window = case.window()
-    cropped = np.stack([window.crop(tap, x.shape) for tap in window.taps(x)], -2)
+    cropped = np.stack([window.crop(tap) for tap in window.taps(window.flatten(x))], -2)
     expected = reference.im2col(*flat_case(case, x)[:2], **flat_case(case, x)[2])
     np.testing.assert_array_equal(cropped, expected.reshape(cropped.shape))
 

@@ -48,7 +48,9 @@ def test_batch_norm_goes_into_weight_and_bias():
     folded = folded_weights(trace(lambda v, x: conv_bn(x, v), stem, X), stem)["kernel"]
     slope = stem["scale"] / np.sqrt(stem["var"] + 1e-5)
     np.testing.assert_allclose(folded.weight, stem["kernel"] * slope, rtol=1e-5)
-    np.testing.assert_allclose(folded.bias, stem["bias"] - stem["mean"] * slope, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        folded.bias, stem["bias"] - stem["mean"] * slope, rtol=1e-5, atol=1e-6
+    )
 
 
 CHAINS = {
@@ -162,7 +164,5 @@ def test_half_precision_weights_fold_in_single_precision():
 
 def test_batch_of_one_folds_like_any_other():
     apply, variables = residual_net()
-    names = [
-        [op.name for op in fold(trace(apply, variables, X[:batch])).ops] for batch in (1, 8)
-    ]
+    names = [[op.name for op in fold(trace(apply, variables, X[:batch])).ops] for batch in (1, 8)]
     assert names[0] == names[1]

@@ -6,7 +6,6 @@ import pytest
 from nets import conv, normal, rng_of
 
 from aquant_jax import border as borders
-from aquant_jax.trace import trace
 from aquant_jax.layer import (
     LayerSpec,
     LayerState,
@@ -18,6 +17,8 @@ from aquant_jax.layer import (
     run_layer,
 )
 from aquant_jax.numerics import TensorState
+from aquant_jax.rounding import init_alpha, soft_codes
+from aquant_jax.trace import trace
 
 GRID = TensorState(jnp.float32(0.3), jnp.float32(2.0))
 BITS = 3
@@ -79,9 +80,7 @@ def test_nearest_convolution_is_that_of_the_numpy_reference(options):
     expected, _ = reference.quantized_conv(
         x, kernel, bias, np.float32(0.3), 2, BITS, None, **options
     )
-    np.testing.assert_allclose(
-        run_layer(op, spec, x, kernel, bias, GRID, {}), expected, atol=2e-5
-    )
+    np.testing.assert_allclose(run_layer(op, spec, x, kernel, bias, GRID, {}), expected, atol=2e-5)
     u = x * (np.float32(1) / np.float32(0.3))
     codes = np.clip(np.ceil(u - np.float32(0.5)) + 2, 0, 7)
     np.testing.assert_array_equal(input_codes(op, spec, x, GRID, {}), codes)
@@ -93,7 +92,7 @@ def test_nearest_convolution_is_that_of_the_numpy_reference(options):
 def test_border_of_one_half_gives_the_codes_of_nearest(size, fused, name):
     """Ties included: the input is made of multiples of half a step."""
     options = {"padding": ((size // 2, size // 2),) * 2}
-    op, x, kernel = convolution(options, size)
+    op, x, _ = convolution(options, size)
     x = np.round(4 * x).astype(np.float32) / 4
     half = TensorState(jnp.float32(0.5), jnp.float32(2.0))
     start = coefficients_of(op, x.shape, name, size=0.0)
@@ -104,8 +103,9 @@ def test_border_of_one_half_gives_the_codes_of_nearest(size, fused, name):
         np.testing.assert_array_equal(found, nearest)
     else:
         # Padding has the code of zero.
-        shifted = reference.im2col(nearest.astype(int) - 2, (size, size), padding=options["padding"])
-        np.testing.assert_array_equal(np.moveaxis(found, 0, 3), shifted + 2)
+        shifted = nearest.astype(int) - 2
+        columns = reference.im2col(shifted, (size, size), padding=options["padding"])
+        np.testing.assert_array_equal(np.moveaxis(found, 0, 3), columns + 2)
 
 
 def test_one_dimensional_convolution_equals_the_two_dimensional_one():
@@ -228,7 +228,7 @@ class TestGradients:
     @pytest.mark.parametrize("options", [CONVOLUTIONS["strided"], CONVOLUTIONS["grouped"]])
     def test_of_step_size_and_border(self, options, phi, fused):
         op, x, kernel = convolution(options)
-        spec, dy = spec_of(op, phi=phi, fused=fused), None
+        spec = spec_of(op, phi=phi, fused=fused)
         coefficients = coefficients_of(op, x.shape, "quadratic")
         exact = jax.tree.map(np.float64, coefficients)
         frozen = reference.Frozen()
@@ -244,7 +244,8 @@ class TestGradients:
 
         def loss(step, coefficients):
             grid = GRID._replace(step_size=step)
-            return jnp.sum(dy * run_layer(op, spec, x, kernel, np.zeros(4, "f"), grid, coefficients))
+            y = run_layer(op, spec, x, kernel, np.zeros(4, "f"), grid, coefficients)
+            return jnp.sum(dy * y)
 
         dstep, found = jax.jit(jax.grad(loss, argnums=(0, 1)))(GRID.step_size, coefficients)
         expected = reference.numerical_gradient(
@@ -259,8 +260,6 @@ class TestGradients:
             np.testing.assert_allclose(found[name], numeric, atol=2e-4 * np.abs(numeric).max())
 
     def test_of_alpha(self):
-        from aquant_jax.rounding import init_alpha, soft_codes
-
         weight, scale, zero = normal(rng_of(15), 6, 8), np.float32(0.4), np.float32(3.0)
         alpha = np.asarray(init_alpha(weight / scale)) + 0.3 * normal(rng_of(16), 6, 8)
         dy = normal(rng_of(17), 6, 8)

@@ -50,6 +50,8 @@ def test_ties_round_down():
     u = np.array([-1.5, -0.5, 0.5, 1.5, 2.5], np.float32)
     np.testing.assert_array_equal(quantize(u, 2.0, 4), [0, 1, 2, 3, 4])
     np.testing.assert_array_equal(quantize(u + np.float32(2**-20), 2.0, 4), [1, 2, 3, 4, 5])
+    # The zero point is added after the ceil: it would swallow the small difference.
+    np.testing.assert_array_equal(quantize(u[2:3] + np.float32(2**-20), 200.0, 8), [201])
 
 
 def test_jit_gives_numpys_codes_on_dyadic_inputs():

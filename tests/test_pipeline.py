@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference as reference
 import pytest
-from nets import images, normal, relative_error, small_net, rng_of
+from nets import images, normal, relative_error, rng_of, small_net
 
 import aquant_jax as aq
+from aquant_jax import border
 from aquant_jax.layer import input_codes
 
 pytestmark = pytest.mark.user_model
@@ -40,11 +41,11 @@ class TestAquantIsQdropAtOneHalf:
 
     def test_the_border_stayed_at_one_half(self, pair):
         for spec in pair[1].specs:
-            border = pair[1].layers[spec.path].border
-            assert (border == {}) == (spec.tensor is None)
-            if border:
-                np.testing.assert_array_equal(border["b0"], 0.5)
-                assert max(np.abs(border[name]).max() for name in ("b1", "b2")) < 1e-25
+            own = pair[1].layers[spec.path].border
+            assert (own == {}) == (spec.tensor is None)
+            if own:
+                np.testing.assert_array_equal(own["b0"], 0.5)
+                assert max(np.abs(own[name]).max() for name in ("b1", "b2")) < 1e-25
 
     def test_weight_codes_are_equal_and_were_learned(self, pair):
         qdrop, aquant = ({e.path: e for e in q.summary()} for q in pair)
@@ -155,6 +156,7 @@ def test_keep_float_leaves_a_layer_alone():
 
 def test_activations_are_quantized_where_they_are_consumed():
     """At 2 bits an activation of the deployed network has at most four values."""
+
     def apply(v, x):
         h = jax.nn.relu(x @ v["a"])
         return h @ v["b"]
@@ -192,8 +194,6 @@ def test_layer_units():
 
 
 def test_other_border_functions_go_through():
-    from aquant_jax import border
-
     def init(shape, half):
         return {"a": jnp.full(shape, half, jnp.float32), "b": jnp.zeros(shape, jnp.float32)}
 

@@ -53,7 +53,8 @@ def test_reads_are_intercepted_except_by_views():
         return value + 1.0
 
     x = np.ones((2, 3), np.float32)
-    (y,) = run(program, (), [x], [None] * len(program.static), lambda op, x: jnp.zeros((2, 4)), read)
+    weighted = lambda op, x: jnp.zeros((2, 4))  # noqa: E731
+    (y,) = run(program, (), [x], [None] * len(program.static), weighted, read)
     assert seen == ["reshape", "sin"]
     np.testing.assert_allclose(y, np.full((2, 2, 2), np.sin(1.0) + 1.0 + 1.0), rtol=1e-6)
 

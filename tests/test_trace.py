@@ -168,7 +168,8 @@ def loop(v, x):
 
 
 def until(v, x):
-    return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, conv(c[1], v["a"][0])), (0, x))[1]
+    step = lambda c: (c[0] + 1, conv(c[1], v["a"][0]))  # noqa: E731
+    return lax.while_loop(lambda c: c[0] < 3, step, (0, x))[1]
 
 
 def branch(v, x):

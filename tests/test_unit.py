@@ -84,9 +84,7 @@ def test_a_residual_block_is_that_of_the_numpy_reference(case):
     single = [np.float32(w) for w in numpy_weights(grids, alphas)]
     biases = [np.asarray(g.bias) for g in grids]
     live = [reference.Live] * 3
-    expected = reference.residual_block(
-        x, single, biases, GRIDS, BITS, coefficients, fused, live
-    )
+    expected = reference.residual_block(x, single, biases, GRIDS, BITS, coefficients, fused, live)
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     # The skip sees the tensor rounded to nearest, and not the float one.
     floating = run(unit, grids, soft(unit, grids, alphas), None, coefficients, x)
@@ -124,13 +122,15 @@ def test_gradients_of_a_residual_block_are_those_of_the_frozen_surrogate(case):
     surrogate(point, exact, exact_alphas)  # freezes
     for i in range(2):
         numeric = reference.numerical_gradient(
-            lambda s, i=i: surrogate([*point[:i], s, *point[i + 1 :]], exact, exact_alphas), point[i]
+            lambda s, i=i: surrogate([*point[:i], s, *point[i + 1 :]], exact, exact_alphas),
+            point[i],
         )
         np.testing.assert_allclose(dsteps[i], numeric, rtol=2e-3)
         for name in exact[i]:
             numeric = some_differences(
                 lambda c, i=i, name=name: surrogate(
-                    point, [{**e, name: c} if j == i else e for j, e in enumerate(exact)],
+                    point,
+                    [{**e, name: c} if j == i else e for j, e in enumerate(exact)],
                     exact_alphas,
                 ),
                 exact[i][name],
@@ -229,7 +229,7 @@ class TestDrop:
         assert mask.dtype == bool
         assert float(jnp.mean(mask.astype(jnp.float32))) == pytest.approx(probability, abs=0.02)
         other = random_keep(jax.random.key(1), probability, (50, 41, 7))
-        assert 0.1 < float(jnp.mean((mask != other).astype(jnp.float32)))
+        assert float(jnp.mean((mask != other).astype(jnp.float32))) > 0.1
         # Every sample has a mask of its own: no place is always kept or dropped.
         along = jnp.mean(mask.astype(jnp.float32), axis=0)
         assert float(jnp.abs(along - probability).max()) < 0.35
@@ -244,7 +244,7 @@ def specs_of(recipe, net=None, x=None):
 class TestBits:
     def test_first_and_last_layers_have_eight_bits(self):
         specs = specs_of(aq.recipes.qdrop(2, 3))
-        bits = {path: (s.weight_bits, s.act_bits if s.tensor else None) for path, s in specs.items()}
+        bits = {p: (s.weight_bits, s.act_bits if s.tensor else None) for p, s in specs.items()}
         assert bits.pop("stem/kernel") == (8, None)  # its input is left float
         assert bits.pop("head/kernel") == (8, 8)
         assert set(bits.values()) == {(2, 3)}
@@ -275,7 +275,8 @@ class TestBits:
         specs = specs_of(aq.recipes.qdrop(2, 3, overrides=overrides))
         assert specs["block_1/conv2/kernel"].weight_bits == 5
         assert specs["block_1/conv2/kernel"].act_bits == 6
-        assert (specs["block_2/conv1/kernel"].weight_bits, specs["block_2/conv1/kernel"].act_bits) == (7, 6)
+        last = specs["block_2/conv1/kernel"]
+        assert (last.weight_bits, last.act_bits) == (7, 6)
         assert specs["head/kernel"].weight_bits is None
         assert specs["head/kernel"].tensor is None
 

@@ -6,8 +6,10 @@ state, batches and random masks from outside and returns the loss of every step.
 
 import math
 
-import torch
-import torch.nn.functional as F
+import pytest
+
+torch = pytest.importorskip("torch", reason="the twin is PyTorch (pip install aquant-jax[torch])")
+functional = torch.nn.functional
 
 
 class Round(torch.autograd.Function):
@@ -53,10 +55,10 @@ def block_output(x, layers, alphas, steps, masks, bits):
         for layer, alpha in zip(layers, alphas, strict=True)
     ]
     x = quantize_activation(x, steps[0], bits[0], masks[0])
-    y = F.relu(F.conv2d(x, weights[0], layers[0]["bias"], padding=1))
+    y = functional.relu(functional.conv2d(x, weights[0], layers[0]["bias"], padding=1))
     y = quantize_activation(y, steps[1], bits[1], masks[1])
-    y = F.conv2d(y, weights[1], layers[1]["bias"], padding=1)
-    return F.relu(y + x)
+    y = functional.conv2d(y, weights[1], layers[1]["bias"], padding=1)
+    return functional.relu(y + x)
 
 
 def rounding_loss(alphas, progress, options):

@@ -45,7 +45,10 @@ def inputs(name, seed):
         "bias": dyadic(rng, (4,), 8, 2),
         "weight_zero": rng.integers(0, 16, 4).astype(np.float32),
         "alpha": rng.normal(size=(*size, 4 // groups, 4)).astype(np.float32),
-        **{b: (rng.integers(0, 9, (taps, 4)) / scales[b]).astype(np.float32) for b in POWERS[border]},
+        **{
+            b: (rng.integers(0, 9, (taps, 4)) / scales[b]).astype(np.float32)
+            for b in POWERS[border]
+        },
     }
 
 

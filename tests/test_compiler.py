@@ -1,0 +1,45 @@
+import gc
+import weakref
+
+import jax.numpy as jnp
+import pytest
+from nets import images, small_net
+
+import aquant_jax as aq
+from aquant_jax import pipeline
+from aquant_jax.compiler import Compiler
+
+
+def test_a_function_is_built_once_a_key():
+    compiler, built = Compiler(), []
+
+    def build(factor):
+        built.append(factor)
+        return lambda x: factor * x
+
+    one = compiler.get("a", lambda: build(2.0))
+    assert compiler.get("a", lambda: build(5.0)) is one
+    assert float(one(jnp.float32(3.0))) == 6.0
+    assert float(compiler.get("b", lambda: build(5.0))(jnp.float32(3.0))) == 15.0
+    assert built == [2.0, 5.0]
+
+
+@pytest.mark.user_model
+def test_a_shared_compiler_keeps_no_run_alive(monkeypatch):
+    """Nor its cached activations, which can be gigabytes."""
+    runs = []
+
+    class Run(pipeline._Run):
+        """Remembered weakly."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            runs.append(weakref.ref(self))
+
+    monkeypatch.setattr(pipeline, "_Run", Run)
+    compiler = Compiler()
+    aq.quantize(*small_net(), images(0, 8, size=5), aq.recipes.nearest(batch_size=8),
+                progress=False, compiler=compiler)  # fmt: skip
+    gc.collect()
+    assert len(runs) == 1
+    assert runs[0]() is None

@@ -1,0 +1,26 @@
+import pytest
+from nets import images, residual_net
+
+import aquant_jax as aq
+
+pytestmark = pytest.mark.user_model
+X = images(0, 16, size=5)
+
+
+def test_layers_come_with_the_most_sensitive_first():
+    overrides = ({"pattern": "block_1/conv2", "weight_bits": 2, "act_bits": 2},
+                 {"pattern": "stem", "keep_float": True})  # fmt: skip
+    found = aq.sensitivity(*residual_net(), X, aq.recipes.qdrop(8, 8, overrides=overrides))
+    assert {entry.path for entry in found} == {
+        "stem/kernel", "block_1/conv1/kernel", "block_1/conv2/kernel", "head/kernel",
+    }  # fmt: skip
+    errors = [entry.error for entry in found]
+    assert errors == sorted(errors, reverse=True)
+    assert found[0].path == "block_1/conv2/kernel"
+    assert found[0].error > 20 * found[1].error
+    assert (found[-1].path, found[-1].error) == ("stem/kernel", pytest.approx(0.0, abs=1e-10))
+
+
+def test_bad_input_is_named():
+    with pytest.raises(aq.InputError, match="matches none"):
+        aq.sensitivity(*residual_net(), X, aq.recipes.qdrop(overrides=({"pattern": "no"},)))
