@@ -34,7 +34,12 @@ class Block(NamedTuple):
         return f"{self.name}: {', '.join(self.layers)}"
 
 
-def partition(graph: Graph, unit: str, patterns: Sequence[str] = ()) -> list[Block]:
+def partition(
+    graph: Graph,
+    unit: str,
+    patterns: Sequence[str] = (),
+    sampled: frozenset[int] | None = None,
+) -> list[Block]:
     """Split a folded graph.
 
     Args:
@@ -43,18 +48,24 @@ def partition(graph: Graph, unit: str, patterns: Sequence[str] = ()) -> list[Blo
         merges the layers of one repeated module (``blocks_3/...``); "layer" cuts after each layer.
       patterns: path regexes that replace the merging by module: consecutive units whose layers
         match the same text of the same regex become one.
+      sampled: the values whose first axis numbers the samples: only these can be cached, so only
+        there the network is cut. None means all.
 
     Raises:
       InputError: a pattern matches no layer, or is no regular expression.
     """
     weighted = [index for index, op in enumerate(graph.ops) if op.layer is not None]
     live = _live_after(graph)
-    if unit == "layer":
-        cuts = [_advance(graph, live, a, b) for a, b in itertools.pairwise(weighted)]
-    else:
-        cuts = [c for c in _single_cuts(graph, live, weighted) if c is not None]
+    allowed = [sampled is None or sampled.issuperset(values) for values in live]
+    if unit != "layer":
+        # Nor behind a view: its tensor would be quantized in the block that does not consume it.
+        views = {out for op in graph.ops if op.name in ALIASES for out in op.outputs}
+        single = [len(values) == 1 and not views.issuperset(values) for values in live]
+        allowed = [ok and one for ok, one in zip(allowed, single, strict=True)]
+    cuts = [c for c in _cuts(graph, live, weighted, allowed) if c is not None]
+    if unit != "layer":
         cuts = _merge(graph, weighted, cuts, _keys(graph, patterns))
-    return _blocks(graph, live, weighted, cuts, per_layer=unit == "layer")
+    return _blocks(graph, live, weighted, cuts, sampled, per_layer=unit == "layer")
 
 
 def _live_after(graph: Graph) -> list[tuple[int, ...]]:
@@ -73,13 +84,13 @@ def _live_after(graph: Graph) -> list[tuple[int, ...]]:
     return table
 
 
-def _single_cuts(graph, live, weighted):
+def _cuts(graph, live, weighted, allowed):
     for a, b in itertools.pairwise(weighted):
-        first = next((i for i in range(a, b) if len(live[i]) == 1), None)
-        yield None if first is None else _advance(graph, live, first, b)
+        first = next((i for i in range(a, b) if allowed[i]), None)
+        yield None if first is None else _advance(graph, live, allowed, first, b)
 
 
-def _advance(graph: Graph, live, first: int, stop: int) -> int:
+def _advance(graph: Graph, live, allowed, first: int, stop: int) -> int:
     """The last cut position that only activation functions separate from `first`."""
     best, shape = first, _shapes(graph, live[first])
     for index in range(first + 1, stop):
@@ -87,7 +98,7 @@ def _advance(graph: Graph, live, first: int, stop: int) -> int:
         ends = op.name in ALIASES or op.name.startswith(_REDUCTIONS)
         if ends and any(i in graph.live for i in op.reads):
             break
-        if len(live[index]) == len(live[best]) and _shapes(graph, live[index]) == shape:
+        if allowed[index] and _shapes(graph, live[index]) == shape:
             best = index
     return best
 
@@ -133,7 +144,7 @@ def _merge(graph, weighted, cuts, keys) -> list[int]:
     return [c for c in cuts if not any(low <= c < high for low, high in inside)]
 
 
-def _blocks(graph, live, weighted, cuts, per_layer) -> list[Block]:
+def _blocks(graph, live, weighted, cuts, sampled, per_layer) -> list[Block]:
     made = {out: index for index, op in enumerate(graph.ops) for out in op.outputs}
     ids = dict.fromkeys(out for out in graph.outputs if isinstance(out, int))
     outputs = tuple(out for out in ids if out in graph.live)
@@ -148,7 +159,8 @@ def _blocks(graph, live, weighted, cuts, per_layer) -> list[Block]:
         layers = tuple(op.layer.path for op in inside)
         targets = tuple(value for value in end if value not in start) or end
         if per_layer and not last:
-            targets = _layer_target(graph, inside[-1], end)
+            target = _layer_target(graph, inside[-1], end)
+            targets = target if sampled is None or sampled.issuperset(target) else targets
         blocks.append(Block(_common(layers), layers, start, end, targets))
         start = end
     return blocks

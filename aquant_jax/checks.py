@@ -61,13 +61,13 @@ def _check_finite(what: str, tree) -> None:
             raise InputError(f"{path} has {bad} of {np.size(leaf)} values that are NaN or infinite")
 
 
-def check_outputs(graph, batch: int) -> None:
+def check_outputs(graph, sampled: frozenset[int]) -> None:
     """InputError when an output that is to be reconstructed has no sample axis in front."""
     for value in (out for out in graph.outputs if isinstance(out, int)):
-        if value in graph.live and graph.avals[value].shape[:1] != (batch,):
+        if value in graph.live and value not in sampled:
             raise InputError(
-                f"an output has shape {graph.avals[value].shape} for {batch} samples; outputs must "
-                "have the samples on the first axis"
+                f"an output has shape {graph.avals[value].shape}; outputs must have the samples on "
+                "the first axis, and on no other"
             )
 
 

@@ -114,3 +114,18 @@ def path_names(tree) -> list[str]:
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     short = [name.removesuffix("/value") for name in names]
     return short if len(set(short)) == len(set(names)) else names
+
+
+def sample_first(graph: Graph, other: Graph, samples: int) -> frozenset[int]:
+    """The values whose first axis, and no other, numbers the samples.
+
+    Args:
+      graph: of `samples` samples.
+      other: the same function traced with one more.
+    """
+    found = set()
+    for value, aval in graph.avals.items():
+        shape, more = aval.shape, getattr(other.avals.get(value), "shape", ())
+        if shape[:1] == (samples,) and more == (samples + 1, *shape[1:]):
+            found.add(value)
+    return frozenset(found)

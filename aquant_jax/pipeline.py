@@ -16,7 +16,7 @@ from aquant_jax.blocks import Block, partition
 from aquant_jax.cache import Cache, store
 from aquant_jax.compiler import Compiler
 from aquant_jax.fold import fold, folded_weights
-from aquant_jax.graph import Graph
+from aquant_jax.graph import Graph, sample_first
 from aquant_jax.grids import Grids, deployed_weights, float_weights, make_grids, nearest_layers
 from aquant_jax.layer import LayerSpec, LayerState
 from aquant_jax.numerics import TensorState
@@ -52,16 +52,22 @@ def prepare(apply: Callable, variables, calibration, recipe: Recipe) -> Network:
     samples = checks.check_calibration(calibration, recipe)
     checks.check_variables(variables)
     batch = min(recipe.batch_size, samples)
-    shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype), calibration
+    unfolded, other = (
+        trace(apply, variables, _shapes(calibration, count)) for count in (batch, batch + 1)
     )
-    unfolded = trace(apply, variables, shapes)
-    checks.check_outputs(unfolded, batch)
+    sampled = sample_first(unfolded, other, batch)
+    checks.check_outputs(unfolded, sampled)
     graph = fold(unfolded)
-    blocks = partition(graph, recipe.unit, recipe.blocks)
+    blocks = partition(graph, recipe.unit, recipe.blocks, sampled)
     specs = layer_specs(graph, recipe)
     folded = folded_weights(unfolded, variables)
     return Network(graph, variables, folded, specs, blocks, recipe, samples, batch)
+
+
+def _shapes(calibration, samples: int):
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), a.dtype), calibration
+    )
 
 
 def quantize(
@@ -207,10 +213,14 @@ class _Run:
         seer = make_unit(net.graph, net.specs, live, wanted)
         own = [weights[[s.path for s in units[0].specs].index(s.path)] for s in seer.specs]
         count = min(self.recipe.init_samples, self.net.samples)
-        caches = self._forward(seer, own, None, self.floating, count)
+        batches = list(self._batches(seer, own, None, self.floating, count))
         fresh = {
-            key: tensor_state(np.asarray(cache.take(np.arange(count), np.float32)), bits)
-            for (key, (_, bits)), cache in zip(unseen.items(), caches, strict=True)
+            key: tensor_state(
+                np.concatenate([np.ravel(values).astype(np.float32) for values in seen]), bits
+            )
+            for (key, (_, bits)), seen in zip(
+                unseen.items(), zip(*batches, strict=True), strict=True
+            )
         }
         self.tensors.update(fresh)
         return fresh

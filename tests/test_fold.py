@@ -142,7 +142,11 @@ def test_projection_to_heads_has_two_channel_axes():
     x = normal(rng_of(2), 8, 5, 6)
     variables = {"w": normal(rng_of(3), 6, 2, 4), "b": normal(rng_of(4), 1, 1, 2, 4)}
     straight = lambda v, x: jnp.einsum("btd,dhk->bthk", x, v["w"]) * v["b"] + v["b"]  # noqa: E731
-    turned = lambda v, x: jnp.einsum("dhk,btd->hkbt", v["w"], x) * v["b"].reshape(2, 4, 1, 1)  # noqa: E731
+
+    def turned(v, x):
+        y = jnp.einsum("dhk,btd->hkbt", v["w"], x) * v["b"].reshape(2, 4, 1, 1)
+        return jnp.moveaxis(y, 2, 0)
+
     for apply in (straight, turned):
         net = prepare(apply, variables, x)
         assert relative_error(run_folded(net, x), apply(variables, x)) < 1e-5

@@ -316,6 +316,37 @@ def pytrees():
 
 
 @model
+def merged_samples():
+    """Samples and positions in one axis inside: it can be cut only where samples stand alone."""
+    shapes = {"in": (6, 8), "a": (8, 8), "b": (8, 8), "out": (8, 4)}
+    variables = {n: 0.4 * normal(rng_of(i), *s) for i, (n, s) in enumerate(shapes.items())}
+
+    def apply(v, x):
+        h = jax.nn.relu(x @ v["in"])
+        flat = jax.nn.relu(h.reshape(-1, 8) @ v["a"])
+        flat = jax.nn.relu(flat @ v["b"])
+        return flat.reshape(h.shape) @ v["out"]
+
+    x = normal(rng_of(4), BATCH, 5, 6)
+    return Model(apply, variables, x, [("in",), ("a", "b", "out")])
+
+
+@model
+def time_major():
+    """Time comes first inside, and is as long as the batch."""
+    shapes = {"a": (6, 8), "b": (8, 8), "out": (8, 4)}
+    variables = {n: 0.4 * normal(rng_of(i), *s) for i, (n, s) in enumerate(shapes.items())}
+
+    def apply(v, x):
+        h = jax.nn.relu(x.transpose(1, 0, 2) @ v["a"])
+        h = jnp.cumsum(jax.nn.relu(h @ v["b"]), axis=0)
+        return jnp.mean(h, axis=0) @ v["out"]
+
+    x = normal(rng_of(4), BATCH, BATCH, 6)
+    return Model(apply, variables, x, [("a", "b"), ("out",)])
+
+
+@model
 def tokens():
     """Embedding lookup and a tied output projection."""
     variables = {"table": normal(rng_of(0), 13, 6), "mix": {"kernel": normal(rng_of(1), 6, 6)}}
