@@ -16,13 +16,5 @@ class Compiler:
 
     def get(self, key, build: Callable[[], Callable], **options) -> Callable:
         if key not in self._functions:
-            self._functions[key] = jax.jit(build(), compiler_options=_compiler_options(), **options)
+            self._functions[key] = jax.jit(build(), **options)
         return self._functions[key]
-
-
-def _compiler_options() -> dict[str, bool] | None:
-    """On CPU, run the ops one after another: ops side by side evict each other's activations from
-    the cache, which doubles the time of a step with learned borders."""
-    if jax.default_backend() != "cpu":
-        return None
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
