@@ -205,7 +205,7 @@ def _step(unit, recipe, optimizer, fixed, data, key, carry, step_and_index):
 
     def loss_fn(params):
         weights = _soft_weights(unit, grids, params)
-        states = _trained_states(unit, tensors, params["step"], live)
+        states = _trained_states(unit, tensors, params["step"])
         outputs = forward(
             unit, weights, states, live, side, static, keep if recipe.drop > 0 else None
         )
@@ -249,7 +249,7 @@ def _soft_weights(unit, grids, params) -> list[Weights]:
     return weights
 
 
-def _trained_states(unit, tensors, steps, live):
+def _trained_states(unit, tensors, steps):
     states = []
     sizes = {index: value for value, index in reversed(unit.tensor_of.items())}
     for i, (state, step) in enumerate(zip(tensors, steps, strict=True)):

@@ -99,12 +99,12 @@ class _Flattener:
         ids = [i for i in inputs if isinstance(i, int)]
         made_of = set().union(*(self.static_of.get(i, set()) for i in ids)) if ids else set()
         dynamic = any(i in self.dynamic for i in ids)
-        layer = self._layer(eqn, inputs, outputs) if dynamic else None
+        layer = self._layer(eqn, inputs) if dynamic else None
         if dynamic:
             self.dynamic.update(outputs)
             if layer or made_of or any(i in self.live for i in ids):
                 self.live.update(outputs)
-            _reject_loop(eqn, inputs, self.dynamic, self.static_of)
+            _reject_loop(eqn, inputs, self.static_of)
         else:
             self.static_of.update(dict.fromkeys(outputs, made_of))
         call = _function(eqn, self.closed.jaxpr)
@@ -113,7 +113,7 @@ class _Flattener:
             params["operand_dtypes"] = tuple(atom.aval.dtype for atom in eqn.invars)
         self.ops.append(Op(eqn.primitive.name, params, call, inputs, outputs, layer))
 
-    def _layer(self, eqn, inputs, outputs) -> Layer | None:
+    def _layer(self, eqn, inputs) -> Layer | None:
         if eqn.primitive.name not in _WEIGHTED:
             return None
         weighted = [
@@ -175,7 +175,7 @@ def _inner_jaxprs(eqn):
                 yield item
 
 
-def _reject_loop(eqn, inputs, dynamic, static_of):
+def _reject_loop(eqn, inputs, static_of):
     if eqn.primitive.name not in _LOOPS or not any(map(_contains_weighted, _inner_jaxprs(eqn))):
         return
     if any(static_of.get(i) for i in inputs if isinstance(i, int)):
