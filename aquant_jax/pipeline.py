@@ -153,8 +153,7 @@ class _Run:
         weights = float_weights(grids)
         targets = self._forward(unit, weights, None, self.floating)
         fresh = self._observe([unit, onward], weights)
-        side = tuple(self.inputs[i] for i in unit.program.side)
-        data = Data(self.quantized, self.floating, side, targets)
+        data = Data(self.quantized, self.floating, self._side(unit), targets)
         start = nearest_layers(unit, grids)
         layers, curve = start, np.zeros((0, 2), np.float32)
         start_error = final_error = self._error(unit, start, targets)
@@ -225,19 +224,17 @@ class _Run:
         self.tensors.update(fresh)
         return fresh
 
-    def _forward(self, unit, weights, tensors, live, samples=None) -> tuple[Cache, ...]:
-        """Outputs of a unit for all calibration samples (or the first `samples`)."""
-        samples = samples or self.net.samples
-        batches = (outputs for outputs in self._batches(unit, weights, tensors, live, samples))
-        return store(batches, samples)
+    def _forward(self, unit, weights, tensors, live) -> tuple[Cache, ...]:
+        """Outputs of a unit for all calibration samples."""
+        samples = self.net.samples
+        return store(self._batches(unit, weights, tensors, live, samples), samples)
 
     def _batches(self, unit, weights, tensors, live, samples):
         quantized = tensors is not None
         function = self.compiler.get(
             ("forward", unit.key, quantized), lambda: lambda *args: _take_and_run(unit, *args)
         )
-        side = tuple(self.inputs[i] for i in unit.program.side)
-        static = self._static(unit)
+        side, static = self._side(unit), self._static(unit)
         for start in range(0, samples, self.net.batch):
             index = np.arange(start, start + self.net.batch, dtype=np.int32) % self.net.samples
             yield function(index, weights, tensors, live, side, static)
@@ -259,14 +256,16 @@ class _Run:
             return error
 
         function = self.compiler.get(("error", unit.key, self.recipe.loss_power), build)
-        side = tuple(self.inputs[i] for i in unit.program.side)
+        arguments = (targets, weights, tensors, self.quantized)
+        arguments += (self._side(unit), self._static(unit))
         losses = []
         for start in range(0, self.net.samples - self.net.batch + 1, self.net.batch):
             index = np.arange(start, start + self.net.batch, dtype=np.int32)
-            losses.append(
-                function(index, targets, weights, tensors, self.quantized, side, self._static(unit))
-            )
+            losses.append(function(index, *arguments))
         return float(np.mean([float(loss) for loss in losses]))
+
+    def _side(self, unit: Unit) -> tuple[jax.Array, ...]:
+        return tuple(self.inputs[i] for i in unit.program.side)
 
     def _static(self, unit: Unit) -> tuple[jax.Array, ...]:
         return tuple(static_inputs(self.net.graph, unit.program, self.net.variables))
