@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+BUILT_FROM := pyproject.toml $(wildcard CMakeLists.txt gpu_ops/CMakeLists.txt gpu_ops/*.cc gpu_ops/include/*)
 DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant
 
 .PHONY: demo test lint type bench clean
@@ -34,11 +35,11 @@ $(VENV)/.created:
 	$(RUN) -m pip install --quiet --upgrade pip
 	@touch $@
 
-# The stamps depend on pyproject.toml, so what is installed follows what it asks for.
-$(VENV)/.demo: $(VENV)/.created pyproject.toml
+# The stamps depend on these, so what is installed follows what they ask for.
+$(VENV)/.demo: $(VENV)/.created $(BUILT_FROM)
 	$(RUN) -m pip install --quiet --editable '.[demo]'
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.created pyproject.toml
+$(VENV)/.test: $(VENV)/.created $(BUILT_FROM)
 	$(RUN) -m pip install --quiet --editable '.[test]'
 	@touch $@

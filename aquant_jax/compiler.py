@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
+from aquant_jax import columns
+
+
+class Backend(Protocol):
+    """Operations that may be replaced by faster ones, such as ``gpu_ops.backend()``."""
+
+    convolve: Callable[..., jax.Array]
+    """Has the contract of `columns.convolve`."""
+
 
 class Compiler:
-    """Jitted functions by what they compute, so that units of one shape share them."""
+    """Jitted functions by what they compute, so that units of one shape share them.
 
-    def __init__(self):
+    Attributes:
+      convolve: the convolution over columns that they are compiled with.
+    """
+
+    def __init__(self, backend: Backend = columns):
+        self.convolve = backend.convolve
         self._functions: dict[Any, Callable] = {}
 
     def get(self, key, build: Callable[[], Callable], **options) -> Callable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -95,6 +96,7 @@ def run_layer(
     border: dict[str, jax.Array],
     keep: jax.Array | None = None,
     dtype=jnp.float32,
+    convolve: Callable[..., jax.Array] = convolve,
 ) -> jax.Array:
     """Run one layer: quantize its input, apply the op, add the bias.
 
@@ -108,9 +110,10 @@ def run_layer(
       border: coefficients; empty for nearest rounding.
       keep: bool like `x`; False leaves an element unquantized. None keeps all.
       dtype: dtype of the result.
+      convolve: runs a convolution over columns; has the contract of `columns.convolve`.
     """
     if tensor is not None and spec.border and _needs_columns(op):
-        y = _column_convolution(op, spec, x, weight, tensor, border, keep)
+        y = _column_convolution(op, spec, x, weight, tensor, border, keep, convolve)
     else:
         value = x
         if tensor is not None:
@@ -192,22 +195,23 @@ def _needs_columns(op: Op) -> bool:
     return any(t > 1 for t in taps) or any(p for pair in op.params["padding"] for p in pair)
 
 
-def _canonical(op: Op, x: jax.Array) -> tuple[jax.Array, Window]:
-    """`x` as padded float32 ``[N, *spatial, C]``, and the geometry of its taps."""
+def _canonical(op: Op, x: jax.Array, fill=0) -> tuple[jax.Array, Window]:
+    """`x` as ``[N, *spatial, C]``, padded with `fill`, and the geometry of its taps."""
     numbers, params = op.params["dimension_numbers"], op.params
     lhs = numbers.lhs_spec
     x = jnp.transpose(x, (lhs[0], *lhs[2:], lhs[1]))
-    zero = jnp.zeros((), x.dtype)
-    x = lax.pad(x, zero, [(0, 0, 0), *((lo, hi, 0) for lo, hi in params["padding"]), (0, 0, 0)])
+    padding = [(0, 0, 0), *((lo, hi, 0) for lo, hi in params["padding"]), (0, 0, 0)]
+    x = lax.pad(x, jnp.asarray(fill, x.dtype), padding)
     kernel = tuple(op.layer.weight_shape[a] for a in numbers.rhs_spec[2:])
     strides, dilation = tuple(params["window_strides"]), tuple(params["rhs_dilation"])
     return x, Window(x.shape[0], x.shape[1:-1], kernel, strides, dilation)
 
 
-def _column_convolution(op, spec, x, weight, tensor, border, keep):
+def _column_convolution(op, spec, x, weight, tensor, border, keep, convolve):
     numbers, groups = op.params["dimension_numbers"], op.params["feature_group_count"]
     padded, window = _canonical(op, x.astype(jnp.float32))
-    kept = None if keep is None else _canonical(op, keep)[0]
+    # Padding is no element of the tensor: its quantizer is never dropped.
+    kept = None if keep is None else _canonical(op, keep, fill=True)[0]
     out_axis, in_axis, *spatial = numbers.rhs_spec
     kernel = jnp.transpose(weight, (*spatial, in_axis, out_axis))
     taps, inner, outer = int(np.prod(window.kernel)), *kernel.shape[-2:]

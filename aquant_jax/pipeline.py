@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -91,7 +92,8 @@ def quantize(
       seed: of batches and masks.
       progress: print the blocks and the memory of their cached activations, and show a bar.
       on_block: called with the report of each finished block.
-      compiler: pass the same one to several calls to share compiled steps between them.
+      compiler: pass the same one to several calls to share compiled steps between them, or
+        ``Compiler(gpu_ops.backend())`` for faster ones.
 
     Returns:
       The quantized network.
@@ -230,9 +232,10 @@ class _Run:
         return store(self._batches(unit, weights, tensors, live, samples), samples)
 
     def _batches(self, unit, weights, tensors, live, samples):
-        quantized = tensors is not None
+        quantized, convolve = tensors is not None, self.compiler.convolve
         function = self.compiler.get(
-            ("forward", unit.key, quantized), lambda: lambda *args: _take_and_run(unit, *args)
+            ("forward", unit.key, quantized),
+            lambda: functools.partial(_take_and_run, unit, convolve),
         )
         side, static = self._side(unit), self._static(unit)
         for start in range(0, samples, self.net.batch):
@@ -244,13 +247,14 @@ class _Run:
         tensors = [self.tensors[t.key] for t in unit.tensors]
         weights = deployed_weights(unit, layers)
 
-        recipe = self.recipe  # a shared compiler must not keep this run and its caches alive
+        # Not self: a shared compiler must not keep this run and its caches alive.
+        recipe, convolve = self.recipe, self.compiler.convolve
 
         def build():
             def error(index, targets, *args):
                 dtypes = [unit.avals[i].dtype for i in unit.program.outputs]
                 wanted = [t.take(index, d) for t, d in zip(targets, dtypes, strict=True)]
-                outputs = _take_and_run(unit, index, *args)
+                outputs = _take_and_run(unit, convolve, index, *args)
                 return output_loss(recipe, unit, outputs, wanted)
 
             return error
@@ -287,9 +291,10 @@ class _Run:
         )  # fmt: skip
 
 
-def _take_and_run(unit, index, weights, tensors, live, side, static):
+def _take_and_run(unit, convolve, index, weights, tensors, live, side, static):
     values = [
         cache.take(index, unit.avals[i].dtype)
         for cache, i in zip(live, unit.program.live, strict=True)
     ]
-    return forward(unit, weights, tensors, values, [leaf[index] for leaf in side], static)
+    inputs = [leaf[index] for leaf in side]
+    return forward(unit, weights, tensors, values, inputs, static, convolve=convolve)

@@ -67,7 +67,7 @@ def optimize(
       static: values of ``unit.program.static``.
       recipe: every knob.
       seed: of batches and masks.
-      compiler: where compiled steps are shared.
+      compiler: where compiled steps are shared, and the backend that they run on.
       on_step: told (step, reconstruction loss) now and then.
 
     Raises:
@@ -75,17 +75,11 @@ def optimize(
     """
     trained = tuple(trained)
     optimizer = _optimizer(unit, recipe)
-    params = {
-        "alpha": [alpha_of(op, g) for op, g in zip(unit.program.weighted, grids, strict=True)],
-        "step": [
-            jnp.copy(t.step_size) if own else None for t, own in zip(tensors, trained, strict=True)
-        ],
-        "border": init_borders(unit),
-    }
+    params = _initial(unit, grids, tensors, trained)
     fixed = (tuple(grids), tuple(tensors), tuple(static))
     advance = compiler.get(
         ("step", unit.key, recipe, trained),
-        lambda: functools.partial(_steps, unit, recipe, optimizer),
+        lambda: functools.partial(_steps, unit, recipe, optimizer, compiler.convolve),
         donate_argnums=0,
     )
     carry = (params, optimizer.init(params))
@@ -102,11 +96,7 @@ def optimize(
         if done % LOG_EVERY == 0 or done == recipe.steps or chunk > 1:
             recent = np.concatenate([np.atleast_1d(np.asarray(value)) for value in losses])
             losses = []
-            if not np.isfinite(recent).all():
-                raise ReconstructionError(
-                    f"{', '.join(s.path for s in unit.specs)}: the reconstruction loss is "
-                    f"{recent[~np.isfinite(recent)][0]} near step {done} of {recipe.steps}"
-                )
+            _check_finite(recent, unit, done, recipe.steps)
             curve.append((done, float(recent.mean())))
             on_step(done, curve[-1][1])
     params = carry[0]
@@ -116,6 +106,25 @@ def optimize(
     ]
     layers = deploy(unit, grids, params["alpha"], params["border"])
     return Result(layers, tuple(final), np.array(curve, np.float32).reshape(-1, 2))
+
+
+def _initial(unit: Unit, grids, tensors, trained) -> dict[str, list]:
+    """What is learned, where it starts."""
+    return {
+        "alpha": [alpha_of(op, g) for op, g in zip(unit.program.weighted, grids, strict=True)],
+        "step": [
+            jnp.copy(t.step_size) if own else None for t, own in zip(tensors, trained, strict=True)
+        ],
+        "border": init_borders(unit),
+    }
+
+
+def _check_finite(losses: np.ndarray, unit: Unit, done: int, steps: int) -> None:
+    if not np.isfinite(losses).all():
+        raise ReconstructionError(
+            f"{', '.join(s.path for s in unit.specs)}: the reconstruction loss is "
+            f"{losses[~np.isfinite(losses)][0]} near step {done} of {steps}"
+        )
 
 
 def output_loss(recipe: Recipe, unit: Unit, outputs, targets) -> jax.Array:
@@ -177,15 +186,15 @@ def _batches(rng, samples: int, recipe: Recipe) -> np.ndarray:
     return np.array(draws, np.int32)
 
 
-def _steps(unit, recipe, optimizer, carry, fixed, data, key, steps, index):
-    body = functools.partial(_step, unit, recipe, optimizer, fixed, data, key)
+def _steps(unit, recipe, optimizer, convolve, carry, fixed, data, key, steps, index):
+    body = functools.partial(_step, unit, recipe, optimizer, convolve, fixed, data, key)
     if steps.shape[0] == 1:
         carry, loss = body(carry, (steps[0], index[0]))
         return carry, loss[None]
     return jax.lax.scan(body, carry, (steps, index))
 
 
-def _step(unit, recipe, optimizer, fixed, data, key, carry, step_and_index):
+def _step(unit, recipe, optimizer, convolve, fixed, data, key, carry, step_and_index):
     """One optimisation step; the whole of Algorithm 1 on one mini-batch."""
     step, index = step_and_index
     params, state = carry
@@ -206,9 +215,8 @@ def _step(unit, recipe, optimizer, fixed, data, key, carry, step_and_index):
     def loss_fn(params):
         weights = _soft_weights(unit, grids, params)
         states = _trained_states(unit, tensors, params["step"])
-        outputs = forward(
-            unit, weights, states, live, side, static, keep if recipe.drop > 0 else None
-        )
+        mask = keep if recipe.drop > 0 else None
+        outputs = forward(unit, weights, states, live, side, static, mask, convolve)
         reconstruction = output_loss(recipe, unit, outputs, targets)
         return reconstruction + _rounding_loss(recipe, params["alpha"], step), reconstruction
 

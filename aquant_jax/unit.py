@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aquant_jax import columns
 from aquant_jax.errors import InputError
 from aquant_jax.graph import Graph
 from aquant_jax.layer import LayerSpec, run_layer
@@ -81,6 +82,7 @@ def forward(
     side: Sequence[jax.Array],
     static: Sequence[jax.Array],
     keep: Callable[[int, tuple[int, ...]], jax.Array] | None = None,
+    convolve: Callable[..., jax.Array] = columns.convolve,
 ) -> tuple[jax.Array, ...]:
     """Run a unit.
 
@@ -90,6 +92,7 @@ def forward(
       tensors: one per quantized tensor; None runs the unit in float.
       live, side, static: see `program.run`.
       keep: draws the mask of elements that are quantized, given a value id and a shape.
+      convolve: see `layer.run_layer`.
 
     Returns:
       The program's outputs.
@@ -117,7 +120,8 @@ def forward(
         if tensors is not None and spec.tensor is not None:
             tensor = tensors[unit.tensor_of[op.x]]
         kept = mask(op.x, x.shape) if tensor is not None else None
-        return run_layer(op, spec, x, own.weight, own.bias, tensor, own.border, kept, dtype)
+        operands = (x, own.weight, own.bias, tensor, own.border, kept)
+        return run_layer(op, spec, *operands, dtype, convolve)
 
     def read(value_id, value):
         if tensors is None or value_id not in unit.tensor_of:

@@ -1,4 +1,4 @@
-"""Measures speed: ``python -m launch.bench calibrate [--out=FILE.json]``.
+"""Measures speed: ``python -m launch.bench calibrate|throughput [--out=FILE.json]``.
 
 calibrate: one optimisation step of ResNet-20's first residual block at batch 32, in float (forward
 and backward of the block alone), by qdrop and by aquant, and the scale search of the whole network.
@@ -6,6 +6,7 @@ Weights and images are random: the arithmetic does not depend on them. Every fig
 the rounds, every ratio that of figures of the same run.
 """
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -17,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import aquant_jax as aq
-from aquant_jax import models
+import gpu_ops
+from aquant_jax import columns, models
 from aquant_jax.cache import store
-from aquant_jax.compiler import Compiler
+from aquant_jax.compiler import Backend, Compiler
 from aquant_jax.errors import InputError
 from aquant_jax.grids import float_weights, make_grids
 from aquant_jax.observers import tensor_state
@@ -27,7 +29,7 @@ from aquant_jax.pipeline import Network
 from aquant_jax.program import root
 from aquant_jax.reconstruct import LOG_EVERY, Data, optimize
 from aquant_jax.unit import forward, make_unit
-from launch import common, experiment
+from launch import common, experiment, throughput
 
 BATCH = 32
 STEPS = 3 * LOG_EVERY
@@ -48,7 +50,8 @@ def calibrate(rounds: int) -> dict:
         for name in ("qdrop", "aquant")
     }
     timers = {"float": _float_step(networks["qdrop"])}
-    timers |= {name: _quantized_step(net) for name, net in networks.items()}
+    timers |= {name: _quantized_step(net, gpu_ops.backend()) for name, net in networks.items()}
+    timers["aquant_without_gpu_ops"] = _quantized_step(networks["aquant"], columns)
     times: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds + 1):
         for name, timer in timers.items():
@@ -108,10 +111,10 @@ def _float_step(net: Network):
     return timer
 
 
-def _quantized_step(net: Network):
+def _quantized_step(net: Network, backend: Backend):
     unit, grids, cache = _block(net)
     live, targets = cache(unit.program.live), cache(unit.program.outputs)
-    data, compiler = Data(live, live, (), targets), Compiler()
+    data, compiler = Data(live, live, (), targets), Compiler(backend)
     values = np.abs(np.random.default_rng(2).normal(size=10_000))
     tensors = [tensor_state(values, tensor.bits) for tensor in unit.tensors]
     trained = [True] * len(tensors)
@@ -150,15 +153,27 @@ def _define(flags):
 
     DEFINE_string("out", None, "where to write the JSON too", flag_values=flags)
     DEFINE_integer("rounds", 5, "how often every figure is taken", 1, flag_values=flags)
+    DEFINE_string("model", "resnet18", "throughput: of the zoo", flag_values=flags)
+    DEFINE_string("preset", "aquant", "throughput: of the quantizer", flag_values=flags)
+    for name, default in (("size", 224), ("images", 128), ("batch_size", 32)):
+        DEFINE_integer(name, default, "throughput: see Workload", 1, flag_values=flags)
+
+
+def _measure(benchmark: str, flags) -> dict:
+    if benchmark == "calibrate":
+        return calibrate(flags.rounds)
+    names = (field.name for field in dataclasses.fields(throughput.Workload))
+    return throughput.measure(throughput.Workload(**{name: flags[name].value for name in names}))
 
 
 @common.program
 def main(argv: list[str]) -> int | None:
     """Runs the benchmark that the first argument names."""
-    if len(argv) < 2 or argv[1] != "calibrate":
-        raise InputError(f"unknown benchmark {' '.join(argv[1:2])!r}; there is: calibrate")
-    flags, _ = common.parse([argv[0], *argv[2:]], _define, __doc__)
-    text = json.dumps(calibrate(flags.rounds), indent=2)
+    if len(argv) < 2 or argv[1] not in ("calibrate", "throughput"):
+        known = "there are: calibrate, throughput"
+        raise InputError(f"unknown benchmark {' '.join(argv[1:2])!r}; {known}")
+    flags, _ = common.parse([argv[0], *argv[2:]], _define, f"{__doc__}\n{throughput.__doc__}")
+    text = json.dumps(_measure(argv[1], flags), indent=2)
     print(text)
     if flags.out:
         Path(flags.out).write_text(text + "\n")

@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags
 
 import aquant_jax as aq
+import gpu_ops
 from aquant_jax import plots, workdir
 from aquant_jax.errors import InputError
 from launch import common, experiment
@@ -86,7 +87,7 @@ def run_cells(
     loaded: experiment.Experiment | None = None
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
     for name, config in configs.items():
-        compiler = aq.Compiler()
+        compiler = aq.Compiler(gpu_ops.backend())
         for seed in seeds:
             path = folder.path / f"{name}-s{seed}"
             with workdir.claim(path, experiment.identity(config, seed)) as cell:

@@ -118,9 +118,9 @@ def quantized_conv(
     codes = quantizer.codes(u - border, zero, bits)
     values = step * (codes - zero)
     if keep is not None:
-        values = np.where(
-            im2col(keep, weight.shape[:2], strides, padding, dilation), values, columns
-        )
+        # Padding is no element of the tensor: nothing drops its quantizer.
+        dropped = im2col(~keep, weight.shape[:2], strides, padding, dilation)
+        values = np.where(dropped, columns, values)
     return product(values, weight, groups) + bias, codes
 
 

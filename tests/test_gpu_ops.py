@@ -1,0 +1,152 @@
+"""The compiled operations against their definition, ``aquant_jax.columns``, and against numpy."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_reference as reference
+import pytest
+from nets import images, normal, rng_of, small_net
+from test_columns import CASES, assert_close, cotangent, drop_zero, flat_case, pulled
+
+import aquant_jax as aq
+import gpu_ops
+from aquant_jax import border as borders
+from aquant_jax import columns
+from aquant_jax.numerics import TensorState
+from aquant_jax.window import Window
+
+BACKEND = gpu_ops.backend()
+BUILT_IN = {name: case for name, case in CASES.items() if case.phi != "sigmoid"}
+
+
+@pytest.fixture(params=BUILT_IN.values(), ids=BUILT_IN.keys())
+def case(request):
+    return request.param
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "dropped"])
+def test_value_and_gradients_are_those_of_the_definition(case, masked):
+    arguments, dy = case.arguments(1, masked), cotangent(case, 2)
+    value, found = pulled(BACKEND.convolve, case, arguments, dy)
+    expected_value, expected = pulled(columns.convolve_reference, case, arguments, dy)
+    assert_close(value, expected_value, 1e-6)
+    found, expected = (jax.tree.leaves(drop_zero(g)) for g in (found, expected))
+    for gradient, definition in zip(found, expected, strict=True):
+        assert_close(gradient, definition, 1e-5)
+        assert np.abs(gradient).max() > 0
+
+
+def test_columns_are_those_of_numpy_bit_for_bit(case):
+    x, _, tensor, coefficients, _ = case.arguments(3, False)
+    found = gpu_ops.border_columns(x, None, tensor, coefficients, case.window(), case.rounding())
+    flat, size, geometry = flat_case(case, x)
+    u = reference.im2col(flat, size, padding=((0, 0), (0, 0)), **geometry)
+    u = u * (np.float32(1.0) / np.float32(tensor.step_size))
+    coefficients = {name: np.asarray(c) for name, c in coefficients.items()}
+    phi = borders.get_phi(case.phi).deployed
+    border = reference.column_borders(u, coefficients, phi, case.fused)
+    zero = np.float32(tensor.zero_point)
+    codes = np.clip(np.ceil(u - border) + zero, 0, 7)
+    expected = np.float32(tensor.step_size) * (codes - zero)
+    np.testing.assert_array_equal(np.asarray(found).reshape(expected.shape), expected)
+
+
+def test_a_custom_call_is_what_runs(case):
+    arguments = case.arguments(1, True)
+    run = jax.jit(lambda *a: BACKEND.convolve(*a, case.window(), case.rounding()))
+    assert "gpu_ops_border_columns" in run.lower(*arguments).as_text()
+
+
+@pytest.mark.user_model
+def test_quantizing_with_it_learns_what_quantizing_without_it_learns():
+    recipe = aq.recipes.aquant(weight_bits=2, act_bits=2, steps=30, batch_size=8)
+    calibration = images(0, 16, size=6)
+    plain, compiled = (
+        aq.quantize(*small_net(), calibration, recipe, progress=False, compiler=compiler)
+        for compiler in (aq.Compiler(), aq.Compiler(BACKEND))
+    )
+    assert [r.name for r in plain.reports] == [r.name for r in compiled.reports]
+    for one, other in zip(plain.reports, compiled.reports, strict=True):
+        np.testing.assert_allclose(other.loss_curve, one.loss_curve, rtol=2e-3)
+    for one, other in zip(plain.summary(), compiled.summary(), strict=True):
+        assert (one.border is None) == (other.border is None)
+        for name in one.border or {}:
+            np.testing.assert_allclose(other.border[name], one.border[name], atol=2e-3)
+
+
+def test_a_registered_border_is_served_by_the_definition(monkeypatch):
+    monkeypatch.setattr(borders, "BORDERS", dict(borders.BORDERS))
+    own = borders.get("linear")
+    borders.register("mine", own.init, own.apply)
+    case = BUILT_IN["grouped, dilated"]
+    arguments, dy = case.arguments(1, True), cotangent(case, 2)
+    expected = pulled(BACKEND.convolve, case, arguments, dy)
+    found = pulled(BACKEND.convolve, case._replace(border="mine"), arguments, dy)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_close(one, other, 1e-5)
+
+
+WINDOW = Window(2, (6, 6), (3, 3), (1, 1), (1, 1))
+QUADRATIC = columns.Rounding(3, "quadratic", "clamp", True)
+
+
+def operands(channels=4, taps=9):
+    tensor = TensorState(jnp.float32(0.3), jnp.float32(0.0))
+    x = jnp.asarray(normal(rng_of(0), 2, 6, 6, channels))
+    return x, tensor, borders.get("quadratic").init((taps, channels), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, t, c: (x[:1], t, c), "(1, 6, 6, 4), the window (2, 6, 6)"),
+        (lambda x, t, c: (x[0], t, c), "(6, 6, 4) does not fit a window of 2 spatial axes"),
+        (lambda x, t, c: (x.astype(jnp.bfloat16), t, c), "bfloat16, not float32"),
+        (lambda x, t, c: (x, t, operands(taps=4)[2]), "'b0' has shape (4, 4), not (9, 4)"),
+        (lambda x, t, c: (x, t, {"b0": c["b0"]}), "'b1' has shape None, not (9, 4)"),
+    ],
+    ids=["images", "rank", "dtype", "coefficients", "missing"],
+)
+def test_operands_that_do_not_fit_are_named(change, words):
+    x, tensor, coefficients = change(*operands())
+    with pytest.raises(ValueError, match=re.escape(words)):
+        gpu_ops.border_columns(x, None, tensor, coefficients, WINDOW, QUADRATIC)
+
+
+@pytest.mark.parametrize(
+    ("window", "rounding", "words"),
+    [
+        (WINDOW, QUADRATIC._replace(phi="sigmoid"), "phi 'sigmoid' has no custom call"),
+        (WINDOW, QUADRATIC._replace(border="mine"), "border 'mine' has no custom call"),
+        (WINDOW._replace(dilation=(3, 3)), QUADRATIC, "(3, 3) is larger than the input (6, 6)"),
+    ],
+    ids=["phi", "border", "window"],
+)
+def test_what_it_does_not_serve_is_named(window, rounding, words):
+    x, tensor, coefficients = operands()
+    with pytest.raises(ValueError, match=re.escape(words)):
+        gpu_ops.border_columns(x, None, tensor, coefficients, window, rounding)
+
+
+@pytest.mark.parametrize("size", [0.0, -1.0])
+def test_a_step_size_that_is_not_positive_is_an_error_not_a_crash(size):
+    x, tensor, coefficients = operands()
+    tensor = tensor._replace(step_size=jnp.float32(size))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the step size is"):
+        gpu_ops.border_columns(x, None, tensor, coefficients, WINDOW, QUADRATIC)
+
+
+def test_a_step_size_that_is_no_number_gives_none():
+    x, tensor, coefficients = operands()
+    tensor = tensor._replace(step_size=jnp.float32(np.nan))
+    found = gpu_ops.border_columns(x, None, tensor, coefficients, WINDOW, QUADRATIC)
+    assert np.isnan(found).all()
+
+
+def test_no_images_give_no_columns():
+    x, tensor, coefficients = operands()
+    window = WINDOW._replace(images=0)
+    found = gpu_ops.border_columns(x[:0], None, tensor, coefficients, window, QUADRATIC)
+    assert found.shape == (0, 4, 4, 9, 4)
