@@ -8,7 +8,7 @@ registered, the sigmoid, and more than two spatial axes.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from aquant_jax import columns
 from aquant_jax.columns import Rounding
 from aquant_jax.numerics import TensorState
 from aquant_jax.window import Window
-from gpu_ops import _cpu
+from gpu_ops import _cpu  # pyright: ignore[reportMissingModuleSource]
 
 # The coefficients of the built-in borders, in the order of `border_math.h`.
 COEFFICIENTS = {"constant": ("b0",), "linear": ("b0", "b1"), "quadratic": ("b0", "b1", "b2")}
@@ -108,7 +108,8 @@ def border_columns(
         (*lift, *window.out), rounding.bits, rounding.fused, PHIS[rounding.phi],
     )  # fmt: skip
     stacked = jnp.stack([coefficients[name] for name in names])
-    values = _columns(geometry, images, mask, tensor.step_size, tensor.zero_point, stacked)
+    operands = (images, mask, tensor.step_size, tensor.zero_point, stacked)
+    values = cast(jax.Array, _columns(geometry, *operands))
     return values.reshape(window.images, *window.out, *values.shape[-2:])
 
 
@@ -154,7 +155,7 @@ class _Geometry(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _columns(geometry: _Geometry, x, keep, step, zero, coefficients) -> Any:
+def _columns(geometry: _Geometry, x, keep, step, zero, coefficients):
     shape = (x.shape[0], *geometry.out, coefficients.shape[1], x.shape[-1])
     call = jax.ffi.ffi_call(
         "gpu_ops_border_columns", jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential"

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 import aquant_jax as aq
+import gpu_ops
 from aquant_jax import data, models, plots, workdir
 from aquant_jax.errors import InputError
-from aquant_jax.evaluate import evaluate
+from aquant_jax.evaluate import Predict, evaluate_batches
 from launch.common import Config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "aquant-jax")
@@ -20,12 +22,20 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "aquant-jax")
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What all cells of a config share: the float network, its data and its score."""
+    """What all cells of a config share: the float network, its data and its score.
+
+    Attributes:
+        apply: the float network.
+        variables: its weights.
+        dataset: to score on.
+        calibration: to calibrate on, the same unless the config names another.
+        float_metrics: score of the float network.
+    """
 
     apply: models.Apply
     variables: models.Variables
     dataset: data.Dataset
-    test: data.Split
+    calibration: data.Dataset
     float_metrics: dict[str, float]
 
 
@@ -33,15 +43,49 @@ def load(config: Config, data_dir: str) -> Experiment:
     """Loads the model and the data of a config and scores the float network.
 
     Raises:
-        InputError: an unknown model or data set, or one that is not in ``data_dir``.
+        InputError: an unknown model or data set, one that is not in ``data_dir``, or fewer
+            calibration images than the config asks for.
     """
     apply, variables = models.create(config.model, _weights_path(config, data_dir))
-    dataset = data.load(config.dataset, data_dir)
-    test = dataset.test(config.test_limit)
-    float_metrics = evaluate(
-        lambda images: apply(variables, images), *test, batch_size=config.eval_batch_size
-    )
-    return Experiment(apply, variables, dataset, test, float_metrics)
+    dataset, calibration = _open_data(config, data_dir)
+    calibration.check_calibration(config.calibration_size)  # before hours of scoring
+    float_metrics = score(lambda images: apply(variables, images), dataset, config, "float")
+    return Experiment(apply, variables, dataset, calibration, float_metrics)
+
+
+def score(
+    predict: Predict,
+    dataset: data.Dataset,
+    config: Config,
+    name: str,
+    corrupt: list[str] | None = None,
+) -> dict[str, float]:
+    """Scores a network on the test images of a config, with a bar of images a second on a terminal.
+
+    Args:
+        predict: images -> logits.
+        dataset: to score on.
+        config: whose test limit and batch size are used.
+        name: shown before the bar.
+        corrupt: gets the names of the images left out, if the config has ``skip_corrupt``.
+
+    Returns:
+        The metrics of ``evaluate_batches``.
+
+    Raises:
+        InputError: as ``evaluate_batches``, or an image cannot be decoded.
+    """
+    skip = _on_corrupt(config, [] if corrupt is None else corrupt)
+    batches = dataset.batches(config.eval_batch_size, config.test_limit, skip)
+    total = config.test_limit or dataset.test_size
+    with tqdm(total=total, desc=f"score {name}", unit="img", disable=None) as bar:
+
+        def counted():
+            for batch in batches:
+                yield batch
+                bar.update(len(batch.labels))
+
+        return evaluate_batches(predict, counted(), dataset.num_classes)
 
 
 def recipe_of(config: Config) -> aq.Recipe:
@@ -80,7 +124,10 @@ def run(
         The results, as written.
     """
     recipe = recipe_of(config)
-    calibration = experiment.dataset.calibration(config.calibration_size, seed)
+    corrupt: list[str] = []
+    calibration = experiment.calibration.calibration(
+        config.calibration_size, seed, _on_corrupt(config, corrupt)
+    )
     start = time.perf_counter()
     quantized = aq.quantize(
         experiment.apply,
@@ -89,10 +136,10 @@ def run(
         recipe,
         seed=seed,
         on_block=lambda report: folder.log(report._asdict()),
-        compiler=compiler,
+        compiler=compiler or aq.Compiler(gpu_ops.backend()),
     )
     seconds = time.perf_counter() - start
-    metrics = evaluate(quantized, *experiment.test, batch_size=config.eval_batch_size)
+    metrics = score(quantized, experiment.dataset, config, "quantized", corrupt)
     reports = [report._asdict() for report in quantized.reports]
     results = {
         "config": spec,
@@ -104,7 +151,8 @@ def run(
         "quantized": metrics,
         "seconds": seconds,
         "calibration_images": len(calibration.labels),
-        "test_images": len(experiment.test.labels),
+        "test_images": metrics["images"],
+        "corrupt_images": corrupt,
         "recipe": recipe.to_dict(),
         "blocks": [block_summary(report) for report in reports],
         **environment(),
@@ -139,6 +187,18 @@ def one_line(results: dict[str, Any]) -> str:
         f"(float {results['float']['top1']:.2f}%) of {results['test_images']} images, "
         f"{results['seconds']:.0f} s on {results['device']}"
     )
+
+
+def _open_data(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset]:
+    fields = config.get("preprocessing")
+    how = data.Preprocessing(**fields.to_dict()) if fields else None
+    dataset = data.load(config.dataset, data_dir, how, config.get("test_split"))
+    name = config.get("calibration_dataset") or config.dataset
+    return dataset, dataset if name == config.dataset else data.load(name, data_dir, how)
+
+
+def _on_corrupt(config: Config, names: list[str]) -> data.OnCorrupt:
+    return names.append if config.get("skip_corrupt") else None
 
 
 def _weights_path(config: Config, data_dir: str) -> Path:

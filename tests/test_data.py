@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from aquant_jax import data
-from aquant_jax.data import cifar
 from aquant_jax.errors import InputError
 
 
@@ -41,6 +40,15 @@ def test_test_limit_takes_the_first(digits):
     np.testing.assert_array_equal(digits.test(7).images, digits.test().images[:7])
 
 
+@pytest.mark.parametrize("limit", [None, 7, 499])
+def test_batches_are_the_test_split_in_pieces(digits, limit):
+    batches = list(digits.batches(64, limit))
+    assert {len(batch.labels) for batch in batches[:-1]} <= {64}
+    for field in ("images", "labels"):
+        whole = getattr(digits.test(limit), field)
+        np.testing.assert_array_equal(np.concatenate([getattr(b, field) for b in batches]), whole)
+
+
 @pytest.mark.parametrize("n", [0, -1, 1298])
 def test_calibration_of_a_wrong_size(digits, n):
     with pytest.raises(InputError, match=rf"{n} calibration images .*1297"):
@@ -51,38 +59,21 @@ def test_calibration_of_a_wrong_size(digits, n):
 def test_test_limit_of_a_wrong_size(digits, n):
     with pytest.raises(InputError, match=rf"{n} test images .*500"):
         digits.test(n)
+    with pytest.raises(InputError, match=rf"{n} test images .*500"):
+        digits.batches(10, n)
 
 
-def test_unknown_dataset_lists_what_exists():
-    with pytest.raises(InputError, match=r"'mnist'.*cifar10.*digits"):
-        data.load("mnist")
+def test_batch_size_of_nothing(digits):
+    with pytest.raises(InputError, match="batch_size is 0"):
+        digits.batches(0)
 
 
-def test_unprepared_dataset_says_how_to_prepare_it(tmp_path):
-    with pytest.raises(InputError, match=r"cifar10 is not prepared.*download_and_prepare"):
-        data.load("cifar10", tmp_path)
-    with pytest.raises(InputError, match=r"cifar10_jpeg is not prepared.*copy"):
-        data.load("cifar10_jpeg", tmp_path)
+def test_digits_take_no_preprocessing():
+    with pytest.raises(InputError, match="no preprocessing"):
+        data.load("digits", preprocessing=data.IMAGENET)
 
 
 def test_missing_package_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(InputError, match="pip install"):
         data.load("cifar10", tmp_path)
-
-
-def test_normalise_is_per_channel():
-    grey = cifar.normalise(np.full((1, 1, 1, 3), 255, np.uint8))[0, 0, 0]
-    np.testing.assert_allclose(grey, (1 - cifar.MEAN) / cifar.STD, rtol=1e-6)
-    assert grey.dtype == np.float32
-
-
-def test_cifar_reads_normalised_images_without_tensorflow(shared_data):
-    cifar10 = data.load("cifar10_jpeg", shared_data)
-    assert (cifar10.train_size, cifar10.test_size) == (50_000, 10_000)
-    calibration = cifar10.calibration(32, seed=5)
-    assert calibration.images.shape == (32, 32, 32, 3)
-    assert calibration.images.dtype == np.float32
-    assert np.abs(calibration.images).max() < 3
-    assert set(calibration.labels) <= set(range(10))
-    assert "tensorflow" not in sys.modules

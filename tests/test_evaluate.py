@@ -1,9 +1,10 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from aquant_jax.errors import InputError
-from aquant_jax.evaluate import evaluate, label_ranks
+from aquant_jax.evaluate import evaluate, evaluate_batches, label_ranks
 
 
 def random_logits(n=23, classes=10):
@@ -17,6 +18,7 @@ def test_agrees_with_sorting_for_every_batch_size():
     expected = {
         "top1": 100 * np.mean(best[:, 0] == labels),
         "top5": 100 * np.mean(np.any(best[:, :5] == labels[:, None], axis=1)),
+        "images": 23,
     }
     for batch_size in (1, 5, 22, 23, 100):
         metrics = evaluate(lambda x: x, logits, labels, batch_size)
@@ -40,14 +42,17 @@ def test_padding_is_not_counted():
 
 
 def test_few_classes_have_no_top5():
-    assert set(evaluate(lambda x: x, random_logits(classes=5), np.zeros(23, int))) == {"top1"}
+    assert set(evaluate(lambda x: x, random_logits(classes=5), np.zeros(23, int))) == {
+        "top1",
+        "images",
+    }
 
 
 def test_ties_go_to_the_lower_class_and_nan_is_wrong():
     ranks, _ = label_ranks(np.zeros((2, 3), np.float32), np.array([0, 2]))
     assert list(ranks) == [0, 2]
     metrics = evaluate(lambda x: x * jnp.nan, random_logits(), np.zeros(23, int))
-    assert metrics == {"top1": 0.0, "top5": 0.0}
+    assert metrics == {"top1": 0.0, "top5": 0.0, "images": 23}
 
 
 @pytest.mark.parametrize(
@@ -67,3 +72,48 @@ def test_wrong_input(images, labels, message):
 def test_wrong_batch_size():
     with pytest.raises(InputError, match="batch_size is 0"):
         evaluate(lambda x: x, random_logits(), np.zeros(23, int), 0)
+
+
+def test_streamed_batches_of_any_sizes_score_as_one_array():
+    logits = random_logits()
+    labels = np.random.default_rng(1).integers(0, 10, 23)
+    sizes = []
+
+    def predict(x):
+        sizes.append(len(x))
+        return x
+
+    batches = ((logits[part], labels[part]) for part in (slice(8), slice(8, 16), slice(16, 23)))
+    metrics = evaluate_batches(predict, batches, num_classes=10)
+    assert metrics == evaluate(lambda x: x, logits, labels)
+    assert sizes == [8]
+
+
+def test_a_batch_is_read_only_when_it_is_needed():
+    read, scored = [], []
+
+    def batches():
+        for number in range(6):
+            read.append(number)
+            yield np.eye(10, dtype=np.float32), np.arange(10)
+
+    def score(logits):
+        scored.append(logits)
+        assert len(read) <= len(scored) + 1
+        return logits
+
+    evaluate_batches(lambda x: jax.pure_callback(score, x, x, vmap_method="sequential"), batches())
+    assert len(scored) == 6
+
+
+@pytest.mark.parametrize(
+    ("batches", "classes", "message"),
+    [
+        ([], 10, "0 images"),
+        ([(random_logits(), np.zeros(23, int))], 12, "10 classes apart, the data 12"),
+        ([(random_logits(), np.full(23, -1))], 10, "labels from -1 to -1 do not fit 10"),
+    ],
+)
+def test_wrong_batches(batches, classes, message):
+    with pytest.raises(InputError, match=message):
+        evaluate_batches(lambda x: x, batches, classes)

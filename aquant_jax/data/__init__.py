@@ -2,28 +2,54 @@
 
 from pathlib import Path
 
-from aquant_jax.data import cifar, digits
-from aquant_jax.data.source import Dataset, Split
+from aquant_jax.data import digits, folder, tfds
+from aquant_jax.data.preprocess import CIFAR, EFFICIENTNET_LITE, IMAGENET, Preprocessing
+from aquant_jax.data.source import Dataset, OnCorrupt, Split
 from aquant_jax.errors import InputError
 
-__all__ = ["DATASETS", "Dataset", "Split", "load"]
+__all__ = [
+    "DATASETS",
+    "EFFICIENTNET_LITE",
+    "IMAGENET",
+    "Dataset",
+    "OnCorrupt",
+    "Preprocessing",
+    "Split",
+    "load",
+]
 
-DATASETS = ("cifar10", "cifar10_jpeg", "digits")
+DATASETS = ("digits", *tfds.SETS)  # those that configs name; load takes more
+FOLDER = "folder:"
+_PREPROCESSING = {"cifar10": CIFAR, "cifar10_jpeg": CIFAR}
 
 
-def load(name: str, data_dir: str | Path = "~") -> Dataset:
+def load(
+    name: str,
+    data_dir: str | Path = "~",
+    preprocessing: Preprocessing | None = None,
+    test_split: str | None = None,
+) -> Dataset:
     """Opens a data set by name.
 
     Args:
-        name: one of ``DATASETS``.
+        name: ``digits``; ``folder:PATH`` with the class folders in ``train/`` and ``val/`` of
+            PATH, which is in ``data_dir`` unless it is absolute; or an image classification set
+            of tfds, such as ``imagenet2012``, ``imagenet_v2/matched-frequency``, ``cifar10``.
         data_dir: the folder whose ``tensorflow_datasets/`` holds the prepared sets (the
             default, the home directory, is where tfds puts them); digits need none.
+        preprocessing: that of the checkpoint; by default CIFAR's for CIFAR, ``IMAGENET`` for
+            all others; digits have none.
+        test_split: of a tfds set, to score on; validation by default, or else test.
 
     Raises:
         InputError: unknown name, a missing package, or a set that is not prepared.
     """
-    if name not in DATASETS:
-        raise InputError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
     if name == "digits":
+        if preprocessing is not None:
+            raise InputError("digits have no preprocessing to choose")
         return digits.load()
-    return cifar.load(name, Path(data_dir).expanduser() / "tensorflow_datasets")
+    how = preprocessing or _PREPROCESSING.get(name, IMAGENET)
+    root = Path(data_dir).expanduser()
+    if name.startswith(FOLDER):
+        return folder.load(root / name.removeprefix(FOLDER), how)
+    return tfds.load(name, root / "tensorflow_datasets", how, test_split)

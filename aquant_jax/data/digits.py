@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from aquant_jax.data.source import Dataset, Split
+from aquant_jax.data.source import Dataset, Split, in_memory
 from aquant_jax.errors import InputError
 
 TRAIN_SIZE = 1297
@@ -35,12 +35,5 @@ def load() -> Dataset:
     order = np.random.default_rng(SPLIT_SEED).permutation(len(bunch.target))
     images = (bunch.images[order, :, :, None] / _MAX_PIXEL).astype(np.float32)
     labels = bunch.target[order].astype(np.int32)
-    parts = {
-        "train": Split(images[:TRAIN_SIZE], labels[:TRAIN_SIZE]),
-        "test": Split(images[TRAIN_SIZE:], labels[TRAIN_SIZE:]),
-    }
-
-    def read(split: str, indices: np.ndarray) -> Split:
-        return Split(parts[split].images[indices], parts[split].labels[indices])
-
-    return Dataset("digits", 10, TRAIN_SIZE, len(labels) - TRAIN_SIZE, read)
+    train = Split(images[:TRAIN_SIZE], labels[:TRAIN_SIZE])
+    return in_memory("digits", 10, train, Split(images[TRAIN_SIZE:], labels[TRAIN_SIZE:]))

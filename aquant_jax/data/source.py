@@ -1,7 +1,7 @@
-"""A labelled image set in memory, and how to draw from it."""
+"""A labelled image set that is read in batches, and how to draw from it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,10 @@ class Split(NamedTuple):
     labels: np.ndarray
 
 
+OnCorrupt = Callable[[str], object] | None
+Stream = Callable[[str, np.ndarray, int, int, OnCorrupt], Iterator[Split]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A training split to calibrate on and a held-out test split to score on.
@@ -23,39 +27,105 @@ class Dataset:
     Attributes:
         name: of the data set.
         num_classes: number of labels.
-        train_size: images in the training split.
-        test_size: images in the test split.
-        read: ``("train" | "test", indices) -> Split`` of those images, in that order.
+        train_size: images in the training split, 0 where there is none.
+        test_size: images in the test split, 0 where there is none.
+        stream: ``("train" | "test", indices, seed, batch_size, on_corrupt)`` to batches of those
+            images, in that order, only the last one smaller; the seed is that of random crops.
     """
 
     name: str
     num_classes: int
     train_size: int
     test_size: int
-    read: Callable[[str, np.ndarray], Split]
+    stream: Stream
 
-    def calibration(self, n: int, seed: int = 0) -> Split:
-        """Draws ``n`` different training images, the same ones for the same seed.
+    def check_calibration(self, n: int) -> None:
+        """Says whether ``calibration(n)`` can be had, without reading anything.
 
         Raises:
             InputError: ``n`` is not positive or more than the training split has.
         """
-        if not 0 < n <= self.train_size:
-            raise InputError(
-                f"{n} calibration images asked of {self.name}, "
-                f"whose training split has {self.train_size}"
-            )
-        return self.read("train", np.random.default_rng(seed).permutation(self.train_size)[:n])
+        _check("calibration", n, self.name, "training", self.train_size)
 
-    def test(self, limit: int | None = None) -> Split:
-        """Reads the test split, or its first ``limit`` images.
+    def calibration(self, n: int, seed: int = 0, on_corrupt: OnCorrupt = None) -> Split:
+        """Draws ``n`` different training images, the same ones for the same seed.
+
+        Args:
+            n: how many.
+            seed: of the draw and of random crops.
+            on_corrupt: called with the name of every image that cannot be decoded, which is
+                then left out; without it such an image is an error.
 
         Raises:
-            InputError: ``limit`` is not positive or more than the test split has.
+            InputError: ``n`` is not positive or more than the training split has, or an image
+                cannot be read.
         """
+        self.check_calibration(n)
+        indices = np.random.default_rng(seed).permutation(self.train_size)[:n]
+        return self._whole("train", indices, seed, on_corrupt)
+
+    def test(self, limit: int | None = None) -> Split:
+        """Reads the test split, or its first ``limit`` images, into memory.
+
+        Raises:
+            InputError: ``limit`` is not positive or more than the test split has, or an image
+                cannot be read.
+        """
+        return self._whole("test", self._test_indices(limit), 0, None)
+
+    def batches(
+        self, batch_size: int, limit: int | None = None, on_corrupt: OnCorrupt = None
+    ) -> Iterator[Split]:
+        """Reads what ``test`` reads, a batch at a time, the next one while one is used.
+
+        Args:
+            batch_size: images a batch; the last one may have fewer.
+            limit: how many of the first images; all by default.
+            on_corrupt: as ``calibration`` takes it.
+
+        Raises:
+            InputError: as ``test``, or ``batch_size`` is not positive.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}, must be at least 1")
+        return self.stream("test", self._test_indices(limit), 0, batch_size, on_corrupt)
+
+    def _test_indices(self, limit: int | None) -> np.ndarray:
         n = self.test_size if limit is None else limit
-        if not 0 < n <= self.test_size:
-            raise InputError(
-                f"{n} test images asked of {self.name}, whose test split has {self.test_size}"
-            )
-        return self.read("test", np.arange(n))
+        _check("test", n, self.name, "test", self.test_size)
+        return np.arange(n)
+
+    def _whole(self, split: str, indices: np.ndarray, seed: int, on_corrupt: OnCorrupt) -> Split:
+        for batch in self.stream(split, indices, seed, len(indices), on_corrupt):
+            return batch
+        raise InputError(f"not one of the {len(indices)} {split} images of {self.name} is readable")
+
+
+def in_memory(name: str, num_classes: int, train: Split, test: Split) -> Dataset:
+    """Makes a data set of arrays.
+
+    Args:
+        name: of the data set.
+        num_classes: number of labels.
+        train: to calibrate on.
+        test: to score on.
+    """
+    splits = {"train": train, "test": test}
+
+    def stream(
+        split: str, indices: np.ndarray, seed: int, batch_size: int, on_corrupt: OnCorrupt
+    ) -> Iterator[Split]:
+        images, labels = splits[split]
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            yield Split(images[batch], labels[batch])
+
+    return Dataset(name, num_classes, len(train.labels), len(test.labels), stream)
+
+
+def _check(purpose: str, n: int, name: str, split: str, size: int) -> None:
+    if size == 0:
+        other = "; name a calibration_dataset" if split == "training" else ""
+        raise InputError(f"{name} has no {split} split for {n} {purpose} images{other}")
+    if not 0 < n <= size:
+        raise InputError(f"{n} {purpose} images asked of {name}, whose {split} split has {size}")

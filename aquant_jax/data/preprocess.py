@@ -1,0 +1,170 @@
+"""From a decoded image to what a network sees: resize, crop, normalise.
+
+Resizing is PIL's, which is what torchvision applies to PIL images; sizes and offsets are rounded
+as torchvision rounds them.
+
+References:
+    torchvision.transforms: Resize, CenterCrop, RandomResizedCrop, RandomHorizontalFlip.
+    M. Tan, Q. Le, EfficientNet (2019), preprocessing.py of the TensorFlow code: crop, then resize.
+"""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from aquant_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+GEOMETRIES = ("resize_crop", "crop_resize", "squash", "keep")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+SCALE = (0.08, 1.0)
+RATIO = (3 / 4, 4 / 3)
+_CROP_ATTEMPTS = 10
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How the authors of a checkpoint showed images to their network.
+
+    Attributes:
+        size: side of the square that the network sees.
+        resize: what ``size`` is a centre crop of: the short side is resized to it before the
+            crop, or the crop is ``size / resize`` of the short side.
+        interpolation: nearest, bilinear, bicubic or lanczos, of PIL.
+        geometry: ``resize_crop``: resize the short side, then crop (torchvision);
+            ``crop_resize``: crop, then resize (EfficientNet of TensorFlow);
+            ``squash``: resize both sides to ``size``, whatever their ratio;
+            ``keep``: leave the image, and the calibration images too, as they are.
+        mean: a channel, subtracted from pixels in [0, 1].
+        std: a channel, divided by afterwards.
+    """
+
+    size: int = 224
+    resize: int = 256
+    interpolation: str = "bilinear"
+    geometry: str = "resize_crop"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self):
+        for field, value, known in (
+            ("interpolation", self.interpolation, INTERPOLATIONS),
+            ("geometry", self.geometry, GEOMETRIES),
+        ):
+            if value not in known:
+                raise InputError(f"unknown {field} {value!r}; there are {', '.join(known)}")
+        if not 0 < self.size <= self.resize:
+            raise InputError(f"size {self.size} is not between 1 and resize {self.resize}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise InputError(
+                f"mean {self.mean} and std {self.std} must be three numbers, std above 0"
+            )
+
+
+IMAGENET = Preprocessing()
+CIFAR = Preprocessing(geometry="keep")
+EFFICIENTNET_LITE = Preprocessing(
+    interpolation="bicubic",
+    geometry="crop_resize",
+    mean=(127 / 255,) * 3,  # (x - 127) / 128 for x in 0..255
+    std=(128 / 255,) * 3,
+)
+
+
+def for_evaluation(image: "Image", how: Preprocessing) -> np.ndarray:
+    """Prepares an image [H, W] of PIL in the way that the network is scored on.
+
+    Args:
+        image: in mode RGB.
+        how: the preprocessing of the checkpoint.
+
+    Returns:
+        [size, size, 3] float32.
+    """
+    short = min(image.size)
+    if how.geometry == "resize_crop":
+        # torchvision truncates the long side: int(resize * long / short).
+        resized = _resize(image, tuple(int(how.resize * n / short) for n in image.size), how)
+        image = resized.crop(_centre_box(resized.size, how.size))
+    elif how.geometry == "crop_resize":
+        side = int(how.size / how.resize * short)
+        left, top = ((n - side + 1) // 2 for n in image.size)
+        image = _resize(image.crop((left, top, left + side, top + side)), (how.size,) * 2, how)
+    elif how.geometry == "squash":
+        image = _resize(image, (how.size,) * 2, how)
+    return normalise(np.asarray(image), how)
+
+
+def for_calibration(image: "Image", how: Preprocessing, rng: np.random.Generator) -> np.ndarray:
+    """Takes a random part of an image, flipped half of the time, as training does.
+
+    Args:
+        image: in mode RGB.
+        how: the preprocessing of the checkpoint; ``keep`` is for sets trained without crops.
+        rng: decides on the part and on the flip.
+
+    Returns:
+        [size, size, 3] float32.
+    """
+    from PIL.Image import Transpose
+
+    if how.geometry != "keep":
+        image = _resize(image.crop(random_box(*image.size, rng)), (how.size,) * 2, how)
+        if rng.random() < 0.5:
+            image = image.transpose(Transpose.FLIP_LEFT_RIGHT)
+    return normalise(np.asarray(image), how)
+
+
+def normalise(pixels: np.ndarray, how: Preprocessing) -> np.ndarray:
+    """Maps pixels [..., W, 3] in 0..255 to float32, ``(x / 255 - mean) / std`` a channel."""
+    width = pixels.shape[-2]
+    # Whole rows at a time: an inner loop over three channels takes numpy eight times as long.
+    rows = pixels.reshape(*pixels.shape[:-2], width * 3).astype(np.float32)
+    rows /= np.float32(255)
+    rows -= np.tile(np.array(how.mean, np.float32), width)
+    rows /= np.tile(np.array(how.std, np.float32), width)
+    return rows.reshape(pixels.shape)
+
+
+def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
+    """The part of an image that torchvision's RandomResizedCrop would take.
+
+    Args:
+        width: of the image.
+        height: of the image.
+        rng: draws the share of the area (0.08 to 1), the ratio (3/4 to 4/3) and the place.
+
+    Returns:
+        A box within the image: after ten draws that do not fit, the largest centred one of an
+        allowed ratio.
+    """
+    for _ in range(_CROP_ATTEMPTS):
+        area = width * height * rng.uniform(*SCALE)
+        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = (int(rng.integers(room + 1)) for room in (height - h, width - w))
+            return left, top, left + w, top + h
+    w = min(width, round(height * RATIO[1]))
+    h = min(height, round(width / RATIO[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _centre_box(size: tuple[int, int], side: int) -> Box:
+    # round() takes a half to the even number, as torchvision's CenterCrop does.
+    left, top = (round((n - side) / 2) for n in size)
+    return left, top, left + side, top + side
+
+
+def _resize(image: "Image", size: tuple[int, ...], how: Preprocessing) -> "Image":
+    from PIL.Image import Resampling
+
+    width, height = size
+    return image.resize((width, height), Resampling[how.interpolation.upper()])

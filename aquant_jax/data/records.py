@@ -1,0 +1,150 @@
+"""Encoded images at random access, decoded and preprocessed ahead of their use."""
+
+import dataclasses
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aquant_jax.data.preprocess import Preprocessing, for_calibration, for_evaluation
+from aquant_jax.data.source import Dataset, OnCorrupt, Split
+from aquant_jax.errors import InputError
+
+READ_AHEAD = 256  # images that wait decoded, at most
+
+
+class Record(NamedTuple):
+    """An image as it is stored."""
+
+    name: str
+    encoded: bytes
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """One split: ``read(i)`` for i in 0 .. size - 1, callable from several threads."""
+
+    size: int
+    read: Callable[[int], Record]
+
+
+class Corrupt(NamedTuple):
+    """An image that cannot be decoded, and why."""
+
+    name: str
+    reason: str
+
+
+Loaded = tuple[np.ndarray, int] | Corrupt
+NONE = Records(0, lambda index: Record("", b"", -1))
+
+
+def dataset(
+    name: str,
+    num_classes: int,
+    train: Records,
+    test: Records,
+    how: Preprocessing,
+) -> Dataset:
+    """Makes a data set of encoded images.
+
+    Args:
+        name: of the data set.
+        num_classes: number of labels.
+        train: to calibrate on, by random crops.
+        test: to score on.
+        how: the preprocessing of the checkpoint.
+    """
+    splits = {"train": train, "test": test}
+
+    def stream(
+        split: str, indices: np.ndarray, seed: int, batch_size: int, on_corrupt: OnCorrupt
+    ) -> Iterator[Split]:
+        def load(index: int) -> Loaded:
+            # A generator an image: what it draws does not depend on who decodes it, or when.
+            rng = np.random.default_rng((seed, index)) if split == "train" else None
+            return decode(splits[split].read(index), how, rng)
+
+        kept = _keep(_ahead(load, indices.tolist(), min(batch_size, READ_AHEAD)), name, on_corrupt)
+        while batch := list(itertools.islice(kept, batch_size)):
+            images, labels = zip(*batch, strict=True)
+            yield Split(_stack(images, name), np.array(labels, np.int32))
+
+    return Dataset(name, num_classes, train.size, test.size, stream)
+
+
+def decode(record: Record, how: Preprocessing, rng: np.random.Generator | None = None) -> Loaded:
+    """Decodes and preprocesses one image.
+
+    Args:
+        record: of any format that PIL reads, in any mode.
+        how: the preprocessing.
+        rng: for a random crop; None for evaluation.
+
+    Returns:
+        The image [size, size, 3] and its label, or ``Corrupt``.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(record.encoded)) as file:
+            image = file.convert("RGB")
+    # What PIL raises depends on the format and on which of its bytes are wrong.
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        return Corrupt(record.name, str(error))
+    if rng is None:
+        return for_evaluation(image, how), record.label
+    return for_calibration(image, how, rng), record.label
+
+
+def _ahead(load: Callable[[int], Loaded], indices: list[int], ahead: int) -> Iterator[Loaded]:
+    """Threads, not processes: PIL lets go of the interpreter lock while it decodes and resizes.
+
+    With two of each on two cores, threads gave 431 images/s and grain's worker processes, which
+    start in seconds and hand over every float, 262.
+    """
+    try:
+        import grain
+    except ImportError as error:
+        raise InputError("reading images needs grain: pip install 'aquant-jax[data]'") from error
+    options = grain.ReadOptions(num_threads=_cores(), prefetch_buffer_size=ahead)
+    images: Any = iter(grain.MapDataset.source(indices).map(load).to_iter_dataset(options))
+    try:
+        yield from images
+    finally:
+        images.close()
+
+
+def _keep(
+    images: Iterator[Loaded], name: str, on_corrupt: OnCorrupt
+) -> Iterator[tuple[np.ndarray, int]]:
+    for image in images:
+        if not isinstance(image, Corrupt):
+            yield image
+        elif on_corrupt is None:
+            raise InputError(
+                f"corrupt image {image.name} in {name} ({image.reason}); "
+                "set skip_corrupt to leave such images out and count them"
+            )
+        else:
+            on_corrupt(image.name)
+
+
+def _stack(images: tuple[np.ndarray, ...], name: str) -> np.ndarray:
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        raise InputError(
+            f"images of {name} differ in size, such as {' and '.join(map(str, sorted(shapes)[:2]))}"
+            ": geometry 'keep' does not suit them"
+        )
+    return np.stack(images)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
