@@ -1,0 +1,33 @@
+"""EfficientNet-Lite0 on ImageNet samples, its public weights.
+
+Paper:   none for this network.
+Float:   see docs/results.md (1,300 validation images).
+Ours:    docs/results.md
+Command: python -m launch.quantize --config=configs/efficientnet_lite0.py:w8a8,preset=qdrop \
+             --data_dir=../shared/data --workdir=runs/lite0_w8a8
+
+Variants: w8a8, w4a4, w2a4, w3a3, w2a2 (the default), preset=NAME, and
+dataset=imagenet_val_1300 (the default: 1,300 validation images, calibrated on
+imagenet_sample_1000), imagenet2012 or imagenet_v2/matched-frequency. On the sample the numbers
+compare float with quantized; they are no "ImageNet accuracy". AQuant has linear borders, as for
+the paper's networks of depthwise convs.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from aquant_jax import data
+from configs import imagenet
+
+# The images of the sample are 227 x 227 squares that lost their margins already.
+SQUASH = dataclasses.replace(data.EFFICIENTNET_LITE, geometry="squash")
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """Returns the config of a variant."""
+    if "dataset=" not in argument:
+        argument = ",".join(filter(None, [argument, "dataset=imagenet_val_1300"]))
+    sample = "dataset=imagenet_val_1300" in argument
+    how = SQUASH if sample else data.EFFICIENTNET_LITE
+    return imagenet.config(argument, "efficientnet_lite0", how, light=True)

@@ -1,0 +1,50 @@
+"""What the configs of the paper's ImageNet networks share."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from aquant_jax import data
+from configs import variants
+
+DATASETS = ("imagenet2012", "imagenet_v2/matched-frequency", "imagenet_val_1300")
+# These have no training split of their own.
+CALIBRATION = {
+    "imagenet_v2/matched-frequency": ("imagenet2012", 1024),
+    "imagenet_val_1300": ("imagenet_sample_1000", 1000),
+}
+
+
+def config(
+    argument: str,
+    model: str,
+    preprocessing: data.Preprocessing = data.IMAGENET,
+    light: bool = False,
+    **fields,
+) -> ConfigDict:
+    """The config of a network.
+
+    Args:
+        argument: of the variant: bit-width, preset, dataset.
+        model: name in the zoo; its weights are ``weights/MODEL.safetensors`` in data_dir, as
+            ``launch.convert`` writes them.
+        preprocessing: of the checkpoint's authors.
+        light: aquant has linear borders, as the paper uses for networks of depthwise convs.
+        **fields: of the recipe, where the network differs from the others.
+    """
+    variant = variants.parse(argument, preset=variants.presets(), dataset=DATASETS)
+    chosen = ConfigDict()
+    chosen.model = model
+    chosen.weights = f"weights/{model}.safetensors"
+    chosen.dataset = variant.settings["dataset"]
+    calibration = CALIBRATION.get(chosen.dataset, (chosen.dataset, 1024))
+    chosen.calibration_dataset, chosen.calibration_size = calibration
+    chosen.preprocessing = ConfigDict(dataclasses.asdict(preprocessing))
+    chosen.skip_corrupt = False
+    chosen.test_limit = None
+    chosen.eval_batch_size = 100
+    chosen.preset = variant.settings["preset"]
+    if light and chosen.preset == "aquant":
+        fields["border"] = "linear"
+    chosen.recipe = variants.recipe(variant, steps=20_000, **fields)
+    return chosen
