@@ -3,6 +3,7 @@
 Paper:   none for this network.
 Float:   see docs/results.md (1,300 validation images).
 Ours:    docs/results.md
+Cost:    docs/results.md
 Command: python -m launch.quantize --config=configs/efficientnet_lite0.py:w8a8,preset=qdrop \
              --data_dir=../shared/data --workdir=runs/lite0_w8a8
 

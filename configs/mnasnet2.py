@@ -1,10 +1,11 @@
 """MNASNet 2.0 on ImageNet.
 
-Paper (top-1 %, float 76.52), AdaRound / BRECQ / QDrop / AQuant:
+Paper:   float 76.52; AdaRound / BRECQ / QDrop / AQuant (top-1 %)
     w4a4  71.80 / 73.24 / 73.54 / 73.78
     w2a4  51.03 / 62.11 / 63.78 / 65.27
     w3a3  50.48 / 64.16 / 66.43 / 68.96
     w2a2  - / 13.32 / 28.65 / 30.31
+Float:   not run.
 Ours:    not run (neither ImageNet nor the checkpoint is at hand here).
 Steps:   20,000 a unit, batch 32, as the paper's.
 Cost:    not measured.

@@ -1,10 +1,11 @@
 """MobileNetV2 1.0 on ImageNet.
 
-Paper (top-1 %, float 72.63), AdaRound / BRECQ / QDrop / AQuant:
+Paper:   float 72.63; AdaRound / BRECQ / QDrop / AQuant (top-1 %)
     w4a4  67.53 / 68.29 / 68.57 / 69.15
     w2a4  44.90 / 53.43 / 54.22 / 56.74
     w3a3  48.92 / 54.66 / 57.68 / 58.56
     w2a2  - / 7.44 / 11.45 / 14.19
+Float:   not run.
 Ours:    not run (neither ImageNet nor the checkpoint is at hand here).
 Steps:   20,000 a unit, batch 32, as the paper's.
 Cost:    not measured.

@@ -1,10 +1,11 @@
 """RegNetX-3.2GF on ImageNet.
 
-Paper (top-1 %, float 78.45), AdaRound / BRECQ / QDrop / AQuant:
+Paper:   float 78.45; AdaRound / BRECQ / QDrop / AQuant (top-1 %)
     w4a4  76.41 / 76.64 / 76.76 / 77.03
     w2a4  64.66 / 71.21 / 71.34 / 72.98
     w3a3  68.65 / 71.75 / 72.69 / 74.09
     w2a2  - / 41.88 / 54.61 / 57.48
+Float:   not run.
 Ours:    not run (neither ImageNet nor the checkpoint is at hand here).
 Steps:   20,000 a unit, batch 32, as the paper's.
 Cost:    not measured.

@@ -1,10 +1,11 @@
 """RegNetX-600MF on ImageNet.
 
-Paper (top-1 %, float 73.53), AdaRound / BRECQ / QDrop / AQuant:
+Paper:   float 73.53; AdaRound / BRECQ / QDrop / AQuant (top-1 %)
     w4a4  70.87 / 70.96 / 71.19 / 71.68
     w2a4  58.95 / 62.41 / 63.59 / 65.71
     w3a3  61.99 / 63.79 / 65.37 / 67.11
     w2a2  - / 29.84 / 41.53 / 46.61
+Float:   not run.
 Ours:    not run (neither ImageNet nor the checkpoint is at hand here).
 Steps:   20,000 a unit, batch 32, as the paper's.
 Cost:    not measured.

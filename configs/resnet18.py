@@ -1,10 +1,11 @@
 """ResNet-18 on ImageNet.
 
-Paper (top-1 %, float 71.01), AdaRound / BRECQ / QDrop / AQuant:
+Paper:   float 71.01; AdaRound / BRECQ / QDrop / AQuant (top-1 %)
     w4a4  69.49 / 69.45 / 69.61 / 70.03
     w2a4  63.64 / 64.84 / 65.16 / 66.63
     w3a3  66.00 / 66.01 / 66.65 / 67.97
     w2a2  - / 51.12 / 54.19 / 60.31
+Float:   not run.
 Ours:    not run (neither ImageNet nor the checkpoint is at hand here).
 Steps:   20,000 a unit, batch 32, as the paper's.
 Cost:    not measured.

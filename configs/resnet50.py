@@ -1,10 +1,11 @@
 """ResNet-50 on ImageNet.
 
-Paper (top-1 %, float 76.62), AdaRound / BRECQ / QDrop / AQuant:
+Paper:   float 76.62; AdaRound / BRECQ / QDrop / AQuant (top-1 %)
     w4a4  74.82 / 75.05 / 75.40 / 75.58
     w2a4  66.61 / 70.27 / 70.71 / 71.11
     w3a3  69.72 / 71.73 / 72.38 / 73.20
     w2a2  - / 51.36 / 57.38 / 60.04
+Float:   not run.
 Ours:    not run (neither ImageNet nor the checkpoint is at hand here).
 Steps:   20,000 a unit, batch 32, as the paper's.
 Cost:    not measured.

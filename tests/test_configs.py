@@ -7,14 +7,17 @@ from ml_collections import ConfigDict
 import aquant_jax as aq
 from aquant_jax import data, models
 from aquant_jax.errors import InputError
-from configs import variants
+from configs import imagenet, variants
 from launch import common
 
 CONFIGS = sorted(
     path.relative_to(REPOSITORY)
     for path in (REPOSITORY / "configs").glob("*.py")
-    if path.stem not in ("__init__", "variants")
+    if path.stem not in ("__init__", "variants", "imagenet")
 )
+# Where reference_procedures.md has another recipe for a network: linear borders, lambda.
+LINEAR = {"mobilenetv2", "mnasnet2", "efficientnet_lite0"}
+LAMBDA = {"mobilenetv2": 0.1, "mnasnet2": 0.2}
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +29,7 @@ def in_checkout(monkeypatch):
 def test_every_config_describes_a_run(path):
     config = common.load_config(str(path), {})
     assert config.model in models.MODELS
-    assert config.dataset in data.DATASETS
+    assert config.dataset in (*data.DATASETS, *imagenet.DATASETS)
     assert config.weights == "embedded" or config.weights.startswith("weights/")
     assert (config.preset, config.recipe.weight_bits, config.recipe.act_bits) == ("aquant", 2, 2)
 
@@ -43,7 +46,15 @@ def test_every_docstring_gives_number_cost_and_command(path):
 def test_a_variant_sets_bits_and_preset(path, preset):
     config = common.load_config(f"{path}:w2a4,preset={preset}", {})
     recipe = aq.recipes.preset(config.preset, **config.recipe.to_dict())
-    expected = aq.recipes.preset(preset, weight_bits=2, act_bits=4, steps=recipe.steps)
+    expected = aq.recipes.preset(
+        preset,
+        weight_bits=2,
+        act_bits=4,
+        steps=recipe.steps,
+        rounding_weight=LAMBDA.get(path.stem, 0.01),
+    )
+    if preset == "aquant" and path.stem in LINEAR:
+        expected = expected.replace(border="linear")
     assert recipe == expected
     assert (recipe.steps == 0) == (preset == "nearest")
 
@@ -123,3 +134,12 @@ def test_split_overrides_takes_both_spellings():
 def test_missing_config_file():
     with pytest.raises(InputError, match=r"no config file 'configs/nothing\.py'"):
         common.load_config("configs/nothing.py:w2a2", {})
+
+
+def test_a_set_without_training_images_is_calibrated_on_another_one():
+    sample = common.load_config("configs/efficientnet_lite0.py", {})
+    assert (sample.calibration_dataset, sample.calibration_size) == ("imagenet_sample_1000", 1000)
+    assert sample.preprocessing.geometry == "squash"
+    whole = common.load_config("configs/efficientnet_lite0.py:dataset=imagenet2012", {})
+    assert (whole.calibration_dataset, whole.calibration_size) == ("imagenet2012", 1024)
+    assert whole.preprocessing.geometry == "crop_resize"

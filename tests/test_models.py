@@ -3,6 +3,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+import torch_zoo_states as states
 from safetensors.numpy import load_file, save_file
 
 from aquant_jax import data, models
@@ -12,20 +13,10 @@ from aquant_jax.models import importers
 
 pytestmark = pytest.mark.user_model
 
+LOGITS = {name: 1000 if name in models.LINEN else 10 for name in models.MODELS}
+LOGITS |= {f"resnet{depth}_cifar": 10 for depth in (20, 32, 44, 56)}
 INPUT_SHAPES = dict.fromkeys(models.MODELS, (2, 32, 32, 3)) | {"digits_cnn": (2, 8, 8, 1)}
 created = functools.cache(models.create)
-
-
-def torch_state_dict(variables):
-    """What PyTorch would save for the variables of a ResNetCifar."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(variables)
-    layouts = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
-    return {
-        importers.resnet_cifar_torch_name(tuple(key.key for key in path)): np.ascontiguousarray(
-            np.asarray(leaf).transpose(layouts[leaf.ndim])
-        )
-        for path, leaf in leaves
-    }
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +25,10 @@ def resnet20():
 
 
 @pytest.mark.parametrize("name", sorted(models.MODELS))
-def test_every_model_maps_images_to_ten_logits(name):
+def test_every_model_maps_images_to_logits(name):
     apply, variables = created(name)
     logits = jax.eval_shape(apply, variables, np.zeros(INPUT_SHAPES[name], np.float32))
-    assert logits.shape == (2, 10)
+    assert logits.shape == (2, LOGITS[name])
     assert logits.dtype == np.float32
 
 
@@ -72,7 +63,7 @@ def test_own_checkpoint_round_trip(tmp_path):
 
 def test_torch_state_dict_fills_the_same_network(tmp_path, resnet20):
     _, variables = resnet20
-    save_file(torch_state_dict(variables), tmp_path / "w.safetensors")
+    save_file(states.state_dict("resnet20_cifar", variables), tmp_path / "w.safetensors")
     _, restored = models.create("resnet20_cifar", tmp_path / "w.safetensors")
     jax.tree.map(np.testing.assert_array_equal, variables, restored)
 
@@ -90,13 +81,13 @@ def test_torch_layout_is_transposed_not_reshaped():
         (lambda d: d.update(stray=np.zeros((4, 2))), ["'stray'", "(4, 2)"]),
         (
             lambda d: d.update({"linear.weight": np.zeros((100, 64), np.float32)}),
-            ["'linear.weight'", "(64, 100)", "(64, 10)"],
+            ["'linear.weight'", "(64, 100)", "(64, 10)", "100 classes, and the model has 10"],
         ),
     ],
     ids=["missing", "extra", "shape"],
 )
 def test_a_state_dict_that_does_not_fit_is_named(tmp_path, resnet20, change, words):
-    state_dict = torch_state_dict(resnet20[1])
+    state_dict = states.state_dict("resnet20_cifar", resnet20[1])
     change(state_dict)
     save_file(state_dict, tmp_path / "w.safetensors")
     with pytest.raises(InputError) as error:
@@ -109,8 +100,8 @@ def test_option_a_shortcut_puts_old_channels_in_the_middle():
 
     block = BasicBlock(channels=8, stride=2)
     x = np.random.default_rng(0).random((1, 4, 4, 4), np.float32)
-    variables = block.init(jax.random.key(0), x)
-    zeroed = jax.tree.map(np.zeros_like, variables)  # leaves the shortcut alone
+    shapes = jax.eval_shape(block.init, jax.random.key(0), x)
+    zeroed = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)  # but for the shortcut
     y = block.apply(zeroed, x)
     np.testing.assert_array_equal(y[..., 2:6], x[:, ::2, ::2, :])
     assert not np.any(y[..., :2])

@@ -1,25 +1,32 @@
 """The model zoo: ordinary Flax models that know nothing of quantization.
 
->>> sorted(MODELS)
-['digits_cnn', 'resnet20_cifar', 'resnet32_cifar', 'resnet44_cifar', 'resnet56_cifar']
+>>> [name for name in MODELS if name.startswith("res")]
+['resnet18', 'resnet50', 'resnet20_cifar', 'resnet32_cifar', 'resnet44_cifar', 'resnet56_cifar']
 >>> apply, variables = create("digits_cnn", weights=DIGITS_WEIGHTS)
 >>> apply(variables, np.zeros((2, 8, 8, 1), np.float32)).shape
 (2, 10)
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from flax import nnx
 
 from aquant_jax.errors import InputError
-from aquant_jax.models import importers
+from aquant_jax.models import importers, layouts
 from aquant_jax.models.digits_cnn import DigitsCNN
-from aquant_jax.models.resnet_cifar import ResNetCifar
+from aquant_jax.models.efficientnet_lite import efficientnet_lite0
+from aquant_jax.models.mnasnet import mnasnet2
+from aquant_jax.models.mobilenetv2 import mobilenetv2
+from aquant_jax.models.regnet import regnetx_600mf, regnetx_3200mf
+from aquant_jax.models.resnet import resnet18, resnet50
+from aquant_jax.models.resnet_cifar import resnet_cifar
 
 Apply = Callable[[Any, Any], Any]
 Variables = Any
@@ -29,31 +36,61 @@ EMBEDDED = {"digits_cnn": DIGITS_WEIGHTS}
 
 
 def _digits_cnn(weights: Path | None, seed: int) -> tuple[Apply, Variables]:
-    graphdef, state = nnx.split(DigitsCNN(rngs=nnx.Rngs(seed)))
-    variables = nnx.to_pure_dict(state)
-    if weights is not None:
-        variables = importers.fill(variables, importers.read_safetensors(weights))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: DigitsCNN(rngs=nnx.Rngs(0))))
+    shapes = nnx.to_pure_dict(state)
+    variables = _random(shapes, seed) if weights is None else importers.load(shapes, weights)
     return lambda variables, x: nnx.merge(graphdef, variables)(x), variables
 
 
-def _resnet_cifar(depth: int, weights: Path | None, seed: int) -> tuple[Apply, Variables]:
-    model = ResNetCifar(blocks_per_stage=(depth - 2) // 6)
-    init = partial(model.init, jax.random.key(seed))
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+def _linen(name: str, weights: Path | None, seed: int) -> tuple[Apply, Variables]:
+    apply, shapes = abstract(name)
     if weights is None:
-        return model.apply, jax.jit(init)(np.zeros(images.shape, images.dtype))
-    variables = importers.fill(
-        jax.eval_shape(init, images),
-        importers.read_safetensors(weights),
-        importers.resnet_cifar_torch_name,
-        importers.to_flax_layout,
-    )
-    return model.apply, variables
+        return apply, _random(shapes, seed)
+    return apply, importers.load(shapes, weights, LINEN[name][1])
 
 
+def abstract(name: str) -> tuple[Apply, Variables]:
+    """A model without weights: ``apply`` and the shapes and dtypes of its variables.
+
+    Args:
+        name: a key of ``LINEN``.
+    """
+    module = LINEN[name][0]()
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)  # the size leaves the weights alone
+    return module.apply, jax.eval_shape(module.init, jax.random.key(0), image)
+
+
+def _random(shapes: Variables, seed: int) -> Variables:
+    """He initialisation in numpy: compiling that of 50 layers would take a quarter minute."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        kind = path[-1].key
+        if kind == "kernel":
+            deviation = math.sqrt(2 / math.prod(shape.shape[:-1]))
+            return rng.normal(0, deviation, shape.shape).astype(shape.dtype)
+        return np.full(shape.shape, kind in ("scale", "var"), shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+# name -> (the module, the layouts of its public checkpoints)
+LINEN: dict[str, tuple[Callable[[], nn.Module], Sequence[layouts.Layout]]] = {
+    "resnet18": (resnet18, layouts.RESNET),
+    "resnet50": (resnet50, layouts.RESNET),
+    "mobilenetv2": (mobilenetv2, layouts.MOBILENETV2),
+    "mnasnet2": (mnasnet2, layouts.MNASNET),
+    "regnetx_600mf": (regnetx_600mf, layouts.REGNET),
+    "regnetx_3200mf": (regnetx_3200mf, layouts.REGNET),
+    "efficientnet_lite0": (efficientnet_lite0, layouts.EFFICIENTNET_LITE),
+    "resnet20_cifar": (partial(resnet_cifar, 20), layouts.RESNET_CIFAR),
+    "resnet32_cifar": (partial(resnet_cifar, 32), layouts.RESNET_CIFAR),
+    "resnet44_cifar": (partial(resnet_cifar, 44), layouts.RESNET_CIFAR),
+    "resnet56_cifar": (partial(resnet_cifar, 56), layouts.RESNET_CIFAR),
+}
 MODELS: dict[str, Callable[[Path | None, int], tuple[Apply, Variables]]] = {
+    **{name: partial(_linen, name) for name in LINEN},
     "digits_cnn": _digits_cnn,
-    **{f"resnet{depth}_cifar": partial(_resnet_cifar, depth) for depth in (20, 32, 44, 56)},
 }
 
 
@@ -62,7 +99,8 @@ def create(name: str, weights: str | Path | None = None, seed: int = 0) -> tuple
 
     Args:
         name: a key of ``MODELS``.
-        weights: a safetensors file; None initialises at random.
+        weights: a safetensors file or a PyTorch checkpoint, in our own layout or a public one
+            (see `layouts`); None initialises at random.
         seed: of the random initialisation.
 
     Returns:

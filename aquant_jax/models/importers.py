@@ -1,47 +1,24 @@
-"""Read public weights (safetensors) into the variables trees of this zoo.
+"""Fill the variables trees of this zoo from public weights, and write our own checkpoints.
 
-Every importer checks the names and shapes in both directions, so a checkpoint of another
+Every import checks the names and shapes in both directions, so a checkpoint of another
 architecture is an error and never a half-filled model.
 """
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import numpy as safetensors
 
 from aquant_jax.errors import InputError
+from aquant_jax.models.layouts import Layout
+from aquant_jax.models.reading import read
 
 # Where each flax axis sits in PyTorch's layout: OIHW -> HWIO and [out, in] -> [in, out].
 _TORCH_AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
-_TORCH_LEAF = {
-    ("params", "kernel"): "weight",
-    ("params", "scale"): "weight",
-    ("params", "bias"): "bias",
-    ("batch_stats", "mean"): "running_mean",
-    ("batch_stats", "var"): "running_var",
-}
-
-
-def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a safetensors file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Arrays by name.
-
-    Raises:
-        InputError: the file is missing or is no safetensors file.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read weights from {path}: {error}") from error
 
 
 def flat_name(path: tuple[str, ...]) -> str:
@@ -49,19 +26,46 @@ def flat_name(path: tuple[str, ...]) -> str:
     return ".".join(path)
 
 
-def resnet_cifar_torch_name(path: tuple[str, ...]) -> str:
-    """Names a leaf of ``ResNetCifar`` as in the public PyTorch ResNet-20.
-
-    ``("params", "layer1_0", "conv1", "kernel") -> "layer1.0.conv1.weight"``.
-    """
-    collection, *modules, leaf = path
-    modules = [module.replace("_", ".") for module in modules]
-    return ".".join([*modules, _TORCH_LEAF[collection, leaf]])
+def leaf_paths(variables: Any) -> list[tuple[str, ...]]:
+    """The path of every leaf of nested dicts, in their order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(variables)
+    return [tuple(str(key.key) for key in path) for path, _ in leaves]
 
 
 def to_flax_layout(array: np.ndarray) -> np.ndarray:
     """Transposes a PyTorch conv [O, I, H, W] or dense [O, I] weight; others pass through."""
     return array.transpose(_TORCH_AXES[array.ndim]) if array.ndim in _TORCH_AXES else array
+
+
+def load(variables: Any, path: str | Path, layouts: Sequence[Layout] = ()) -> Any:
+    """Fills a model from a checkpoint, whose layout is recognised by its names.
+
+    Args:
+        variables: nested dicts of arrays or ``jax.ShapeDtypeStruct``, giving the shapes.
+        path: see `reading.read`.
+        layouts: the public layouts of the model; our own is always known.
+
+    Returns:
+        The tree of ``variables`` with the checkpoint's arrays.
+
+    Raises:
+        InputError: see `reading.read` and `fill`, or none of the layouts.
+    """
+    state_dict, paths = read(path), leaf_paths(variables)
+    known = {"our own": {p: flat_name(p) for p in paths}}
+    known.update({layout.source: layout.names(paths) for layout in layouts})
+    overlap = {source: len(state_dict.keys() & names.values()) for source, names in known.items()}
+    source = max(overlap, key=lambda key: overlap[key])
+    if not overlap[source]:
+        raise InputError(
+            f"{path} holds {', '.join(map(repr, list(state_dict)[:3])) or 'no arrays'}: "
+            f"no name of the model in any layout ({'; '.join(known)})"
+        )
+    to_layout = np.asarray if source == "our own" else to_flax_layout
+    try:
+        return fill(variables, state_dict, known[source].__getitem__, to_layout)
+    except InputError as error:
+        raise InputError(f"{path}, in the layout of {source}: {error}") from error
 
 
 def fill(
@@ -84,45 +88,75 @@ def fill(
     Raises:
         InputError: a name is missing or left over, or a shape differs.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(variables)
-    names = [name_of(tuple(str(key.key) for key in path)) for path, _ in leaves]
+    leaves, treedef = jax.tree.flatten(variables)
+    names = [name_of(path) for path in leaf_paths(variables)]
+    wanted = {name: tuple(leaf.shape) for name, leaf in zip(names, leaves, strict=True)}
     missing = [name for name in names if name not in state_dict]
     extra = sorted(set(state_dict) - set(names))
     if missing or extra:
-        shapes = {name: tuple(leaf.shape) for name, (_, leaf) in zip(names, leaves, strict=True)}
-        raise InputError(_names_message(missing, extra, shapes, state_dict))
-    arrays = []
-    for name, (_, leaf) in zip(names, leaves, strict=True):
-        array = to_layout(state_dict[name])
-        if array.shape != leaf.shape:
-            raise InputError(
-                f"weight {name!r} has shape {array.shape} (in the model's layout), "
-                f"but the model needs {tuple(leaf.shape)}"
-            )
-        arrays.append(np.ascontiguousarray(array, dtype=leaf.dtype))
-    return jax.tree_util.tree_unflatten(treedef, arrays)
+        raise InputError(_names_message(missing, extra, wanted, state_dict))
+    arrays = {name: to_layout(state_dict[name]) for name in names}
+    wrong = [name for name in names if arrays[name].shape != wanted[name]]
+    if wrong:
+        raise InputError(_shapes_message(wrong, arrays, wanted))
+    filled = [
+        np.ascontiguousarray(arrays[name], dtype=leaf.dtype)
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    return jax.tree_util.tree_unflatten(treedef, filled)
 
 
 def save(path: str | Path, variables: Any) -> None:
-    """Writes nested dicts of arrays under their flat names; ``fill`` reads them back."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(variables)
-    save_file(
-        {
-            flat_name(tuple(str(key.key) for key in keys)): np.ascontiguousarray(leaf)
-            for keys, leaf in leaves
-        },
-        path,
-    )
-    # safetensors makes files that only their owner reads; a checkpoint is to be shared.
-    Path(path).chmod(0o644)
+    """Writes nested dicts of arrays under their flat names, all or nothing; `load` reads them.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    write(path, serialize(variables))
 
 
-def _names_message(missing, extra, shapes, state_dict) -> str:
+def serialize(variables: Any) -> bytes:
+    """The content of our own checkpoint of `variables`; equal for equal arrays."""
+    leaves = zip(leaf_paths(variables), jax.tree.leaves(variables), strict=True)
+    return safetensors.save({flat_name(p): np.ascontiguousarray(leaf) for p, leaf in leaves})
+
+
+def write(path: str | Path, content: bytes) -> None:
+    """Writes a file whole: what stood there before stays until the new one is complete.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _names_message(missing, extra, wanted, state_dict) -> str:
     parts = []
     if missing:
-        wanted = ", ".join(f"{name!r} {shapes[name]}" for name in missing[:3])
-        parts.append(f"lack {len(missing)} of the model's arrays, such as {wanted}")
+        lacking = ", ".join(f"{name!r} {wanted[name]}" for name in missing[:3])
+        parts.append(f"lack {len(missing)} of the model's arrays, such as {lacking}")
     if extra:
         found = ", ".join(f"{name!r} {state_dict[name].shape}" for name in extra[:3])
         parts.append(f"hold {len(extra)} the model has no place for, such as {found}")
     return "the weights " + " and ".join(parts)
+
+
+def _shapes_message(wrong, arrays, wanted) -> str:
+    # The head's bias is misshaped too where the classes differ: its kernel tells why.
+    heads = [n for n in wrong if arrays[n].ndim == 2 and arrays[n].shape[:1] == wanted[n][:1]]
+    name = (heads or wrong)[0]
+    found, needed = arrays[name].shape, wanted[name]
+    classes = f": {found[1]} classes, and the model has {needed[1]}" if heads else ""
+    return (
+        f"weight {name!r} has shape {found} (in the model's layout), "
+        f"but the model needs {needed}{classes}"
+    )

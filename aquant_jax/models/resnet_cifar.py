@@ -10,18 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from aquant_jax.models.layers import conv_bn, pool_and_classify
+
 STAGE_CHANNELS = (16, 32, 64)
-BATCH_NORM_EPSILON = 1e-5
-
-
-def _conv3x3(channels: int, stride: int, name: str) -> nn.Conv:
-    return nn.Conv(channels, (3, 3), strides=(stride, stride), padding=1, use_bias=False, name=name)
-
-
-def _batch_norm(train: bool, name: str) -> nn.BatchNorm:
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=BATCH_NORM_EPSILON, name=name
-    )
 
 
 class BasicBlock(nn.Module):
@@ -31,13 +22,10 @@ class BasicBlock(nn.Module):
     stride: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [N, H, W, C] to [N, H / stride, W / stride, channels]."""
-        y = _conv3x3(self.channels, self.stride, "conv1")(x)
-        y = nn.relu(_batch_norm(train, "bn1")(y))
-        y = _conv3x3(self.channels, 1, "conv2")(y)
-        y = _batch_norm(train, "bn2")(y)
-        return nn.relu(y + self._shortcut(x))
+        y = nn.relu(conv_bn(x, "conv1", self.channels, size=3, stride=self.stride))
+        return nn.relu(conv_bn(y, "conv2", self.channels, size=3) + self._shortcut(x))
 
     def _shortcut(self, x: jax.Array) -> jax.Array:
         if self.stride == 1 and x.shape[-1] == self.channels:
@@ -55,14 +43,16 @@ class ResNetCifar(nn.Module):
     num_classes: int = 10
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Maps normalised images [N, 32, 32, 3] to logits [N, num_classes]."""
-        x = _conv3x3(STAGE_CHANNELS[0], 1, "conv1")(x)
-        x = nn.relu(_batch_norm(train, "bn1")(x))
+        x = nn.relu(conv_bn(x, "conv1", STAGE_CHANNELS[0], size=3))
         for stage, channels in enumerate(STAGE_CHANNELS):
             for index in range(self.blocks_per_stage):
                 stride = 2 if stage > 0 and index == 0 else 1
-                block = BasicBlock(channels, stride, name=f"layer{stage + 1}_{index}")
-                x = block(x, train)
-        x = jnp.mean(x, axis=(1, 2))
-        return nn.Dense(self.num_classes, name="linear")(x)
+                x = BasicBlock(channels, stride, name=f"layer{stage + 1}_{index}")(x)
+        return pool_and_classify(x, self.num_classes, name="linear")
+
+
+def resnet_cifar(depth: int) -> ResNetCifar:
+    """The network of 20, 32, 44 or 56 weighted layers."""
+    return ResNetCifar(blocks_per_stage=(depth - 2) // 6)

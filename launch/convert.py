@@ -1,0 +1,50 @@
+"""Converts a public checkpoint to a safetensors file that needs no PyTorch to be read.
+
+    python -m launch.convert --model=resnet18 --from=resnet18_imagenet.pth.tar --to=r18.safetensors
+
+--from: a PyTorch checkpoint (.pth, .pth.tar, .pt, .bin; only tensors are read, no code is run) or
+a safetensors file, with the names of the BRECQ and QDrop releases, torchvision or timm.
+--to: holds the arrays under the names and in the layout of our own variables (HWIO), for
+``config.weights`` and ``models.create(name, weights=FILE)``.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from aquant_jax import models
+from aquant_jax.errors import InputError
+from aquant_jax.models import importers
+from launch import common
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this program."""
+    flags.DEFINE_string("model", None, "name in the zoo", flag_values=values)
+    flags.DEFINE_string("from", None, "checkpoint to read", flag_values=values)
+    flags.DEFINE_string("to", None, "safetensors file to write", flag_values=values)
+    flags.mark_flags_as_required(["model", "from", "to"], flag_values=values)
+
+
+@common.program
+def main(argv: list[str]) -> None:
+    """Reads, checks and writes; an existing file stays as it is."""
+    values, _ = common.parse(argv, define_flags, __doc__)
+    target = Path(values.to)
+    if target.suffix != ".safetensors":
+        raise InputError(f"--to={target} must end in .safetensors")
+    _, variables = models.create(values.model, values["from"].value)
+    content = importers.serialize(variables)
+    if not target.exists():
+        importers.write(target, content)
+    elif not target.is_file() or target.read_bytes() != content:
+        raise InputError(f"{target} exists and holds something else; remove it or choose another")
+    arrays = jax.tree.leaves(variables)
+    print(f"{values.model}: {len(arrays)} arrays, {sum(a.size for a in arrays):,} values")
+    print(f"in {target}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Prints what the borders add to each network, beside the paper's Sec. 4.3, as a Markdown table.
+
+    python -m launch.overhead
+
+Nothing is loaded or run: the counts come from the shapes of the traced networks. A column element
+is one (tap, input channel) of a conv's im2col row, or one input of a dense layer.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from aquant_jax import border, models, recipes
+from aquant_jax.layer import border_shape
+from aquant_jax.trace import trace
+from aquant_jax.unit import layer_specs
+from launch import common
+
+PAPER = {
+    "resnet18": 0.81,
+    "resnet50": 0.64,
+    "regnetx_600mf": 2.82,
+    "regnetx_3200mf": 2.14,
+    "mobilenetv2": 4.56,
+    "mnasnet2": 8.27,
+}
+LAST_DIGIT = 0.01  # in percent: the paper both rounds and truncates
+COEFFICIENT_BITS = 16
+HEADER = (
+    "| network | weights | column elements | quadratic, all layers | paper | the paper's count |"
+    " 4-bit weights | 8-bit weights | preset aquant stores |"
+)
+
+
+class Layer(NamedTuple):
+    """Counts of one weighted op; `stored` are the coefficients of the aquant preset."""
+
+    weights: int
+    taps: int
+    channels: int
+    depthwise: bool
+    stored: int
+
+    @property
+    def elements(self) -> int:
+        return self.taps * self.channels
+
+
+# What the paper may have counted, the plainest first: coefficients of a layer, and which layers.
+RULES: dict[str, Callable[[Layer], int]] = {
+    "three an element": lambda layer: 3 * layer.elements,
+    "two an element": lambda layer: 2 * layer.elements,
+    "two an element of depthwise convs, three of other layers": lambda layer: (
+        (2 if layer.depthwise else 3) * layer.elements
+    ),
+    "three a channel": lambda layer: 3 * layer.channels,
+    "two a channel": lambda layer: 2 * layer.channels,
+}
+SCOPES = {
+    "all layers but the first": slice(1, None),  # the image is not quantized
+    "all layers": slice(None),
+    "neither first nor last": slice(1, -1),
+}
+
+
+def count_layers(name: str) -> list[Layer]:
+    """The weighted ops of a model of the zoo, in order."""
+    apply, variables = models.abstract(name)
+    graph = trace(apply, variables, jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32))
+    specs = layer_specs(graph, recipes.preset("aquant"))
+    layers = []
+    for op in graph.ops:
+        if op.layer is None:
+            continue
+        taps, channels = border_shape(op, graph.avals[op.x].shape)
+        groups = op.params.get("feature_group_count", 1)
+        kind = specs[op.layer.path].border
+        stored = taps * channels * len(border.get(kind).powers) if kind else 0
+        weights = int(np.prod(op.layer.weight_shape))
+        layers.append(Layer(weights, taps, channels, 1 < groups == channels, stored))
+    return layers
+
+
+def explanation(layers: list[Layer], paper: float) -> str:
+    """The first count that gives the paper's percentage, or that none does."""
+    weights = sum(layer.weights for layer in layers)
+    percent = {
+        f"{rule}, {scope}": 100 * sum(map(RULES[rule], layers[SCOPES[scope]])) / weights
+        for rule, scope in itertools.product(RULES, SCOPES)
+    }
+    for name, value in percent.items():
+        if abs(value - paper) < LAST_DIGIT:
+            return f"{name} ({value:.3f})"
+    nearest = min(percent, key=lambda name: abs(percent[name] - paper))
+    return f"none of ours; the nearest is {nearest} ({percent[nearest]:.3f})"
+
+
+def row(name: str) -> str:
+    """The model's line of the table."""
+    layers = count_layers(name)
+    weights = sum(layer.weights for layer in layers)
+    coefficients = sum(map(RULES["three an element"], layers))
+    stored = sum(layer.stored for layer in layers)
+    paper = PAPER.get(name)
+    cells = [
+        name,
+        f"{weights:,}",
+        f"{sum(layer.elements for layer in layers):,}",
+        f"{coefficients:,} ({100 * coefficients / weights:.2f}%)",
+        "-" if paper is None else f"{paper}%",
+        "-" if paper is None else explanation(layers, paper),
+        *(_size(weights, bits, coefficients) for bits in (4, 8)),
+        f"{stored:,} ({100 * stored / weights:.2f}%)",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _size(weights: int, bits: int, coefficients: int) -> str:
+    before, added = weights * bits, coefficients * COEFFICIENT_BITS
+    mib = 8 * 2**20
+    return f"{before / mib:.2f} -> {(before + added) / mib:.2f} MiB (+{100 * added / before:.1f}%)"
+
+
+@common.program
+def main(argv: list[str]) -> None:
+    """Prints the table: the paper's networks, then the others."""
+    common.parse(argv, lambda _: None, __doc__)
+    print(HEADER)
+    print("| --- " + "| ---: " * (HEADER.count("|") - 2) + "|")
+    for name in [*PAPER, *(name for name in models.LINEN if name not in PAPER)]:
+        print(row(name))
+    print(
+        f"\nSizes: all weights at that many bits, quadratic borders in all layers at "
+        f"{COEFFICIENT_BITS} bits a coefficient; biases and step sizes left out."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+import contextlib
+import io
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import aquant_jax as aq
+from aquant_jax import models
+from launch import overhead
+
+pytestmark = pytest.mark.user_model
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Cells of the printed table, by network."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert overhead.main(["overhead"]) == 0
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    header, rule, *body = rows
+    assert all(len(row) == len(header) == len(rule) for row in body)
+    return {row[0]: dict(zip(header, row, strict=True)) for row in body}
+
+
+def test_every_network_is_in_the_table_the_papers_first(table):
+    assert list(table)[:6] == list(overhead.PAPER)
+    assert set(table) == set(models.LINEN)
+
+
+@pytest.mark.parametrize(
+    ("name", "paper", "count"),
+    [
+        ("resnet18", "0.81%", "three an element, all layers but the first (0.809)"),
+        ("resnet50", "0.64%", "three an element, all layers but the first (0.644)"),
+        ("regnetx_600mf", "2.82%", "three an element, all layers but the first (2.824)"),
+        ("regnetx_3200mf", "2.14%", "three an element, all layers but the first (2.147)"),
+        ("mnasnet2", "8.27%", "three an element, all layers but the first (8.269)"),
+        (
+            "mobilenetv2",
+            "4.56%",
+            "two an element of depthwise convs, three of other layers, all layers but the first "
+            "(4.560)",
+        ),
+        ("efficientnet_lite0", "-", "-"),
+    ],
+)
+def test_the_papers_numbers_are_explained(table, name, paper, count):
+    assert table[name]["paper"] == paper
+    assert table[name]["the paper's count"] == count
+
+
+def test_counts_of_resnet18_by_hand(table):
+    """Column elements: taps times input channels, of every conv and of the head."""
+    stages = [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]
+    elements, weights = 7 * 7 * 3, 7 * 7 * 3 * 64
+    for inputs, width, stride in stages:
+        sources = [inputs, width, width, width]
+        elements += 9 * sum(sources) + (inputs if stride == 2 else 0)
+        weights += 9 * sum(sources) * width + (inputs * width if stride == 2 else 0)
+    elements, weights = elements + 512, weights + 512 * 1000
+    cells = table["resnet18"]
+    assert cells["weights"] == f"{weights:,}" == "11,678,912"
+    assert cells["column elements"] == f"{elements:,}"
+    assert cells["quadratic, all layers"].split()[0] == f"{3 * elements:,}"
+    # 16-bit coefficients beside 4-bit weights: four times the ratio.
+    assert cells["4-bit weights"] == "5.57 -> 5.75 MiB (+3.3%)"
+    assert cells["8-bit weights"] == "11.14 -> 11.32 MiB (+1.6%)"
+
+
+def test_depthwise_elements_are_per_tap_and_channel():
+    layers = overhead.count_layers("mobilenetv2")
+    assert [(x.taps, x.channels, x.depthwise) for x in layers[:3]] == [
+        (9, 3, False), (9, 32, True), (1, 32, False),
+    ]  # fmt: skip
+    assert sum(layer.depthwise for layer in layers) == 17
+    assert not any(layer.depthwise for layer in overhead.count_layers("regnetx_600mf"))
+
+
+def test_a_number_that_nothing_explains_says_so():
+    layers = overhead.count_layers("resnet20_cifar")
+    text = overhead.explanation(layers, 5.0)
+    assert text.startswith("none of ours; the nearest is two an element, all layers (4.25")
+
+
+class Tiny(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), name="stem")(x))
+        x = nn.relu(nn.Conv(4, (3, 1), feature_group_count=4, name="depthwise")(x))
+        return nn.Dense(2, name="head")(jnp.mean(x, axis=(1, 2)))
+
+
+def test_what_the_preset_stores_is_what_a_quantized_network_holds(monkeypatch):
+    monkeypatch.setitem(models.LINEN, "tiny", (Tiny, ()))
+    apply, shapes = models.abstract("tiny")
+    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, leaf.dtype), shapes)
+    images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    recipe = aq.recipes.aquant(steps=0, batch_size=4)
+    quantized = aq.quantize(apply, variables, images, recipe, progress=False)
+    counted = {x.taps: x.stored for x in overhead.count_layers("tiny")}
+    held = {
+        path.split("/")[1]: sum(leaf.size for leaf in jax.tree.leaves(layer.border))
+        for path, layer in quantized.layers.items()
+    }
+    assert held == {"stem": counted[9], "depthwise": counted[3], "head": counted[1]}
+    assert held == {"stem": 0, "depthwise": 3 * 3 * 4, "head": 3 * 4}

@@ -1,0 +1,321 @@
+"""The networks of the zoo in PyTorch, written from the papers and not from our flax code.
+
+Their state dicts have the names of the public releases: ResNet as in torchvision, the others as
+in the BRECQ and QDrop releases, EfficientNet-Lite0 as in efficientnet-lite-pytorch.
+"""
+
+import math
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+def conv(inputs, outputs, size, stride=1, groups=1):
+    return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
+
+
+class Sum(nn.Module):
+    """relu(body(x) + shortcut(x)) for children called as the release calls them."""
+
+    def __init__(self, body, shortcut):
+        super().__init__()
+        self.body_names, self.shortcut_names = list(body), list(shortcut)
+        for name, module in [*body.items(), *shortcut.items()]:
+            self.add_module(name, module)
+
+    def forward(self, x):
+        y, skip = x, x
+        for name in self.body_names:
+            y = getattr(self, name)(y)
+        for name in self.shortcut_names:
+            skip = getattr(self, name)(skip)
+        return functional.relu(y + skip)
+
+
+def chain(relu, **modules):
+    """A plain chain with a ReLU after all but the last batch norm."""
+    named = OrderedDict()
+    for name, module in modules.items():
+        named[name] = module
+        if isinstance(module, nn.BatchNorm2d):
+            named[f"{relu}_{name}"] = nn.ReLU()
+    named.popitem()
+    return named
+
+
+def resnet_block(inputs, width, stride, bottleneck):
+    outputs = 4 * width if bottleneck else width
+    if bottleneck:
+        shapes = [(inputs, width, 1, 1), (width, width, 3, stride), (width, outputs, 1, 1)]
+    else:
+        shapes = [(inputs, width, 3, stride), (width, width, 3, 1)]
+    modules = {}
+    for index, shape in enumerate(shapes, 1):
+        modules[f"conv{index}"] = conv(*shape)
+        modules[f"bn{index}"] = nn.BatchNorm2d(shape[1])
+    shortcut = {}
+    if stride > 1 or inputs != outputs:
+        projection = conv(inputs, outputs, 1, stride)
+        shortcut["downsample"] = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+    return Sum(chain("relu", **modules), shortcut), outputs
+
+
+class ResNet(nn.Module):
+    def __init__(self, depths, bottleneck):
+        super().__init__()
+        self.conv1, self.bn1 = conv(3, 64, 7, 2), nn.BatchNorm2d(64)
+        width = 64
+        for stage, depth in enumerate(depths):
+            blocks = []
+            for index in range(depth):
+                stride = 2 if stage and not index else 1
+                block, width = resnet_block(width, 64 * 2**stage, stride, bottleneck)
+                blocks.append(block)
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(width, 1000)
+
+    def forward(self, x):
+        x = functional.max_pool2d(functional.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class OptionA(nn.Module):
+    """The CIFAR block: every second pixel, new channels of zeros on both sides."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = conv(outputs, outputs, 3), nn.BatchNorm2d(outputs)
+        self.stride, self.extra = stride, outputs - inputs
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)))))
+        half = self.extra // 2
+        skip = x[:, :, :: self.stride, :: self.stride]
+        return functional.relu(y + functional.pad(skip, (0, 0, 0, 0, half, half)))
+
+
+class ResNetCifar(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.conv1, self.bn1 = conv(3, 16, 3), nn.BatchNorm2d(16)
+        count = (depth - 2) // 6
+        for stage, (inputs, width) in enumerate([(16, 16), (16, 32), (32, 64)], 1):
+            first = OptionA(inputs, width, 1 if stage == 1 else 2)
+            rest = [OptionA(width, width, 1) for _ in range(count - 1)]
+            self.add_module(f"layer{stage}", nn.Sequential(first, *rest))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = functional.relu(self.bn1(self.conv1(x)))
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+def regnet_widths(slope, initial, multiplier, depth):
+    """Widths and depths of the stages by the paper's quantized linear rule (Eq. 2 to 4)."""
+    widths = []
+    for index in range(depth):
+        exponent = round(math.log((initial + slope * index) / initial, multiplier))
+        widths.append(8 * round(initial * multiplier**exponent / 8))
+    stages = sorted(set(widths))
+    return stages, [widths.count(width) for width in stages]
+
+
+class RegNetX(nn.Module):
+    def __init__(self, slope, initial, multiplier, depth, group):
+        super().__init__()
+        widths, depths = regnet_widths(slope, initial, multiplier, depth)
+        widths = [round(width / group) * group for width in widths]
+        self.stem = nn.Sequential(
+            OrderedDict(conv=conv(3, 32, 3, 2), bn=nn.BatchNorm2d(32), relu=nn.ReLU())
+        )
+        inputs = 32
+        for stage, (width, count) in enumerate(zip(widths, depths, strict=True), 1):
+            blocks = OrderedDict()
+            for index in range(count):
+                blocks[f"b{index + 1}"] = self.block(inputs, width, 1 if index else 2, group)
+                inputs = width
+            self.add_module(f"s{stage}", nn.Sequential(blocks))
+        self.head = nn.Sequential(
+            OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(inputs, 1000))
+        )
+
+    @staticmethod
+    def block(inputs, width, stride, group):
+        modules = chain(
+            "relu",
+            a=conv(inputs, width, 1), a_bn=nn.BatchNorm2d(width),
+            b=conv(width, width, 3, stride, width // group), b_bn=nn.BatchNorm2d(width),
+            c=conv(width, width, 1), c_bn=nn.BatchNorm2d(width),
+        )  # fmt: skip
+        shortcut = {}
+        if stride > 1 or inputs != width:
+            shortcut = {"proj": conv(inputs, width, 1, stride), "bn": nn.BatchNorm2d(width)}
+        return Sum({"f": nn.Sequential(modules)}, shortcut)
+
+    def forward(self, x):
+        for module in self.children():
+            x = module(x)
+        return x
+
+
+class Inverted(nn.Module):
+    """MobileNetV2's block as a sequence under a release's name."""
+
+    def __init__(self, name, inputs, outputs, ratio, stride, size, act):
+        super().__init__()
+        wide = inputs * ratio
+        layers = [] if ratio == 1 else [conv(inputs, wide, 1), nn.BatchNorm2d(wide), act()]
+        layers += [conv(wide, wide, size, stride, wide), nn.BatchNorm2d(wide), act()]
+        layers += [conv(wide, outputs, 1), nn.BatchNorm2d(outputs)]
+        self.add_module(name, nn.Sequential(*layers))
+        self.name, self.skip = name, stride == 1 and inputs == outputs
+
+    def forward(self, x):
+        y = getattr(self, self.name)(x)
+        return x + y if self.skip else y
+
+
+def inverted_stages(name, inputs, table, act):
+    """A list of blocks for every (ratio, channels, depth, stride, size)."""
+    for ratio, channels, depth, stride, size in table:
+        blocks = []
+        for index in range(depth):
+            step = 1 if index else stride
+            blocks.append(Inverted(name, inputs, channels, ratio, step, size, act))
+            inputs = channels
+        yield blocks
+
+
+class MobileNetV2(nn.Module):
+    TABLE = (
+        (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 32, 3, 2, 3), (6, 64, 4, 2, 3), (6, 96, 3, 1, 3),
+        (6, 160, 3, 2, 3), (6, 320, 1, 1, 3),
+    )  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        stem = nn.Sequential(conv(3, 32, 3, 2), nn.BatchNorm2d(32), nn.ReLU6())
+        last = nn.Sequential(conv(320, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU6())
+        stages = inverted_stages("conv", 32, self.TABLE, nn.ReLU6)
+        self.features = nn.Sequential(stem, *(b for blocks in stages for b in blocks), last)
+        self.classifier = nn.Sequential(nn.Dropout(), nn.Linear(1280, 1000))
+
+    def forward(self, x):
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+class MNASNet(nn.Module):
+    """MnasNet-B1 with all channels but the last conv's doubled."""
+
+    TABLE = (
+        (3, 24, 3, 2, 3), (3, 40, 3, 2, 5), (6, 80, 3, 2, 5), (6, 96, 2, 1, 3), (6, 192, 4, 2, 5),
+        (6, 320, 1, 1, 3),
+    )  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        table = [(ratio, 2 * channels, *rest) for ratio, channels, *rest in self.TABLE]
+        stages = inverted_stages("layers", 32, table, nn.ReLU)
+        self.layers = nn.Sequential(
+            conv(3, 64, 3, 2), nn.BatchNorm2d(64), nn.ReLU(),
+            conv(64, 64, 3, groups=64), nn.BatchNorm2d(64), nn.ReLU(),
+            conv(64, 32, 1), nn.BatchNorm2d(32),
+            *(nn.Sequential(*blocks) for blocks in stages),
+            conv(640, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU(),
+        )  # fmt: skip
+        self.classifier = nn.Sequential(nn.Dropout(), nn.Linear(1280, 1000))
+
+    def forward(self, x):
+        return self.classifier(self.layers(x).mean((2, 3)))
+
+
+class SameConv(nn.Conv2d):
+    """TensorFlow's "SAME": ceil(size / stride) outputs, the odd pixel of padding at the end."""
+
+    def forward(self, x):
+        sides = []
+        for length in (x.shape[3], x.shape[2]):
+            kernel, stride = self.kernel_size[0], self.stride[0]
+            total = max((math.ceil(length / stride) - 1) * stride + kernel - length, 0)
+            sides += [total // 2, total - total // 2]
+        return super().forward(functional.pad(x, sides))
+
+
+class LiteBlock(nn.Module):
+    def __init__(self, inputs, outputs, ratio, stride, size):
+        super().__init__()
+        wide = inputs * ratio
+        norm = lambda channels: nn.BatchNorm2d(channels, eps=1e-3)  # noqa: E731
+        if ratio > 1:
+            self._expand_conv, self._bn0 = nn.Conv2d(inputs, wide, 1, bias=False), norm(wide)
+        self._depthwise_conv = SameConv(wide, wide, size, stride, groups=wide, bias=False)
+        self._bn1 = norm(wide)
+        self._project_conv, self._bn2 = nn.Conv2d(wide, outputs, 1, bias=False), norm(outputs)
+        self.expands, self.skip = ratio > 1, stride == 1 and inputs == outputs
+
+    def forward(self, x):
+        y = functional.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        y = functional.relu6(self._bn1(self._depthwise_conv(y)))
+        y = self._bn2(self._project_conv(y))
+        return x + y if self.skip else y
+
+
+class EfficientNetLite0(nn.Module):
+    TABLE = (
+        (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5),
+        (6, 192, 4, 2, 5), (6, 320, 1, 1, 3),
+    )  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self._conv_stem = SameConv(3, 32, 3, 2, bias=False)
+        self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
+        blocks, inputs = [], 32
+        for ratio, channels, depth, stride, size in self.TABLE:
+            for index in range(depth):
+                blocks.append(LiteBlock(inputs, channels, ratio, 1 if index else stride, size))
+                inputs = channels
+        self._blocks = nn.ModuleList(blocks)
+        self._conv_head = nn.Conv2d(320, 1280, 1, bias=False)
+        self._bn1, self._fc = nn.BatchNorm2d(1280, eps=1e-3), nn.Linear(1280, 1000)
+
+    def forward(self, x):
+        x = functional.relu6(self._bn0(self._conv_stem(x)))
+        for block in self._blocks:
+            x = block(x)
+        return self._fc(functional.relu6(self._bn1(self._conv_head(x))).mean((2, 3)))
+
+
+NETWORKS = {
+    "resnet18": lambda: ResNet((2, 2, 2, 2), bottleneck=False),
+    "resnet50": lambda: ResNet((3, 4, 6, 3), bottleneck=True),
+    "mobilenetv2": MobileNetV2,
+    "mnasnet2": MNASNet,
+    "regnetx_600mf": lambda: RegNetX(36.97, 48, 2.24, 16, 24),
+    "regnetx_3200mf": lambda: RegNetX(26.31, 88, 2.25, 25, 48),
+    "efficientnet_lite0": EfficientNetLite0,
+    "resnet20_cifar": lambda: ResNetCifar(20),
+}
+
+
+def logits(name, random_array, images):
+    """Logits [N, classes] of NHWC images, all arrays by ``random_array(name, shape)``.
+
+    Returns:
+      The logits, and the state dict as numpy arrays.
+    """
+    network = NETWORKS[name]().eval()
+    state = {
+        key: torch.tensor(random_array(key, tuple(value.shape)))
+        for key, value in network.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    network.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        found = network(torch.tensor(images).permute(0, 3, 1, 2).contiguous())
+    return found.numpy(), {key: value.numpy() for key, value in state.items()}
