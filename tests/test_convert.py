@@ -13,6 +13,7 @@ import torch_zoo_states as states
 from safetensors.numpy import load_file, save_file
 
 from aquant_jax import models
+from aquant_jax.errors import InputError
 from aquant_jax.models import importers
 from launch import convert
 
@@ -148,6 +149,10 @@ class TestPyTorch:
         refused(run("w.pth"), "cannot read weights from", "w.pth as a PyTorch checkpoint: ")
         assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
 
+    def test_text_is_no_checkpoint(self, tmp_path, run):
+        (tmp_path / "w.pth").write_text("hello world, no checkpoint")
+        refused(run("w.pth"), "cannot read weights from", "as a PyTorch checkpoint: KeyError: 101")
+
     @pytest.mark.parametrize(
         ("content", "words"),
         [
@@ -206,7 +211,7 @@ class TestRefusals:
         save_file(states.state_dict(MODEL, variables), tmp_path / "w.safetensors")
         refused(
             run("w.safetensors", model="regnetx_600mf"),
-            "no name of the model in any layout (our own; BRECQ, QDrop; torchvision; timm)",
+            "none is a name of this model in any layout (our own; BRECQ, QDrop; torchvision; timm)",
         )
         refused(
             run("w.safetensors", model="resnet18"),
@@ -252,7 +257,8 @@ class TestWriting:
         assert run("w.safetensors")[0] == 0  # the same again
         refused(run("w.safetensors", "w.safetensors"), "w.safetensors exists")
 
-    def test_a_failing_disk_leaves_nothing_half_written(self, tmp_path, run, monkeypatch):
+    @pytest.fixture
+    def full_disk(self, monkeypatch):
         write = Path.write_bytes
 
         def half(path, content):
@@ -260,8 +266,16 @@ class TestWriting:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Path, "write_bytes", half)
+
+    def test_a_full_disk_leaves_nothing_half_written(self, tmp_path, run, full_disk):
         refused(run("w.safetensors"), "out.safetensors cannot be written: No space left on device")
         assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+    def test_a_checkpoint_stays_until_the_next_is_complete(self, tmp_path, variables, full_disk):
+        before = (tmp_path / "w.safetensors").read_bytes()
+        with pytest.raises(InputError, match=r"w\.safetensors cannot be written"):
+            importers.save(tmp_path / "w.safetensors", variables)
+        assert (tmp_path / "w.safetensors").read_bytes() == before
 
     def test_a_folder_that_is_missing(self, run):
         refused(run("w.safetensors", "no/out.safetensors"), "cannot be written: No such file")

@@ -59,7 +59,7 @@ def load(variables: Any, path: str | Path, layouts: Sequence[Layout] = ()) -> An
     if not overlap[source]:
         raise InputError(
             f"{path} holds {', '.join(map(repr, list(state_dict)[:3])) or 'no arrays'}: "
-            f"no name of the model in any layout ({'; '.join(known)})"
+            f"none is a name of this model in any layout ({'; '.join(known)})"
         )
     to_layout = np.asarray if source == "our own" else to_flax_layout
     try:

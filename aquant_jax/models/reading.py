@@ -110,5 +110,6 @@ def _torch_message(path: Path, error: Exception) -> str:
             "tensors are read (save model.state_dict() alone)"
         )
     # PyTorch's advice is to read the file unsafely: its first sentence is enough.
-    reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
-    return f"cannot read weights from {path} as a PyTorch checkpoint: {reason}"
+    reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+    kind = type(error).__name__
+    return f"cannot read weights from {path} as a PyTorch checkpoint: {kind}: {reason}"
