@@ -7,11 +7,14 @@ in the BRECQ and QDrop releases, EfficientNet-Lite0 as in efficientnet-lite-pyto
 import math
 from collections import OrderedDict
 
-import torch
-import torch_zoo_mobile as mobile
-from torch import nn
-from torch.nn import functional
-from torch_zoo_mobile import conv
+import pytest
+
+torch = pytest.importorskip("torch", reason="the twins are PyTorch (pip install aquant-jax[torch])")
+
+import torch_zoo_mobile as mobile  # noqa: E402
+from torch_zoo_mobile import conv  # noqa: E402
+
+nn, functional = torch.nn, torch.nn.functional
 
 
 class Sum(nn.Module):

@@ -2,8 +2,10 @@
 
 import math
 
-from torch import nn
-from torch.nn import functional
+import pytest
+
+torch = pytest.importorskip("torch", reason="the twins are PyTorch (pip install aquant-jax[torch])")
+nn, functional = torch.nn, torch.nn.functional
 
 
 def conv(inputs, outputs, size, stride=1, groups=1):
