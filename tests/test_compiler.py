@@ -6,7 +6,7 @@ import pytest
 from nets import images, small_net
 
 import aquant_jax as aq
-from aquant_jax import pipeline
+from aquant_jax import columns, pipeline
 from aquant_jax.compiler import Compiler
 
 
@@ -43,3 +43,21 @@ def test_a_shared_compiler_keeps_no_run_alive(monkeypatch):
     gc.collect()
     assert len(runs) == 1
     assert runs[0]() is None
+
+
+@pytest.mark.user_model
+def test_quantizing_runs_on_the_operations_of_the_compilers_backend():
+    calls = []
+
+    class Backend:
+        """The definition, counted."""
+
+        @staticmethod
+        def convolve(*args):
+            calls.append(args)
+            return columns.convolve(*args)
+
+    recipe = aq.recipes.aquant(weight_bits=2, act_bits=2, steps=1, batch_size=8)
+    aq.quantize(*small_net(), images(0, 8, size=5), recipe, progress=False,
+                compiler=Compiler(Backend))  # fmt: skip
+    assert calls
