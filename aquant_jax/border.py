@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from aquant_jax.errors import InputError
+from aquant_jax.numerics import clip
 
 Coefficients = Mapping[str, jax.Array]
 
@@ -29,7 +30,7 @@ class Border(NamedTuple):
         ``(taps, channels)`` that gives the constant polynomial `half`.
       apply: ``apply(coefficients, u) -> P``, elementwise and broadcasting over `u`.
       powers: for every coefficient, the power of u that it multiplies; the trainer scales its
-        learning rate accordingly (``Recipe.border_range``). Missing means zero.
+        learning rate accordingly (``Recipe.border_range``), and leaves that of one not listed.
     """
 
     init: Callable[[tuple[int, ...], float], dict[str, jax.Array]]
@@ -80,7 +81,7 @@ def _ste_clamp_jvp(primals, tangents):
 
 PHIS: dict[str, Phi] = {
     "identity": Phi(lambda p: p, 0.5, "identity"),
-    "clamp": Phi(lambda p: jnp.clip(p, 0.0, BELOW_ONE), 0.5, "clamp"),
+    "clamp": Phi(lambda p: clip(p, 0.0, BELOW_ONE), 0.5, "clamp"),
     # The same function as clamp, trained with a straight-through gradient.
     "clamp_ste": Phi(_ste_clamp, 0.5, "clamp"),
     # For comparison only: exp is not the same function in numpy, XLA and CUDA.

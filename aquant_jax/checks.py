@@ -61,9 +61,17 @@ def _check_finite(what: str, tree) -> None:
             raise InputError(f"{path} has {bad} of {np.size(leaf)} values that are NaN or infinite")
 
 
-def check_outputs(graph, sampled: frozenset[int]) -> None:
-    """InputError when an output that is to be reconstructed has no sample axis in front."""
-    for value in (out for out in graph.outputs if isinstance(out, int)):
+def check_outputs(graph, sampled: frozenset[int], recipe: Recipe) -> None:
+    """InputError when no output can be reconstructed, or one has no sample axis in front."""
+    outputs = [out for out in graph.outputs if isinstance(out, int)]
+    avals = [graph.avals[out] for out in outputs if out in graph.live]
+    floats = any(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in avals)
+    if recipe.steps and avals and not floats:
+        raise InputError(
+            f"the network returns only {', '.join(sorted({str(aval.dtype) for aval in avals}))}; "
+            "an output to reconstruct must be floating-point: return the logits, not their argmax"
+        )
+    for value in outputs:
         if value in graph.live and value not in sampled:
             raise InputError(
                 f"an output has shape {graph.avals[value].shape}; outputs must have the samples on "

@@ -50,11 +50,28 @@ def contract(column: jax.Array, kernel: jax.Array) -> jax.Array:
     if groups == 1:
         return column @ kernel[0]
     if inner == 1:
-        product = column[..., None] * jnp.expand_dims(kernel[:, 0, :], range(column.ndim - 1))
-        return product.reshape(*column.shape[:-1], groups * outer)
+        return _scale(column if outer == 1 else jnp.repeat(column, outer, axis=-1), kernel.ravel())
     grouped = column.reshape(*column.shape[:-1], groups, inner)
     product = jnp.einsum("...gi,gio->...go", grouped, kernel)
     return product.reshape(*column.shape[:-1], groups * outer)
+
+
+@jax.custom_vjp
+def _scale(column, factors):
+    """``column * factors`` over the last axis."""
+    return column * jnp.expand_dims(factors, range(column.ndim - 1))
+
+
+def _scale_forward(column, factors):
+    return _scale(column, factors), (column, factors)
+
+
+def _scale_backward(saved, dy):
+    column, factors = saved
+    return _scale(dy, factors), _channel_sums(column * dy)
+
+
+_scale.defvjp(_scale_forward, _scale_backward)
 
 
 def column_codes(x, tensor: TensorState, coefficients, window: Window, rounding: Rounding):
@@ -194,10 +211,8 @@ class _Pullback(NamedTuple):
             flat = self.kernel[:, 0].transpose(2, 0, 1).reshape(self.kernel.shape[3], -1)
             every, size = dy @ flat, self.phases[0].shape[-1]
             return [every[:, i * size : (i + 1) * size] for i in range(len(self.kernel))]
-        shape = jax.ShapeDtypeStruct(self.polynomials[0].shape, dy.dtype)
-        return [
-            jax.linear_transpose(lambda c, k=k: contract(c, k), shape)(dy)[0] for k in self.kernel
-        ]
+        nothing = jnp.zeros(self.polynomials[0].shape, dy.dtype)  # linear: the value has no say
+        return [jax.vjp(lambda c, k=k: contract(c, k), nothing)[1](dy)[0] for k in self.kernel]
 
     def codes(self, dcolumns):
         """Gradient of the polynomials, and of the step size through codes and dequantization."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 
 from aquant_jax import columns
+from aquant_jax.layer import run_layer
 
 
 class Backend(Protocol):
@@ -21,11 +23,11 @@ class Compiler:
     """Jitted functions by what they compute, so that units of one shape share them.
 
     Attributes:
-      convolve: the convolution over columns that they are compiled with.
+      layer: runs a layer, with the backend's convolution over columns.
     """
 
     def __init__(self, backend: Backend = columns):
-        self.convolve = backend.convolve
+        self.layer = functools.partial(run_layer, convolve=backend.convolve)
         self._functions: dict[Any, Callable] = {}
 
     def get(self, key, build: Callable[[], Callable], **options) -> Callable:

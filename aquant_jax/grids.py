@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from aquant_jax import border as borders
 from aquant_jax.layer import (
     LayerState,
+    Weights,
     border_shape,
     channel_rows,
     dequantize_weight,
@@ -18,7 +20,7 @@ from aquant_jax.layer import (
 )
 from aquant_jax.observers import weight_grid
 from aquant_jax.rounding import hard_codes, init_alpha, nearest_codes
-from aquant_jax.unit import Unit, Weights
+from aquant_jax.unit import Unit
 
 
 class Grids(NamedTuple):
@@ -64,7 +66,22 @@ def alpha_of(op, grid: Grids) -> jax.Array | None:
     """Initial alpha of a layer; None for a float layer."""
     if grid.scale is None:
         return None
-    return init_alpha(grid.weight / per_channel(op, grid.scale))
+    return _fractions(grid.weight, per_channel(op, grid.scale))
+
+
+@jax.jit
+def _fractions(weight, scale):
+    return init_alpha(weight / scale)
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def _codes(weight, scale, zero_point, alpha, bits: int):
+    units = weight / scale
+    if alpha is None:
+        codes = nearest_codes(units, zero_point, bits)
+    else:
+        codes = hard_codes(units, alpha, zero_point, bits)
+    return codes.astype(jnp.uint8)
 
 
 def deploy(unit: Unit, grids: Sequence[Grids], alphas, coefficients) -> tuple[LayerState, ...]:
@@ -76,17 +93,10 @@ def deploy(unit: Unit, grids: Sequence[Grids], alphas, coefficients) -> tuple[La
             nothing = jnp.zeros(0, jnp.float32)
             layers.append(LayerState(grid.weight, nothing, nothing, grid.bias, coefficients[i]))
             continue
-        units = grid.weight / per_channel(op, grid.scale)
-        zero = per_channel(op, grid.zero_point)
-        if alphas is None:
-            codes = nearest_codes(units, zero, spec.weight_bits)
-        else:
-            codes = hard_codes(units, alphas[i], zero, spec.weight_bits)
-        layers.append(
-            LayerState(
-                codes.astype(jnp.uint8), grid.scale, grid.zero_point, grid.bias, coefficients[i]
-            )
-        )
+        scale, zero = per_channel(op, grid.scale), per_channel(op, grid.zero_point)
+        alpha = None if alphas is None else alphas[i]
+        codes = _codes(grid.weight, scale, zero, alpha, spec.weight_bits)
+        layers.append(LayerState(codes, grid.scale, grid.zero_point, grid.bias, coefficients[i]))
     return tuple(layers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from aquant_jax import border as borders_lib
-from aquant_jax.columns import Rounding, column_codes, convolve
+from aquant_jax.columns import Rounding, column_codes, contract, convolve
 from aquant_jax.graph import Op
 from aquant_jax.numerics import TensorState, dequantize, fake_quantize, quantize, to_units
 from aquant_jax.window import Window
@@ -41,6 +42,20 @@ class LayerSpec(NamedTuple):
     fused: bool
 
 
+class Weights(NamedTuple):
+    """What a layer computes with: real weights, bias and border coefficients.
+
+    Attributes:
+      weight: the weight operand as real values (soft, hard or dequantized: the caller decides).
+      bias: float32 per output channel.
+      border: coefficients ``(taps, channels)`` by name; empty for nearest rounding.
+    """
+
+    weight: jax.Array
+    bias: jax.Array
+    border: dict[str, jax.Array]
+
+
 class LayerState(NamedTuple):
     """State of a layer as it is deployed (a pytree).
 
@@ -61,7 +76,7 @@ class LayerState(NamedTuple):
 def border_shape(op: Op, x_shape: tuple[int, ...]) -> tuple[int, int]:
     """(taps, input channels) of a weighted op: the elements of one im2col column."""
     if op.layer.kind == "dense":
-        axes = _contracted(op)
+        axes = contracted_axes(op)
         return 1, int(np.prod([x_shape[a] for a in axes]))
     numbers = op.params["dimension_numbers"]
     taps = int(np.prod([op.layer.weight_shape[a] for a in numbers.rhs_spec[2:]]))
@@ -90,10 +105,8 @@ def run_layer(
     op: Op,
     spec: LayerSpec,
     x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array,
+    own: Weights,
     tensor: TensorState | None,
-    border: dict[str, jax.Array],
     keep: jax.Array | None = None,
     dtype=jnp.float32,
     convolve: Callable[..., jax.Array] = convolve,
@@ -104,23 +117,30 @@ def run_layer(
       op: the weighted op.
       spec: its static part.
       x: the activation as the op's operand, unquantized.
-      weight: the weight operand as real values (soft, hard or dequantized: the caller decides).
-      bias: float32 per output channel.
+      own: its weights.
       tensor: grid of the input; None leaves it float.
-      border: coefficients; empty for nearest rounding.
       keep: bool like `x`; False leaves an element unquantized. None keeps all.
       dtype: dtype of the result.
       convolve: runs a convolution over columns; has the contract of `columns.convolve`.
     """
     if tensor is not None and spec.border and _needs_columns(op):
-        y = _column_convolution(op, spec, x, weight, tensor, border, keep, convolve)
+        padded, kernel, window = conv_operands(op, x.astype(jnp.float32), own.weight)
+        # Padding is no element of the tensor: its quantizer is never dropped.
+        kept = None if keep is None else _padded(op, keep, fill=True)
+        rounding = rounding_of(spec)
+        y = conv_result(op, convolve(padded, kept, tensor, own.border, kernel, window, rounding))
     else:
         value = x
         if tensor is not None:
-            bound = _broadcast_border(op, spec, x, tensor, border)
+            bound = _broadcast_border(op, spec, x, tensor, own.border)
             value = fake_quantize(x, tensor, spec.act_bits, bound)
             value = value if keep is None else jnp.where(keep, value, x.astype(jnp.float32))
-        y = _bind(op, value, weight)
+        y = _bind(op, value, own.weight)
+    return add_bias(op, y, own.bias, dtype)
+
+
+def add_bias(op: Op, y: jax.Array, bias: jax.Array, dtype) -> jax.Array:
+    """The op's result `y` plus `bias` (per output channel), added in float32."""
     shape = [1] * y.ndim
     for axis in op.layer.output_axes:
         shape[axis] = y.shape[axis]
@@ -130,8 +150,7 @@ def run_layer(
 def input_codes(op, spec, x, tensor, border) -> jax.Array:
     """Integer codes of the layer's input: like `x`, or ``[taps, N, *out, C]`` over columns."""
     if spec.border and _needs_columns(op):
-        canonical, window = _canonical(op, x)
-        codes = column_codes(canonical, tensor, border, window, _rounding(spec))
+        codes = column_codes(_padded(op, x), tensor, border, _window(op, x), rounding_of(spec))
         return jnp.stack(codes).astype(jnp.uint8)
     bound = _broadcast_border(op, spec, x, tensor, border)
     u = to_units(x, 1.0 / tensor.step_size)
@@ -143,14 +162,20 @@ def dequantize_weight(op: Op, state: LayerState) -> jax.Array:
     if state.scale.size == 0:
         return state.codes
     scale, zero = per_channel(op, state.scale), per_channel(op, state.zero_point)
-    return dequantize(state.codes.astype(jnp.float32), scale, zero)
+    return _dequantize(state.codes, scale, zero)
 
 
-def _rounding(spec: LayerSpec) -> Rounding:
+@jax.jit
+def _dequantize(codes, scale, zero_point):
+    return dequantize(codes.astype(jnp.float32), scale, zero_point)
+
+
+def rounding_of(spec: LayerSpec) -> Rounding:
+    """How a layer's columns are rounded; a layer that rounds to nearest has no coefficients."""
     return Rounding(spec.act_bits, spec.border or "constant", spec.phi, spec.fused)
 
 
-def _contracted(op: Op) -> tuple[int, ...]:
+def contracted_axes(op: Op) -> tuple[int, ...]:
     """Axes of the activation that number column elements."""
     contract, batch = op.params["dimension_numbers"]
     side = op.layer.x_position
@@ -159,10 +184,26 @@ def _contracted(op: Op) -> tuple[int, ...]:
 
 def _bind(op: Op, value: jax.Array, weight: jax.Array) -> jax.Array:
     """The op itself on new operands, in the dtypes that it was traced with."""
+    if _is_slow(op):
+        return _grouped_convolution(op, value, weight)
     operands = [value, weight] if op.layer.x_position == 0 else [weight, value]
     dtypes = op.params["operand_dtypes"]
     (y,) = op.call(*(a.astype(d) for a, d in zip(operands, dtypes, strict=True)))
     return y
+
+
+def _is_slow(op: Op) -> bool:
+    """XLA's grouped convolutions on CPU take 5 to 40 times as long as a sum over their taps."""
+    grouped = op.layer.kind == "conv" and op.params["feature_group_count"] > 1
+    floats = all(dtype == jnp.float32 for dtype in op.params["operand_dtypes"])
+    return grouped and floats and jax.default_backend() == "cpu"
+
+
+def _grouped_convolution(op: Op, value: jax.Array, weight: jax.Array) -> jax.Array:
+    padded, kernel, window = conv_operands(op, value.astype(jnp.float32), weight)
+    taps = zip(window.taps(window.flatten(padded)), kernel, strict=True)
+    products = [contract(rows, own) for rows, own in taps]
+    return conv_result(op, window.crop(functools.reduce(jnp.add, products)))
 
 
 def _broadcast_border(op, spec, x, tensor, border):
@@ -170,7 +211,7 @@ def _broadcast_border(op, spec, x, tensor, border):
     if not spec.border:
         return 0.5
     if op.layer.kind == "dense":
-        axes = _contracted(op)
+        axes = contracted_axes(op)
     else:
         axes = (op.params["dimension_numbers"].lhs_spec[1],)
     shape = [1] * x.ndim
@@ -195,28 +236,46 @@ def _needs_columns(op: Op) -> bool:
     return any(t > 1 for t in taps) or any(p for pair in op.params["padding"] for p in pair)
 
 
-def _canonical(op: Op, x: jax.Array, fill=0) -> tuple[jax.Array, Window]:
-    """`x` as ``[N, *spatial, C]``, padded with `fill`, and the geometry of its taps."""
-    numbers, params = op.params["dimension_numbers"], op.params
-    lhs = numbers.lhs_spec
-    x = jnp.transpose(x, (lhs[0], *lhs[2:], lhs[1]))
-    padding = [(0, 0, 0), *((lo, hi, 0) for lo, hi in params["padding"]), (0, 0, 0)]
-    x = lax.pad(x, jnp.asarray(fill, x.dtype), padding)
-    kernel = tuple(op.layer.weight_shape[a] for a in numbers.rhs_spec[2:])
-    strides, dilation = tuple(params["window_strides"]), tuple(params["rhs_dilation"])
-    return x, Window(x.shape[0], x.shape[1:-1], kernel, strides, dilation)
+def conv_operands(op: Op, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, Window]:
+    """A convolution over columns: what `columns.convolve` takes.
 
+    Args:
+      op: a convolution.
+      x: its activation.
+      weight: its weight operand, as values or as codes.
 
-def _column_convolution(op, spec, x, weight, tensor, border, keep, convolve):
-    numbers, groups = op.params["dimension_numbers"], op.params["feature_group_count"]
-    padded, window = _canonical(op, x.astype(jnp.float32))
-    # Padding is no element of the tensor: its quantizer is never dropped.
-    kept = None if keep is None else _canonical(op, keep, fill=True)[0]
-    out_axis, in_axis, *spatial = numbers.rhs_spec
+    Returns:
+      `x` as ``[N, *padded, C]``, the weight as ``[taps, groups, C / groups, O / groups]`` and the
+      geometry of the taps.
+    """
+    out_axis, in_axis, *spatial = op.params["dimension_numbers"].rhs_spec
+    groups = op.params["feature_group_count"]
     kernel = jnp.transpose(weight, (*spatial, in_axis, out_axis))
-    taps, inner, outer = int(np.prod(window.kernel)), *kernel.shape[-2:]
-    kernel = kernel.reshape(taps, inner, groups, outer // groups).transpose(0, 2, 1, 3)
-    y = convolve(padded, kept, tensor, border, kernel, window, _rounding(spec))
-    batch, feature, *places = numbers.out_spec
+    inner, outer = kernel.shape[-2:]
+    kernel = kernel.reshape(-1, inner, groups, outer // groups).transpose(0, 2, 1, 3)
+    return _padded(op, x), kernel, _window(op, x)
+
+
+def conv_result(op: Op, y: jax.Array) -> jax.Array:
+    """A result ``[N, *out, O]`` in the layout of the op."""
+    batch, feature, *places = op.params["dimension_numbers"].out_spec
     source = np.argsort((batch, *places, feature))
     return jnp.transpose(y, tuple(int(i) for i in source))
+
+
+def _padded(op: Op, x: jax.Array, fill=0) -> jax.Array:
+    """`x` as ``[N, *spatial, C]``, padded with `fill`."""
+    lhs = op.params["dimension_numbers"].lhs_spec
+    x = jnp.transpose(x, (lhs[0], *lhs[2:], lhs[1]))
+    padding = [(0, 0, 0), *((lo, hi, 0) for lo, hi in op.params["padding"]), (0, 0, 0)]
+    return lax.pad(x, jnp.asarray(fill, x.dtype), padding)
+
+
+def _window(op: Op, x: jax.Array) -> Window:
+    """Geometry of the taps over the padded `x`."""
+    numbers, params = op.params["dimension_numbers"], op.params
+    sizes = (x.shape[axis] for axis in numbers.lhs_spec[2:])
+    padded = tuple(n + lo + hi for n, (lo, hi) in zip(sizes, params["padding"], strict=True))
+    kernel = tuple(op.layer.weight_shape[a] for a in numbers.rhs_spec[2:])
+    strides, dilation = tuple(params["window_strides"]), tuple(params["rhs_dilation"])
+    return Window(x.shape[numbers.lhs_spec[0]], padded, kernel, strides, dilation)

@@ -48,12 +48,16 @@ def _ste_ceil_jvp(primals, tangents):
 
 
 def clip_codes(raw: jax.Array, bits: int) -> jax.Array:
-    """Clip to ``[0, 2^bits - 1]``; the gradient passes inside the range, its ends included.
+    """Clip to ``[0, 2^bits - 1]``, as `clip` does."""
+    return clip(raw, 0.0, max_code(bits))
+
+
+def clip(values: jax.Array, low: float, high: float) -> jax.Array:
+    """Clip to ``[low, high]``; the gradient passes inside the range, its ends included.
 
     Codes sit on the ends all the time, where the derivative of `jnp.clip` is one half.
     """
-    top = max_code(bits)
-    return jnp.where(raw < 0.0, 0.0, jnp.where(raw > top, top, raw))
+    return jnp.where(values < low, low, jnp.where(values > high, high, values))
 
 
 def to_units(x: jax.Array, inv_step: ArrayLike) -> jax.Array:

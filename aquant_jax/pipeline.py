@@ -57,7 +57,7 @@ def prepare(apply: Callable, variables, calibration, recipe: Recipe) -> Network:
         trace(apply, variables, _shapes(calibration, count)) for count in (batch, batch + 1)
     )
     sampled = sample_first(unfolded, other, batch)
-    checks.check_outputs(unfolded, sampled)
+    checks.check_outputs(unfolded, sampled, recipe)
     graph = fold(unfolded)
     blocks = partition(graph, recipe.unit, recipe.blocks, sampled)
     specs = layer_specs(graph, recipe)
@@ -232,10 +232,10 @@ class _Run:
         return store(self._batches(unit, weights, tensors, live, samples), samples)
 
     def _batches(self, unit, weights, tensors, live, samples):
-        quantized, convolve = tensors is not None, self.compiler.convolve
+        quantized, layer = tensors is not None, self.compiler.layer
         function = self.compiler.get(
             ("forward", unit.key, quantized),
-            lambda: functools.partial(_take_and_run, unit, convolve),
+            lambda: functools.partial(_take_and_run, unit, layer),
         )
         side, static = self._side(unit), self._static(unit)
         for start in range(0, samples, self.net.batch):
@@ -248,13 +248,13 @@ class _Run:
         weights = deployed_weights(unit, layers)
 
         # Not self: a shared compiler must not keep this run and its caches alive.
-        recipe, convolve = self.recipe, self.compiler.convolve
+        recipe, layer = self.recipe, self.compiler.layer
 
         def build():
             def error(index, targets, *args):
                 dtypes = [unit.avals[i].dtype for i in unit.program.outputs]
                 wanted = [t.take(index, d) for t, d in zip(targets, dtypes, strict=True)]
-                outputs = _take_and_run(unit, convolve, index, *args)
+                outputs = _take_and_run(unit, layer, index, *args)
                 return output_loss(recipe, unit, outputs, wanted)
 
             return error
@@ -291,10 +291,10 @@ class _Run:
         )  # fmt: skip
 
 
-def _take_and_run(unit, convolve, index, weights, tensors, live, side, static):
+def _take_and_run(unit, layer, index, weights, tensors, live, side, static):
     values = [
         cache.take(index, unit.avals[i].dtype)
         for cache, i in zip(live, unit.program.live, strict=True)
     ]
     inputs = [leaf[index] for leaf in side]
-    return forward(unit, weights, tensors, values, inputs, static, convolve=convolve)
+    return forward(unit, weights, tensors, values, inputs, static, layer=layer)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -12,12 +13,20 @@ import numpy as np
 from aquant_jax import border as borders
 from aquant_jax.fold import fold
 from aquant_jax.grids import deployed_weights
-from aquant_jax.layer import LayerSpec, LayerState
+from aquant_jax.integer import run_integer_layer
+from aquant_jax.layer import LayerSpec, LayerState, run_layer
 from aquant_jax.numerics import TensorState
 from aquant_jax.recipe import Recipe
 from aquant_jax.report import History, LayerSummary
 from aquant_jax.trace import trace
 from aquant_jax.unit import forward, make_unit
+
+
+class Backend(Protocol):
+    """Integer operations for deployment, such as ``gpu_ops.backend()``; hashable."""
+
+    convolve_codes: Callable[..., jax.Array]
+    """See `integer.run_integer_layer`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # jax.jit(quantized) hashes it by identity
@@ -33,6 +42,7 @@ class Quantized:
       specs: static part of every layer.
       recipe: how it was made.
       reports: how the reconstruction of each block went.
+      backend: what runs it; None runs the definition, in float32. See `with_backend`.
     """
 
     layers: dict[str, LayerState]
@@ -45,10 +55,24 @@ class Quantized:
     specs: tuple[LayerSpec, ...] = dataclasses.field(metadata={"static": True})
     recipe: Recipe = dataclasses.field(metadata={"static": True})
     reports: History = dataclasses.field(metadata={"static": True}, default=History())
+    backend: Backend | None = dataclasses.field(metadata={"static": True}, default=None)
 
     def __call__(self, x):
         """Run the network on a batch of any size; same pytree of outputs as the float one."""
         return _run(self, x)
+
+    def with_backend(self, backend: Backend | None) -> Quantized:
+        """The same network, run by `backend`: the same codes, outputs within float rounding.
+
+        For inference: it need not be differentiable. A backend sums exactly, where the definition
+        rounds, and the more so in half precision: an activation within that of a border may get
+        another code. Where the definition hands not-a-number on, a code is a number.
+
+        Args:
+          backend: such as ``gpu_ops.backend()``, which multiplies int8 codes; None goes back to
+            the definition.
+        """
+        return dataclasses.replace(self, backend=backend)
 
     def summary(self) -> list[LayerSummary]:
         """Path, shape, bits, step size, zero point, borders and codes of every layer."""
@@ -84,16 +108,22 @@ def _run(quantized: Quantized, x):
     graph = fold(trace(quantized.apply, jax.tree.unflatten(treedef, shapes), x))
     specs = {spec.path: spec for spec in quantized.specs}
     unit = make_unit(graph, specs, (), graph.outputs)
-    layers = [quantized.layers[spec.path] for spec in unit.specs]
+    layers: list[Any] = [quantized.layers[spec.path] for spec in unit.specs]
+    run = run_layer
+    if quantized.backend is None:
+        layers = deployed_weights(unit, layers)
+    else:
+        run = functools.partial(run_integer_layer, convolve=quantized.backend.convolve_codes)
     tensors = [quantized.tensors[tensor.key] for tensor in unit.tensors]
     by_id = dict(zip(graph.inputs, jax.tree.leaves(x), strict=True)) | graph.constants
     by_id |= {i: quantized.static.get(path) for i, path in graph.variables.items()}
     outputs = forward(
         unit,
-        deployed_weights(unit, layers),
+        layers,
         tensors,
         (),
         [by_id[i] for i in unit.program.side],
         [by_id[i] for i in unit.program.static],
+        layer=run,
     )
     return jax.tree.unflatten(graph.tree, outputs)

@@ -57,9 +57,8 @@ def sensitivity(apply: Callable, variables, calibration, recipe: Recipe) -> list
             i = place[op.layer.path]
             spec, dtype = unit.specs[i], unit.avals[op.outputs[0]].dtype
             tensor = tensors[unit.tensor_of[op.x]] if spec.tensor else None
-            near, full = rounded[i], exact[i]
-            alone = run_layer(op, spec, x, near.weight, near.bias, tensor, near.border, dtype=dtype)
-            whole = run_layer(op, spec, x, full.weight, full.bias, None, {}, dtype=dtype)
+            alone = run_layer(op, spec, x, rounded[i], tensor, dtype=dtype)
+            whole = run_layer(op, spec, x, exact[i], None, dtype=dtype)
             return jnp.where(chosen == i, alone, whole)
 
         return run(unit.program, (), side, static, weighted)

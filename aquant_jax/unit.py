@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax import columns
 from aquant_jax.errors import InputError
 from aquant_jax.graph import Graph
 from aquant_jax.layer import LayerSpec, run_layer
@@ -48,14 +47,6 @@ class Unit(NamedTuple):
     key: str
 
 
-class Weights(NamedTuple):
-    """What a layer computes with: real weights, bias and border coefficients."""
-
-    weight: jax.Array
-    bias: jax.Array
-    border: dict[str, jax.Array]
-
-
 def make_unit(graph: Graph, specs: dict[str, LayerSpec], live, outputs) -> Unit:
     """The unit that computes `outputs` from `live`."""
     program, producers = cut(graph, live, outputs), graph.producers()
@@ -76,28 +67,55 @@ def make_unit(graph: Graph, specs: dict[str, LayerSpec], live, outputs) -> Unit:
 
 def forward(
     unit: Unit,
-    weights: Sequence[Weights],
+    weights: Sequence[Any],
     tensors: Sequence[TensorState] | None,
     live: Sequence[jax.Array],
     side: Sequence[jax.Array],
     static: Sequence[jax.Array],
     keep: Callable[[int, tuple[int, ...]], jax.Array] | None = None,
-    convolve: Callable[..., jax.Array] = columns.convolve,
+    layer: Callable[..., jax.Array] = run_layer,
 ) -> tuple[jax.Array, ...]:
     """Run a unit.
 
     Args:
       unit: what to run.
-      weights: one per weighted op.
+      weights: one per weighted op, what `layer` takes.
       tensors: one per quantized tensor; None runs the unit in float.
       live, side, static: see `program.run`.
       keep: draws the mask of elements that are quantized, given a value id and a shape.
-      convolve: see `layer.run_layer`.
+      layer: runs one layer, as `layer.run_layer` does.
 
     Returns:
       The program's outputs.
     """
     place = {op.layer.path: i for i, op in enumerate(unit.program.weighted)}
+    mask = _masks(unit, keep)
+
+    def weighted(op, x):
+        index = place[op.layer.path]
+        spec = unit.specs[index]
+        dtype = unit.avals[op.outputs[0]].dtype
+        tensor = None
+        if tensors is not None and spec.tensor is not None:
+            tensor = tensors[unit.tensor_of[op.x]]
+        kept = mask(op.x, x.shape) if tensor is not None else None
+        return layer(op, spec, x, weights[index], tensor, kept, dtype)
+
+    def read(value_id, value):
+        if tensors is None or value_id not in unit.tensor_of:
+            return value
+        index = unit.tensor_of[value_id]
+        rounded = fake_quantize(value, tensors[index], unit.tensors[index].bits)
+        kept = mask(value_id, value.shape)
+        if kept is not None:
+            rounded = jnp.where(kept, rounded, value.astype(jnp.float32))
+        return rounded.astype(value.dtype)
+
+    return run(unit.program, live, side, static, weighted, read)
+
+
+def _masks(unit: Unit, keep):
+    """`keep` drawn once a tensor, whose views then share the draw: (value id, shape) -> mask."""
     masks: dict[int, jax.Array] = {}
 
     def mask(value_id, shape):
@@ -112,28 +130,7 @@ def forward(
                 masks[value_id] = view.call(mask(source, unit.avals[source].shape))[0]
         return masks[value_id]
 
-    def weighted(op, x):
-        index = place[op.layer.path]
-        spec, own = unit.specs[index], weights[index]
-        dtype = unit.avals[op.outputs[0]].dtype
-        tensor = None
-        if tensors is not None and spec.tensor is not None:
-            tensor = tensors[unit.tensor_of[op.x]]
-        kept = mask(op.x, x.shape) if tensor is not None else None
-        operands = (x, own.weight, own.bias, tensor, own.border, kept)
-        return run_layer(op, spec, *operands, dtype, convolve)
-
-    def read(value_id, value):
-        if tensors is None or value_id not in unit.tensor_of:
-            return value
-        index = unit.tensor_of[value_id]
-        rounded = fake_quantize(value, tensors[index], unit.tensors[index].bits)
-        kept = mask(value_id, value.shape)
-        if kept is not None:
-            rounded = jnp.where(kept, rounded, value.astype(jnp.float32))
-        return rounded.astype(value.dtype)
-
-    return run(unit.program, live, side, static, weighted, read)
+    return mask
 
 
 def layer_specs(graph: Graph, recipe: Recipe) -> dict[str, LayerSpec]:

@@ -4,6 +4,18 @@
 Backend(name='gpu_ops')
 """
 
-from gpu_ops.ops import Backend, backend, border_columns
+from gpu_ops.img2col import img2col, img2col_border
+from gpu_ops.int8 import conv_border_int8
+from gpu_ops.ops import Backend, backend, border_columns, border_conv
+from gpu_ops.targets import export_checks
 
-__all__ = ["Backend", "backend", "border_columns"]
+__all__ = [
+    "Backend",
+    "backend",
+    "border_columns",
+    "border_conv",
+    "conv_border_int8",
+    "export_checks",
+    "img2col",
+    "img2col_border",
+]

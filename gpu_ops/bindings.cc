@@ -1,5 +1,9 @@
-// The handlers of this library as capsules, for jax.ffi.register_ffi_target.
+// The handlers of this library as capsules, for jax.ffi.register_ffi_target. Compiled once for the
+// CPU and once for CUDA.
 #include <pybind11/pybind11.h>
+
+#include <utility>
+#include <vector>
 
 #include "xla/ffi/api/c_api.h"
 
@@ -8,16 +12,57 @@ namespace py = pybind11;
 namespace gpu_ops {
 extern "C" XLA_FFI_Error* BorderColumnsForward(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* BorderColumnsBackward(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* Img2colHandler(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* Img2colBorderHandler(XLA_FFI_CallFrame*);
+#ifdef GPU_OPS_MISSING
+extern "C" XLA_FFI_Error* BorderConvForward(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* BorderConvBackward(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* Missing(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* CpuOnly(XLA_FFI_CallFrame*);
+#endif
 }  // namespace gpu_ops
 
-PYBIND11_MODULE(_cpu, module) {
-  module.def("handlers", [] {
-    py::dict found;
-    auto add = [&](const char* name, auto* handler) {
-      found[name] = py::capsule(reinterpret_cast<void*>(handler));
-    };
-    add("gpu_ops_border_columns", gpu_ops::BorderColumnsForward);
-    add("gpu_ops_border_columns_vjp", gpu_ops::BorderColumnsBackward);
-    return found;
-  });
+namespace {
+
+using namespace gpu_ops;
+using Handlers = std::vector<std::pair<const char*, XLA_FFI_Handler*>>;
+
+Handlers OnEveryPlatform() {
+  return {{"gpu_ops_border_columns", BorderColumnsForward},
+          {"gpu_ops_border_columns_vjp", BorderColumnsBackward},
+          {"gpu_ops_img2col", Img2colHandler},
+          {"gpu_ops_img2col_border", Img2colBorderHandler}};
+}
+
+void Name(py::dict& named, const char* name, XLA_FFI_Handler* handler) {
+  named[name] = py::capsule(reinterpret_cast<void*>(handler));
+}
+
+py::dict All() {
+  py::dict named;
+  for (auto [name, handler] : OnEveryPlatform()) Name(named, name, handler);
+#ifdef GPU_OPS_MISSING  // the GPU multiplies columns by its own library
+  Name(named, "gpu_ops_border_conv", BorderConvForward);
+  Name(named, "gpu_ops_border_conv_vjp", BorderConvBackward);
+#endif
+  return named;
+}
+
+#ifdef GPU_OPS_MISSING
+py::dict Absent() {
+  py::dict named;
+  for (auto [name, handler] : OnEveryPlatform()) Name(named, name, Missing);
+  Name(named, "gpu_ops_border_conv", CpuOnly);
+  Name(named, "gpu_ops_border_conv_vjp", CpuOnly);
+  return named;
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(GPU_OPS_MODULE, module) {
+  module.def("handlers", &All);
+#ifdef GPU_OPS_MISSING
+  module.def("missing", &Absent);
+#endif
 }

@@ -1,8 +1,7 @@
-"""XLA custom calls for convolutions over columns with rounding borders.
+"""Columns of convolutions with rounding borders for training, as XLA custom calls.
 
-`cpu.cc` has the loops and `include/border_math.h` the arithmetic. `aquant_jax.columns` is the
-definition and serves what is not built here: other platforms than the CPU, borders that a user
-registered, the sigmoid, and more than two spatial axes.
+`aquant_jax.columns` is the definition and serves what is not built here: platforms without a
+compiled handler, borders that a user registered, the sigmoid, and more than two spatial axes.
 """
 
 from __future__ import annotations
@@ -14,22 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aquant_jax import border as borders
 from aquant_jax import columns
 from aquant_jax.columns import Rounding
+from aquant_jax.integer import KernelCodes
 from aquant_jax.numerics import TensorState
 from aquant_jax.window import Window
-from gpu_ops import _cpu  # pyright: ignore[reportMissingModuleSource]
+from gpu_ops import targets
+from gpu_ops.int8 import conv_border_int8
+from gpu_ops.targets import COEFFICIENTS, PHIS
 
-# The coefficients of the built-in borders, in the order of `border_math.h`.
-COEFFICIENTS = {"constant": ("b0",), "linear": ("b0", "b1"), "quadratic": ("b0", "b1", "b2")}
-PHIS = {"identity": 0, "clamp": 1, "clamp_ste": 2}
-
-for _name, _handler in _cpu.handlers().items():
-    jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
+# Up to so many weights, which then stay in a core's cache, the product is fused with the columns.
+FUSED_WEIGHTS = 2**17
 
 
 class Backend(NamedTuple):
-    """What ``aq.quantize(..., backend=gpu_ops.backend())`` takes."""
+    """What ``aq.Compiler(...)`` and ``Quantized.with_backend(...)`` take."""
 
     name: str = "gpu_ops"
 
@@ -46,13 +45,47 @@ class Backend(NamedTuple):
         """`aquant_jax.columns.convolve`, by a custom call where there is one."""
         if not supports(window, rounding):
             return columns.convolve(x, keep, tensor, coefficients, kernel, window, rounding)
-        every = border_columns(x, keep, tensor, coefficients, window, rounding)
         taps, groups, inner, outer = kernel.shape
+        flat = kernel.reshape(taps * inner, -1)
+        if groups == 1 and jax.default_backend() == "cpu" and kernel.size <= FUSED_WEIGHTS:
+            return border_conv(x, keep, tensor, coefficients, flat, window, rounding)
+        every = border_columns(x, keep, tensor, coefficients, window, rounding)
         if groups == 1:
-            flat = every.reshape(-1, taps * inner) @ kernel.reshape(taps * inner, outer)
-            return flat.reshape(*every.shape[:-2], outer)
+            rows = every.reshape(-1, taps * inner) @ flat
+            return rows.reshape(*every.shape[:-2], outer)
         products = [columns.contract(every[..., t, :], kernel[t]) for t in range(taps)]
         return functools.reduce(jnp.add, products)
+
+    def convolve_codes(
+        self,
+        x: jax.Array,
+        tensor: TensorState,
+        coefficients: dict[str, jax.Array],
+        kernel: KernelCodes,
+        window: Window,
+        rounding: Rounding,
+    ) -> jax.Array:
+        """What `aquant_jax.integer.run_integer_layer` asks for, by `conv_border_int8`."""
+        phi = borders.get_phi(rounding.phi).deployed
+        if not supports(window, rounding) or phi not in PHIS:
+            if not coefficients:
+                shape = (len(kernel.codes), x.shape[-1])
+                coefficients, phi = {"b0": jnp.full(shape, 0.5, jnp.float32)}, "identity"
+            real, rounding = kernel.real(), rounding._replace(phi=phi)
+            return columns.convolve(x, None, tensor, coefficients, real, window, rounding)
+        lift = (1,) * (2 - len(window.kernel))
+        _, groups, inner, outer = kernel.codes.shape
+        codes = kernel.codes.transpose(0, 2, 1, 3)
+        y = conv_border_int8(
+            x.reshape(window.images, *lift, *window.spatial, x.shape[-1]),
+            tensor.step_size, tensor.zero_point, coefficients,
+            codes.reshape(*lift, *window.kernel, inner, groups * outer),
+            kernel.scale, kernel.zero_point, weight_bits=kernel.bits,
+            strides=(*lift, *window.strides), padding="VALID", dilation=(*lift, *window.dilation),
+            bits=rounding.bits, border=rounding.border if coefficients else "none", phi=phi,
+            fused=rounding.fused,
+        )  # fmt: skip
+        return y.reshape(window.images, *window.out, -1)
 
 
 def backend() -> Backend:
@@ -63,7 +96,7 @@ def backend() -> Backend:
 def supports(window: Window, rounding: Rounding) -> bool:
     """Whether the custom call serves this convolution on the default device."""
     built_in = rounding.border in COEFFICIENTS and rounding.phi in PHIS
-    return built_in and len(window.kernel) <= 2 and jax.default_backend() == "cpu"
+    return built_in and len(window.kernel) <= 2 and jax.default_backend() in targets.PLATFORMS
 
 
 def border_columns(
@@ -91,9 +124,47 @@ def border_columns(
 
     Raises:
       ValueError: a border or phi without a custom call, or shapes or dtypes that do not fit.
-      JaxRuntimeError: when run, a step size that is not positive (not-a-number gives columns of
-        not-a-number).
+      JaxRuntimeError: when run on a CPU, a step size that is not positive. Not-a-number gives
+        columns of not-a-number, and so does on CUDA, which cannot wait for it, one not positive.
     """
+    geometry, operands = _prepare(x, keep, tensor, coefficients, window, rounding)
+    values = cast(jax.Array, _columns(geometry, *operands))
+    return values.reshape(window.images, *window.out, *values.shape[-2:])
+
+
+def border_conv(
+    x: jax.Array,
+    keep: jax.Array | None,
+    tensor: TensorState,
+    coefficients: dict[str, jax.Array],
+    kernel: jax.Array,
+    window: Window,
+    rounding: Rounding,
+) -> jax.Array:
+    """`border_columns` times a kernel, in one pass that writes no columns; CPU only.
+
+    Differentiable in `kernel` too.
+
+    Args:
+      x, keep, tensor, coefficients, window, rounding: see `border_columns`.
+      kernel: float32 ``[taps * C, O]``.
+
+    Returns:
+      float32 ``[N, *out, O]``.
+
+    Raises:
+      ValueError, JaxRuntimeError: see `border_columns`.
+    """
+    geometry, operands = _prepare(x, keep, tensor, coefficients, window, rounding)
+    elements = int(np.prod(window.kernel)) * x.shape[-1]
+    if kernel.ndim != 2 or kernel.shape[0] != elements or kernel.dtype != jnp.float32:
+        raise ValueError(f"kernel is {kernel.dtype} {kernel.shape}, not float32 ({elements}, O)")
+    y = cast(jax.Array, _conv(geometry, *operands, kernel))
+    return y.reshape(window.images, *window.out, -1)
+
+
+def _prepare(x, keep, tensor, coefficients, window: Window, rounding: Rounding):
+    """The static part and the operands of a call, checked and with two spatial axes."""
     names = COEFFICIENTS.get(rounding.border)
     if names is None:
         raise ValueError(f"border {rounding.border!r} has no custom call; {list(COEFFICIENTS)} do")
@@ -108,9 +179,7 @@ def border_columns(
         (*lift, *window.out), rounding.bits, rounding.fused, PHIS[rounding.phi],
     )  # fmt: skip
     stacked = jnp.stack([coefficients[name] for name in names])
-    operands = (images, mask, tensor.step_size, tensor.zero_point, stacked)
-    values = cast(jax.Array, _columns(geometry, *operands))
-    return values.reshape(window.images, *window.out, *values.shape[-2:])
+    return geometry, (images, mask, tensor.step_size, tensor.zero_point, stacked)
 
 
 def _check(x, keep, coefficients, names, window: Window) -> None:
@@ -145,34 +214,43 @@ class _Geometry(NamedTuple):
 
     def attributes(self) -> dict:
         return {
-            "kernel": np.array(self.kernel, np.int64),
-            "stride": np.array(self.strides, np.int64),
-            "dilation": np.array(self.dilation, np.int64),
-            "bits": np.int64(self.bits),
-            "fused": np.bool_(self.fused),
-            "phi": np.int64(self.phi),
-        }
+            "kernel": self.kernel, "stride": self.strides, "dilation": self.dilation,
+            "padding": (0, 0, 0, 0), "groups": 1, "bits": self.bits, "fused": self.fused,
+            "phi": self.phi,
+        }  # fmt: skip
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _columns(geometry: _Geometry, x, keep, step, zero, coefficients):
     shape = (x.shape[0], *geometry.out, coefficients.shape[1], x.shape[-1])
-    call = jax.ffi.ffi_call(
-        "gpu_ops_border_columns", jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential"
+    return _call("border_columns", geometry, _floats(shape))(x, keep, step, zero, coefficients)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv(geometry: _Geometry, x, keep, step, zero, coefficients, kernel):
+    shape = (x.shape[0], *geometry.out, kernel.shape[-1])
+    operands = (x, keep, step, zero, coefficients, kernel)
+    return _call("border_conv", geometry, _floats(shape))(*operands)
+
+
+def _backward(name: str, geometry, operands, dy):
+    """Derivatives of all operands but the mask and the zero point, which have none."""
+    x, _, step, zero, *others = operands
+    results = [_floats(value.shape) for value in (x, step, *others)]
+    dx, dstep, *found = _call(name, geometry, results)(*operands, dy)
+    return dx, None, dstep, jnp.zeros_like(zero), *found
+
+
+def _call(name: str, geometry: _Geometry, results):
+    return targets.call(name, results, **geometry.attributes())
+
+
+def _floats(shape) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+for _forward, _name in ((_columns, "border_columns_vjp"), (_conv, "border_conv_vjp")):
+    _forward.defvjp(
+        lambda geometry, *operands, run=_forward: (run(geometry, *operands), operands),
+        functools.partial(_backward, _name),
     )
-    return call(x, keep, step, zero, coefficients, **geometry.attributes())
-
-
-def _columns_forward(geometry, *operands):
-    return _columns(geometry, *operands), operands
-
-
-def _columns_backward(geometry, operands, dcolumns):
-    x, _, step, zero, coefficients = operands
-    results = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in (x, step, coefficients)]
-    call = jax.ffi.ffi_call("gpu_ops_border_columns_vjp", results, vmap_method="sequential")
-    dx, dstep, dcoefficients = call(*operands, dcolumns, **geometry.attributes())
-    return dx, None, dstep, jnp.zeros_like(zero), dcoefficients
-
-
-_columns.defvjp(_columns_forward, _columns_backward)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from aquant_jax.layer import Weights
 from aquant_jax.program import static_inputs
-from aquant_jax.unit import Weights, forward, make_unit
+from aquant_jax.unit import forward, make_unit
 
 
 def rng_of(seed):

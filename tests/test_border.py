@@ -262,3 +262,10 @@ def test_eq7_minimises_the_error_against_the_noiseless_product(weight, weight_er
     eq4 = borders.analytic_border(noised, weight, weight_error)
     worse = np.abs(product_error(np.ceil(noised - eq4), x, weight, weight_error))
     assert worse.mean() > 1.05 * error.mean()
+
+
+@pytest.mark.parametrize(
+    ("p", "slope"), [(-0.1, 0), (0.0, 1), (0.5, 1), (borders.BELOW_ONE, 1), (1.0, 0)]
+)
+def test_the_clamp_passes_gradients_up_to_its_ends(p, slope):
+    assert jax.grad(borders.get_phi("clamp").apply)(jnp.float32(p)) == slope

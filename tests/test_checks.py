@@ -142,6 +142,15 @@ def test_an_output_without_sample_axis_is_an_error():
         quantize(net=net)
 
 
+def test_an_output_of_class_numbers_is_an_error():
+    apply, variables = residual_net()
+    with pytest.raises(InputError, match=r"only int32; .* return the logits, not their argmax"):
+        quantize(
+            recipe=aq.recipes.qdrop(batch_size=8, steps=1),
+            net=(lambda v, x: jnp.argmax(apply(v, x), axis=-1).astype(jnp.int32), variables),
+        )
+
+
 def test_nothing_is_written_into_the_callers_arrays():
     _, variables = residual_net()
     x, kept = images(0, 8), jax.tree.map(np.copy, residual_net()[1])

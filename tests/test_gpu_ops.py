@@ -26,8 +26,11 @@ def case(request):
     return request.param
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["one pass", "columns"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "dropped"])
-def test_value_and_gradients_are_those_of_the_definition(case, masked):
+def test_value_and_gradients_are_those_of_the_definition(case, masked, fused, monkeypatch):
+    if not fused:
+        monkeypatch.setattr(gpu_ops.ops, "FUSED_WEIGHTS", 0)
     arguments, dy = case.arguments(1, masked), cotangent(case, 2)
     value, found = pulled(BACKEND.convolve, case, arguments, dy)
     expected_value, expected = pulled(columns.convolve_reference, case, arguments, dy)
@@ -56,7 +59,7 @@ def test_columns_are_those_of_numpy_bit_for_bit(case):
 def test_a_custom_call_is_what_runs(case):
     arguments = case.arguments(1, True)
     run = jax.jit(lambda *a: BACKEND.convolve(*a, case.window(), case.rounding()))
-    assert "gpu_ops_border_columns" in run.lower(*arguments).as_text()
+    assert "gpu_ops_border_" in run.lower(*arguments).as_text()
 
 
 @pytest.mark.user_model
@@ -74,6 +77,17 @@ def test_quantizing_with_it_learns_what_quantizing_without_it_learns():
         assert (one.border is None) == (other.border is None)
         for name in one.border or {}:
             np.testing.assert_allclose(other.border[name], one.border[name], atol=2e-3)
+
+
+def test_the_kernel_of_a_fused_convolution_must_fit():
+    case = CASES[next(iter(BUILT_IN))]
+    x, keep, tensor, coefficients, _ = case.arguments(1, False)
+    arguments = (x, keep, tensor, coefficients)
+    elements = int(np.prod(case.window().kernel)) * x.shape[-1]
+    for kernel in (jnp.ones((elements + 1, 4)), jnp.ones((elements, 2, 2))):
+        message = rf"kernel is float32 {re.escape(str(kernel.shape))}, not float32 \({elements}, O"
+        with pytest.raises(ValueError, match=message):
+            gpu_ops.border_conv(*arguments, kernel, case.window(), case.rounding())
 
 
 def test_a_registered_border_is_served_by_the_definition(monkeypatch):

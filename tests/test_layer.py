@@ -9,6 +9,7 @@ from aquant_jax import border as borders
 from aquant_jax.layer import (
     LayerSpec,
     LayerState,
+    Weights,
     border_shape,
     channel_rows,
     dequantize_weight,
@@ -67,7 +68,7 @@ def test_convolution_is_that_of_the_numpy_reference(options, phi, fused):
     expected, codes = reference.quantized_conv(
         x, kernel, bias, np.float32(0.3), 2, BITS, coefficients, phi, fused, keep=keep, **options
     )
-    y = run_layer(op, spec, x, kernel, bias, GRID, coefficients, jnp.asarray(keep))
+    y = run_layer(op, spec, x, Weights(kernel, bias, coefficients), GRID, jnp.asarray(keep))
     np.testing.assert_allclose(y, expected, atol=2e-5)
     found = np.moveaxis(input_codes(op, spec, x, GRID, coefficients), 0, 3)
     np.testing.assert_array_equal(found, codes)
@@ -80,7 +81,9 @@ def test_nearest_convolution_is_that_of_the_numpy_reference(options):
     expected, _ = reference.quantized_conv(
         x, kernel, bias, np.float32(0.3), 2, BITS, None, **options
     )
-    np.testing.assert_allclose(run_layer(op, spec, x, kernel, bias, GRID, {}), expected, atol=2e-5)
+    np.testing.assert_allclose(
+        run_layer(op, spec, x, Weights(kernel, bias, {}), GRID), expected, atol=2e-5
+    )
     u = x * (np.float32(1) / np.float32(0.3))
     codes = np.clip(np.ceil(u - np.float32(0.5)) + 2, 0, 7)
     np.testing.assert_array_equal(input_codes(op, spec, x, GRID, {}), codes)
@@ -118,7 +121,9 @@ def test_one_dimensional_convolution_equals_the_two_dimensional_one():
 
     op = op_of(line, kernel, x)
     coefficients = coefficients_of(op, x.shape, "linear")
-    y = run_layer(op, spec_of(op, "linear"), x, kernel, np.zeros(5, "f"), GRID, coefficients)
+    y = run_layer(
+        op, spec_of(op, "linear"), x, Weights(kernel, np.zeros(5, "f"), coefficients), GRID
+    )
     expected, _ = reference.quantized_conv(
         x[:, None], kernel[None], np.float32(0), np.float32(0.3), 2, BITS, coefficients,
         strides=(1, 2), padding=((0, 0), (1, 1)),
@@ -131,7 +136,7 @@ def test_layouts_give_the_same_convolution(layout):
     options = CONVOLUTIONS["strided"]
     op, x, kernel = convolution(options)
     coefficients, bias = coefficients_of(op, x.shape, "quadratic"), normal(rng_of(3), 4)
-    expected = run_layer(op, spec_of(op), x, kernel, bias, GRID, coefficients)
+    expected = run_layer(op, spec_of(op), x, Weights(kernel, bias, coefficients), GRID)
     order = ["NHWC".index(axis) for axis in layout]
     weights = {"NCHW": "OIHW", "CHWN": "IHWO"}[layout]
     moved = np.transpose(kernel, ["HWIO".index(axis) for axis in weights])
@@ -144,7 +149,7 @@ def test_layouts_give_the_same_convolution(layout):
 
     turned = np.transpose(x, order)
     again = op_of(other, moved, turned)
-    y = run_layer(again, spec_of(again), turned, moved, bias, GRID, coefficients)
+    y = run_layer(again, spec_of(again), turned, Weights(moved, bias, coefficients), GRID)
     np.testing.assert_allclose(y, np.transpose(expected, order), atol=2e-5)
 
 
@@ -152,7 +157,7 @@ def test_dense_layer_has_one_border_an_input_channel():
     x, kernel, bias = normal(rng_of(7), 5, 6), normal(rng_of(8), 6, 4), normal(rng_of(9), 4)
     op = op_of(lambda v, x: x @ v["w"], kernel, x)
     coefficients = coefficients_of(op, x.shape, "quadratic")
-    y = run_layer(op, spec_of(op), x, kernel, bias, GRID, coefficients)
+    y = run_layer(op, spec_of(op), x, Weights(kernel, bias, coefficients), GRID)
     expected, codes = reference.quantized_conv(
         x[:, None, None], kernel[None, None], bias, np.float32(0.3), 2, BITS, coefficients
     )
@@ -166,8 +171,8 @@ def test_dense_layer_whose_weight_is_on_the_left():
     op = op_of(lambda v, x: x @ v["w"], kernel, x)
     left = op_of(lambda v, x: jnp.einsum("io,ni->on", v["w"], x), kernel, x)
     coefficients = coefficients_of(op, x.shape, "linear")
-    y = run_layer(op, spec_of(op, "linear"), x, kernel, bias, GRID, coefficients)
-    other = run_layer(left, spec_of(left, "linear"), x, kernel, bias, GRID, coefficients)
+    y = run_layer(op, spec_of(op, "linear"), x, Weights(kernel, bias, coefficients), GRID)
+    other = run_layer(left, spec_of(left, "linear"), x, Weights(kernel, bias, coefficients), GRID)
     np.testing.assert_allclose(other if other.shape == y.shape else other.T, y, atol=2e-5)
 
 
@@ -177,7 +182,7 @@ def test_two_contracted_axes_are_two_axes_of_column_elements():
     op = op_of(lambda v, x: jnp.einsum("nthd,hdo->nto", x, v["w"]), kernel, x)
     assert border_shape(op, x.shape) == (1, 8)
     coefficients, bias = coefficients_of(op, x.shape, "quadratic"), normal(rng_of(12), 6)
-    y = run_layer(op, spec_of(op), x, kernel, bias, GRID, coefficients)
+    y = run_layer(op, spec_of(op), x, Weights(kernel, bias, coefficients), GRID)
     # The elements are numbered in the order of the op's contracted axes.
     first, second = op.params["dimension_numbers"][0][0]
     flat = x.transpose(0, 1, first, second).reshape(3, 1, 5, 8)
@@ -214,8 +219,8 @@ def test_result_has_the_asked_dtype():
     op = op_of(lambda v, x: x @ v["w"], kernel.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
     coefficients = coefficients_of(op, x.shape, "quadratic")
     y = run_layer(
-        op, spec_of(op), jnp.asarray(x, jnp.bfloat16), kernel, np.zeros(4, "f"), GRID,
-        coefficients, dtype=jnp.bfloat16,
+        op, spec_of(op), jnp.asarray(x, jnp.bfloat16),
+        Weights(kernel, np.zeros(4, "f"), coefficients), GRID, dtype=jnp.bfloat16,
     )  # fmt: skip
     assert y.dtype == jnp.bfloat16
 
@@ -244,7 +249,7 @@ class TestGradients:
 
         def loss(step, coefficients):
             grid = GRID._replace(step_size=step)
-            y = run_layer(op, spec, x, kernel, np.zeros(4, "f"), grid, coefficients)
+            y = run_layer(op, spec, x, Weights(kernel, np.zeros(4, "f"), coefficients), grid)
             return jnp.sum(dy * y)
 
         dstep, found = jax.jit(jax.grad(loss, argnums=(0, 1)))(GRID.step_size, coefficients)

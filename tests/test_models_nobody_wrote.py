@@ -27,6 +27,7 @@ from nets import (
 )
 
 import aquant_jax as aq
+import gpu_ops
 
 pytestmark = pytest.mark.user_model
 BATCH = 8
@@ -430,3 +431,4 @@ def test_eight_bits_are_close_to_float(case):
     # Up to a code on a near-tie: compiled otherwise, sums are rounded otherwise.
     assert max(errors(jax.jit(quantized)(case.x), found)) < 5e-3
     assert max(errors(quantized(head(case.x, 3)), head(found, 3))) < 5e-3
+    assert max(errors(quantized.with_backend(gpu_ops.backend())(case.x), found)) < 5e-3

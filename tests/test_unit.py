@@ -10,11 +10,11 @@ from nets import conv, images, normal, residual_net, rng_of
 
 import aquant_jax as aq
 from aquant_jax.grids import alpha_of, init_borders, make_grids
-from aquant_jax.layer import per_channel
+from aquant_jax.layer import Weights, per_channel
 from aquant_jax.numerics import TensorState
 from aquant_jax.program import static_inputs
 from aquant_jax.rounding import soft_codes
-from aquant_jax.unit import Weights, forward, make_unit, random_keep
+from aquant_jax.unit import forward, make_unit, random_keep
 
 BITS = 3
 

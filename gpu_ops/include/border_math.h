@@ -1,13 +1,18 @@
 // The arithmetic of a rounding border, for one element: the only place that has it in C++.
 //
-// It is that of aquant_jax.numerics and aquant_jax.border in float32, operation by operation:
-// compile with -ffp-contract=off, or a fused multiply-add changes codes at ties. NaN stays NaN.
+// It is that of aquant_jax.numerics and aquant_jax.border in float32, operation by operation, each
+// rounded on its own: a fused multiply-add changes codes at ties. So -ffp-contract=off on the CPU
+// and, in CUDA, intrinsics that are never contracted. Subnormal numbers count as zero: XLA runs CPU
+// handlers that way, and the CUDA build asks for it (--ftz=true).
 #pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define BORDER_INLINE __host__ __device__ __forceinline__
 #else
-#include <cmath>
 #define BORDER_INLINE inline __attribute__((always_inline))
 #endif
 
@@ -15,9 +20,51 @@ namespace gpu_ops {
 
 constexpr float kMaxUnits = 8388608.0f;                 // 2^23
 constexpr float kBelowOne = 1.0f - 1.0f / 16777216.0f;  // 1 - 2^-24
+constexpr float kNearest = 0.5f;
+
+BORDER_INLINE float Mul(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+BORDER_INLINE float Add(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+BORDER_INLINE float Sub(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fsub_rn(a, b);
+#else
+  return a - b;
+#endif
+}
+
+BORDER_INLINE float Reciprocal(float a) {
+#ifdef __CUDA_ARCH__
+  return __frcp_rn(a);
+#else
+  return 1.0f / a;
+#endif
+}
 
 // How the polynomial becomes the border.
 enum class Phi { kIdentity = 0, kClamp = 1, kClampStraightThrough = 2 };
+
+// A border function: coefficients b0, b1, ... as [degree + 1, taps, channels]; of degree -1 it is
+// the constant 1/2, without coefficients.
+struct Border {
+  const float* coefficients;
+  int degree;
+  bool fused;
+  Phi phi;
+};
 
 // Grid of the quantized tensor: step size, its inverse, zero point and largest code.
 struct Grid {
@@ -27,13 +74,26 @@ struct Grid {
   float top;
 };
 
+BORDER_INLINE Grid MakeGrid(float step, float zero, int64_t bits) {
+  return {step, Reciprocal(step), zero, static_cast<float>((1 << bits) - 1)};
+}
+
+// Not-a-number stays so.
 BORDER_INLINE float Clip(float v, float low, float high) {
-  return v < low ? low : (v > high ? high : v);
+  const float above = v < low ? low : v;
+  return above > high ? high : above;
 }
 
 // u: the activation in units of the step size.
 BORDER_INLINE float ToUnits(float x, float inv_step) {
-  return Clip(x * inv_step, -kMaxUnits, kMaxUnits);
+  return Clip(Mul(x, inv_step), -kMaxUnits, kMaxUnits);
+}
+
+// The polynomial of one element, in Horner order; `at` finds its b0 and `size` the next power's.
+BORDER_INLINE float Polynomial(int degree, const float* at, int64_t size, float u) {
+  if (degree == 2) return Add(Mul(Add(Mul(at[2 * size], u), at[size]), u), at[0]);
+  if (degree == 1) return Add(Mul(at[size], u), at[0]);
+  return degree == 0 ? at[0] : kNearest;
 }
 
 BORDER_INLINE float ApplyPhi(Phi phi, float p) {
@@ -47,7 +107,39 @@ BORDER_INLINE float PhiSlope(Phi phi, float p) {
 
 // The code before it is clipped to [0, top].
 BORDER_INLINE float RawCode(float u, float border, const Grid& grid) {
-  return ceilf(u - border) + grid.zero;
+  return Add(ceilf(Sub(u, border)), grid.zero);
+}
+
+// The code that is deployed; where u or the border is not a number it is 0.
+BORDER_INLINE float Code(float u, float border, const Grid& grid) {
+  const float raw = RawCode(u, border, grid);
+  const float code = raw > 0.0f ? raw : 0.0f;
+  return code < grid.top ? code : grid.top;
+}
+
+BORDER_INLINE float Dequantize(float code, const Grid& grid) {
+  return Mul(grid.step, Sub(code, grid.zero));
+}
+
+// An activation as it is stored, bfloat16 being the upper half of a float.
+BORDER_INLINE float ToFloat(float value) { return value; }
+BORDER_INLINE float ToFloat(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+// What is stored of a code: less `shift`, or dequantized.
+BORDER_INLINE void Store(const Grid&, float shift, float code, int8_t* to) {
+  *to = static_cast<int8_t>(static_cast<int32_t>(code - shift));
+}
+BORDER_INLINE void Store(const Grid& grid, float, float code, float* to) {
+  *to = Dequantize(code, grid);
 }
 
 }  // namespace gpu_ops

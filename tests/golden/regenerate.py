@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax.layer import LayerSpec, input_codes, run_layer
+from aquant_jax.layer import LayerSpec, Weights, input_codes, run_layer
 from aquant_jax.numerics import TensorState
 from aquant_jax.rounding import hard_codes, nearest_codes
 from aquant_jax.trace import trace
@@ -74,7 +74,7 @@ def compute(name, given):
         "nearest_codes": np.asarray(nearest_codes(units / 2, zero, 4), np.uint8),
         "hard_codes": np.asarray(hard_codes(units / 2, given["alpha"], zero, 4), np.uint8),
         "output": np.asarray(
-            layer(given["x"], given["kernel"], given["bias"], state, coefficients)
+            layer(given["x"], Weights(given["kernel"], given["bias"], coefficients), state)
         ),
     }
 

@@ -1,0 +1,105 @@
+"""Deployed layers in integer arithmetic: codes times codes, summed exactly, dequantized once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aquant_jax.graph import Op
+from aquant_jax.layer import (
+    LayerSpec,
+    LayerState,
+    Weights,
+    add_bias,
+    contracted_axes,
+    conv_operands,
+    conv_result,
+    dequantize_weight,
+    rounding_of,
+    run_layer,
+)
+from aquant_jax.numerics import TensorState, dequantize
+from aquant_jax.window import Window
+
+
+class KernelCodes(NamedTuple):
+    """The weights of a convolution over columns: ``scale * (codes - zero_point)``.
+
+    Attributes:
+      codes: uint8 ``[taps, groups, C / groups, O / groups]``.
+      scale, zero_point: float32 ``[O]``; zero points are whole numbers.
+      bits: of the codes, 2 to 8.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array
+    bits: int
+
+    def real(self) -> jax.Array:
+        """The weights as `columns.convolve` takes them."""
+        _, groups, _, outer = self.codes.shape
+        scale, zero = (a.reshape(1, groups, 1, outer) for a in (self.scale, self.zero_point))
+        return dequantize(self.codes.astype(jnp.float32), scale, zero)
+
+
+def run_integer_layer(
+    op: Op,
+    spec: LayerSpec,
+    x: jax.Array,
+    state: LayerState,
+    tensor: TensorState | None,
+    keep: None = None,
+    dtype=jnp.float32,
+    *,
+    convolve: Callable[..., jax.Array],
+) -> jax.Array:
+    """`layer.run_layer` of a deployed layer, by a convolution of codes.
+
+    A layer with a float input or float weights, a dense layer with batch axes, and a layer of an
+    empty batch run as there.
+
+    Args:
+      op, spec, x, tensor, keep, dtype: as there; nothing is dropped from a deployed layer.
+      state: what is deployed.
+      convolve: takes ``(x, tensor, coefficients, kernel, window, rounding)`` with `x` float32
+        ``[N, *padded, C]`` and a `KernelCodes`; no coefficients mean rounding to nearest. Returns
+        what `columns.convolve` does for the dequantized kernel, float32 ``[N, *out, O]``.
+    """
+    batched = op.layer.kind == "dense" and op.params["dimension_numbers"][1][op.layer.x_position]
+    if tensor is None or spec.weight_bits is None or batched or not x.size:
+        own = Weights(dequantize_weight(op, state), state.bias, state.border)
+        return run_layer(op, spec, x, own, tensor, keep, dtype)
+
+    def multiply(columns: jax.Array, codes: jax.Array, window: Window) -> jax.Array:
+        kernel = KernelCodes(codes, state.scale, state.zero_point, spec.weight_bits or 0)
+        return convolve(columns, tensor, state.border, kernel, window, rounding_of(spec))
+
+    run = _conv if op.layer.kind == "conv" else _dense
+    return add_bias(op, run(op, x.astype(jnp.float32), state.codes, multiply), state.bias, dtype)
+
+
+def _conv(op: Op, x: jax.Array, codes: jax.Array, multiply) -> jax.Array:
+    return conv_result(op, multiply(*conv_operands(op, x, codes)))
+
+
+def _dense(op: Op, x: jax.Array, codes: jax.Array, multiply) -> jax.Array:
+    """A dense layer is a convolution with one tap over the pixels of one image."""
+    contract, _ = op.params["dimension_numbers"]
+    axes, weight_axes = contracted_axes(op), contract[1 - op.layer.x_position]
+    free = [axis for axis in range(x.ndim) if axis not in axes]
+    sizes = [x.shape[axis] for axis in free]
+    elements = int(np.prod([x.shape[axis] for axis in axes]))
+    rows = jnp.transpose(x, (*free, *axes)).reshape(1, -1, 1, elements)
+    kernel = jnp.transpose(codes, (*weight_axes, *op.layer.channel_axes))
+    kernel = kernel.reshape(1, 1, elements, -1)
+    y = multiply(rows, kernel, Window(1, rows.shape[1:3], (1, 1), (1, 1), (1, 1)))
+    channels = [op.layer.weight_shape[axis] for axis in op.layer.channel_axes]
+    y = y.reshape(*sizes, *channels)
+    if op.layer.x_position == 1:  # the weight's axes come first
+        y = jnp.moveaxis(y, range(len(sizes)), range(len(channels), y.ndim))
+    return y

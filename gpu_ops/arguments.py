@@ -1,0 +1,139 @@
+"""Checks of what the img2col operations are called with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from aquant_jax.numerics import MAX_BITS, MIN_BITS
+from gpu_ops import targets
+
+Padding = str | Sequence[tuple[int, int]]
+
+
+class ColumnsWindow(NamedTuple):
+    """What is static about the columns."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+    result: tuple[int, ...]  # shape of one image's columns
+
+    def attributes(self) -> dict:
+        low_high = sum(self.padding, ())
+        return {
+            "kernel": self.kernel, "stride": self.strides, "dilation": self.dilation,
+            "padding": low_high, "groups": self.groups,
+        }  # fmt: skip
+
+
+def check_x(x, dtypes: tuple[str, ...]) -> None:
+    """ValueError unless `x` has four axes and one of the dtypes."""
+    if len(x.shape) != 4:
+        raise ValueError(f"x has shape {x.shape}, not four axes [N, H, W, C]")
+    if str(x.dtype) not in dtypes:
+        raise ValueError(f"x is {x.dtype}, not one of {', '.join(dtypes)}")
+
+
+def columns_window(shape, kernel, strides, padding, dilation, groups, align) -> ColumnsWindow:
+    """What `gpu_ops.img2col` was told of the window over an input of this shape, checked."""
+    kernel, strides, dilation = (
+        _sizes(name, value)
+        for name, value in (("kernel", kernel), ("strides", strides), ("dilation", dilation))
+    )
+    if groups < 1 or shape[3] % groups:
+        raise ValueError(f"groups is {groups}, which does not divide the {shape[3]} channels of x")
+    if align < 1:
+        raise ValueError(f"align is {align}, not positive")
+    spans = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True))
+    pads = _pads(padding, shape[1:3], spans, strides)
+    padded = tuple(low + size + high for size, (low, high) in zip(shape[1:3], pads, strict=True))
+    if any(span > size for span, size in zip(spans, padded, strict=True)):
+        raise ValueError(f"a window of {spans} is larger than the padded input, {padded}")
+    out = tuple((n - k) // s + 1 for n, k, s in zip(padded, spans, strides, strict=True))
+    row = -(-kernel[0] * kernel[1] * shape[3] // groups // align) * align
+    result = (*out, groups, row)
+    for name, sizes in (("padded image", (*padded, shape[3])), ("image's columns", result)):
+        if (count := int(np.prod([int(n) for n in sizes], dtype=object))) > targets.MAX_INDEX:
+            raise ValueError(f"an {name} has {count} elements; at most {targets.MAX_INDEX} fit")
+    return ColumnsWindow(kernel, strides, pads, dilation, groups, result)
+
+
+def _sizes(name: str, value) -> tuple[int, ...]:
+    sizes = tuple(int(size) for size in value)
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(f"{name} is {value}, not two positive integers")
+    return sizes
+
+
+def _pads(padding: Padding, sizes, spans, strides) -> tuple[tuple[int, int], ...]:
+    if isinstance(padding, str):
+        if padding not in ("SAME", "VALID"):
+            raise ValueError(f"padding is {padding!r}, not 'SAME', 'VALID' or pairs")
+        padding = jax.lax.padtype_to_pads(sizes, spans, strides, padding)
+    pads = tuple(tuple(int(end) for end in pair) for pair in padding)
+    if [len(pair) for pair in pads] != [2, 2] or min(map(min, pads)) < 0:
+        raise ValueError(f"padding is {padding}, not two pairs of non-negative integers")
+    return tuple((low, high) for low, high in pads)
+
+
+def stack(coefficients: Mapping[str, jax.Array], border: str, shape) -> jax.Array:
+    """The coefficients of `border`, checked, as float32 ``[degree + 1, taps, C]``."""
+    if border != "none" and border not in targets.COEFFICIENTS:
+        known = ["none", *targets.COEFFICIENTS]
+        raise ValueError(
+            f"border {border!r} has no custom call, only {known} do; the jnp path serves it "
+            "(aquant_jax.columns)"
+        )
+    names = targets.COEFFICIENTS.get(border, ())
+    for name, value in coefficients.items():
+        if name not in names:
+            raise ValueError(f"coefficient {name!r} is none of border {border!r}: {list(names)}")
+        if str(value.dtype) != "float32":
+            raise ValueError(f"coefficient {name!r} is {value.dtype}, not float32")
+    for name in names:
+        found = tuple(coefficients[name].shape) if name in coefficients else None
+        if found != shape:
+            raise ValueError(f"coefficient {name!r} has shape {found}, not {shape}")
+    if not names:
+        return jnp.zeros((0, *shape), jnp.float32)
+    return jnp.stack([jnp.asarray(coefficients[name]) for name in names])
+
+
+def check_weights(x, codes, scale, zero_point, bits: int, act_bits: int) -> None:
+    """ValueError unless these are the weights of a convolution of `x`."""
+    if len(codes.shape) != 4 or str(codes.dtype) != "uint8":
+        raise ValueError(f"codes are {codes.dtype} {codes.shape}, not uint8 [kh, kw, C / G, O]")
+    channels, (inner, outer) = x.shape[-1], codes.shape[2:]
+    if not inner or channels % inner or outer % (channels // inner):
+        raise ValueError(
+            f"codes of shape {codes.shape} do not fit the {channels} channels of x: no number of "
+            "groups gives both C / G and O / G"
+        )
+    for name, value in (("scale", scale), ("weight_zero_point", zero_point)):
+        if value.shape != (outer,):
+            raise ValueError(f"{name} has shape {value.shape}, not {(outer,)}")
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"weight_bits is {bits}, not between {MIN_BITS} and {MAX_BITS}")
+    elements = int(np.prod(codes.shape[:3]))
+    if (largest := elements * (2**bits - 1) * (2**act_bits - 1)) > targets.MAX_INDEX:
+        raise ValueError(
+            f"a sum of {elements} products of {bits} and {act_bits} bits may reach {largest}, "
+            f"above {targets.MAX_INDEX}, the largest int32"
+        )
+
+
+def scalar(name: str, value, good, wanted: str) -> jax.Array:
+    """`value` as a float32 scalar, checked when it is known."""
+    if np.shape(value) != ():
+        raise ValueError(f"{name} has shape {np.shape(value)}, not ()")
+    if not isinstance(value, Tracer) and not good(float(value)):
+        raise ValueError(f"{name} is {float(value)}, not {wanted}")
+    return jnp.asarray(value, jnp.float32)

@@ -1,0 +1,205 @@
+// A convolution over columns quantized with their borders, and its derivative, on CPU.
+//
+// What border_columns and a matrix product compute, in one pass: a few pixels' columns are made,
+// multiplied and forgotten, so that nothing k*k-fold reaches memory at all. A task has a fixed
+// share of the images and its own sums, which are added in order: results do not depend on the
+// number of threads.
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#include "multiply.h"
+#include "pixel.h"
+
+namespace gpu_ops {
+namespace {
+
+constexpr int64_t kPixels = 24;  // of a block: what the tiles of Multiply divide
+constexpr int64_t kTasks = 16;
+
+// The weights [K, outputs], with rows filled up for Multiply, and transposed.
+struct Kernel {
+  int64_t elements, outputs, width, deep;
+  std::vector<float> dense, transposed;
+
+  Kernel(const float* weights, int64_t elements, int64_t outputs, bool both)
+      : elements(elements), outputs(outputs), width(RoundUp(outputs)), deep(RoundUp(elements)) {
+    dense.assign(elements * width, 0.0f);
+    for (int64_t k = 0; k < elements; ++k)
+      std::copy_n(weights + k * outputs, outputs, &dense[k * width]);
+    if (!both) return;
+    transposed.assign(outputs * deep, 0.0f);
+    for (int64_t k = 0; k < elements; ++k)
+      for (int64_t o = 0; o < outputs; ++o) transposed[o * deep + k] = weights[k * outputs + o];
+  }
+};
+
+// What a block of pixels is computed into.
+struct Block {
+  std::vector<Scratch> pixels;
+  std::vector<float> columns, derivative, results;
+  Block(const Geometry& g, const Kernel& kernel)
+      : pixels(kPixels, Scratch(g)),
+        columns(kPixels * kernel.deep),
+        derivative(kPixels * kernel.deep),
+        results(kPixels * kernel.width) {}
+};
+
+// Derivatives that a task sums: of the coefficients, the step size (lane by lane) and the weights.
+struct Sums {
+  std::vector<float> coefficients, step, weights;
+};
+
+VECTORISED void Columns(const Training& t, const Grid& grid, int64_t n, int64_t first,
+                        int64_t count, int64_t deep, Block& block) {
+  const Geometry& g = t.geometry;
+  const int64_t offset = n * g.Image(), width = g.Out(1);
+  const uint8_t* keep = t.keep == nullptr ? nullptr : t.keep + offset;
+  for (int64_t p = 0; p < count; ++p)
+    PixelColumn(g, grid, t.border, t.x + offset, keep, PixelOffset(g, first + p, width),
+                &block.columns[p * deep], block.pixels[p]);
+}
+
+VECTORISED void Derivatives(const Training& t, const Grid& grid, int64_t n, int64_t first,
+                            int64_t count, int64_t deep, Block& block, float* dx, Sums& sums) {
+  const Geometry& g = t.geometry;
+  const int64_t offset = n * g.Image(), width = g.Out(1);
+  for (int64_t p = 0; p < count; ++p)
+    PixelDerivative(g, grid, t.border, PixelOffset(g, first + p, width),
+                    &block.derivative[p * deep], dx + offset, sums.coefficients.data(),
+                    sums.step.data(), block.pixels[p]);
+}
+
+void ForwardImage(const Training& t, const Grid& grid, const Kernel& kernel, int64_t n, float* y,
+                  Block& block) {
+  const int64_t pixels = t.geometry.Pixels();
+  for (int64_t first = 0; first < pixels; first += kPixels) {
+    const int64_t count = std::min(kPixels, pixels - first);
+    Columns(t, grid, n, first, count, kernel.deep, block);
+    Multiply(block.columns.data(), kernel.deep, 1, count, kernel.elements, kernel.dense.data(),
+             kernel.width, block.results.data(), false);
+    for (int64_t p = 0; p < count; ++p)
+      std::copy_n(&block.results[p * kernel.width], kernel.outputs,
+                  y + (n * pixels + first + p) * kernel.outputs);
+  }
+}
+
+void BackwardImage(const Training& t, const Grid& grid, const Kernel& kernel, int64_t n,
+                   const float* dy, float* dx, Sums& sums, Block& block) {
+  const int64_t pixels = t.geometry.Pixels();
+  std::fill_n(dx + n * t.geometry.Image(), t.geometry.Image(), 0.0f);
+  for (int64_t first = 0; first < pixels; first += kPixels) {
+    const int64_t count = std::min(kPixels, pixels - first);
+    for (int64_t p = 0; p < count; ++p)
+      std::copy_n(dy + (n * pixels + first + p) * kernel.outputs, kernel.outputs,
+                  &block.results[p * kernel.width]);
+    Columns(t, grid, n, first, count, kernel.deep, block);
+    Multiply(block.columns.data(), 1, kernel.deep, kernel.elements, count, block.results.data(),
+             kernel.width, sums.weights.data(), true);
+    Multiply(block.results.data(), kernel.width, 1, count, kernel.outputs,
+             kernel.transposed.data(), kernel.deep, block.derivative.data(), false);
+    Derivatives(t, grid, n, first, count, kernel.deep, block, dx, sums);
+  }
+}
+
+// Operands of both handlers, checked.
+struct Convolution {
+  Training training;
+  Grid grid;
+  int64_t outputs;
+};
+
+ffi::ErrorOr<Convolution> Read(const Floats& x, const Mask& keep, const Floats& step,
+                               const Floats& zero, const Floats& coefficients,
+                               const Floats& kernel, const Floats& y, const BorderAttributes& a) {
+  auto read = ReadTraining(x, keep, step, zero, coefficients, a);
+  if (read.has_error()) return ffi::Unexpected(read.error());
+  auto grid = ReadGrid(step, zero, a.bits);
+  if (grid.has_error()) return ffi::Unexpected(grid.error());
+  const Geometry& g = read->geometry;
+  auto sizes = kernel.dimensions();
+  if (sizes.size() != 2 || sizes[0] != g.Column())
+    return ffi::Unexpected(Bad("the kernel is not [" + std::to_string(g.Column()) + ", outputs]"));
+  if (static_cast<int64_t>(y.element_count()) != g.images * g.Pixels() * sizes[1])
+    return ffi::Unexpected(Bad("the result has another size than the window gives"));
+  return Convolution{read.value(), grid.value(), sizes[1]};
+}
+
+ffi::Error Forward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floats zero,
+                   Floats coefficients, Floats weights, ffi::Result<Floats> y,
+                   BorderAttributes a) {
+  auto read = Read(x, keep, step, zero, coefficients, weights, *y, a);
+  if (read.has_error()) return read.error();
+  const Training& t = read->training;
+  const Kernel kernel(weights.typed_data(), t.geometry.Column(), read->outputs, false);
+  ParallelFor(pool, t.geometry.images, [&](int64_t n) {
+    Block block(t.geometry, kernel);
+    ForwardImage(t, read->grid, kernel, n, y->typed_data(), block);
+  });
+  return ffi::Error::Success();
+}
+
+// Adds the tasks' sums up, in order, in double.
+std::vector<double> Total(const std::vector<Sums>& sums, std::vector<float> Sums::*part) {
+  std::vector<double> total((sums.front().*part).size(), 0.0);
+  for (const Sums& own : sums)
+    for (size_t i = 0; i < total.size(); ++i) total[i] += (own.*part)[i];
+  return total;
+}
+
+ffi::Error Backward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floats zero,
+                    Floats coefficients, Floats weights, Floats dy, ffi::Result<Floats> dx,
+                    ffi::Result<Floats> dstep, ffi::Result<Floats> dcoefficients,
+                    ffi::Result<Floats> dweights, BorderAttributes a) {
+  auto read = Read(x, keep, step, zero, coefficients, weights, dy, a);
+  if (read.has_error()) return read.error();
+  if (ffi::Error error = CheckDerivatives(x, coefficients, *dx, *dstep, *dcoefficients);
+      error.failure())
+    return error;
+  if (dweights->element_count() != weights.element_count())
+    return Bad("the derivative of the kernel has another size");
+  const Training& t = read->training;
+  const int64_t elements = t.geometry.Column(), images = t.geometry.images;
+  const Kernel kernel(weights.typed_data(), elements, read->outputs, true);
+  const int64_t tasks = std::clamp<int64_t>(images, 1, kTasks);
+  std::vector<Sums> sums(tasks);
+  ParallelFor(pool, tasks, [&](int64_t task) {
+    Sums& own = sums[task];
+    own.coefficients.assign(t.Coefficients(), 0.0f);
+    own.step.assign(elements, 0.0f);
+    own.weights.assign(elements * kernel.width, 0.0f);
+    Block block(t.geometry, kernel);
+    for (int64_t n = task * images / tasks; n < (task + 1) * images / tasks; ++n)
+      BackwardImage(t, read->grid, kernel, n, dy.typed_data(), dx->typed_data(), own, block);
+  });
+  const std::vector<double> borders = Total(sums, &Sums::coefficients);
+  std::copy(borders.begin(), borders.end(), dcoefficients->typed_data());
+  const std::vector<double> lanes = Total(sums, &Sums::step);
+  *dstep->typed_data() = static_cast<float>(std::accumulate(lanes.begin(), lanes.end(), 0.0));
+  const std::vector<double> products = Total(sums, &Sums::weights);
+  for (int64_t k = 0; k < elements; ++k)
+    std::copy_n(products.begin() + k * kernel.width, kernel.outputs,
+                dweights->typed_data() + k * kernel.outputs);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BorderConvForward, Forward,
+                              TrainingOperands<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Attrs<BorderAttributes>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BorderConvBackward, Backward,
+                              TrainingOperands<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Attrs<BorderAttributes>());
+
+}  // namespace gpu_ops

@@ -1,0 +1,162 @@
+"""What ``gpu_ops.img2col_border`` computes, in plain numpy from docs/design.md, and cases of it."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+import gpu_ops
+
+NAMES = {
+    "none": (),
+    "constant": ("b0",),
+    "linear": ("b0", "b1"),
+    "quadratic": ("b0", "b1", "b2"),
+}
+TINY = np.finfo(np.float32).tiny
+
+
+def flush(a):
+    """Subnormal numbers count as zero."""
+    a = np.asarray(a, np.float32)
+    return np.where(np.abs(a) < TINY, np.float32(0), a)
+
+
+def gather(x, case):
+    """[N, H, W, C] -> [N, OH, OW, taps, C], zeros around."""
+    x = np.pad(x, ((0, 0), *case.padding, (0, 0)))
+    (kh, kw), (sh, sw), (dh, dw) = case.kernel, case.strides, case.dilation
+    height = (x.shape[1] - (kh - 1) * dh - 1) // sh + 1
+    width = (x.shape[2] - (kw - 1) * dw - 1) // sw + 1
+    rows = [
+        x[:, i * dh : i * dh + sh * height : sh, j * dw : j * dw + sw * width : sw][
+            :, :height, :width
+        ]
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    return np.stack(rows, axis=3)
+
+
+def by_group(every, case):
+    """[..., taps, C] -> [..., groups, Kp]."""
+    *lead, taps, channels = every.shape
+    every = every.reshape(*lead, taps, case.groups, channels // case.groups)
+    every = np.moveaxis(every, -2, -3).reshape(*lead, case.groups, -1)
+    extra = -every.shape[-1] % case.align
+    return np.pad(every, [(0, 0)] * (every.ndim - 1) + [(0, extra)])
+
+
+def reference(x, step, zero, coefficients, case):
+    """The definition of docs/design.md in numpy, operation by operation in float32."""
+    one = np.float32
+    with np.errstate(all="ignore"):
+        inverse = one(1) / one(step)
+        u = np.clip(flush(flush(gather(x, case)) * inverse), one(-(2**23)), one(2**23))
+        border = one(0.5)
+        if case.border != "none":
+            border = flush(coefficients[NAMES[case.border][-1]]) + one(0) * u
+            for name in reversed(NAMES[case.border][:-1]):
+                border = flush(flush(border * u) + flush(coefficients[name]))
+            if case.fused:
+                total = border[..., 0, :]
+                for tap in range(1, border.shape[-2]):
+                    total = flush(total + border[..., tap, :])
+                border = flush(total * (one(1) / one(border.shape[-2])))[..., None, :]
+            if case.phi == "clamp":
+                border = np.clip(border, one(0), one(1 - 2**-24))
+        raw = np.ceil(flush(u - border)) + one(zero)
+        codes = np.where(np.isnan(raw), one(0), np.clip(raw, one(0), one(2**case.bits - 1)))
+    if case.output == "float32":
+        return by_group(one(step) * (codes - one(zero)), case)
+    return by_group((codes - (128 if case.bits == 8 else 0)).astype(np.int8), case)
+
+
+class Case(NamedTuple):
+    """Everything static about one call, and the shape of x."""
+
+    shape: tuple = (2, 6, 5, 4)
+    kernel: tuple = (3, 3)
+    strides: tuple = (1, 1)
+    padding: tuple = ((1, 1), (1, 1))
+    dilation: tuple = (1, 1)
+    groups: int = 1
+    bits: int = 4
+    border: str = "quadratic"
+    phi: str = "clamp"
+    fused: bool = True
+    output: str = "int8"
+    align: int = 1
+    dtype: str = "float32"
+
+    def geometry(self):
+        names = ("kernel", "strides", "padding", "dilation", "groups", "align")
+        return {name: getattr(self, name) for name in names}
+
+    def options(self):
+        names = ("bits", "border", "phi", "fused", "output")
+        return self.geometry() | {name: getattr(self, name) for name in names}
+
+    def operands(self, seed=0, dyadic=False):
+        """x, step size, zero point, coefficients."""
+        rng = np.random.default_rng(seed)
+
+        def normal(*shape):
+            values = rng.normal(size=shape).astype(np.float32)
+            return np.round(values * 16) / 16 if dyadic else values
+
+        x = np.asarray(jnp.asarray(normal(*self.shape), self.dtype)).astype(np.float32)
+        step = np.float32(0.25 if dyadic else rng.uniform(0.02, 0.7))
+        shape = (int(np.prod(self.kernel)), self.shape[-1])
+        scales = {"b0": 0.5, "b1": 0.25, "b2": 0.125}
+        coefficients = {
+            name: normal(*shape) * np.float32(scales[name]) + np.float32(name == "b0") / 2
+            for name in NAMES[self.border]
+        }
+        return x, step, float(rng.integers(0, 2**self.bits)), coefficients
+
+    def run(self, x, step, zero, coefficients):
+        x = jnp.asarray(x).astype(self.dtype)
+        coefficients = {name: jnp.asarray(c) for name, c in coefficients.items()} or None
+        return gpu_ops.img2col_border(x, step, zero, coefficients, **self.options())
+
+
+def random_case(seed):
+    """A case that fits: window, padding, strides, groups, bits and border at random."""
+    rng = np.random.default_rng([7, seed])
+
+    def pick(*values):
+        return values[rng.integers(len(values))]
+
+    def pair(*values):
+        return (pick(*values), pick(*values))
+
+    groups = pick(1, 1, 1, 2, 3)
+    channels = groups * pick(1, 2, 5, 8, 16, 17, 32)
+    groups = pick(groups, groups, channels)
+    kernel, dilation = pair(1, 2, 3, 3, 5), pair(1, 1, 2, 3)
+    padding = (pair(0, 1, 2), pair(0, 1, 3))
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    sizes = [
+        max(span - sum(pads), 1) + int(rng.integers(0, 7))
+        for span, pads in zip(spans, padding, strict=True)
+    ]
+    return Case(
+        (pick(1, 2, 3), *sizes, channels), kernel, pair(1, 1, 2, 3), padding, dilation, groups,
+        int(rng.integers(2, 9)), pick(*NAMES), pick("clamp", "identity"), pick(True, False),
+        pick("int8", "float32"), pick(1, 4, 5, 16), pick("float32", "bfloat16"),
+    )  # fmt: skip
+
+
+def contractible():
+    """A case and operands whose codes change where a product is not rounded before it is added."""
+    rng, one = np.random.default_rng(0), np.float32
+    u, b1 = (rng.uniform(*ends, 4096).astype(one) for ends in ((1, 7), (0.5, 1.5)))
+    b0 = (u - np.round(u)) - b1 * u  # so u - (b1 u + b0) is an integer, but for the last digits
+    case = Case((1, 1, 1, 4096), (1, 1), padding=((0, 0), (0, 0)), border="linear", phi="identity")
+    return case, (u.reshape(case.shape), one(1.0), 0.0, {"b0": b0[None], "b1": b1[None]})
+
+
+def assert_same(found, expected):
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(np.asarray(found), expected)
