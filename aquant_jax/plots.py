@@ -92,6 +92,23 @@ def accuracy(cells: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> No
     _save(plt, figure, path)
 
 
+def stacked_bars(
+    names: Sequence[str], parts: Mapping[str, Sequence[float]], label: str, path: Path
+) -> None:
+    """One bar a name, made of the parts: ``parts[part]`` has its height in every bar."""
+    plt = require_matplotlib()
+    figure, axes = plt.subplots(figsize=(1.2 * len(names) + 4, 5), layout="constrained")
+    bottom = np.zeros(len(names))
+    for part, heights in parts.items():
+        axes.bar(range(len(names)), heights, bottom=bottom, label=part)
+        bottom = bottom + np.asarray(heights)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_ylabel(label)
+    figure.legend(*(side[::-1] for side in axes.get_legend_handles_labels()), fontsize=7,
+                  loc="outside right upper")  # fmt: skip
+    _save(plt, figure, path)
+
+
 def block_errors(reports: Mapping[str, Sequence[Report]], path: Path) -> None:
     """Error of every block's output against float, before (hollow) and after reconstruction."""
     plt = require_matplotlib()

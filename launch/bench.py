@@ -1,4 +1,4 @@
-"""Measures speed: ``python -m launch.bench calibrate|throughput [--out=FILE.json]``.
+"""Measures speed: ``python -m launch.bench calibrate|throughput|deploy|latency [--out=FILE.json]``.
 
 calibrate: one optimisation step of ResNet-20's first residual block at batch 32, in float (forward
 and backward of the block alone), by qdrop and by aquant, and the scale search of the whole network.
@@ -29,7 +29,7 @@ from aquant_jax.pipeline import Network
 from aquant_jax.program import root
 from aquant_jax.reconstruct import LOG_EVERY, Data, optimize
 from aquant_jax.unit import forward, make_unit
-from launch import common, experiment, throughput
+from launch import common, deployment, experiment, latency, throughput, timing
 
 BATCH = 32
 STEPS = 3 * LOG_EVERY
@@ -52,19 +52,15 @@ def calibrate(rounds: int) -> dict:
     timers = {"float": _float_step(networks["qdrop"])}
     timers |= {name: _quantized_step(net, gpu_ops.backend()) for name, net in networks.items()}
     timers["aquant_without_gpu_ops"] = _quantized_step(networks["aquant"], columns)
-    times: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(rounds + 1):
-        for name, timer in timers.items():
-            times[name].append(timer())
-    # The first round compiles.
-    steps = {name: statistics.median(values[1:]) * 1e3 for name, values in times.items()}
+    times = timing.in_turns(timers, rounds)
+    steps = {name: statistics.median(values) * 1e3 for name, values in times.items()}
     searches = {f"w{b}a{b}": _scale_search(apply, variables, images, b) for b in (2, 4)}
     return {
         "benchmark": "calibrate",
         "block": "ResNet-20 layer1.0 (two 3x3 convs of 32x32x32x16)",
         "rounds": rounds,
         "step_ms": steps,
-        "step_ms_all": {name: [v * 1e3 for v in values[1:]] for name, values in times.items()},
+        "step_ms_all": {name: [v * 1e3 for v in values] for name, values in times.items()},
         "qdrop_over_float": steps["qdrop"] / steps["float"],
         "aquant_over_qdrop": steps["aquant"] / steps["qdrop"],
         "scale_search_s": searches,
@@ -149,31 +145,49 @@ def _scale_search(apply, variables, images, bits: int) -> float:
 
 
 def _define(flags):
-    from absl.flags import DEFINE_integer, DEFINE_string
+    from absl.flags import DEFINE_boolean, DEFINE_integer, DEFINE_string
 
     DEFINE_string("out", None, "where to write the JSON too", flag_values=flags)
     DEFINE_integer("rounds", 5, "how often every figure is taken", 1, flag_values=flags)
-    DEFINE_string("model", "resnet18", "throughput: of the zoo", flag_values=flags)
+    DEFINE_string("data_dir", None, "deploy: of ResNet-20's config", flag_values=flags)
+    DEFINE_string("model", "resnet18", "throughput, latency: of the zoo", flag_values=flags)
+    DEFINE_boolean("fused", False, "latency: see Workload", flag_values=flags)
     DEFINE_string("preset", "aquant", "throughput: of the quantizer", flag_values=flags)
     for name, default in (("size", 224), ("images", 128), ("batch_size", 32)):
-        DEFINE_integer(name, default, "throughput: see Workload", 1, flag_values=flags)
+        DEFINE_integer(name, default, "throughput, latency: see Workload", 1, flag_values=flags)
 
 
-def _measure(benchmark: str, flags) -> dict:
-    if benchmark == "calibrate":
-        return calibrate(flags.rounds)
-    names = (field.name for field in dataclasses.fields(throughput.Workload))
-    return throughput.measure(throughput.Workload(**{name: flags[name].value for name in names}))
+def _workload(of, flags):
+    """The workload of a benchmark, whose fields are flags."""
+    return of(**{field.name: flags[field.name].value for field in dataclasses.fields(of)})
+
+
+def _latency(flags) -> dict:
+    results = latency.measure(_workload(latency.Workload, flags))
+    if flags.out:
+        out = Path(flags.out)
+        out.with_suffix(".md").write_text(latency.table(results) + "\n")
+        latency.plot(results, out.with_suffix(".png"))
+    return results
+
+
+BENCHMARKS = {
+    "calibrate": lambda flags: calibrate(flags.rounds),
+    "throughput": lambda flags: throughput.measure(_workload(throughput.Workload, flags)),
+    "deploy": lambda flags: deployment.measure(flags.rounds, flags.data_dir),
+    "latency": _latency,
+}
 
 
 @common.program
 def main(argv: list[str]) -> int | None:
     """Runs the benchmark that the first argument names."""
-    if len(argv) < 2 or argv[1] not in ("calibrate", "throughput"):
-        known = "there are: calibrate, throughput"
+    if len(argv) < 2 or argv[1] not in BENCHMARKS:
+        known = f"there are: {', '.join(BENCHMARKS)}"
         raise InputError(f"unknown benchmark {' '.join(argv[1:2])!r}; {known}")
-    flags, _ = common.parse([argv[0], *argv[2:]], _define, f"{__doc__}\n{throughput.__doc__}")
-    text = json.dumps(_measure(argv[1], flags), indent=2)
+    texts = (__doc__, throughput.__doc__, deployment.__doc__, latency.__doc__)
+    flags, _ = common.parse([argv[0], *argv[2:]], _define, "\n".join(t or "" for t in texts))
+    text = json.dumps(BENCHMARKS[argv[1]](flags), indent=2)
     print(text)
     if flags.out:
         Path(flags.out).write_text(text + "\n")

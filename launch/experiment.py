@@ -140,12 +140,9 @@ def run(
     )
     seconds = time.perf_counter() - start
     metrics = score(quantized, experiment.dataset, config, "quantized", corrupt)
-    reports = [report._asdict() for report in quantized.reports]
     results = {
         "config": spec,
-        "preset": config.preset,
-        "weight_bits": recipe.weight_bits,
-        "act_bits": recipe.act_bits,
+        **_description(quantized),
         "seed": seed,
         "float": experiment.float_metrics,
         "quantized": metrics,
@@ -153,13 +150,23 @@ def run(
         "calibration_images": len(calibration.labels),
         "test_images": metrics["images"],
         "corrupt_images": corrupt,
-        "recipe": recipe.to_dict(),
-        "blocks": [block_summary(report) for report in reports],
         **environment(),
     }
+    reports = [report._asdict() for report in quantized.reports]
     plots.run_plots(recipe, reports, quantized.summary(), folder.plots)
     folder.finish(results)
     return workdir.jsonable(results)
+
+
+def _description(quantized: aq.Quantized) -> dict[str, Any]:
+    recipe = quantized.recipe
+    return {
+        "preset": recipe.preset,
+        "weight_bits": recipe.weight_bits,
+        "act_bits": recipe.act_bits,
+        "recipe": recipe.to_dict(),
+        "blocks": [block_summary(report._asdict()) for report in quantized.reports],
+    }
 
 
 def block_summary(report: dict[str, Any]) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from launch import cells, common, paper
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ABLATION = {
-    "aquant": {},
-    "linear": {"recipe.border": "linear"},
-    "not fused": {"recipe.fused": "False"},
+    "aquant": {"recipe.border": "quadratic", "recipe.fused": "True"},
+    "linear": {"recipe.border": "linear", "recipe.fused": "True"},
+    "not fused": {"recipe.border": "quadratic", "recipe.fused": "False"},
     "linear, not fused": {"recipe.border": "linear", "recipe.fused": "False"},
 }
 

@@ -22,7 +22,7 @@ import numpy as np
 import aquant_jax as aq
 from aquant_jax import data, models
 from aquant_jax.evaluate import Predict, evaluate_batches
-from launch import experiment
+from launch import experiment, timing
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 CALIBRATION = 32
@@ -66,12 +66,9 @@ def measure(work: Workload) -> dict[str, Any]:
         files = write_images(Path(folder), work.images)
         dataset = data.load(f"folder:{folder}", "/", how)
         timers = _timers(work, dataset, files, how)
-        rates: dict[str, list[float]] = {name: [] for name in timers}
-        for _ in range(work.rounds + 1):
-            for name, timer in timers.items():
-                rates[name].append(work.images / timer())
-        # The first round brings the files into memory.
-        rates = {name: values[1:] for name, values in rates.items()}
+        # The round before the first also brings the files into memory.
+        times = timing.in_turns(timers, work.rounds)
+        rates = {name: [work.images / t for t in values] for name, values in times.items()}
         encoded = sum(file.stat().st_size for file in files) / len(files)
     return {
         "benchmark": "throughput",

@@ -115,6 +115,17 @@ def test_a_corrupt_image_is_named_and_left_out_only_if_asked(root, damage):
     assert [len(batch.labels) for batch in batches] == [5, 5, 1]
 
 
+def test_an_image_that_cannot_be_read_is_named_as_a_corrupt_one_is(root):
+    bad = root / "val" / "bee" / "3.JPEG"
+    pets = load(root)
+    bad.unlink()
+    with pytest.raises(InputError, match=rf"corrupt image {bad} .*No such file"):
+        list(pets.batches(5))
+    names = []
+    assert sum(len(batch.labels) for batch in pets.batches(5, on_corrupt=names.append)) == 11
+    assert names == [str(bad)]
+
+
 def test_corrupt_calibration_images(root):
     files = sorted((root / "train" / "cat").iterdir())
     for file in files:

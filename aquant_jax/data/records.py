@@ -33,7 +33,7 @@ class Records:
 
 
 class Corrupt(NamedTuple):
-    """An image that cannot be decoded, and why."""
+    """An image that cannot be read or decoded, and why."""
 
     name: str
     reason: str
@@ -67,7 +67,11 @@ def dataset(
         def load(index: int) -> Loaded:
             # A generator an image: what it draws does not depend on who decodes it, or when.
             rng = np.random.default_rng((seed, index)) if split == "train" else None
-            return decode(splits[split].read(index), how, rng)
+            try:
+                record = splits[split].read(index)
+            except OSError as error:
+                return Corrupt(str(error.filename or index), error.strerror or str(error))
+            return decode(record, how, rng)
 
         kept = _keep(_ahead(load, indices.tolist(), min(batch_size, READ_AHEAD)), name, on_corrupt)
         while batch := list(itertools.islice(kept, batch_size)):
