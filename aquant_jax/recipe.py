@@ -49,7 +49,7 @@ class Recipe:
       steps: optimisation steps a unit; 0 rounds to nearest without any.
       batch_size: samples a step.
       border: name of the border function, or None to round activations to nearest.
-      fused: average the border over the taps of a channel (Eq. 9).
+      fused: average the border over the taps of a channel (Eq. 9), as the paper does.
       phi: see `border.PHIS`.
       input_mixing: probability that an element of a unit's input is the float network's.
       drop: probability that an element inside a unit stays unquantized (QDrop).
@@ -59,8 +59,8 @@ class Recipe:
       step_schedule, border_schedule: "constant" or "cosine" (to zero).
       border_gain: every coefficient's learning rate is multiplied by it: learning p with
         B = phi(1/2 + gain * p) is the same thing under Adam.
-      border_range: likewise, as if the border were a function of u scaled so that Qmax becomes
-        this; None is u itself, whose square at 8 bits is too large to train.
+      border_range: likewise, as if u ran from 0 to this and not to Qmax: a step of Adam then moves
+        the border by the same share of the tensor's range at every bit-width. None: u as it is.
       border_warmup: fraction of the steps before the coefficients start to move.
       rounding_weight: lambda of the rounding loss.
       rounding_warmup: fraction of the steps without rounding loss.
@@ -131,7 +131,7 @@ PRESETS: dict[str, Mapping[str, Any]] = {
     "adaround": {"unit": "layer"},
     "brecq": {},
     "qdrop": _QDROP,
-    "aquant": {**_QDROP, "border": "quadratic", "phi": "identity", "settle": 0.5},
+    "aquant": {**_QDROP, "border": "quadratic", "fused": False, "phi": "identity", "settle": 0.5},
 }
 
 

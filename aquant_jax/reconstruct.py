@@ -16,11 +16,11 @@ from aquant_jax.cache import Cache
 from aquant_jax.compiler import Compiler
 from aquant_jax.errors import ReconstructionError
 from aquant_jax.grids import Grids, alpha_of, deploy, init_borders
-from aquant_jax.layer import LayerState, per_channel
+from aquant_jax.layer import LayerState, Weights, per_channel
 from aquant_jax.numerics import TensorState, lsq_gradient_scale, max_code, scale_gradient
 from aquant_jax.recipe import Recipe
 from aquant_jax.rounding import beta_schedule, regularizer, soft_codes
-from aquant_jax.unit import Unit, Weights, forward, random_keep
+from aquant_jax.unit import Unit, forward, random_keep
 
 LOG_EVERY = 20
 GPU_CHUNK = 100  # steps a scan; on CPU a scan around a convolution is 30 times slower than a loop
@@ -79,7 +79,7 @@ def optimize(
     fixed = (tuple(grids), tuple(tensors), tuple(static))
     advance = compiler.get(
         ("step", unit.key, recipe, trained),
-        lambda: functools.partial(_steps, unit, recipe, optimizer, compiler.convolve),
+        lambda: functools.partial(_steps, unit, recipe, optimizer, compiler.layer),
         donate_argnums=0,
     )
     carry = (params, optimizer.init(params))
@@ -171,12 +171,11 @@ def _optimizer(unit: Unit, recipe: Recipe) -> optax.GradientTransformation:
 
 
 def _coefficient_rate(spec, recipe: Recipe, name: str) -> float:
-    """Factor on a coefficient's learning rate: gain * (range / Qmax)^power."""
-    power = borders.get(spec.border).powers.get(name, 0)
-    scale = 1.0
-    if recipe.border_range is not None:
-        scale = recipe.border_range / max_code(spec.act_bits)
-    return recipe.border_gain * scale**power
+    """Factor on a coefficient's learning rate: gain * (range / Qmax)^(power - 1)."""
+    power = borders.get(spec.border).powers.get(name)
+    if power is None or recipe.border_range is None:
+        return recipe.border_gain
+    return recipe.border_gain * (recipe.border_range / max_code(spec.act_bits)) ** (power - 1)
 
 
 def _batches(rng, samples: int, recipe: Recipe) -> np.ndarray:
@@ -186,15 +185,15 @@ def _batches(rng, samples: int, recipe: Recipe) -> np.ndarray:
     return np.array(draws, np.int32)
 
 
-def _steps(unit, recipe, optimizer, convolve, carry, fixed, data, key, steps, index):
-    body = functools.partial(_step, unit, recipe, optimizer, convolve, fixed, data, key)
+def _steps(unit, recipe, optimizer, layer, carry, fixed, data, key, steps, index):
+    body = functools.partial(_step, unit, recipe, optimizer, layer, fixed, data, key)
     if steps.shape[0] == 1:
         carry, loss = body(carry, (steps[0], index[0]))
         return carry, loss[None]
     return jax.lax.scan(body, carry, (steps, index))
 
 
-def _step(unit, recipe, optimizer, convolve, fixed, data, key, carry, step_and_index):
+def _step(unit, recipe, optimizer, layer, fixed, data, key, carry, step_and_index):
     """One optimisation step; the whole of Algorithm 1 on one mini-batch."""
     step, index = step_and_index
     params, state = carry
@@ -216,7 +215,7 @@ def _step(unit, recipe, optimizer, convolve, fixed, data, key, carry, step_and_i
         weights = _soft_weights(unit, grids, params)
         states = _trained_states(unit, tensors, params["step"])
         mask = keep if recipe.drop > 0 else None
-        outputs = forward(unit, weights, states, live, side, static, mask, convolve)
+        outputs = forward(unit, weights, states, live, side, static, mask, layer)
         reconstruction = output_loss(recipe, unit, outputs, targets)
         return reconstruction + _rounding_loss(recipe, params["alpha"], step), reconstruction
 

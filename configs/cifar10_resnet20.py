@@ -2,9 +2,9 @@
 
 Paper:   none for this network.
 Float:   81.03% top-1 on cifar10_jpeg test (10,000 images, re-encoded as JPEG).
-Ours:    w2a2, 1,000 steps: aquant 66.77 +- 0.97 (seeds 0, 1, 2); the table of all presets and
+Ours:    w2a2, 1,000 steps: aquant 68.29 +- 0.84 (seeds 0, 1, 2); the table of all presets and
          bit-widths is in docs/results.md
-Cost:    2 to 3 minutes by adaround, brecq, qdrop, 12 to 19 by aquant (CPU, one loaded core)
+Cost:    2 to 3 minutes by adaround, brecq, qdrop, 7 to 14 by aquant (CPU, one loaded core)
 Command: python -m launch.quantize --config=configs/cifar10_resnet20.py:w2a2,preset=aquant \
              --data_dir=../shared/data --workdir=runs/resnet20_w2a2
 

@@ -29,7 +29,8 @@ def config(
         model: name in the zoo; its weights are ``weights/MODEL.safetensors`` in data_dir, as
             ``launch.convert`` writes them.
         preprocessing: of the checkpoint's authors.
-        light: aquant has linear borders, as the paper uses for networks of depthwise convs.
+        light: aquant has linear borders, as the paper uses for networks of depthwise convs; they
+            are fused for all networks, as in the paper.
         **fields: of the recipe, where the network differs from the others.
     """
     variant = variants.parse(argument, preset=variants.presets(), dataset=DATASETS)
@@ -44,7 +45,7 @@ def config(
     chosen.test_limit = None
     chosen.eval_batch_size = 100
     chosen.preset = variant.settings["preset"]
-    if light and chosen.preset == "aquant":
-        fields["border"] = "linear"
+    if chosen.preset == "aquant":
+        fields |= {"fused": True, "border": "linear" if light else "quadratic"}
     chosen.recipe = variants.recipe(variant, steps=20_000, **fields)
     return chosen

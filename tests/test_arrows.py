@@ -7,7 +7,7 @@ from conftest import REPOSITORY
 
 ORDER = (
     " errors numerics border rounding observers graph trace program fold blocks window columns"
-    " layer cache recipe checks unit grids compiler reconstruct report quantized pipeline"
+    " layer integer cache recipe checks unit grids compiler reconstruct report quantized pipeline"
     " sensitivity runtime evaluate workdir plots "
 )
 APART = {"models", "data"}  # these import nothing of the library but its errors
@@ -38,4 +38,4 @@ def test_arrows(path):
 def test_gpu_ops_imports_only_what_it_implements(path):
     ours = {name for name in _imports(path) if name.startswith("aquant_jax.")}
     modules = {name.split(".")[1] for name in ours}
-    assert modules <= {"border", "columns", "numerics", "window"}
+    assert modules <= {"border", "columns", "integer", "numerics", "window"}

@@ -6,12 +6,14 @@ import pytest
 from nets import images, normal, relative_error, rng_of, small_net
 
 import aquant_jax as aq
+import gpu_ops
 from aquant_jax import border
 from aquant_jax.layer import input_codes
 
 pytestmark = pytest.mark.user_model
 X = images(0, 16, size=5)
-COMPILER = aq.Compiler()  # shared, since most of the time here is compilation
+# Shared, and with the backend of fewer operations, since most of the time here is compilation.
+COMPILER = aq.Compiler(gpu_ops.backend())
 
 
 def quantize(preset, wbits=3, abits=3, net=None, calibration=X, **options):

@@ -7,10 +7,12 @@ import pytest
 from nets import images, relative_error, small_net
 
 import aquant_jax as aq
+import gpu_ops
 from aquant_jax.report import History
 
 pytestmark = pytest.mark.user_model
 X = images(0, 8, size=5)
+COMPILER = aq.Compiler(gpu_ops.backend())  # shared: compilation is what takes time here
 
 
 @functools.cache
@@ -18,7 +20,7 @@ def quantized(preset="aquant", steps=2, bits=3):
     apply, variables = small_net()
     steps = 0 if preset == "nearest" else steps
     recipe = getattr(aq.recipes, preset)(bits, bits, steps=steps, batch_size=8)
-    return aq.quantize(apply, variables, X, recipe, progress=False)
+    return aq.quantize(apply, variables, X, recipe, progress=False, compiler=COMPILER)
 
 
 def test_it_can_be_jitted_and_called_on_any_batch():

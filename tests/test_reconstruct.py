@@ -98,7 +98,7 @@ class TestStep:
             problem = block_problem("aquant", border_warmup=warmup, steps=8)
             layers = optimize(*problem).layers
             moved[warmup] = [float(jnp.abs(layer.border["b0"] - 0.5).max()) for layer in layers]
-        rate = problem[-1].border_lr * problem[-1].border_gain
+        rate = problem[-1].border_lr * 7 / 3  # in units of the range of 3 bits
         assert max(moved[0.9]) < 2 * rate  # one step of the eight: int(0.9 * 8) = 7
         assert max(moved[0.0]) > 3 * rate
 
@@ -110,8 +110,10 @@ class TestStep:
             names = ("b0", "b1", "b2")
             return [reconstruct._coefficient_rate(unit.specs[0], recipe, name) for name in names]
 
-        np.testing.assert_allclose(rates(recipe), [0.25, 0.25 * 3 / 7, 0.25 * (3 / 7) ** 2])
+        np.testing.assert_allclose(rates(recipe), [0.25 * 7 / 3, 0.25, 0.25 * 3 / 7])
         assert rates(recipe.replace(border_range=None, border_gain=1.0)) == [1.0, 1.0, 1.0]
+        # A border of the user's may not say which powers its coefficients have.
+        assert reconstruct._coefficient_rate(unit.specs[0], recipe, "other") == 0.25
 
     def test_seeds_draw_batches_and_masks(self):
         problem = block_problem(steps=6)

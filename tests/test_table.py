@@ -116,13 +116,14 @@ def test_the_ablation_differs_from_aquant_in_the_border_alone(monkeypatch):
         ["table", "--table=3", "--workdir=x"], table.define_flags, table.__doc__
     )
     # What the rows are about stays theirs, whatever else is asked for.
-    planned = table.plan(values, {"recipe.border": "quadratic", "recipe.fused": "True"})
+    planned = table.plan(values, {"recipe.border": "constant", "recipe.fused": "True"})
     assert list(planned) == ["resnet18", "regnetx_600mf"]
     recipes = {key: cell.config.recipe for key, cell in planned["resnet18"].items()}
     assert len(recipes) == 8
     for bits in ("w2a2", "w3a3"):
         base = recipes[bits, "aquant"].to_dict()
         for row, border, fused in (
+            ("aquant", "quadratic", True),
             ("linear", "linear", True),
             ("not fused", "quadratic", False),
             ("linear, not fused", "linear", False),
