@@ -1,5 +1,6 @@
 """What the benchmarks share: figures of several functions, taken in turns in one run."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -28,9 +29,17 @@ def in_turns(timers: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
 
 
 def milliseconds(calls: Mapping[str, Call], rounds: int, repeat: int = 1) -> dict[str, list[float]]:
-    """Milliseconds of every call in every round, see `in_turns`."""
-    timers = {name: lambda call=call: seconds(call, repeat) * 1e3 for name, call in calls.items()}
-    return in_turns(timers, rounds)
+    """Milliseconds of every call in every round, see `in_turns`.
+
+    Each is called once before it is timed, so that what the one before left to be done, such as
+    giving memory back to the kernel, is not counted.
+    """
+
+    def timer(call: Call) -> float:
+        seconds(call)
+        return seconds(call, repeat) * 1e3
+
+    return in_turns({name: functools.partial(timer, c) for name, c in calls.items()}, rounds)
 
 
 def summary(times: list[float]) -> dict[str, float]:

@@ -4,8 +4,11 @@
 // rows of the input that a block reads are scaled to units of the step size once, with their zero
 // padding, into a buffer that stays in the second-level cache; every pixel then reads its taps
 // from there.
+#pragma GCC diagnostic ignored "-Wpsabi"  // all that takes or gives vectors is inlined
+
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -19,6 +22,21 @@ namespace {
 
 constexpr int64_t kBlockBytes = 1 << 17;
 constexpr int64_t kWide = 16;  // channels that fill a vector
+
+// That many floats in registers, which a loop over an array would store after every tap.
+struct Wide {
+  typedef float Lanes __attribute__((vector_size(kWide * sizeof(float))));
+  Lanes lanes;
+
+  friend BORDER_INLINE Wide Mul(const Wide& a, const Wide& b) { return {a.lanes * b.lanes}; }
+  friend BORDER_INLINE Wide Add(const Wide& a, const Wide& b) { return {a.lanes + b.lanes}; }
+};
+
+BORDER_INLINE Wide Load(const float* from) {
+  Wide value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
 
 // What one call computes; `shift` is subtracted from the codes.
 struct Job {
@@ -73,14 +91,19 @@ BORDER_INLINE void FillUnits(const Job& job, const In* image, int64_t first, int
   }
 }
 
-// Polynomials of one tap's channels: sets them, or adds them to what is there.
-template <int degree, bool add>
-BORDER_INLINE void Polynomials(const float* at, int64_t power, const float* u, int64_t channels,
-                               float* border) {
-  EACH(c, channels) {
-    const float p = Polynomial(degree, at + c, power, u[c]);
-    border[c] = add ? Add(border[c], p) : p;
+// The border that the taps of `kWide` channels share, from the first of them on.
+template <int degree>
+BORDER_INLINE void SharedBorder(const Job& job, const float* u, const Scratch& s, int64_t channel,
+                                float* border) {
+  const int64_t power = job.g.Column();
+  const float* at = job.border.coefficients + channel;
+  Wide sum{};
+  for (size_t t = 0; t < s.taps.size(); ++t, at += job.g.channels) {
+    const auto b = [=](int k) { return Load(at + k * power); };
+    const Wide own = Horner(degree, b, Load(u + s.taps[t] + channel));
+    sum = t == 0 ? own : Add(sum, own);
   }
+  std::memcpy(border + channel, &sum, sizeof sum);
 }
 
 // Codes of a run of elements, with a border each.
@@ -116,14 +139,14 @@ BORDER_INLINE void Share(const Job& job, float* border) {
 // One pixel's column in the order (tap, channel); `u` is its first tap. Tap by tap.
 template <int degree, typename Out>
 BORDER_INLINE void WideColumn(const Job& job, const float* u, Scratch& s, Out* out) {
-  const int64_t channels = job.g.channels, taps = job.g.Taps(), power = job.g.Column();
+  const int64_t channels = job.g.channels, taps = job.g.Taps();
   const float* at = job.border.coefficients;
   float* border = s.border.data();
   const bool shared = degree >= 0 && job.border.fused;
   if (shared) {
-    Polynomials<degree, false>(at, power, u, channels, border);
-    for (int64_t t = 1; t < taps; ++t)
-      Polynomials<degree, true>(at + t * channels, power, u + s.taps[t], channels, border);
+    // The last vector may overlap the one before.
+    for (int64_t c = 0; c < channels; c += kWide)
+      SharedBorder<degree>(job, u, s, std::min(c, channels - kWide), border);
     Share(job, border);
   }
   for (int64_t t = 0; t < taps; ++t, out += channels)
@@ -143,7 +166,7 @@ BORDER_INLINE void NarrowColumn(const Job& job, const float* u, Scratch& s, Out*
     for (int64_t c = 0; c < channels; ++c) column[t * channels + c] = u[s.taps[t] + c];
   if (degree < 0 || !job.border.fused) return OwnCodes<degree>(job, column, at, size, out);
   float* border = s.border.data();
-  Polynomials<degree, false>(at, size, column, size, border);
+  EACH(i, size) border[i] = Polynomial(degree, at + i, size, column[i]);
   for (int64_t c = 0; c < channels; ++c) {
     float sum = border[c];
     for (int64_t i = c + channels; i < size; i += channels) sum = Add(sum, border[i]);

@@ -89,11 +89,18 @@ BORDER_INLINE float ToUnits(float x, float inv_step) {
   return Clip(Mul(x, inv_step), -kMaxUnits, kMaxUnits);
 }
 
-// The polynomial of one element, in Horner order; `at` finds its b0 and `size` the next power's.
+// The polynomial of one element, or of a vector of them; `b` gives the coefficient of a power.
+template <typename Value, typename Coefficient>
+BORDER_INLINE Value Horner(int degree, Coefficient b, const Value& u) {
+  if (degree == 2) return Add(Mul(Add(Mul(b(2), u), b(1)), u), b(0));
+  if (degree == 1) return Add(Mul(b(1), u), b(0));
+  return b(0);
+}
+
+// The polynomial of one element; `at` finds its b0 and `size` the next power's.
 BORDER_INLINE float Polynomial(int degree, const float* at, int64_t size, float u) {
-  if (degree == 2) return Add(Mul(Add(Mul(at[2 * size], u), at[size]), u), at[0]);
-  if (degree == 1) return Add(Mul(at[size], u), at[0]);
-  return degree == 0 ? at[0] : kNearest;
+  if (degree < 0) return kNearest;
+  return Horner(degree, [=](int power) { return at[power * size]; }, u);
 }
 
 BORDER_INLINE float ApplyPhi(Phi phi, float p) {
