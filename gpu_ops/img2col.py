@@ -14,12 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from aquant_jax.numerics import MAX_BITS, MIN_BITS, max_code
-from gpu_ops import arguments, targets
+from gpu_ops import arguments, partition, targets
 from gpu_ops.arguments import Padding
 
 OUTPUTS = {"int8": jnp.int8, "float32": jnp.float32}
@@ -165,11 +163,8 @@ class _Quantized(NamedTuple):
 
 @functools.cache
 def _compiled(call: _Plain | _Quantized):
-    """`call`, compiled, with a mapped axis of x folded into N and N sharded where it is.
-
-    The maps and shardings of `jax.ffi` itself put an axis on every operand, the scalars included.
-    """
-    sharded = _sharded(call)
+    """`call`, compiled, with a mapped axis of x folded into N and N sharded where it is."""
+    sharded = partition.on_images(call, call.operands, "n a b g k")
 
     @custom_vmap
     def columns(*operands):
@@ -178,38 +173,8 @@ def _compiled(call: _Plain | _Quantized):
     @columns.def_vmap
     def _(axis_size, batched, x, *others):
         if any(batched[1:]):
-            every = [v if b else jnp.broadcast_to(v, (axis_size, *jnp.shape(v)))
-                     for v, b in zip((x, *others), batched, strict=True)]  # fmt: skip
-            return jax.lax.map(lambda operands: columns(*operands), every), True
+            return partition.one_by_one(columns, axis_size, batched, (x, *others))
         found = columns(x.reshape(-1, *x.shape[2:]), *others)
         return found.reshape(x.shape[:2] + found.shape[1:]), True
 
     return jax.jit(columns)
-
-
-def _sharded(call: _Plain | _Quantized):
-    """`call`, running on each device's own images."""
-
-    @custom_partitioning
-    def columns(*operands):
-        return call(*operands)
-
-    def images(mesh, operands):
-        spec = (*operands[0].sharding.spec, None)[:1]
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    def infer(mesh, operands, result):
-        return images(mesh, operands)
-
-    def partition(mesh, operands, result):
-        own, everywhere = images(mesh, operands), NamedSharding(mesh, PartitionSpec())
-        return mesh, call, own, (own, *(everywhere for _ in operands[1:]))
-
-    factors = f"{call.operands} a b g k".replace(",", "").split()
-    columns.def_partition(
-        partition,
-        infer_sharding_from_operands=infer,
-        sharding_rule=f"{call.operands} -> n a b g k",
-        need_replication_factors=tuple(factors[1:]),
-    )
-    return columns

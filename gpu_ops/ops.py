@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 
 from aquant_jax import border as borders
 from aquant_jax import columns
@@ -19,7 +20,7 @@ from aquant_jax.columns import Rounding
 from aquant_jax.integer import KernelCodes
 from aquant_jax.numerics import TensorState
 from aquant_jax.window import Window
-from gpu_ops import targets
+from gpu_ops import partition, targets
 from gpu_ops.int8 import conv_border_int8
 from gpu_ops.targets import COEFFICIENTS, PHIS
 
@@ -128,7 +129,7 @@ def border_columns(
         columns of not-a-number, and so does on CUDA, which cannot wait for it, one not positive.
     """
     geometry, operands = _prepare(x, keep, tensor, coefficients, window, rounding)
-    values = cast(jax.Array, _columns(geometry, *operands))
+    values = cast(jax.Array, _differentiable(_Call(geometry, keep is not None, False), *operands))
     return values.reshape(window.images, *window.out, *values.shape[-2:])
 
 
@@ -159,7 +160,7 @@ def border_conv(
     elements = int(np.prod(window.kernel)) * x.shape[-1]
     if kernel.ndim != 2 or kernel.shape[0] != elements or kernel.dtype != jnp.float32:
         raise ValueError(f"kernel is {kernel.dtype} {kernel.shape}, not float32 ({elements}, O)")
-    y = cast(jax.Array, _conv(geometry, *operands, kernel))
+    y = cast(jax.Array, _differentiable(_Call(geometry, keep is not None, True), *operands, kernel))
     return y.reshape(window.images, *window.out, -1)
 
 
@@ -220,37 +221,82 @@ class _Geometry(NamedTuple):
         }  # fmt: skip
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _columns(geometry: _Geometry, x, keep, step, zero, coefficients):
-    shape = (x.shape[0], *geometry.out, coefficients.shape[1], x.shape[-1])
-    return _call("border_columns", geometry, _floats(shape))(x, keep, step, zero, coefficients)
+class _Call(NamedTuple):
+    """A call of the training operation: x, the mask, step size, zero point and coefficients.
+
+    Attributes:
+      geometry: static part.
+      masked: whether there is a mask; none is of size 0.
+      multiplied: whether a kernel follows, which the columns are multiplied with.
+    """
+
+    geometry: _Geometry
+    masked: bool
+    multiplied: bool
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Axes of what follows the zero point."""
+        return ("d t c", "e o") if self.multiplied else ("d t c",)
+
+    @property
+    def result(self) -> str:
+        return "n a b o" if self.multiplied else "n a b t c"
+
+    def target(self, results, suffix: str = ""):
+        name = "border_conv" if self.multiplied else "border_columns"
+        return targets.call(f"{name}{suffix}", results, **self.geometry.attributes())
+
+    def __call__(self, x, *operands):
+        coefficients, last = operands[3], operands[-1]
+        axes = last.shape[1:] if self.multiplied else (coefficients.shape[1], x.shape[-1])
+        return self.target(_floats((x.shape[0], *self.geometry.out, *axes)))(x, *operands)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(geometry: _Geometry, x, keep, step, zero, coefficients, kernel):
-    shape = (x.shape[0], *geometry.out, kernel.shape[-1])
-    operands = (x, keep, step, zero, coefficients, kernel)
-    return _call("border_conv", geometry, _floats(shape))(*operands)
+class _Pullback(NamedTuple):
+    """The derivatives of a call with respect to x, step size and what follows the zero point."""
 
+    forward: _Call
 
-def _backward(name: str, geometry, operands, dy):
-    """Derivatives of all operands but the mask and the zero point, which have none."""
-    x, _, step, zero, *others = operands
-    results = [_floats(value.shape) for value in (x, step, *others)]
-    dx, dstep, *found = _call(name, geometry, results)(*operands, dy)
-    return dx, None, dstep, jnp.zeros_like(zero), *found
-
-
-def _call(name: str, geometry: _Geometry, results):
-    return targets.call(name, results, **geometry.attributes())
+    def __call__(self, x, keep, step, zero, *others_and_dy):
+        results = [_floats(value.shape) for value in (x, step, *others_and_dy[:-1])]
+        return tuple(self.forward.target(results, "_vjp")(x, keep, step, zero, *others_and_dy))
 
 
 def _floats(shape) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-for _forward, _name in ((_columns, "border_columns_vjp"), (_conv, "border_conv_vjp")):
-    _forward.defvjp(
-        lambda geometry, *operands, run=_forward: (run(geometry, *operands), operands),
-        functools.partial(_backward, _name),
-    )
+@functools.cache
+def _compiled(call: _Call | _Pullback):
+    """`call`, compiled, one by one over a mapped axis and with N sharded where that of x is."""
+    forward = call.forward if isinstance(call, _Pullback) else call
+    images = "n h w c"
+    mask = images if forward.masked else "z"
+    taken, given = (images, mask, "", "", *forward.others), (forward.result,)
+    if call is not forward:
+        taken, given = (*taken, *given), (images, "", *forward.others)
+    sharded = partition.on_images(call, ", ".join(taken), ", ".join(given))
+
+    @custom_vmap
+    def run(*operands):
+        return sharded(*operands)
+
+    run.def_vmap(lambda size, batched, *o: partition.one_by_one(run, size, batched, o))
+    return jax.jit(run)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(call: _Call, *operands):
+    return _compiled(call)(*operands)
+
+
+def _backward(call: _Call, operands, dy):
+    """Derivatives of all operands but the mask and the zero point, which have none."""
+    dx, dstep, *found = _compiled(_Pullback(call))(*operands, dy)
+    return dx, None, dstep, jnp.zeros_like(operands[3]), *found
+
+
+_differentiable.defvjp(
+    lambda call, *operands: (_differentiable(call, *operands), operands), _backward
+)

@@ -1,5 +1,8 @@
 """Strict promotion for our own code, the shared data folder, and one process's JAX settings."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -7,6 +10,17 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+def run_python(program: str, **environment: str):
+    """Runs a program in a process of its own, on CPUs."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(autouse=True)

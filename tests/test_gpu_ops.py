@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference as reference
 import pytest
+from conftest import run_python
 from nets import images, normal, rng_of, small_net
 from test_columns import CASES, assert_close, cotangent, drop_zero, flat_case, pulled
 
@@ -164,3 +165,67 @@ def test_no_images_give_no_columns():
     window = WINDOW._replace(images=0)
     found = gpu_ops.border_columns(x[:0], None, tensor, coefficients, window, QUADRATIC)
     assert found.shape == (0, 4, 4, 9, 4)
+
+
+def test_mapped_over_anything_it_is_a_loop():
+    x, tensor, coefficients = operands()
+    kernel = jnp.asarray(normal(rng_of(1), 36, 5))
+    xs, steps = jnp.stack([x, 2 * x]), jnp.float32([0.3, 0.2])
+
+    def loss(x, step):
+        grid = tensor._replace(step_size=step)
+        y = gpu_ops.border_conv(x, None, grid, coefficients, kernel, WINDOW, QUADRATIC)
+        return jnp.sum(y**2)
+
+    run = jax.value_and_grad(loss, argnums=(0, 1))
+    found = jax.vmap(run)(xs, steps)
+    expected = [run(x, step) for x, step in zip(xs, steps, strict=True)]
+    for i, one in enumerate(expected):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(one), strict=True):
+            np.testing.assert_array_equal(a[i], b)
+
+
+PARTITIONED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import gpu_ops
+from aquant_jax.columns import Rounding
+from aquant_jax.numerics import TensorState
+from aquant_jax.window import Window
+key = jax.random.key(0)
+x, dy = jax.random.normal(key, (4, 6, 6, 8)), jax.random.normal(key, (4, 4, 4, 72))
+keep = jax.random.bernoulli(key, 0.5, x.shape)
+operands = {"step": jnp.float32(0.3), "kernel": jax.random.normal(key, (72, 8)),
+            "c": {"b0": jnp.full((9, 8), 0.4), "b1": jnp.full((9, 8), 0.1)}}
+def run(multiplied, masked):
+    def loss(x, keep, o):
+        tensor = TensorState(o["step"], jnp.float32(1.0))
+        how = Window(4, (6, 6), (3, 3), (1, 1), (1, 1)), Rounding(3, "linear", "clamp", True)
+        own = (x, keep if masked else None, tensor, o["c"])
+        if multiplied:
+            y = gpu_ops.border_conv(*own, o["kernel"], *how)
+            return jnp.sum(y * dy[..., :8]), y
+        y = gpu_ops.border_columns(*own, *how)
+        return jnp.sum(y.reshape(dy.shape) * dy), y
+    return jax.jit(jax.grad(loss, argnums=(0, 2), has_aux=True))
+assert len(jax.devices()) == 2
+mesh = Mesh(np.array(jax.devices()), ("batch",))
+images, everywhere = NamedSharding(mesh, P("batch")), NamedSharding(mesh, P())
+split = jax.device_put((x, keep), images)
+whole = jax.device_put(operands, everywhere)
+for multiplied in (False, True):
+    for masked in (False, True):
+        f = run(multiplied, masked)
+        expected, found = f(x, keep, operands), f(*split, whole)
+        assert found[1].sharding.spec[0] == found[0][0].sharding.spec[0] == "batch"
+        text = f.lower(*split, whole).compile().as_text()
+        assert "all-gather" not in text and "all-reduce" in text
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+print("partitioned")
+"""
+
+
+def test_images_on_two_devices_train_where_they_are():
+    done = run_python(PARTITIONED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert done.stdout == "partitioned\n", done.stderr[-3000:]

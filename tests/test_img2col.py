@@ -1,14 +1,10 @@
 """``gpu_ops.img2col_border`` and ``img2col``, bit for bit against numpy."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import run_python
 from img2col_reference import (
     Case,
     assert_same,
@@ -196,18 +192,8 @@ print("partitioned")
 """
 
 
-def python(program, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=REPOSITORY,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_images_on_two_devices_stay_where_they_are():
-    done = python(PARTITIONED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    done = run_python(PARTITIONED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert done.stdout == "partitioned\n", done.stderr[-3000:]
 
 
@@ -233,6 +219,6 @@ except jax.errors.JaxRuntimeError as error:
 import gpu_ops
 np.save({str(tmp_path / "y.npy")!r}, run.call(x))
 """
-    done = python(program)
+    done = run_python(program)
     assert "gpu_ops_img2col_border" in done.stdout, done.stderr[-3000:]
     assert_same(np.load(tmp_path / "y.npy"), expected)

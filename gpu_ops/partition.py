@@ -1,0 +1,72 @@
+"""How custom calls run on images that are split over devices, and on mapped axes.
+
+The maps and shardings of `jax.ffi` itself put an axis on every operand, the scalars included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+IMAGES = "n"
+
+
+def on_images(call: Callable, operands: str, results: str) -> Callable:
+    """`call`, running on each device's own images.
+
+    Args:
+      call: takes arrays, and gives one or several.
+      operands, results: the axes of each array by name, such as ``"n h w c, , t c"``. Arrays whose
+        first axis is `n` are split as the first operand is; other operands are whole everywhere,
+        and other results are sums over the images, which are added up.
+    """
+    taken, given = ([axes.split() for axes in names.split(",")] for names in (operands, results))
+    split = [axes[:1] == [IMAGES] for axes in given]
+
+    @custom_partitioning
+    def run(*operands):
+        return call(*operands)
+
+    def places(mesh, operands):
+        images = (*operands[0].sharding.spec, None)[0]
+        own, whole = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((images,), ()))
+        first = (tuple(own if s else whole for s in split)) if len(split) > 1 else own
+        return images, tuple(own if axes[:1] == [IMAGES] else whole for axes in taken), first
+
+    def infer(mesh, operands, result):
+        return places(mesh, operands)[2]
+
+    def partition(mesh, operands, result):
+        images, sources, targets = places(mesh, operands)
+
+        def lower(*local):
+            found = call(*local)
+            if images is None or all(split):
+                return found
+            pairs = zip(found, split, strict=True)
+            return tuple(value if s else jax.lax.psum(value, images) for value, s in pairs)
+
+        return mesh, lower, targets, sources
+
+    factors = dict.fromkeys(axis for axes in (*taken, *given) for axis in axes)
+    run.def_partition(
+        partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=f"{operands} -> {results}",
+        need_replication_factors=tuple(axis for axis in factors if axis != IMAGES),
+    )
+    return run
+
+
+def one_by_one(run: Callable, axis_size: int, batched, operands):
+    """What a rule of `custom_vmap` gives that maps `run` over the operands that are `batched`."""
+    every = [
+        value if mapped else jnp.broadcast_to(value, (axis_size, *jnp.shape(value)))
+        for value, mapped in zip(operands, batched, strict=True)
+    ]
+    found = jax.lax.map(lambda each: run(*each), every)
+    return found, jax.tree.map(lambda _: True, found)
