@@ -19,6 +19,9 @@ extern "C" XLA_FFI_Error* BorderConvForward(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* BorderConvBackward(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* Missing(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* CpuOnly(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* GpuOnly(XLA_FFI_CallFrame*);
+#else
+extern "C" XLA_FFI_Error* ConvTunedHandler(XLA_FFI_CallFrame*);
 #endif
 }  // namespace gpu_ops
 
@@ -41,9 +44,13 @@ void Name(py::dict& named, const char* name, XLA_FFI_Handler* handler) {
 py::dict All() {
   py::dict named;
   for (auto [name, handler] : OnEveryPlatform()) Name(named, name, handler);
-#ifdef GPU_OPS_MISSING  // the GPU multiplies columns by its own library
+#ifdef GPU_OPS_MISSING
+  // The GPU multiplies columns by its own library, the CPU has no tensor cores.
   Name(named, "gpu_ops_border_conv", BorderConvForward);
   Name(named, "gpu_ops_border_conv_vjp", BorderConvBackward);
+  Name(named, "gpu_ops_conv_tuned", GpuOnly);
+#else
+  Name(named, "gpu_ops_conv_tuned", ConvTunedHandler);
 #endif
   return named;
 }
@@ -52,6 +59,7 @@ py::dict All() {
 py::dict Absent() {
   py::dict named;
   for (auto [name, handler] : OnEveryPlatform()) Name(named, name, Missing);
+  Name(named, "gpu_ops_conv_tuned", Missing);
   Name(named, "gpu_ops_border_conv", CpuOnly);
   Name(named, "gpu_ops_border_conv_vjp", CpuOnly);
   return named;

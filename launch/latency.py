@@ -3,11 +3,12 @@
 Every convolution of the network (a dense layer is a 1x1 one), alone, at ``batch_size`` images of
 ``size`` x ``size``: as im2col and a matrix product, without and with the quadratic border fused
 into im2col (the paper's comparison, Fig. 3), in float32 as in Caffe and in int8, where "without"
-rounds to nearest in the same kernel; and as XLA's own convolution in float32 and bfloat16. Figures
-are medians of ``rounds`` runs, taken in turns; a run calls with other inputs each time, 64 MiB of
-them but at most 16 (the weights stay); on a GPU it is of 20 calls, which are waited for together.
-Layers of one shape are measured once and counted as often as they occur. The tuned int8 kernel is
-not built yet: not run.
+rounds to nearest in the same kernel; as XLA's own convolution in float32 and bfloat16; and on a GPU
+by the tuned kernel, from bfloat16 to bfloat16 (layers that it does not serve: in int8), without and
+with the border. Figures are medians of ``rounds`` runs, taken in turns; a run calls with other
+inputs each time, 64 MiB of them but at most 16 (the weights stay); on a GPU it is of 20 calls,
+which are waited for together. Layers of one shape are measured once and counted as often as they
+occur.
 """
 
 import collections
@@ -35,6 +36,8 @@ OVERHEADS = {
     "border int8 over nearest int8": ("border int8", "nearest int8"),
     "border int8 over im2col fp32": ("border int8", "im2col fp32"),
     "border int8 over xla bf16": ("border int8", "xla bf16"),
+    "border tuned over nearest tuned": ("border tuned", "nearest tuned"),
+    "border tuned over xla bf16": ("border tuned", "xla bf16"),
 }
 
 
@@ -55,6 +58,14 @@ class Workload:
     batch_size: int
     rounds: int
     fused: bool
+
+
+class Way(NamedTuple):
+    """One way to convolve: a function of x, in its dtype, and of more operands, and those."""
+
+    run: Callable
+    operands: tuple
+    dtype: Any = jnp.float32
 
 
 class Convolution(NamedTuple):
@@ -104,9 +115,11 @@ def measure(work: Workload) -> dict[str, Any]:
         "layers": layers,
         "total_ms": total,
         "overhead_percent": {
-            name: 100 * (total[one] / total[other] - 1) for name, (one, other) in OVERHEADS.items()
+            name: 100 * (total[one] / total[other] - 1)
+            for name, (one, other) in OVERHEADS.items()
+            if one in total
         },
-        "tuned": "not run",
+        "tuned": "run" if "border tuned" in total else "not run: it needs an NVIDIA GPU",
         **experiment.environment(),
     }
 
@@ -140,17 +153,17 @@ def _times(convolution: Convolution, work: Workload) -> dict[str, dict[str, floa
     size = 4 * int(np.prod(convolution.x))
     number = min(MOST_BUFFERS, 2 + CACHE // size)
     keys = jax.random.split(jax.random.key(0), number)
-    inputs = [jax.random.normal(key, convolution.x) for key in keys]
     calls = {}
-    for name, (run, operands) in _ways(convolution, work.fused).items():
-        compiled, turns = jax.jit(run), itertools.cycle(inputs)
-        calls[name] = lambda run=compiled, own=operands, turns=turns: run(next(turns), *own)
+    for name, way in _ways(convolution, work.fused).items():
+        inputs = [jax.random.normal(key, convolution.x, way.dtype) for key in keys]
+        compiled, turns = jax.jit(way.run), itertools.cycle(inputs)
+        calls[name] = lambda run=compiled, own=way.operands, turns=turns: run(next(turns), *own)
     found = timing.milliseconds(calls, work.rounds, REPEAT[jax.default_backend()])
     return {name: timing.summary(times) for name, times in found.items()}
 
 
-def _ways(at: Convolution, fused: bool) -> dict[str, tuple[Callable, tuple]]:
-    """What is compared: a function of x and more operands, and those."""
+def _ways(at: Convolution, fused: bool) -> dict[str, Way]:
+    """What is compared."""
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.normal(size=at.kernel), jnp.float32)
     codes = jnp.asarray(rng.integers(0, 2**BITS, at.kernel), jnp.uint8)
@@ -179,21 +192,41 @@ def _ways(at: Convolution, fused: bool) -> dict[str, tuple[Callable, tuple]]:
             x, step, zero, borders, *weights, weight_bits=BITS, **own, **how
         )
 
-    def xla(dtype):
-        return lambda x, kernel: jax.lax.conv_general_dilated(
-            x.astype(dtype), kernel.astype(dtype), at.strides, at.padding, rhs_dilation=at.dilation,
+    def xla(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, at.strides, at.padding, rhs_dilation=at.dilation,
             feature_group_count=at.groups, dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )  # fmt: skip
 
     weights = (codes, *scale)
-    return {
-        "im2col fp32": (plain, (kernel,)),
-        "border fp32": (border, (kernel, step, zero, borders)),
-        "nearest int8": (integer({"bits": BITS}), (step, zero, None, *weights)),
-        "border int8": (integer(quadratic), (step, zero, borders, *weights)),
-        "xla fp32": (xla(jnp.float32), (kernel,)),
-        "xla bf16": (xla(jnp.bfloat16), (kernel,)),
+    nearest = Way(integer({"bits": BITS}), (step, zero, None, *weights))
+    rounded = Way(integer(quadratic), (step, zero, borders, *weights))
+    ways = {
+        "im2col fp32": Way(plain, (kernel,)),
+        "border fp32": Way(border, (kernel, step, zero, borders)),
+        "nearest int8": nearest,
+        "border int8": rounded,
+        "xla fp32": Way(xla, (kernel,)),
+        "xla bf16": Way(xla, (kernel.astype(jnp.bfloat16),), jnp.bfloat16),
     }
+    if jax.default_backend() == "gpu":
+        ways["nearest tuned"] = _tuned(own, nearest, {"bits": BITS})
+        ways["border tuned"] = _tuned(own, rounded, quadratic)
+    return ways
+
+
+def _tuned(window: dict[str, Any], integer: Way, how: dict[str, Any]) -> Way:
+    """The tuned kernel or, for a layer that it does not serve, `integer`, from bfloat16 to it."""
+    try:
+        layer = gpu_ops.fold_convolution(*integer.operands, weight_bits=BITS, **how)
+    except ValueError:
+        return Way(
+            lambda x, *own: integer.run(x, *own).astype(jnp.bfloat16), integer.operands,
+            jnp.bfloat16,
+        )  # fmt: skip
+    return Way(
+        lambda x, layer: gpu_ops.conv_border_tuned(x, layer, **window), (layer,), jnp.bfloat16
+    )
 
 
 def _product(columns: jax.Array, kernel: jax.Array, groups: int) -> jax.Array:

@@ -6,6 +6,12 @@ import numpy as np
 import pytest
 from img2col_reference import assert_same, by_group, contractible, gather, random_case, reference
 from test_columns import CASES, assert_close, cotangent, drop_zero, pulled
+from tuned_reference import (
+    assert_convolves,
+    assert_exact_codes,
+    count_differing_codes,
+    random_layer,
+)
 
 import gpu_ops
 from aquant_jax import columns
@@ -53,3 +59,20 @@ def test_value_and_gradients_are_those_of_the_definition(case, masked):
     for gradient, definition, second in zip(*trees, strict=True):
         assert_close(gradient, definition, 1e-5)
         np.testing.assert_array_equal(np.asarray(gradient), np.asarray(second))
+
+
+def call(function):
+    return function()
+
+
+def test_the_tuned_convolution_has_the_codes_of_the_definition():
+    assert_exact_codes(call, range(50))
+    differ, codes = count_differing_codes(call, range(50))
+    assert codes > 900_000
+    assert differ <= 1e-5 * codes
+
+
+def test_the_tuned_convolution_multiplies_its_codes():
+    for seed in range(50):
+        case, outer = random_layer(seed, [(3, 3), (1, 1), (2, 3)])
+        assert_convolves(case, outer, call, seed)

@@ -20,6 +20,14 @@ from img2col_reference import (
     reference,
 )
 from test_columns import CASES, assert_close
+from tuned_reference import (
+    assert_convolves,
+    assert_exact_codes,
+    convolve,
+    count_differing_codes,
+    random_layer,
+    weights_of,
+)
 
 import gpu_ops
 from aquant_jax import columns
@@ -33,6 +41,7 @@ pytestmark = pytest.mark.skipif(
 HANDLERS = {
     "border_columns": "BorderColumnsForward",
     "border_columns_vjp": "BorderColumnsBackward",
+    "conv_tuned": "ConvTunedHandler",
     "img2col": "Img2colHandler",
     "img2col_border": "Img2colBorderHandler",
 }
@@ -187,3 +196,25 @@ def test_training_on_no_images_has_no_slope(twin):
     value, found = twin(pulled, window, rounding, None, operands, jnp.zeros((0, 4, 4, 9, 4)))
     assert value.shape == (0, 4, 4, 9, 4)
     assert all(not np.any(gradient) for gradient in jax.tree.leaves(found))
+
+
+class TestTunedConvolution:
+    def test_codes_are_the_definitions_where_arithmetic_is_exact(self, twin):
+        assert_exact_codes(twin, range(12))
+
+    def test_elsewhere_few_codes_differ_and_by_one(self, twin):
+        differ, codes = count_differing_codes(twin, range(12))
+        assert codes > 200_000
+        assert differ <= 1e-5 * codes
+
+    def test_it_multiplies_its_codes(self, twin):
+        for seed in range(12):
+            case, outer = random_layer(seed, [(3, 3), (1, 1), (2, 3)])
+            assert_convolves(case, outer, twin, seed)
+
+    def test_no_images_give_no_result(self, twin):
+        case, outer = random_layer(0, [(3, 3)])
+        case = case._replace(shape=(0, *case.shape[1:]))
+        y = twin(lambda: convolve(case, case.operands(0), weights_of(case, outer, 0)))
+        assert y.shape[0] == 0
+        assert y.shape[-1] == outer

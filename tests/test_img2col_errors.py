@@ -147,6 +147,7 @@ def test_the_handler_checks_again_and_never_crashes(changed, words):
     [
         ("gpu_ops_img2col_border", r"built without CUDA.*GPU_OPS_CUDA=ON"),
         ("gpu_ops_border_conv", "for the CPU alone"),
+        ("gpu_ops_conv_tuned", "built without CUDA"),
     ],
 )
 def test_an_operation_that_cuda_lacks_says_why(name, words):

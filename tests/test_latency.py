@@ -28,7 +28,8 @@ def test_all_ways_convolve(groups):
     at = latency.Convolution((2, 6, 5, 8), (3, 3, 8 // groups, 8), (2, 1), ((1, 0), (1, 1)),
                              (1, 1), groups)  # fmt: skip
     x = jax.random.normal(jax.random.key(1), at.x)
-    found = {name: run(x, *own) for name, (run, own) in latency._ways(at, False).items()}
+    ways = latency._ways(at, False)
+    found = {name: way.run(x.astype(way.dtype), *way.operands) for name, way in ways.items()}
     shapes = {name: y.shape for name, y in found.items()}
     assert set(shapes.values()) == {(2, 3, 5, 8)}
     np.testing.assert_allclose(found["im2col fp32"], found["xla fp32"], rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-// Stand in on CUDA for handlers that are not there: an error, not a crash.
+// Stand in for handlers that are not there: an error, not a crash.
 #include "operation.h"
 
 namespace gpu_ops {
@@ -18,11 +18,17 @@ ffi::Error OfTheCpu(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
                        "gpu_ops.backend() does");
 }
 
+ffi::Error OfTheGpu(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+  return Unimplemented("gpu_ops has this operation for NVIDIA GPUs alone: on a CPU use "
+                       "conv_border_int8");
+}
+
 auto AnyBinding() { return ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs(); }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Missing, NotBuilt, AnyBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuOnly, OfTheCpu, AnyBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GpuOnly, OfTheGpu, AnyBinding());
 
 }  // namespace gpu_ops

@@ -78,6 +78,21 @@ class Device {
 #endif
   }
 
+  // How many blocks it takes to keep all of it busy.
+  int Processors() const {
+    int count = 1;
+#ifdef __CUDACC__
+    int device = 0;
+    if (cudaGetDevice(&device) == cudaSuccess)
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+#endif
+    return count;
+  }
+
+#ifdef __CUDACC__
+  cudaStream_t stream() const { return stream_; }
+#endif
+
   // Uninitialised; null where there is no memory left.
   template <typename T>
   T* Allocate(int64_t count) {
