@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -48,10 +50,10 @@ def columns_window(shape, kernel, strides, padding, dilation, groups, align) -> 
         _sizes(name, value)
         for name, value in (("kernel", kernel), ("strides", strides), ("dilation", dilation))
     )
-    if groups < 1 or shape[3] % groups:
+    if not _whole(groups) or groups < 1 or shape[3] % groups:
         raise ValueError(f"groups is {groups}, which does not divide the {shape[3]} channels of x")
-    if align < 1:
-        raise ValueError(f"align is {align}, not positive")
+    if not _whole(align) or align < 1:
+        raise ValueError(f"align is {align}, not a positive integer")
     spans = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True))
     pads = _pads(padding, shape[1:3], spans, strides)
     padded = tuple(low + size + high for size, (low, high) in zip(shape[1:3], pads, strict=True))
@@ -60,17 +62,32 @@ def columns_window(shape, kernel, strides, padding, dilation, groups, align) -> 
     out = tuple((n - k) // s + 1 for n, k, s in zip(padded, spans, strides, strict=True))
     row = -(-kernel[0] * kernel[1] * shape[3] // groups // align) * align
     result = (*out, groups, row)
-    for name, sizes in (("padded image", (*padded, shape[3])), ("image's columns", result)):
-        if (count := int(np.prod([int(n) for n in sizes], dtype=object))) > targets.MAX_INDEX:
-            raise ValueError(f"an {name} has {count} elements; at most {targets.MAX_INDEX} fit")
+    check_indices((*padded, shape[3]), result)
     return ColumnsWindow(kernel, strides, pads, dilation, groups, result)
 
 
+def check_indices(padded: Sequence[int], columns: Sequence[int]) -> None:
+    """ValueError if an image of these sizes, padded or as columns, has more than int32 counts."""
+    for name, sizes in (("padded image", padded), ("image's columns", columns)):
+        if (count := math.prod(int(size) for size in sizes)) > targets.MAX_INDEX:
+            raise ValueError(f"an {name} has {count} elements; at most {targets.MAX_INDEX} fit")
+
+
+def check_bits(name: str, bits: int) -> None:
+    """ValueError unless a code may have so many bits."""
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"{name} is {bits}, not between {MIN_BITS} and {MAX_BITS}")
+
+
 def _sizes(name: str, value) -> tuple[int, ...]:
-    sizes = tuple(int(size) for size in value)
-    if len(sizes) != 2 or min(sizes) < 1:
+    sizes = tuple(value)
+    if len(sizes) != 2 or not all(_whole(size) and size > 0 for size in sizes):
         raise ValueError(f"{name} is {value}, not two positive integers")
-    return sizes
+    return tuple(map(int, sizes))
+
+
+def _whole(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _pads(padding: Padding, sizes, spans, strides) -> tuple[tuple[int, int], ...]:
@@ -78,10 +95,12 @@ def _pads(padding: Padding, sizes, spans, strides) -> tuple[tuple[int, int], ...
         if padding not in ("SAME", "VALID"):
             raise ValueError(f"padding is {padding!r}, not 'SAME', 'VALID' or pairs")
         padding = jax.lax.padtype_to_pads(sizes, spans, strides, padding)
-    pads = tuple(tuple(int(end) for end in pair) for pair in padding)
-    if [len(pair) for pair in pads] != [2, 2] or min(map(min, pads)) < 0:
+    pads = tuple(map(tuple, padding))
+    ends = [end for pair in pads for end in pair]
+    good = [len(pair) for pair in pads] == [2, 2] and all(_whole(end) and end >= 0 for end in ends)
+    if not good:
         raise ValueError(f"padding is {padding}, not two pairs of non-negative integers")
-    return tuple((low, high) for low, high in pads)
+    return tuple((int(low), int(high)) for low, high in pads)
 
 
 def stack(coefficients: Mapping[str, jax.Array], border: str, shape) -> jax.Array:
@@ -120,14 +139,31 @@ def check_weights(x, codes, scale, zero_point, bits: int, act_bits: int) -> None
     for name, value in (("scale", scale), ("weight_zero_point", zero_point)):
         if value.shape != (outer,):
             raise ValueError(f"{name} has shape {value.shape}, not {(outer,)}")
-    if not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"weight_bits is {bits}, not between {MIN_BITS} and {MAX_BITS}")
+    check_bits("weight_bits", bits)
+    check_codes("weight_zero_point", zero_point, bits)
     elements = int(np.prod(codes.shape[:3]))
     if (largest := elements * (2**bits - 1) * (2**act_bits - 1)) > targets.MAX_INDEX:
         raise ValueError(
             f"a sum of {elements} products of {bits} and {act_bits} bits may reach {largest}, "
             f"above {targets.MAX_INDEX}, the largest int32"
         )
+
+
+def check_codes(name: str, values, bits: int) -> None:
+    """ValueError unless `values`, where they are known, are codes of so many bits."""
+    if isinstance(values, Tracer):
+        return
+    known = np.asarray(values, np.float64)
+    if wrong := known[(known != np.round(known)) | (known < 0) | (known >= 2**bits)].tolist():
+        raise ValueError(f"{name} has {wrong[0]}, not a whole number of 0 to {2**bits - 1}")
+
+
+def check_added(name: str, value, shape: tuple[int, ...]) -> None:
+    """ValueError unless `value` is None or floats of this shape."""
+    if value is None:
+        return
+    if value.shape != shape or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"{name} is {value.dtype} {value.shape}, not floats {shape}")
 
 
 def scalar(name: str, value, good, wanted: str) -> jax.Array:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
-from aquant_jax.numerics import MAX_BITS, MIN_BITS, max_code
+from aquant_jax.numerics import max_code
 from gpu_ops import arguments, partition, targets
 from gpu_ops.arguments import Padding
 
@@ -115,8 +115,7 @@ def img2col_border(
     """
     arguments.check_x(x, ("float32", "bfloat16"))
     window = arguments.columns_window(x.shape, kernel, strides, padding, dilation, groups, align)
-    if not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"bits is {bits}, not between {MIN_BITS} and {MAX_BITS}")
+    arguments.check_bits("bits", bits)
     if phi not in ("identity", "clamp"):
         raise ValueError(f"phi is {phi!r}, not 'identity' or 'clamp'; the jnp path serves others")
     if output not in OUTPUTS:

@@ -71,6 +71,8 @@ def conv_border_int8(
         padding=padding, dilation=dilation, groups=groups, bits=bits, border=border, phi=phi,
         fused=fused, align=ALIGN.get(jax.default_backend(), 1),
     )  # fmt: skip
+    arguments.check_added("bias", bias, (codes.shape[-1],))
+    arguments.check_added("residual", residual, (*columns.shape[:3], codes.shape[-1]))
     weights, offset = int8_weights(codes, weight_zero_point, weight_bits, groups)
     shift = (SHIFT if bits == 8 else 0) - jnp.asarray(zero_point).astype(jnp.int32)
     total = exact_products(columns, weights, offset, shift)

@@ -20,7 +20,7 @@ from aquant_jax.columns import Rounding
 from aquant_jax.integer import KernelCodes
 from aquant_jax.numerics import TensorState
 from aquant_jax.window import Window
-from gpu_ops import partition, targets
+from gpu_ops import arguments, partition, targets
 from gpu_ops.int8 import conv_border_int8
 from gpu_ops.targets import COEFFICIENTS, PHIS
 
@@ -166,12 +166,14 @@ def border_conv(
 
 def _prepare(x, keep, tensor, coefficients, window: Window, rounding: Rounding):
     """The static part and the operands of a call, checked and with two spatial axes."""
-    names = COEFFICIENTS.get(rounding.border)
-    if names is None:
+    if rounding.border not in COEFFICIENTS:
         raise ValueError(f"border {rounding.border!r} has no custom call; {list(COEFFICIENTS)} do")
     if rounding.phi not in PHIS:
         raise ValueError(f"phi {rounding.phi!r} has no custom call; {list(PHIS)} do")
-    _check(x, keep, coefficients, names, window)
+    _check(x, keep, window)
+    arguments.check_bits("bits", rounding.bits)
+    column = (int(np.prod(window.kernel)), x.shape[-1])
+    arguments.check_indices(x.shape[1:], (*window.out, *column))
     lift = (1,) * (2 - len(window.kernel))
     images = x.reshape(window.images, *lift, *window.spatial, x.shape[-1])
     mask = jnp.zeros((0,), bool) if keep is None else keep.reshape(images.shape)
@@ -179,11 +181,11 @@ def _prepare(x, keep, tensor, coefficients, window: Window, rounding: Rounding):
         (*lift, *window.kernel), (*lift, *window.strides), (*lift, *window.dilation),
         (*lift, *window.out), rounding.bits, rounding.fused, PHIS[rounding.phi],
     )  # fmt: skip
-    stacked = jnp.stack([coefficients[name] for name in names])
+    stacked = arguments.stack(coefficients, rounding.border, column)
     return geometry, (images, mask, tensor.step_size, tensor.zero_point, stacked)
 
 
-def _check(x, keep, coefficients, names, window: Window) -> None:
+def _check(x, keep, window: Window) -> None:
     rank = len(window.kernel)
     if x.ndim != rank + 2 or rank not in (1, 2):
         raise ValueError(f"x of shape {x.shape} does not fit a window of {rank} spatial axes")
@@ -195,11 +197,6 @@ def _check(x, keep, coefficients, names, window: Window) -> None:
         raise ValueError(f"keep is {keep.dtype} {keep.shape}, not bool {x.shape}")
     if min(window.out) < 1:
         raise ValueError(f"a window of {window.kernel} is larger than the input {window.spatial}")
-    wanted = (int(np.prod(window.kernel)), x.shape[-1])
-    for name in names:
-        found = coefficients[name].shape if name in coefficients else None
-        if found != wanted:
-            raise ValueError(f"coefficient {name!r} has shape {found}, not {wanted}")
 
 
 class _Geometry(NamedTuple):

@@ -121,8 +121,9 @@ def operands(channels=4, taps=9):
         (lambda x, t, c: (x.astype(jnp.bfloat16), t, c), "bfloat16, not float32"),
         (lambda x, t, c: (x, t, operands(taps=4)[2]), "'b0' has shape (4, 4), not (9, 4)"),
         (lambda x, t, c: (x, t, {"b0": c["b0"]}), "'b1' has shape None, not (9, 4)"),
+        (lambda x, t, c: (x, t, c | {"b0": c["b0"].astype(jnp.bfloat16)}), "'b0' is bfloat16"),
     ],
-    ids=["images", "rank", "dtype", "coefficients", "missing"],
+    ids=["images", "rank", "dtype", "coefficients", "missing", "coefficient dtype"],
 )
 def test_operands_that_do_not_fit_are_named(change, words):
     x, tensor, coefficients = change(*operands())
@@ -136,13 +137,27 @@ def test_operands_that_do_not_fit_are_named(change, words):
         (WINDOW, QUADRATIC._replace(phi="sigmoid"), "phi 'sigmoid' has no custom call"),
         (WINDOW, QUADRATIC._replace(border="mine"), "border 'mine' has no custom call"),
         (WINDOW._replace(dilation=(3, 3)), QUADRATIC, "(3, 3) is larger than the input (6, 6)"),
+        (WINDOW, QUADRATIC._replace(bits=9), "bits is 9, not between 2 and 8"),
     ],
-    ids=["phi", "border", "window"],
+    ids=["phi", "border", "window", "bits"],
 )
 def test_what_it_does_not_serve_is_named(window, rounding, words):
     x, tensor, coefficients = operands()
     with pytest.raises(ValueError, match=re.escape(words)):
         gpu_ops.border_columns(x, None, tensor, coefficients, window, rounding)
+
+
+def test_images_too_large_for_the_index_are_named():
+    window = Window(1, (70_000, 10_000), (3, 3), (1, 1), (1, 1))
+    tensor = TensorState(jnp.float32(0.3), jnp.float32(0.0))
+    x = jax.ShapeDtypeStruct((1, *window.spatial, 4), jnp.float32)
+    coefficients = operands()[2]
+
+    def call(x):
+        return gpu_ops.border_columns(x, None, tensor, coefficients, window, QUADRATIC)
+
+    with pytest.raises(ValueError, match="padded image has 2800000000 elements; at most 21474"):
+        jax.eval_shape(call, x)
 
 
 @pytest.mark.parametrize("size", [0.0, -1.0])

@@ -102,6 +102,8 @@ BAD = {
     "scale": ({"scale": np.ones(3, "f")}, r"scale has shape \(3,\), not \(2,\)"),
     "zero": ({"zero": np.ones((1, 2), "f")}, r"weight_zero_point has shape \(1, 2\), not \(2,\)"),
     "bits": ({"bits": 9}, "weight_bits is 9, not between 2 and 8"),
+    "fraction": ({"zero": np.float32([1, 2.5])}, "weight_zero_point has 2.5, not a whole number"),
+    "code": ({"zero": np.float32([1, 16])}, "weight_zero_point has 16.0, not .* of 0 to 15"),
 }
 
 
@@ -112,6 +114,21 @@ def test_weights_that_do_not_fit_are_named(change, message):
            "zero": np.zeros(2, "f"), "bits": 4} | change  # fmt: skip
     with pytest.raises(ValueError, match=message):
         call(case, case.operands(), (own["codes"], own["scale"], own["zero"]), own["bits"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": np.ones(3, "f")}, r"bias is float32 \(3,\), not floats \(2,\)"),
+        ({"bias": np.ones(2, int)}, r"bias is int64 \(2,\), not floats"),
+        ({"residual": np.ones((2, 1, 1, 2), "f")}, r"residual .*, not floats \(2, 6, 5, 2\)"),
+    ],
+)
+def test_what_is_added_must_fit(options, message):
+    case = Case()
+    weights = np.zeros((3, 3, 4, 2), np.uint8), np.ones(2, "f"), np.zeros(2, "f")
+    with pytest.raises(ValueError, match=message):
+        call(case, case.operands(), weights, 4, **options)
 
 
 @pytest.mark.user_model

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gpu_ops
 from launch import bench, latency
 
 pytestmark = pytest.mark.user_model
@@ -58,3 +59,20 @@ def test_the_launcher_writes_json_table_and_plot(tmp_path, capsys, monkeypatch):
 def test_an_unknown_model_is_named(capsys):
     assert bench.main(["bench", "latency", "--model=resnet19"]) == 2
     assert "resnet19" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("channels", "served"), [(32, True), (24, False)])
+def test_layers_that_the_tuned_kernel_does_not_serve_run_in_int8(channels, served):
+    at = latency.Convolution((2, 6, 5, channels), (3, 3, channels, 64), (1, 1), ((1, 1), (1, 1)),
+                             (1, 1), 1)  # fmt: skip
+    way = latency._ways(at, False)["border int8"]
+    window = {"strides": at.strides, "padding": at.padding, "dilation": at.dilation}
+    how = {"border": "quadratic", "fused": False, "bits": latency.BITS}
+    tuned = latency._tuned(window, way, how)
+    assert isinstance(tuned.operands[0], gpu_ops.TunedConvolution) == served
+    assert tuned.dtype == jnp.bfloat16
+    if not served:
+        x = jax.random.normal(jax.random.key(1), at.x)
+        np.testing.assert_array_equal(
+            tuned.run(x, *tuned.operands), way.run(x, *way.operands).astype(jnp.bfloat16)
+        )
