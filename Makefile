@@ -8,7 +8,7 @@ BUILT_FROM := pyproject.toml $(wildcard CMakeLists.txt gpu_ops/CMakeLists.txt gp
 export GPU_OPS_CUDA ?= OFF
 DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant
 
-.PHONY: demo test lint type bench clean
+.PHONY: demo test lint type bench gpu clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -25,6 +25,18 @@ type: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(RUN) -m launch.bench calibrate
+
+# On a machine with an NVIDIA GPU and nvcc: all that docs/results.md marks as not run there.
+gpu: GPU_OPS_CUDA := ON
+gpu: $(VENV)/.test
+	$(RUN) -m pip install --quiet --editable '.[test,cuda]'
+	$(RUN) -m pytest tests/test_cuda_build.py tests/test_cuda_twin.py tests/test_cuda_device.py
+	JAX_PLATFORMS=cuda compute-sanitizer --error-exitcode 1 $(RUN) -m pytest tests/test_cuda_device.py
+	$(RUN) -m launch.bench latency --model=resnet18 --batch=32 --rounds=100 \
+	  --out=docs/measurements/latency_resnet18_gpu.json
+	$(RUN) -m launch.bench calibrate --out=docs/measurements/calibrate_gpu.json
+	$(RUN) -m launch.bench calibrate --model=resnet18 \
+	  --out=docs/measurements/calibrate_resnet18_gpu.json
 
 clean:
 	rm -rf $(VENV) build dist

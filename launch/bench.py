@@ -1,9 +1,10 @@
 """Measures speed: ``python -m launch.bench calibrate|throughput|deploy|latency [--out=FILE.json]``.
 
-calibrate: one optimisation step of ResNet-20's first residual block at batch 32, in float (forward
-and backward of the block alone), by qdrop and by aquant, and the scale search of the whole network.
-Weights and images are random: the arithmetic does not depend on them. Every figure is the median of
-the rounds, every ratio that of figures of the same run.
+calibrate: one optimisation step of the first residual block of ResNet-20, or of another ``model``
+of the zoo, at batch 32, in float (forward and backward of the block alone), by qdrop and by aquant,
+and the scale search of the whole network. Weights and images are random: the arithmetic does not
+depend on them. Every figure is the median of the rounds, every ratio that of figures of the same
+run.
 """
 
 import dataclasses
@@ -37,14 +38,16 @@ BLOCK = 1  # the first residual block; block 0 is the stem
 SAMPLES = 256
 
 
-def calibrate(rounds: int) -> dict:
+def calibrate(rounds: int, model: str) -> dict:
     """Times of the steps and of the scale search, in ms and s.
 
     Args:
         rounds: how often every figure is taken.
+        model: of the zoo.
     """
-    apply, variables = models.create("resnet20_cifar")
-    images = np.random.default_rng(0).normal(size=(SAMPLES, 32, 32, 3)).astype(np.float32)
+    apply, variables = models.create(model)
+    side = 32 if model.endswith("_cifar") else 224
+    images = np.random.default_rng(0).normal(size=(SAMPLES, side, side, 3)).astype(np.float32)
     networks = {
         name: aq.prepare(apply, variables, images, aq.recipes.preset(name, **_bits(2), steps=STEPS))
         for name in ("qdrop", "aquant")
@@ -57,7 +60,9 @@ def calibrate(rounds: int) -> dict:
     searches = {f"w{b}a{b}": _scale_search(apply, variables, images, b) for b in (2, 4)}
     return {
         "benchmark": "calibrate",
-        "block": "ResNet-20 layer1.0 (two 3x3 convs of 32x32x32x16)",
+        "model": model,
+        "block": str(networks["qdrop"].blocks[BLOCK]),
+        "block_input": _block_input(networks["qdrop"]),
         "rounds": rounds,
         "step_ms": steps,
         "step_ms_all": {name: [v * 1e3 for v in values] for name, values in times.items()},
@@ -70,6 +75,11 @@ def calibrate(rounds: int) -> dict:
 
 def _bits(bits: int) -> dict[str, int]:
     return {"weight_bits": bits, "act_bits": bits}
+
+
+def _block_input(net: Network) -> list[tuple[int, ...]]:
+    unit = make_unit(net.graph, net.specs, net.blocks[BLOCK].start, net.blocks[BLOCK].targets)
+    return [tuple(net.graph.avals[value].shape) for value in unit.program.live]
 
 
 def _block(net: Network):
@@ -145,21 +155,23 @@ def _scale_search(apply, variables, images, bits: int) -> float:
 
 
 def _define(flags):
-    from absl.flags import DEFINE_boolean, DEFINE_integer, DEFINE_string
+    from absl.flags import DEFINE_alias, DEFINE_boolean, DEFINE_integer, DEFINE_string
 
     DEFINE_string("out", None, "where to write the JSON too", flag_values=flags)
     DEFINE_integer("rounds", 5, "how often every figure is taken", 1, flag_values=flags)
     DEFINE_string("data_dir", None, "deploy: of ResNet-20's config", flag_values=flags)
-    DEFINE_string("model", "resnet18", "throughput, latency: of the zoo", flag_values=flags)
+    DEFINE_string("model", None, "of the zoo; resnet18, calibrate: ResNet-20", flag_values=flags)
     DEFINE_boolean("fused", False, "latency: see Workload", flag_values=flags)
     DEFINE_string("preset", "aquant", "throughput: of the quantizer", flag_values=flags)
     for name, default in (("size", 224), ("images", 128), ("batch_size", 32)):
         DEFINE_integer(name, default, "throughput, latency: see Workload", 1, flag_values=flags)
+    DEFINE_alias("batch", "batch_size", flag_values=flags)
 
 
 def _workload(of, flags):
     """The workload of a benchmark, whose fields are flags."""
-    return of(**{field.name: flags[field.name].value for field in dataclasses.fields(of)})
+    fields = {field.name: flags[field.name].value for field in dataclasses.fields(of)}
+    return of(**{**fields, "model": flags.model or "resnet18"})
 
 
 def _latency(flags) -> dict:
@@ -172,7 +184,7 @@ def _latency(flags) -> dict:
 
 
 BENCHMARKS = {
-    "calibrate": lambda flags: calibrate(flags.rounds),
+    "calibrate": lambda flags: calibrate(flags.rounds, flags.model or "resnet20_cifar"),
     "throughput": lambda flags: throughput.measure(_workload(throughput.Workload, flags)),
     "deploy": lambda flags: deployment.measure(flags.rounds, flags.data_dir),
     "latency": _latency,
