@@ -8,7 +8,7 @@ BUILT_FROM := pyproject.toml $(wildcard CMakeLists.txt gpu_ops/CMakeLists.txt gp
 export GPU_OPS_CUDA ?= OFF
 DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant
 
-.PHONY: demo test lint type bench gpu clean
+.PHONY: demo test lint type bench gpu gpu-here clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -30,8 +30,13 @@ bench: $(VENV)/.test
 gpu: GPU_OPS_CUDA := ON
 gpu: $(VENV)/.test
 	$(RUN) -m pip install --quiet --editable '.[test,cuda]'
-	$(RUN) -m pytest tests/test_cuda_build.py tests/test_cuda_twin.py tests/test_cuda_device.py
-	JAX_PLATFORMS=cuda compute-sanitizer --error-exitcode 1 $(RUN) -m pytest tests/test_cuda_device.py
+	$(MAKE) gpu-here
+
+# The same with what is installed already: make gpu-here RUN=python3
+gpu-here:
+	JAX_PLATFORMS=cpu $(RUN) -m pytest tests/test_cuda_build.py tests/test_cuda_twin.py
+	$(RUN) -m pytest tests/test_cuda_device.py
+	compute-sanitizer --error-exitcode 1 $(RUN) -m pytest tests/test_cuda_device.py
 	$(RUN) -m launch.bench latency --model=resnet18 --batch=32 --rounds=100 \
 	  --out=docs/measurements/latency_resnet18_gpu.json
 	$(RUN) -m launch.bench calibrate --out=docs/measurements/calibrate_gpu.json

@@ -57,7 +57,7 @@ def test_quantizing_runs_on_the_operations_of_the_compilers_backend():
             calls.append(args)
             return columns.convolve(*args)
 
-    recipe = aq.recipes.aquant(weight_bits=2, act_bits=2, steps=1, batch_size=8)
+    recipe = aq.recipes.aquant(weight_bits=2, act_bits=2, border="constant", steps=1, batch_size=8)
     aq.quantize(*small_net(), images(0, 8, size=5), recipe, progress=False,
                 compiler=Compiler(Backend))  # fmt: skip
     assert calls
