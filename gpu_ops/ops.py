@@ -47,9 +47,10 @@ class Backend(NamedTuple):
         if not supports(window, rounding):
             return columns.convolve(x, keep, tensor, coefficients, kernel, window, rounding)
         taps, groups, inner, outer = kernel.shape
-        flat = kernel.reshape(taps * inner, -1)
-        if groups == 1 and jax.default_backend() == "cpu" and kernel.size <= FUSED_WEIGHTS:
-            return border_conv(x, keep, tensor, coefficients, flat, window, rounding)
+        flat = kernel.reshape(taps * groups * inner, -1)
+        served = groups == 1 or inner == outer == 1
+        if served and jax.default_backend() == "cpu" and kernel.size <= FUSED_WEIGHTS:
+            return border_conv(x, keep, tensor, coefficients, flat, window, rounding, groups)
         every = border_columns(x, keep, tensor, coefficients, window, rounding)
         if groups == 1:
             rows = every.reshape(-1, taps * inner) @ flat
@@ -141,6 +142,7 @@ def border_conv(
     kernel: jax.Array,
     window: Window,
     rounding: Rounding,
+    groups: int = 1,
 ) -> jax.Array:
     """`border_columns` times a kernel, in one pass that writes no columns; CPU only.
 
@@ -148,7 +150,8 @@ def border_conv(
 
     Args:
       x, keep, tensor, coefficients, window, rounding: see `border_columns`.
-      kernel: float32 ``[taps * C, O]``.
+      kernel: float32 ``[taps * C, O]``; of a depthwise convolution ``[taps * C, 1]``.
+      groups: 1, or C for a depthwise convolution, whose O is C.
 
     Returns:
       float32 ``[N, *out, O]``.
@@ -158,8 +161,14 @@ def border_conv(
     """
     geometry, operands = _prepare(x, keep, tensor, coefficients, window, rounding)
     elements = int(np.prod(window.kernel)) * x.shape[-1]
-    if kernel.ndim != 2 or kernel.shape[0] != elements or kernel.dtype != jnp.float32:
-        raise ValueError(f"kernel is {kernel.dtype} {kernel.shape}, not float32 ({elements}, O)")
+    if groups not in (1, x.shape[-1]):
+        raise ValueError(f"groups is {groups}, neither 1 nor the {x.shape[-1]} channels of x")
+    outputs = "O" if groups == 1 else 1
+    fits = kernel.ndim == 2 and kernel.shape[0] == elements and outputs in ("O", kernel.shape[1])
+    if not fits or kernel.dtype != jnp.float32:
+        wanted = f"float32 ({elements}, {outputs})"
+        raise ValueError(f"kernel is {kernel.dtype} {kernel.shape}, not {wanted}")
+    geometry = geometry._replace(groups=groups)
     y = cast(jax.Array, _differentiable(_Call(geometry, keep is not None, True), *operands, kernel))
     return y.reshape(window.images, *window.out, -1)
 
@@ -209,11 +218,12 @@ class _Geometry(NamedTuple):
     bits: int
     fused: bool
     phi: int
+    groups: int = 1
 
     def attributes(self) -> dict:
         return {
             "kernel": self.kernel, "stride": self.strides, "dilation": self.dilation,
-            "padding": (0, 0, 0, 0), "groups": 1, "bits": self.bits, "fused": self.fused,
+            "padding": (0, 0, 0, 0), "groups": self.groups, "bits": self.bits, "fused": self.fused,
             "phi": self.phi,
         }  # fmt: skip
 
@@ -238,7 +248,7 @@ class _Call(NamedTuple):
 
     @property
     def result(self) -> str:
-        return "n a b o" if self.multiplied else "n a b t c"
+        return "n a b y" if self.multiplied else "n a b t c"
 
     def target(self, results, suffix: str = ""):
         name = "border_conv" if self.multiplied else "border_columns"
@@ -246,7 +256,10 @@ class _Call(NamedTuple):
 
     def __call__(self, x, *operands):
         coefficients, last = operands[3], operands[-1]
-        axes = last.shape[1:] if self.multiplied else (coefficients.shape[1], x.shape[-1])
+        groups = self.geometry.groups
+        axes = (
+            (last.shape[1] * groups,) if self.multiplied else (coefficients.shape[1], x.shape[-1])
+        )
         return self.target(_floats((x.shape[0], *self.geometry.out, *axes)))(x, *operands)
 
 

@@ -244,3 +244,21 @@ print("partitioned")
 def test_images_on_two_devices_train_where_they_are():
     done = run_python(PARTITIONED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert done.stdout == "partitioned\n", done.stderr[-3000:]
+
+
+def test_groups_that_no_pass_serves_are_named():
+    x, tensor, coefficients = operands()
+    for groups, kernel, words in (
+        (2, jnp.ones((36, 2)), "groups is 2, neither 1 nor the 4 channels of x"),
+        (4, jnp.ones((36, 2)), "kernel is float32 (36, 2), not float32 (36, 1)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            gpu_ops.border_conv(
+                x, None, tensor, coefficients, kernel, WINDOW, QUADRATIC, groups=groups
+            )
+
+
+def test_depthwise_convolutions_write_no_columns():
+    case = CASES["depthwise each tap"]
+    run = jax.jit(lambda *a: BACKEND.convolve(*a, case.window(), case.rounding()))
+    assert "gpu_ops_border_conv" in run.lower(*case.arguments(1, True)).as_text()

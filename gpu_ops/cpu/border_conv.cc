@@ -18,13 +18,24 @@ namespace {
 constexpr int64_t kPixels = 24;  // of a block: what the tiles of Multiply divide
 constexpr int64_t kTasks = 16;
 
-// The weights [K, outputs], with rows filled up for Multiply, and transposed.
+// The weights [K, outputs], with rows filled up for Multiply, and transposed. Those of a depthwise
+// convolution, [K, 1], stay as they are: an output has one channel's taps, and no product is one of
+// matrices.
 struct Kernel {
   int64_t elements, outputs, width, deep;
+  bool depthwise;
   std::vector<float> dense, transposed;
 
-  Kernel(const float* weights, int64_t elements, int64_t outputs, bool both)
-      : elements(elements), outputs(outputs), width(RoundUp(outputs)), deep(RoundUp(elements)) {
+  Kernel(const float* weights, int64_t elements, int64_t outputs, bool depthwise, bool both)
+      : elements(elements),
+        outputs(outputs),
+        width(RoundUp(outputs)),
+        deep(RoundUp(elements)),
+        depthwise(depthwise) {
+    if (depthwise) {
+      dense.assign(weights, weights + elements);
+      return;
+    }
     dense.assign(elements * width, 0.0f);
     for (int64_t k = 0; k < elements; ++k)
       std::copy_n(weights + k * outputs, outputs, &dense[k * width]);
@@ -37,13 +48,15 @@ struct Kernel {
 
 // What a block of pixels is computed into.
 struct Block {
+  int64_t size;  // pixels
   std::vector<Scratch> pixels;
   std::vector<float> columns, derivative, results;
   Block(const Geometry& g, const Kernel& kernel)
-      : pixels(kPixels, Scratch(g)),
-        columns(kPixels * kernel.deep),
-        derivative(kPixels * kernel.deep),
-        results(kPixels * kernel.width) {}
+      : size(kernel.depthwise ? 1 : kPixels),
+        pixels(size, Scratch(g)),
+        columns(size * kernel.deep),
+        derivative(size * kernel.deep),
+        results(size * kernel.width) {}
 };
 
 // Derivatives that a task sums: of the coefficients, the step size (lane by lane) and the weights.
@@ -71,14 +84,53 @@ VECTORISED void Derivatives(const Training& t, const Grid& grid, int64_t n, int6
                     sums.step.data(), block.pixels[p]);
 }
 
+// The results of a depthwise convolution at one pixel.
+VECTORISED void TapsTimes(const Kernel& kernel, Block& block) {
+  const int64_t channels = kernel.outputs;
+  const float* weights = kernel.dense.data();
+  const float* column = block.columns.data();
+  float* results = block.results.data();
+  EACH(c, channels) results[c] = column[c] * weights[c];
+  for (int64_t k = channels; k < kernel.elements; k += channels)
+    EACH(c, channels) results[c] += column[k + c] * weights[k + c];
+}
+
+// Its derivatives: of the column, and added to those of the weights.
+VECTORISED void TapsPullback(const Kernel& kernel, Block& block, Sums& sums) {
+  const int64_t channels = kernel.outputs;
+  const float* weights = kernel.dense.data();
+  const float* column = block.columns.data();
+  const float* d = block.results.data();
+  float* dcolumn = block.derivative.data();
+  float* dweights = sums.weights.data();
+  for (int64_t k = 0; k < kernel.elements; k += channels)
+    EACH(c, channels) {
+      dcolumn[k + c] = weights[k + c] * d[c];
+      dweights[k + c] += column[k + c] * d[c];
+    }
+}
+
+void Products(const Kernel& kernel, int64_t count, Block& block) {
+  if (kernel.depthwise) return TapsTimes(kernel, block);
+  Multiply(block.columns.data(), kernel.deep, 1, count, kernel.elements, kernel.dense.data(),
+           kernel.width, block.results.data(), false);
+}
+
+void Pullback(const Kernel& kernel, int64_t count, Block& block, Sums& sums) {
+  if (kernel.depthwise) return TapsPullback(kernel, block, sums);
+  Multiply(block.columns.data(), 1, kernel.deep, kernel.elements, count, block.results.data(),
+           kernel.width, sums.weights.data(), true);
+  Multiply(block.results.data(), kernel.width, 1, count, kernel.outputs, kernel.transposed.data(),
+           kernel.deep, block.derivative.data(), false);
+}
+
 void ForwardImage(const Training& t, const Grid& grid, const Kernel& kernel, int64_t n, float* y,
                   Block& block) {
   const int64_t pixels = t.geometry.Pixels();
-  for (int64_t first = 0; first < pixels; first += kPixels) {
-    const int64_t count = std::min(kPixels, pixels - first);
+  for (int64_t first = 0; first < pixels; first += block.size) {
+    const int64_t count = std::min(block.size, pixels - first);
     Columns(t, grid, n, first, count, kernel.deep, block);
-    Multiply(block.columns.data(), kernel.deep, 1, count, kernel.elements, kernel.dense.data(),
-             kernel.width, block.results.data(), false);
+    Products(kernel, count, block);
     for (int64_t p = 0; p < count; ++p)
       std::copy_n(&block.results[p * kernel.width], kernel.outputs,
                   y + (n * pixels + first + p) * kernel.outputs);
@@ -89,16 +141,13 @@ void BackwardImage(const Training& t, const Grid& grid, const Kernel& kernel, in
                    const float* dy, float* dx, Sums& sums, Block& block) {
   const int64_t pixels = t.geometry.Pixels();
   std::fill_n(dx + n * t.geometry.Image(), t.geometry.Image(), 0.0f);
-  for (int64_t first = 0; first < pixels; first += kPixels) {
-    const int64_t count = std::min(kPixels, pixels - first);
+  for (int64_t first = 0; first < pixels; first += block.size) {
+    const int64_t count = std::min(block.size, pixels - first);
     for (int64_t p = 0; p < count; ++p)
       std::copy_n(dy + (n * pixels + first + p) * kernel.outputs, kernel.outputs,
                   &block.results[p * kernel.width]);
     Columns(t, grid, n, first, count, kernel.deep, block);
-    Multiply(block.columns.data(), 1, kernel.deep, kernel.elements, count, block.results.data(),
-             kernel.width, sums.weights.data(), true);
-    Multiply(block.results.data(), kernel.width, 1, count, kernel.outputs,
-             kernel.transposed.data(), kernel.deep, block.derivative.data(), false);
+    Pullback(kernel, count, block, sums);
     Derivatives(t, grid, n, first, count, kernel.deep, block, dx, sums);
   }
 }
@@ -108,6 +157,7 @@ struct Convolution {
   Training training;
   Grid grid;
   int64_t outputs;
+  bool depthwise;
 };
 
 ffi::ErrorOr<Convolution> Read(const Floats& x, const Mask& keep, const Floats& step,
@@ -119,11 +169,17 @@ ffi::ErrorOr<Convolution> Read(const Floats& x, const Mask& keep, const Floats& 
   if (grid.has_error()) return ffi::Unexpected(grid.error());
   const Geometry& g = read->geometry;
   auto sizes = kernel.dimensions();
-  if (sizes.size() != 2 || sizes[0] != g.Column())
-    return ffi::Unexpected(Bad("the kernel is not [" + std::to_string(g.Column()) + ", outputs]"));
-  if (static_cast<int64_t>(y.element_count()) != g.images * g.Pixels() * sizes[1])
+  const bool depthwise = a.groups != 1;
+  if (depthwise && a.groups != g.channels)
+    return ffi::Unexpected(Bad(std::to_string(a.groups) + " groups are neither 1 nor the " +
+                               std::to_string(g.channels) + " channels"));
+  if (sizes.size() != 2 || sizes[0] != g.Column() || (depthwise && sizes[1] != 1))
+    return ffi::Unexpected(Bad("the kernel is not [" + std::to_string(g.Column()) +
+                               (depthwise ? ", 1]" : ", outputs]")));
+  const int64_t outputs = depthwise ? g.channels : sizes[1];
+  if (static_cast<int64_t>(y.element_count()) != g.images * g.Pixels() * outputs)
     return ffi::Unexpected(Bad("the result has another size than the window gives"));
-  return Convolution{read.value(), grid.value(), sizes[1]};
+  return Convolution{read.value(), grid.value(), outputs, depthwise};
 }
 
 ffi::Error Forward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floats zero,
@@ -132,7 +188,8 @@ ffi::Error Forward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Float
   auto read = Read(x, keep, step, zero, coefficients, weights, *y, a);
   if (read.has_error()) return read.error();
   const Training& t = read->training;
-  const Kernel kernel(weights.typed_data(), t.geometry.Column(), read->outputs, false);
+  const Kernel kernel(weights.typed_data(), t.geometry.Column(), read->outputs, read->depthwise,
+                      false);
   ParallelFor(pool, t.geometry.images, [&](int64_t n) {
     Block block(t.geometry, kernel);
     ForwardImage(t, read->grid, kernel, n, y->typed_data(), block);
@@ -161,14 +218,14 @@ ffi::Error Backward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floa
     return Bad("the derivative of the kernel has another size");
   const Training& t = read->training;
   const int64_t elements = t.geometry.Column(), images = t.geometry.images;
-  const Kernel kernel(weights.typed_data(), elements, read->outputs, true);
+  const Kernel kernel(weights.typed_data(), elements, read->outputs, read->depthwise, true);
   const int64_t tasks = std::clamp<int64_t>(images, 1, kTasks);
   std::vector<Sums> sums(tasks);
   ParallelFor(pool, tasks, [&](int64_t task) {
     Sums& own = sums[task];
     own.coefficients.assign(t.Coefficients(), 0.0f);
     own.step.assign(elements, 0.0f);
-    own.weights.assign(elements * kernel.width, 0.0f);
+    own.weights.assign(kernel.dense.size(), 0.0f);
     Block block(t.geometry, kernel);
     for (int64_t n = task * images / tasks; n < (task + 1) * images / tasks; ++n)
       BackwardImage(t, read->grid, kernel, n, dy.typed_data(), dx->typed_data(), own, block);
@@ -178,9 +235,10 @@ ffi::Error Backward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floa
   const std::vector<double> lanes = Total(sums, &Sums::step);
   *dstep->typed_data() = static_cast<float>(std::accumulate(lanes.begin(), lanes.end(), 0.0));
   const std::vector<double> products = Total(sums, &Sums::weights);
+  const int64_t used = kernel.depthwise ? 1 : kernel.outputs;
+  const int64_t row = kernel.depthwise ? 1 : kernel.width;
   for (int64_t k = 0; k < elements; ++k)
-    std::copy_n(products.begin() + k * kernel.width, kernel.outputs,
-                dweights->typed_data() + k * kernel.outputs);
+    std::copy_n(products.begin() + k * row, used, dweights->typed_data() + k * used);
   return ffi::Error::Success();
 }
 

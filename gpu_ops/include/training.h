@@ -26,8 +26,8 @@ inline ffi::ErrorOr<Training> ReadTraining(const Floats& x, const Mask& keep, co
   Geometry& g = t.geometry;
   if (ffi::Error error = ReadWindow(x.dimensions(), a.Window(), g); error.failure())
     return ffi::Unexpected(error);
-  if (a.groups != 1 || g.low[0] + g.high[0] + g.low[1] + g.high[1] != 0)
-    return ffi::Unexpected(Bad("the training operation takes no groups and no padding"));
+  if (g.low[0] + g.high[0] + g.low[1] + g.high[1] != 0)
+    return ffi::Unexpected(Bad("the training operation takes no padding"));
   g.row = g.Column();
   if (ffi::Error error = CheckIndices(g); error.failure()) return ffi::Unexpected(error);
   if (keep.element_count() != 0 && keep.element_count() != x.element_count())
@@ -52,6 +52,7 @@ inline ffi::ErrorOr<Training> ReadColumns(const Floats& x, const Mask& keep, con
   auto read = ReadTraining(x, keep, step, zero, coefficients, a);
   if (read.has_error()) return read;
   const Geometry& g = read->geometry;
+  if (a.groups != 1) return ffi::Unexpected(Bad("columns for training have no groups"));
   if (static_cast<int64_t>(columns.element_count()) != g.images * g.Pixels() * g.row)
     return ffi::Unexpected(Bad("the columns have another size than the window gives"));
   return read;
