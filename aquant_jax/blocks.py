@@ -63,8 +63,9 @@ def partition(
         single = [len(values) == 1 and not views.issuperset(values) for values in live]
         allowed = [ok and one for ok, one in zip(allowed, single, strict=True)]
     cuts = [c for c in _cuts(graph, live, weighted, allowed) if c is not None]
+    keys = _keys(graph, patterns)
     if unit != "layer":
-        cuts = _merge(graph, weighted, cuts, _keys(graph, patterns))
+        cuts = _merge(graph, weighted, cuts, keys)
     return _blocks(graph, live, weighted, cuts, sampled, per_layer=unit == "layer")
 
 

@@ -64,4 +64,4 @@ def _scale(value: np.ndarray) -> float:
     if value.dtype != np.float32:
         return 1.0
     top = float(np.max(np.abs(value), initial=0.0))
-    return 2.0 ** np.ceil(np.log2(top / HEADROOM)) if top > 0 else 1.0
+    return 2.0 ** np.ceil(np.log2(top / HEADROOM)) if 0 < top < np.inf else 1.0

@@ -21,6 +21,8 @@ def check_variables(variables) -> None:
     for name, leaf in zip(path_names(variables), leaves, strict=True):
         if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex):
             raise InputError(f"variables/{name} is {leaf!r}, which is no array")
+        if isinstance(leaf, np.ndarray | np.generic) and not _holds_numbers(leaf.dtype):
+            raise InputError(f"variables/{name} has dtype {leaf.dtype}, which is none of numbers")
     _check_finite("variables", variables)
 
 
@@ -42,13 +44,17 @@ def check_calibration(calibration, recipe: Recipe) -> int:
             "(batch_size)"
         )
     for name, leaf in zip(names, leaves, strict=True):
-        if leaf.dtype == np.float64 or leaf.dtype == np.complex128 or leaf.dtype == object:
+        if leaf.dtype in (np.float64, np.complex128) or not _holds_numbers(leaf.dtype):
             raise InputError(
                 f"calibration{'/' + name if name else ''} has dtype {leaf.dtype}; give float32, "
                 "bfloat16, float16 or integers"
             )
     _check_finite("calibration", calibration)
     return samples
+
+
+def _holds_numbers(dtype) -> bool:
+    return dtype == np.bool_ or jnp.issubdtype(dtype, jnp.number)
 
 
 def _check_finite(what: str, tree) -> None:

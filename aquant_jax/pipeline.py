@@ -16,6 +16,7 @@ from aquant_jax import checks
 from aquant_jax.blocks import Block, partition
 from aquant_jax.cache import Cache, store
 from aquant_jax.compiler import Compiler
+from aquant_jax.errors import InputError, ReconstructionError
 from aquant_jax.fold import fold, folded_weights
 from aquant_jax.graph import Graph, sample_first
 from aquant_jax.grids import Grids, deployed_weights, float_weights, make_grids, nearest_layers
@@ -102,8 +103,10 @@ def quantize(
       InputError: non-finite variables or calibration samples (named by path), an empty or too
         small calibration set, a network that cannot be traced or has no weighted op, a regex of
         the recipe that matches nothing.
-      ReconstructionError: a block's loss became non-finite.
+      ReconstructionError: a block's loss, or a layer's float input, is not finite.
     """
+    if seed < 0:
+        raise InputError(f"seed is {seed}; it must be 0 or more")
     calibration = jax.tree.map(np.asarray, calibration)
     net = prepare(apply, variables, calibration, recipe)
     run = _Run(net, recipe, calibration, seed, compiler or Compiler())
@@ -215,14 +218,12 @@ class _Run:
         own = [weights[[s.path for s in units[0].specs].index(s.path)] for s in seer.specs]
         count = min(self.recipe.init_samples, self.net.samples)
         batches = list(self._batches(seer, own, None, self.floating, count))
-        fresh = {
-            key: tensor_state(
-                np.concatenate([np.ravel(values).astype(np.float32) for values in seen]), bits
-            )
-            for (key, (_, bits)), seen in zip(
-                unseen.items(), zip(*batches, strict=True), strict=True
-            )
-        }
+        fresh = {}
+        for (key, (_, bits)), seen in zip(unseen.items(), zip(*batches, strict=True), strict=True):
+            values = np.concatenate([np.ravel(part).astype(np.float32) for part in seen])
+            if not np.isfinite(values).all():
+                raise ReconstructionError(f"{key}: its float input holds NaN or infinity")
+            fresh[key] = tensor_state(values, bits)
         self.tensors.update(fresh)
         return fresh
 

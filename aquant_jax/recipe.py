@@ -18,7 +18,8 @@ class Override:
     """Exception for the layers whose weight path a regex finds.
 
     Attributes:
-      pattern: regex searched in the weight path; matching no layer is an error.
+      pattern: regex searched in the weight path; matching no layer is an error. Of several that
+        match, the last one decides on each of the others below.
       weight_bits: bits of the weights, or None to leave the recipe's.
       act_bits: bits of the tensor that feeds the layer, or None to leave the recipe's.
       keep_float: leave weights and input of the layer in float.
@@ -176,10 +177,12 @@ def aquant(weight_bits: int = 4, act_bits: int = 4, **fields) -> Recipe:
 
 
 def _override(fields) -> Override:
+    known = [f.name for f in dataclasses.fields(Override)]
+    if not isinstance(fields, Mapping):
+        raise InputError(f"overrides: {fields!r} is no dict of {', '.join(known)}")
     try:
-        return Override(**dict(fields))
+        return Override(**fields)
     except TypeError as error:
-        known = [f.name for f in dataclasses.fields(Override)]
         raise InputError(f"overrides: {dict(fields)}: {error}; fields: {known}") from error
 
 
@@ -192,6 +195,12 @@ def _known_fields(fields):
             raise InputError(f"unknown recipe field {name!r}; {hint}fields: {', '.join(known)}")
 
 
+_POSITIVE = (
+    "batch_size", "init_samples", "weight_lr", "step_lr", "border_lr", "loss_power",
+    "border_gain", "border_range", "beta_start", "beta_end",
+)  # fmt: skip
+
+
 def _check(recipe: Recipe):
     _check_bits(recipe)
     _check_types(recipe)
@@ -201,11 +210,13 @@ def _check(recipe: Recipe):
     for name in ("input_mixing", "drop", "settle", "border_warmup", "rounding_warmup"):
         if not 0.0 <= getattr(recipe, name) < 1.0:
             raise InputError(f"{name} is {getattr(recipe, name)}; it must be in [0, 1)")
-    for name in ("batch_size", "init_samples", "weight_lr", "step_lr", "border_lr", "loss_power"):
-        if not getattr(recipe, name) > 0:
-            raise InputError(f"{name} is {getattr(recipe, name)}; it must be positive")
-    if recipe.steps < 0:
-        raise InputError(f"steps is {recipe.steps}; it must be 0 or more")
+    for name in _POSITIVE:
+        value = getattr(recipe, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"{name} is {value}; it must be positive and finite")
+    for name in ("steps", "rounding_weight"):
+        if not 0 <= getattr(recipe, name) < float("inf"):
+            raise InputError(f"{name} is {getattr(recipe, name)}; it must be 0 or more, and finite")
     borders.get_phi(recipe.phi)
     if recipe.border is not None:
         borders.get(recipe.border)
@@ -219,15 +230,17 @@ def _check_bits(recipe: Recipe):
     for name, value in bits.items():
         if value is None and name not in ("weight_bits", "act_bits"):
             continue
-        if not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not whole or value not in range(MIN_BITS, MAX_BITS + 1):
             raise InputError(f"{name} is {value!r}; it must be a whole number of 2 to 8 bits")
 
 
 def _check_types(recipe: Recipe):
     kinds = {"int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": str}
     for field in dataclasses.fields(recipe):
-        value, kind = getattr(recipe, field.name), kinds.get(str(field.type))
-        if kind is None:
+        kind_name, _, optional = str(field.type).partition(" | ")
+        value, kind = getattr(recipe, field.name), kinds.get(kind_name)
+        if kind is None or (optional and value is None):
             continue
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise InputError(f"{field.name} is {value!r}; it must be of type {field.type}")
@@ -236,6 +249,9 @@ def _check_types(recipe: Recipe):
     for pattern in (*recipe.blocks, *(o.pattern for o in recipe.overrides)):
         if not isinstance(pattern, str):
             raise InputError(f"blocks and overrides: {pattern!r} is no regular expression")
+    for override in recipe.overrides:
+        if not isinstance(override.keep_float, bool):
+            raise InputError(f"overrides: keep_float is {override.keep_float!r}, no yes or no")
 
 
 def _one_of(recipe, name, known):

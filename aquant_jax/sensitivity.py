@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aquant_jax.checks import check_calibration
 from aquant_jax.grids import deployed_weights, float_weights, make_grids, nearest_layers
 from aquant_jax.layer import run_layer
 from aquant_jax.observers import tensor_state
@@ -39,6 +40,7 @@ def sensitivity(apply: Callable, variables, calibration, recipe: Recipe) -> list
       InputError: see `quantize`.
     """
     calibration = jax.tree.map(np.asarray, calibration)
+    check_calibration(calibration, recipe.replace(steps=0))
     samples = min(len(jax.tree.leaves(calibration)[0]), recipe.init_samples)
     calibration = jax.tree.map(lambda leaf: leaf[:samples], calibration)
     net = prepare(apply, variables, calibration, recipe.replace(batch_size=samples, steps=0))

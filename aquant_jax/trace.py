@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import numpy as np
 
 from aquant_jax.errors import InputError
 from aquant_jax.graph import Graph, Layer, Op, path_names
@@ -111,7 +112,7 @@ class _Flattener:
         params = dict(eqn.params)
         if layer:
             params["operand_dtypes"] = tuple(atom.aval.dtype for atom in eqn.invars)
-        self.ops.append(Op(eqn.primitive.name, params, call, inputs, outputs, layer))
+        self.ops.append(Op(_op_name(eqn), params, call, inputs, outputs, layer))
 
     def _layer(self, eqn, inputs) -> Layer | None:
         if eqn.primitive.name not in _WEIGHTED:
@@ -141,6 +142,16 @@ class _Flattener:
         path = self.variables[max(self.static_of[weight], key=lambda i: self.avals[i].size)]
         self.used[path] = self.used.get(path, 0) + 1
         return path if self.used[path] == 1 else f"{path}#{self.used[path]}"
+
+
+def _op_name(eqn) -> str:
+    """The primitive; padding with a value of its own makes a new tensor, and is told apart."""
+    name = eqn.primitive.name
+    if name != "pad":
+        return name
+    value = eqn.invars[1]
+    handed_on = isinstance(value, jex.Literal) and value.val in (0, -np.inf)
+    return name if handed_on else "pad with a value"
 
 
 def _called(eqn):

@@ -143,15 +143,16 @@ def layer_specs(graph: Graph, recipe: Recipe) -> dict[str, LayerSpec]:
     ops = [op for op in graph.ops if op.layer is not None]
     overrides = _match(recipe, [op.layer.path for op in ops])
     above = _weighted_ancestors(graph)
-    first = {op.layer.path for op in ops if root(producers, op.x) not in graph.live}
+    raw = _raw_values(graph)
+    first = {op.layer.path for op in ops if root(producers, op.x) in raw}
     last = {op.layer.path for op in ops} - {path for op in ops for path in above[op.layer.path]}
     specs: dict[str, LayerSpec] = {}
     owner: dict[int, str] = {}
     for op in ops:
         path = op.layer.path
         value = root(producers, op.x)
-        floats = any(o.keep_float for o in overrides[path])
-        quantized = not floats and (value in graph.live or recipe.quantize_input)
+        floats = bool(overrides[path]) and overrides[path][-1].keep_float
+        quantized = not floats and (value not in raw or recipe.quantize_input)
         tensor = owner.setdefault(value, path) if quantized else None
         bits = _weight_bits(recipe, path, first, last, overrides[path])
         specs[path] = LayerSpec(
@@ -164,7 +165,32 @@ def layer_specs(graph: Graph, recipe: Recipe) -> dict[str, LayerSpec]:
             phi=recipe.phi,
             fused=recipe.fused,
         )
+    _check_act_bits(recipe, specs, overrides)
     return _share_act_bits(recipe, specs, above, first, last, overrides)
+
+
+def _raw_values(graph: Graph) -> frozenset[int]:
+    """The input's own numbers, scaled or shifted perhaps: no weighted op made them.
+
+    What is looked up in a table by the input, such as an embedding, is not among them.
+    """
+    raw = set(graph.inputs)
+    for op in graph.ops:
+        reads = [value for value in op.reads if value in graph.dynamic]
+        looked_up = op.name == "gather" and op.inputs[0] not in graph.dynamic
+        if reads and op.layer is None and not looked_up and raw.issuperset(reads):
+            raw.update(op.outputs)
+    return frozenset(raw)
+
+
+def _check_act_bits(recipe: Recipe, specs, overrides) -> None:
+    for override in recipe.overrides:
+        mine = [path for path, matched in overrides.items() if override in matched]
+        if override.act_bits is not None and all(specs[path].tensor is None for path in mine):
+            raise InputError(
+                f"overrides: {override.pattern!r} sets act_bits to {override.act_bits}, but the "
+                f"input of {', '.join(mine)} stays float"
+            )
 
 
 def _match(recipe: Recipe, paths: list[str]) -> dict[str, list[Override]]:
@@ -218,8 +244,9 @@ def _share_act_bits(recipe, specs, above, first, last, overrides) -> dict[str, L
             bits[tensor] = recipe.first_output_bits
         if recipe.last_act_bits and all(path in last for path in paths):
             bits[tensor] = recipe.last_act_bits
-        for override in (o for path in paths for o in overrides[path]):
-            bits[tensor] = override.act_bits or bits[tensor]
+        for override in recipe.overrides:  # the last match of any reader wins
+            if any(override in overrides[path] for path in paths):
+                bits[tensor] = override.act_bits or bits[tensor]
     return {
         path: spec._replace(act_bits=bits[spec.tensor]) if spec.tensor else spec
         for path, spec in specs.items()

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, ReconstructionError
 
 IDENTITY = "run.json"
 RESULTS = "results.json"
@@ -57,16 +57,17 @@ def claim(path: str | Path, identity: dict[str, Any]) -> Iterator[Run]:
         identity: JSON-able; two runs are the same if these are equal.
 
     Yields:
-        A ``Run``. On an ``InputError`` inside the context everything written is removed
-        again; on an interruption it stays, for the same command to start afresh.
+        A ``Run``. On an error inside the context everything written is removed again; on an
+        interruption it stays, for the same command to start afresh, and so does the log of a
+        reconstruction that failed.
 
     Raises:
         InputError: the folder cannot be written, or holds another run.
     """
     path = Path(path)
     identity = json.loads(json.dumps(jsonable(identity)))
-    existed = path.exists()
-    stored = _read_owned(path, identity) if existed else None
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    stored = _read_owned(path, identity) if path.exists() else None
     if stored is None:
         with _writable(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -74,12 +75,14 @@ def claim(path: str | Path, identity: dict[str, Any]) -> Iterator[Run]:
             write_json(path / IDENTITY, identity)
     try:
         yield Run(path, stored)
-    except InputError:
+    except ReconstructionError:
+        raise
+    except Exception:
         if stored is None:
             _remove_outputs(path)
-            if not existed:
+            for folder in made:
                 with contextlib.suppress(OSError):  # a finished cell of a comparison stays
-                    path.rmdir()
+                    folder.rmdir()
         raise
 
 

@@ -55,7 +55,7 @@ def run(
         compiler = aq.Compiler(gpu_ops.backend())
         for seed in seeds:
             path = folder / f"{name}-s{seed}"
-            with workdir.claim(path, experiment.identity(config, seed)) as own:
+            with workdir.claim(path, experiment.identity(config, seed, data_dir)) as own:
                 results = own.stored
                 if results is None:
                     loaded = loaded or experiment.load(config, data_dir)

@@ -110,7 +110,10 @@ def load_config(spec: str, overrides: dict[str, str], variant: str = "") -> Conf
     path, _, argument = spec.partition(":")
     if not Path(path).is_file():
         raise InputError(f"there is no config file {path!r}")
-    get_config = runpy.run_path(path).get("get_config")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+    except SyntaxError as error:
+        raise InputError(f"{path} is no Python file: {error}") from error
     if get_config is None:
         raise InputError(f"{path} defines no get_config(variant)")
     if "preset" in overrides:

@@ -15,6 +15,7 @@ from absl import flags
 
 import aquant_jax as aq
 from aquant_jax import plots, workdir
+from aquant_jax.errors import InputError
 from launch import cells, common, experiment
 
 
@@ -76,6 +77,8 @@ def main(argv: list[str]) -> None:
         )
         for name in dict.fromkeys(values.presets)
     ]
+    if not wanted:
+        raise InputError(f"no presets; there are: {', '.join(aq.recipes.PRESETS)}")
     owner = {"program": "compare", "config": values.config, "overrides": overrides}
     with workdir.claim(values.workdir, owner) as folder:
         found = cells.run(folder.path, values.data_dir, wanted, seeds)

@@ -43,9 +43,14 @@ def load(config: Config, data_dir: str) -> Experiment:
     """Loads the model and the data of a config and scores the float network.
 
     Raises:
-        InputError: an unknown model or data set, one that is not in ``data_dir``, or fewer
-            calibration images than the config asks for.
+        InputError: an unknown model or data set, one that is not in ``data_dir``, fewer
+            calibration images than the config asks for, or a size that is no whole number.
     """
+    for name in ("calibration_size", "eval_batch_size", "test_limit"):
+        value = config[name]
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not whole and not (name == "test_limit" and value is None):
+            raise InputError(f"config field {name} is {value!r}; it must be a positive integer")
     apply, variables = models.create(config.model, _weights_path(config, data_dir))
     dataset, calibration = _open_data(config, data_dir)
     calibration.check_calibration(config.calibration_size)  # before hours of scoring
@@ -97,9 +102,10 @@ def recipe_of(config: Config) -> aq.Recipe:
     return aq.recipes.preset(config.preset, **config.recipe.to_dict())
 
 
-def identity(config: Config, seed: int) -> dict[str, Any]:
+def identity(config: Config, seed: int, data_dir: str) -> dict[str, Any]:
     """What makes two cells the same run."""
-    return {"program": "quantize", "config": config.to_dict(), "seed": seed}
+    data = str(Path(data_dir).expanduser().resolve())
+    return {"program": "quantize", "config": config.to_dict(), "seed": seed, "data_dir": data}
 
 
 def run(

@@ -21,7 +21,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "data_dir", "~", "holds tensorflow_datasets/ and weights/", flag_values=values
     )
-    flags.DEFINE_integer("seed", 0, "of calibration draw and steps", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of calibration draw and steps", 0, flag_values=values)
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
 
 
@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
     values, overrides = common.parse(argv, define_flags, __doc__)
     config = common.load_config(values.config, overrides)
     experiment.recipe_of(config)  # a wrong field ends the run here, before anything is loaded
-    with workdir.claim(values.workdir, experiment.identity(config, values.seed)) as folder:
+    identity = experiment.identity(config, values.seed, values.data_dir)
+    with workdir.claim(values.workdir, identity) as folder:
         results = folder.stored
         if results is None:
             loaded = experiment.load(config, values.data_dir)

@@ -119,9 +119,7 @@ def entries(values: Any, planned: Planned, folder: Path) -> list[Entry]:
     """Runs what is not finished; the results of all cells."""
     table, seeds, found = TABLES[values.table], cells.parse_seeds(values.seeds), []
     for model, of_model in planned.items():
-        own = folder / model
-        own.mkdir(exist_ok=True)
-        runs = cells.run(own, values.data_dir, list(of_model.values()), seeds)
+        runs = cells.run(folder / model, values.data_dir, list(of_model.values()), seeds)
         for (bits, row), cell in of_model.items():
             results = runs[cell.name]
             first = results[0]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from nets import conv, images, mlp, normal, residual_net, rng_of
+from nets import conv, images, mlp, normal, relative_error, residual_net, rng_of
 
 import aquant_jax as aq
 from aquant_jax.errors import InputError
@@ -94,6 +94,23 @@ def test_repeated_modules_are_merged_by_path():
 def test_plain_chain_is_one_layer_a_block():
     net = prepare(*mlp(), normal(rng_of(0), 8, 6))
     assert layers(net) == [("0/w",), ("1/w",), ("2/w",)]
+
+
+def test_padding_with_a_value_of_its_own_makes_a_new_tensor():
+    def apply(v, x):
+        h = jax.nn.relu(conv(x, v["a"]))
+        h = jnp.pad(h, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=50.0)
+        return conv(h, v["b"], padding="VALID")
+
+    variables = {"a": normal(rng_of(0), 3, 3, 3, 4), "b": normal(rng_of(1), 3, 3, 4, 4)}
+    recipe = aq.recipes.nearest(8, 8, batch_size=8)
+    quantized = aq.quantize(apply, variables, X, recipe, progress=False)
+    assert relative_error(quantized(X), apply(variables, X)) < 0.02
+
+
+def test_layer_units_take_no_regex_that_matches_nothing_either():
+    with pytest.raises(aq.InputError, match="nonsense"):
+        aq.prepare(*residual_net(), X, aq.recipes.adaround(batch_size=8, blocks=("nonsense",)))
 
 
 def test_branches_are_one_block():

@@ -76,6 +76,41 @@ def test_wrong_dtypes_of_the_calibration_set_are_named(dtype):
         quantize(calibration=images(0, 8).astype(dtype))
 
 
+@pytest.mark.parametrize("values", [np.array(["a"] * 8), np.zeros(8, "datetime64[s]")])
+def test_what_holds_no_numbers_is_named(values):
+    with pytest.raises(InputError, match="calibration has dtype"):
+        quantize(calibration=values)
+    variables = residual_net()[1]
+    with pytest.raises(InputError, match=r"variables/name has dtype .*, which is none of numbers"):
+        quantize({**variables, "name": values})
+
+
+def test_a_seed_below_zero_is_an_error():
+    with pytest.raises(InputError, match="seed is -1"):
+        aq.quantize(*residual_net(), images(0, 8), NEAREST, seed=-1, progress=False)
+
+
+@pytest.mark.user_model
+@pytest.mark.parametrize(
+    ("preset", "broken", "words"),
+    [
+        ("nearest", lambda h: jnp.log(-1 - h), "b: its float input holds NaN or infinity"),
+        ("qdrop", lambda h: jnp.log(-1 - h), "a: the reconstruction loss is nan"),
+        ("qdrop", lambda h: jnp.exp(1e3 * h), "a: the reconstruction loss is"),
+    ],
+    ids=["nearest", "nan", "inf"],
+)
+def test_a_network_that_is_not_finite_inside_is_named(preset, broken, words):
+    def apply(v, x):
+        return broken(jax.nn.relu(x @ v["a"])) @ v["b"]
+
+    variables = {"a": normal(rng_of(0), 3, 4), "b": normal(rng_of(1), 4, 2)}
+    steps = {} if preset == "nearest" else {"steps": 1}
+    recipe = getattr(aq.recipes, preset)(2, 2, batch_size=8, **steps)
+    with pytest.raises(aq.ReconstructionError, match=words):
+        quantize(variables, normal(rng_of(2), 8, 3), recipe, (apply, None))
+
+
 @pytest.mark.parametrize(
     ("calibration", "text"),
     [

@@ -167,6 +167,12 @@ class TestPyTorch:
         torch.save(content, tmp_path / "w.pth")
         refused(run("w.pth"), "w.pth", *words)
 
+    def test_a_tensor_that_numpy_cannot_read(self, tmp_path, run):
+        import torch
+
+        torch.save({"conv1": torch.eye(2).to_sparse()}, tmp_path / "w.pth")
+        refused(run("w.pth"), "conv1 is a tensor of torch.float32, torch.sparse_coo")
+
 
 class TestRefusals:
     def test_pytorch_is_not_installed(self, tmp_path, run, monkeypatch):

@@ -144,6 +144,10 @@ WRONG = {
     "unknown field": ([DIGITS, "--config.recipe.stesp=1"], "steps"),
     "unknown flag": ([DIGITS, "--sede=1"], "sede"),
     "flag of a wrong type": ([DIGITS, "--seed=x"], "seed"),
+    "seed below zero": ([DIGITS, "--seed=-1"], "seed"),
+    "no Python": (["--config=README.md"], "README.md is no Python file"),
+    "limit that is no number": ([DIGITS, "--config.test_limit=abc"], "test_limit is 'abc'"),
+    "overrides": ([DIGITS, "--config.recipe.overrides=[5]"], "overrides: 5 is no dict"),
     "field of a wrong type": ([DIGITS, "--config.recipe.steps=x"], "steps"),
     "stray argument": ([DIGITS, "runs/x"], "runs/x"),
     "bits": ([DIGITS, "--config.recipe.weight_bits=9"], "9"),
@@ -183,6 +187,13 @@ def test_a_workdir_that_holds_another_run(program, pretend, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_finished_run_does_not_answer_for_other_data(pretend, tmp_path, capsys):
+    argv = ["quantize", DIGITS, f"--workdir={tmp_path}", *SMALL]
+    assert quantize.main([*argv, "--data_dir=/one"]) == 0
+    assert quantize.main([*argv, "--data_dir=/two"]) == 2
+    assert "data_dir ('/one' there, '/two' here)" in capsys.readouterr().err
+
+
 def test_an_unwritable_workdir(pretend, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert quantize.main(["quantize", DIGITS, f"--workdir={tmp_path / 'file' / 'run'}"]) == 2
@@ -191,7 +202,8 @@ def test_an_unwritable_workdir(pretend, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "word"), [(["--seeds=a"], "whole numbers"), (["--presets=x"], "qdrop")]
+    ("flags", "word"),
+    [(["--seeds=a"], "whole numbers"), (["--presets=x"], "qdrop"), (["--presets="], "no presets")],
 )
 def test_wrong_rows_and_seeds_of_compare(flags, word, tmp_path, capsys):
     assert compare.main(["compare", DIGITS, f"--workdir={tmp_path / 'run'}", *flags]) == 2

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 import aquant_jax as aq
@@ -80,6 +81,10 @@ def test_bits_of_an_override_outside_two_to_eight():
         recipes.qdrop(overrides=(Override("head", act_bits=9),))
 
 
+def test_bits_may_be_whole_numbers_of_numpy():
+    assert recipes.qdrop(np.int64(2), act_bits=np.uint8(3)).weight_bits == 2
+
+
 def test_optional_bits_may_be_none_and_the_others_may_not():
     assert recipes.qdrop(first_weight_bits=None, first_output_bits=None).first_weight_bits is None
     with pytest.raises(InputError, match="weight_bits is None"):
@@ -100,6 +105,12 @@ BAD = [
     ("loss_power", 0.0, "loss_power is 0.0"),
     ("init_samples", 0, "init_samples is 0"),
     ("steps", -1, "steps is -1; it must be 0 or more"),
+    ("border_range", 0.0, "border_range is 0.0; it must be positive and finite"),
+    ("border_range", -1.0, "border_range is -1.0"),
+    ("border_gain", -1.0, "border_gain is -1.0"),
+    ("weight_lr", float("inf"), "weight_lr is inf; it must be positive and finite"),
+    ("beta_end", -3.0, "beta_end is -3.0"),
+    ("rounding_weight", -1.0, "rounding_weight is -1.0; it must be 0 or more"),
 ]
 
 
@@ -112,7 +123,9 @@ def test_values_out_of_range(field, value, message):
 WRONG_TYPES = [
     ("steps", "10"), ("steps", 1.5), ("drop", "half"), ("batch_size", 2.5), ("fused", "no"),
     ("blocks", "block_1"), ("overrides", Override("a")), ("rounding_weight", float("nan")),
-    ("overrides", ({"pattern": 3},)),
+    ("overrides", ({"pattern": 3},)), ("overrides", (5,)), ("overrides", ("abc",)),
+    ("overrides", ({"pattern": "a", "keep_float": "yes"},)), ("border", [1]), ("border", 2),
+    ("border_range", "a"), ("phi", None),
 ]  # fmt: skip
 
 

@@ -24,3 +24,6 @@ def test_layers_come_with_the_most_sensitive_first():
 def test_bad_input_is_named():
     with pytest.raises(aq.InputError, match="matches none"):
         aq.sensitivity(*residual_net(), X, aq.recipes.qdrop(overrides=({"pattern": "no"},)))
+    for calibration in ({}, X[:0], X[0, 0, 0, 0]):
+        with pytest.raises(aq.InputError, match="calibration set"):
+            aq.sensitivity(*residual_net(), calibration, aq.recipes.qdrop())

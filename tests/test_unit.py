@@ -295,6 +295,60 @@ class TestBits:
         assert specs["left"].tensor == specs["right"].tensor == "left"
         assert specs["left"].act_bits == specs["right"].act_bits == 5
 
+    def test_an_override_of_bits_undoes_an_earlier_keep_float(self):
+        overrides = (
+            {"pattern": ".", "keep_float": True},
+            {"pattern": "block_1/conv2", "weight_bits": 4, "act_bits": 5},
+        )
+        specs = specs_of(aq.recipes.qdrop(2, 3, overrides=overrides))
+        assert specs["block_1/conv1/kernel"].weight_bits is None
+        conv2 = specs["block_1/conv2/kernel"]
+        assert (conv2.weight_bits, conv2.act_bits) == (4, 5)
+
+    def test_of_the_readers_of_a_tensor_the_last_override_decides(self):
+        def apply(v, x):
+            h = jax.nn.relu(x @ v["a"])
+            return h @ v["left"] + h @ v["right"]
+
+        variables = {n: normal(rng_of(i), 3, 3) for i, n in enumerate(("a", "left", "right"))}
+        for order in (("left", "right"), ("right", "left")):
+            overrides = tuple(
+                {"pattern": pattern, "act_bits": 4 + i} for i, pattern in enumerate(order)
+            )
+            recipe = aq.recipes.qdrop(2, 3, overrides=overrides)
+            specs = specs_of(recipe, (apply, variables), normal(rng_of(5), 8, 3))
+            assert specs["left"].act_bits == specs["right"].act_bits == 5
+
+    def test_bits_of_an_input_that_stays_float_are_an_error(self):
+        recipe = aq.recipes.qdrop(2, 3, overrides=({"pattern": "stem", "act_bits": 8},))
+        with pytest.raises(aq.InputError, match=r"'stem' sets act_bits to 8, but the input of"):
+            specs_of(recipe)
+
+    def test_an_input_scaled_by_variables_is_still_the_input(self):
+        def apply(v, x):
+            h = jax.nn.relu(conv((x - v["mean"]) / v["std"], v["first"]))
+            return conv(h, v["second"])
+
+        variables = {
+            "mean": normal(rng_of(0), 1, 1, 1, 3), "std": np.float32(2),
+            "first": normal(rng_of(1), 3, 3, 3, 4), "second": normal(rng_of(2), 3, 3, 4, 4),
+        }  # fmt: skip
+        specs = specs_of(aq.recipes.qdrop(2, 3), (apply, variables))
+        assert (specs["first"].weight_bits, specs["first"].tensor) == (8, None)
+        assert specs["second"].tensor == "second"
+
+    def test_what_is_looked_up_in_a_table_is_not_the_input(self):
+        def apply(v, tokens):
+            h = v["table"][tokens] + v["position"]
+            return jax.nn.relu(h @ v["a"]) @ v["b"]
+
+        shapes = {"table": (9, 4), "position": (1, 5, 4), "a": (4, 4), "b": (4, 2)}
+        variables = {name: normal(rng_of(3), *shape) for name, shape in shapes.items()}
+        tokens = rng_of(7).integers(0, 9, (8, 5)).astype(np.int32)
+        specs = specs_of(aq.recipes.qdrop(2, 3), (apply, variables), tokens)
+        assert specs["a"].weight_bits == 2
+        assert specs["a"].tensor == "a"
+
     def test_a_layer_without_quantized_input_has_no_border(self):
         specs = specs_of(aq.recipes.aquant(2, 2))
         assert specs["stem/kernel"].border is None

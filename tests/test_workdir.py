@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from aquant_jax import workdir
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, ReconstructionError
 
 
 def files(path):
@@ -62,6 +62,19 @@ def test_a_user_error_leaves_nothing_behind(tmp_path):
     with pytest.raises(InputError):
         fail(tmp_path / "run", {}, InputError("wrong"))
     assert files(tmp_path) == []
+
+
+def test_an_error_leaves_no_parent_folders_behind(tmp_path):
+    for error in (InputError("wrong"), ValueError("a bug")):
+        with pytest.raises(type(error)):
+            fail(tmp_path / "a" / "b" / "run", {}, error)
+        assert files(tmp_path) == []
+
+
+def test_a_reconstruction_that_failed_keeps_its_log(tmp_path):
+    with pytest.raises(ReconstructionError):
+        fail(tmp_path / "run", {}, ReconstructionError("nan"))
+    assert "log.jsonl" in files(tmp_path / "run")
 
 
 def test_a_user_error_keeps_what_was_there(tmp_path):

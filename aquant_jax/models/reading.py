@@ -83,7 +83,9 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             raise InputError(
                 f"{path} holds no state dict: {name!r} is a {type(value).__name__}, not a tensor"
             )
-    return {str(name): _to_numpy(torch, value) for name, value in content.items()}
+    return {
+        str(name): _to_numpy(torch, f"{path}: {name}", value) for name, value in content.items()
+    }
 
 
 def _unwrap(content: Any) -> Any:
@@ -96,10 +98,14 @@ def _unwrap(content: Any) -> Any:
     return content
 
 
-def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
+def _to_numpy(torch: Any, name: str, tensor: Any) -> np.ndarray:
     # numpy has no bfloat16.
     tensor = tensor.detach()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    try:
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    except (TypeError, RuntimeError) as error:
+        kind = f"{tensor.dtype}, {tensor.layout}"
+        raise InputError(f"{name} is a tensor of {kind}, which numpy cannot read") from error
 
 
 def _torch_message(path: Path, error: Exception) -> str:
