@@ -49,6 +49,7 @@ class _Flattener:
         self.ops: list[Op] = []
         self.dynamic: set[int] = set()
         self.live: set[int] = set()
+        self.scalars: dict[int, Any] = {}
         self.static_of: dict[int, set[int]] = {}  # static value -> variables it is made of
         self.used: dict[str, int] = {}
 
@@ -112,7 +113,19 @@ class _Flattener:
         params = dict(eqn.params)
         if layer:
             params["operand_dtypes"] = tuple(atom.aval.dtype for atom in eqn.invars)
-        self.ops.append(Op(_op_name(eqn), params, call, inputs, outputs, layer))
+        name = eqn.primitive.name
+        if name == "pad" and self._scalar(inputs[1]) not in (0, -np.inf):
+            name = "pad with a value"  # which makes a new tensor
+        if name == "convert_element_type" and not dynamic:
+            self.scalars[outputs[0]] = self._scalar(inputs[0])
+        self.ops.append(Op(name, params, call, inputs, outputs, layer))
+
+    def _scalar(self, value) -> Any:
+        """The number that a literal, a constant or a conversion of one is; None if unknown."""
+        if isinstance(value, jex.Literal):
+            return value.val
+        constant = self.constants.get(value)
+        return self.scalars.get(value) if constant is None or np.ndim(constant) else constant
 
     def _layer(self, eqn, inputs) -> Layer | None:
         if eqn.primitive.name not in _WEIGHTED:
@@ -142,16 +155,6 @@ class _Flattener:
         path = self.variables[max(self.static_of[weight], key=lambda i: self.avals[i].size)]
         self.used[path] = self.used.get(path, 0) + 1
         return path if self.used[path] == 1 else f"{path}#{self.used[path]}"
-
-
-def _op_name(eqn) -> str:
-    """The primitive; padding with a value of its own makes a new tensor, and is told apart."""
-    name = eqn.primitive.name
-    if name != "pad":
-        return name
-    value = eqn.invars[1]
-    handed_on = isinstance(value, jex.Literal) and value.val in (0, -np.inf)
-    return name if handed_on else "pad with a value"
 
 
 def _called(eqn):
