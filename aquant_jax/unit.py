@@ -177,7 +177,8 @@ def _raw_values(graph: Graph) -> frozenset[int]:
     raw = set(graph.inputs)
     for op in graph.ops:
         reads = [value for value in op.reads if value in graph.dynamic]
-        looked_up = op.name == "gather" and op.inputs[0] not in graph.dynamic
+        table = op.inputs[0] if op.name == "gather" else None
+        looked_up = isinstance(table, int) and table not in graph.dynamic
         if reads and op.layer is None and not looked_up and raw.issuperset(reads):
             raw.update(op.outputs)
     return frozenset(raw)
