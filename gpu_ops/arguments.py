@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from aquant_jax.numerics import MAX_BITS, MIN_BITS
+from aquant_jax.numerics import MAX_BITS, MIN_BITS, max_code
 from gpu_ops import targets
 
 Padding = str | Sequence[tuple[int, int]]
@@ -166,7 +166,15 @@ def check_added(name: str, value, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} is {value.dtype} {value.shape}, not floats {shape}")
 
 
-def scalar(name: str, value, good, wanted: str) -> jax.Array:
+def grid(step_size, zero_point, bits: int) -> tuple[jax.Array, jax.Array]:
+    """Step size and zero point of an activation of so many bits, checked, as float32 scalars."""
+    check_bits("bits", bits)
+    step = _scalar("step_size", step_size, lambda s: np.isfinite(s) and s > 0, "positive")
+    codes = f"an integer of 0 to {int(max_code(bits))}"
+    return step, _scalar("zero_point", zero_point, lambda z: z in range(2**bits), codes)
+
+
+def _scalar(name: str, value, good, wanted: str) -> jax.Array:
     """`value` as a float32 scalar, checked when it is known."""
     if np.shape(value) != ():
         raise ValueError(f"{name} has shape {np.shape(value)}, not ()")

@@ -16,7 +16,6 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
-from aquant_jax.numerics import max_code
 from gpu_ops import arguments, partition, targets
 from gpu_ops.arguments import Padding
 
@@ -115,7 +114,6 @@ def img2col_border(
     """
     arguments.check_x(x, ("float32", "bfloat16"))
     window = arguments.columns_window(x.shape, kernel, strides, padding, dilation, groups, align)
-    arguments.check_bits("bits", bits)
     if phi not in ("identity", "clamp"):
         raise ValueError(f"phi is {phi!r}, not 'identity' or 'clamp'; the jnp path serves others")
     if output not in OUTPUTS:
@@ -123,9 +121,7 @@ def img2col_border(
     stacked = arguments.stack(
         coefficients or {}, border, (int(np.prod(window.kernel)), x.shape[-1])
     )
-    step = arguments.scalar("step_size", step_size, lambda s: np.isfinite(s) and s > 0, "positive")
-    codes = f"an integer of 0 to {int(max_code(bits))}"
-    zero = arguments.scalar("zero_point", zero_point, lambda z: z in range(2**bits), codes)
+    step, zero = arguments.grid(step_size, zero_point, bits)
     call = _Quantized(window, bits, fused, targets.PHIS[phi], OUTPUTS[output])
     return _compiled(call)(x, step, zero, stacked)
 

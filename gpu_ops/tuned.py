@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from aquant_jax.numerics import max_code
 from gpu_ops import arguments, targets
 from gpu_ops.arguments import Padding
 from gpu_ops.int8 import SHIFT
@@ -86,20 +85,9 @@ def fold_convolution(
     like_x = jax.ShapeDtypeStruct((1, 1, 1, channels), jnp.bfloat16)
     arguments.check_weights(like_x, codes, scale, weight_zero_point, weight_bits, bits)
     taps = height * width
-    for name, value, good, wanted in (
-        ("the number of channels", channels, channels % STEP == 0, f"a multiple of {STEP}"),
-        ("the number of outputs", outer, outer % TILE == 0, f"a multiple of {TILE}"),
-        ("weight_bits", weight_bits, weight_bits < 8, "below 8"),
-        ("phi", phi, phi == "identity", "'identity'"),
-        ("the number of taps", taps, taps <= MOST_TAPS, f"at most {MOST_TAPS}"),
-    ):
-        if not good:
-            raise ValueError(f"{name} is {value!r}, not {wanted}; conv_border_int8 serves it")
+    _check_served(channels, outer, weight_bits, phi, taps)
     stacked = arguments.stack(coefficients or {}, border, (taps, channels))
-    step = float(arguments.scalar("step_size", step_size, lambda s: np.isfinite(s) and s > 0,
-                                  "positive"))  # fmt: skip
-    zero = float(arguments.scalar("zero_point", zero_point, lambda z: z in range(2**bits),
-                                  f"an integer of 0 to {int(max_code(bits))}"))  # fmt: skip
+    step, zero = map(float, arguments.grid(step_size, zero_point, bits))
     polynomial = np.zeros((3, taps, channels))
     polynomial[: len(stacked)] = stacked
     if border == "none":
@@ -119,6 +107,18 @@ def fold_convolution(
         jnp.asarray(real, jnp.float32), jnp.asarray(offset, jnp.float32),
         (height, width), bits, 2 if len(stacked) > 2 else 1, shared,
     )  # fmt: skip
+
+
+def _check_served(channels: int, outer: int, weight_bits: int, phi: str, taps: int) -> None:
+    for name, value, good, wanted in (
+        ("the number of channels", channels, channels % STEP == 0, f"a multiple of {STEP}"),
+        ("the number of outputs", outer, outer % TILE == 0, f"a multiple of {TILE}"),
+        ("weight_bits", weight_bits, weight_bits < 8, "below 8"),
+        ("phi", phi, phi == "identity", "'identity'"),
+        ("the number of taps", taps, taps <= MOST_TAPS, f"at most {MOST_TAPS}"),
+    ):
+        if not good:
+            raise ValueError(f"{name} is {value!r}, not {wanted}; conv_border_int8 serves it")
 
 
 def _fold(polynomial: np.ndarray, step: float, zero: float, shared: bool) -> np.ndarray:
