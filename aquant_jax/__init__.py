@@ -4,7 +4,8 @@ from aquant_jax import recipe as recipes
 from aquant_jax.border import register as register_border
 from aquant_jax.compiler import Compiler
 from aquant_jax.errors import InputError, ReconstructionError
-from aquant_jax.pipeline import describe, prepare, quantize
+from aquant_jax.network import describe, prepare
+from aquant_jax.pipeline import quantize
 from aquant_jax.quantized import Quantized
 from aquant_jax.recipe import Override, Recipe
 from aquant_jax.report import BlockReport, LayerSummary

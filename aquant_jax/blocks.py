@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from aquant_jax.errors import InputError
-from aquant_jax.graph import ALIASES, Graph
+from aquant_jax.graph import ALIASES, Graph, Op
 
-_REDUCTIONS = ("reduce", "argmax", "argmin", "cum", "gather", "dot", "conv", "concatenate")
+_PRODUCTS = ("dot", "conv")
+_POOLS = ("reduce_window", "argmax", "argmin", "cum", "gather", "concatenate")
 
 
 class Block(NamedTuple):
@@ -62,7 +63,7 @@ def partition(
         views = {out for op in graph.ops if op.name in ALIASES for out in op.outputs}
         single = [len(values) == 1 and not views.issuperset(values) for values in live]
         allowed = [ok and one for ok, one in zip(allowed, single, strict=True)]
-    cuts = [c for c in _cuts(graph, live, weighted, allowed) if c is not None]
+    cuts = [c for c in _cuts(graph, live, weighted, allowed, unit == "layer") if c is not None]
     keys = _keys(graph, patterns)
     if unit != "layer":
         cuts = _merge(graph, weighted, cuts, keys)
@@ -85,23 +86,40 @@ def _live_after(graph: Graph) -> list[tuple[int, ...]]:
     return table
 
 
-def _cuts(graph, live, weighted, allowed):
+def _cuts(graph, live, weighted, allowed, per_layer):
     for a, b in itertools.pairwise(weighted):
         first = next((i for i in range(a, b) if allowed[i]), None)
-        yield None if first is None else _advance(graph, live, allowed, first, b)
+        yield None if first is None else _advance(graph, live, allowed, first, b, per_layer)
 
 
-def _advance(graph: Graph, live, allowed, first: int, stop: int) -> int:
-    """The last cut position that only activation functions separate from `first`."""
+def _advance(graph: Graph, live, allowed, first: int, stop: int, per_layer: bool) -> int:
+    """The last cut position that only activation functions separate from `first`.
+
+    In units of blocks normalisations may stand between, too; a single layer is reconstructed
+    without what follows it, which the next one reads.
+    """
     best, shape = first, _shapes(graph, live[first])
     for index in range(first + 1, stop):
         op = graph.ops[index]
-        ends = op.name in ALIASES or op.name.startswith(_REDUCTIONS)
-        if ends and any(i in graph.live for i in op.reads):
+        if _ends(graph, op, shape, per_layer):
             break
         if allowed[index] and _shapes(graph, live[index]) == shape:
             best = index
     return best
+
+
+def _ends(graph: Graph, op: Op, shape, per_layer: bool) -> bool:
+    """Whether an activation of one of the shapes goes no further than `op` as what it is.
+
+    A statistic of a normalisation is reduced and reshaped, but comes back to the activation.
+    """
+    reads = [i for i in op.reads if i in graph.live]
+    if not reads or op.name.startswith(_PRODUCTS):
+        return bool(reads)
+    if op.name.startswith("reduce") and not op.name.startswith(_POOLS):
+        return per_layer
+    moves = op.name in ALIASES or op.name.startswith(_POOLS)
+    return moves and any(graph.avals[i].shape in shape for i in reads)
 
 
 def _shapes(graph, values):

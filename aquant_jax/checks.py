@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,33 @@ def check_calibration(calibration, recipe: Recipe) -> int:
             )
     _check_finite("calibration", calibration)
     return samples
+
+
+def leaf(tree, name: str) -> Any:
+    """The leaf of that path; InputError when there is none."""
+    found = dict(zip(path_names(tree), jax.tree.leaves(tree), strict=True))
+    if name not in found:
+        raise InputError(f"the calibration set has no leaf {name!r}; there are {', '.join(found)}")
+    return found[name]
+
+
+def check_mask(calibration, name: str) -> np.ndarray:
+    """The leaf `name` of the calibration set as bool ``[samples, positions]``: what is no padding.
+
+    Raises:
+      InputError: there is none, or it is no mask of sequences of two positions or more, or masks a
+        sample out as a whole.
+    """
+    mask = np.asarray(leaf(calibration, name))
+    if mask.ndim != 2 or mask.shape[1] < 2:
+        raise InputError(f"mask {name!r} has shape {mask.shape}; it must be [samples, positions]")
+    if not np.isin(mask, (0, 1)).all():
+        odd = mask[~np.isin(mask, (0, 1))][0]
+        raise InputError(f"mask {name!r} holds {odd}; it must be 1 for what counts, 0 for padding")
+    empty = np.flatnonzero(~mask.astype(bool).any(axis=1))
+    if empty.size:
+        raise InputError(f"mask {name!r} leaves nothing of sample {empty[0]}")
+    return mask.astype(bool)
 
 
 def _holds_numbers(dtype) -> bool:

@@ -1,5 +1,6 @@
 """Metrics over batches."""
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -44,25 +45,30 @@ def evaluate(
 
 def evaluate_batches(
     predict: Predict,
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    batches: Iterable[tuple[Any, np.ndarray]],
     num_classes: int | None = None,
+    metric: str = "top1",
 ) -> dict[str, float]:
-    """Scores a classifier on batches, of which it holds no more than two.
+    """Scores a network on batches, of which it holds no more than two.
 
     Args:
-        predict: images [batch, ...] -> logits [batch, classes]; compiled once, as smaller
-            batches are padded to the size of the first and their padding not counted.
-        batches: images [n, ...] and their labels [n], integers in 0 .. classes - 1.
+        predict: inputs, a pytree of [batch, ...] -> logits [batch, classes] (or what the metric
+            takes); compiled once, as smaller batches are padded to the size of the first and their
+            padding not counted.
+        batches: inputs [n, ...] and their labels [n], integers in 0 .. classes - 1.
         num_classes: how many the labels are of, if it must be as many as the logits have.
+        metric: ``top1``, or a key of `METRICS`.
 
     Returns:
-        ``{"top1": percent, "top5": percent, "images": count}``, top-5 only with more than five
-        classes.
+        ``{"top1": percent, "top5": percent, "samples": count}``, top-5 only with more than five
+        classes; of another metric ``{metric: percent, "samples": count}``.
 
     Raises:
-        InputError: no images, another number of classes, a label out of range, or logits of
+        InputError: nothing to score, another number of classes, a label out of range, or logits of
             another shape.
     """
+    if metric != "top1":
+        return _evaluate_metric(predict, batches, num_classes, metric)
     ranks, classes = [], 0
     for logits, labels in _predicted(predict, batches):
         rank, classes = label_ranks(np.asarray(logits), labels)
@@ -70,21 +76,78 @@ def evaluate_batches(
             raise InputError(f"the network tells {classes} classes apart, the data {num_classes}")
         ranks.append(rank)
     if not ranks:
-        raise InputError("cannot score 0 images")
+        raise InputError("cannot score 0 samples")
     rank = np.concatenate(ranks)
     scores = {f"top{k}": 100.0 * float(np.mean(rank < k)) for k in TOP_K if k == 1 or k < classes}
-    return {**scores, "images": len(rank)}
+    return {**scores, "samples": len(rank)}
+
+
+def _evaluate_metric(predict, batches, num_classes, metric: str) -> dict[str, float]:
+    """`evaluate_batches` for a metric that needs all outputs at once."""
+    if metric not in METRICS:
+        raise InputError(f"unknown metric {metric!r}; there are top1, {', '.join(METRICS)}")
+    found = [(np.asarray(out)[: len(y)], y) for out, y in _predicted(predict, batches)]
+    if not found:
+        raise InputError("cannot score 0 samples")
+    outputs, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    if num_classes and outputs.shape[1:] != (num_classes,):
+        raise InputError(
+            f"the network gives {outputs.shape[1:]} values a sample; the data needs {num_classes}"
+        )
+    if not np.isfinite(outputs).all():
+        raise InputError("the network gives values that are NaN or infinite")
+    return {metric: 100.0 * float(METRICS[metric](outputs, labels)), "samples": len(labels)}
+
+
+def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    return float(np.mean(logits.argmax(1) == labels))
+
+
+def _f1(logits: np.ndarray, labels: np.ndarray) -> float:
+    return float(_library("sklearn.metrics").f1_score(labels, logits.argmax(1)))
+
+
+def _matthews(logits: np.ndarray, labels: np.ndarray) -> float:
+    return float(_library("sklearn.metrics").matthews_corrcoef(labels, logits.argmax(1)))
+
+
+def _pearson(outputs: np.ndarray, labels: np.ndarray) -> float:
+    return float(_library("scipy.stats").pearsonr(outputs[:, 0], labels).statistic)
+
+
+def _pearson_of_cosines(embeddings: np.ndarray, labels: np.ndarray) -> float:
+    """Of sentences that come in pairs, one after the other."""
+    one, two = embeddings[::2], embeddings[1::2]
+    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
+    return _pearson((np.sum(one * two, axis=1) / norms)[:, None], labels[::2])
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews": _matthews,
+    "pearson": _pearson,
+    "pearson of cosines": _pearson_of_cosines,
+}
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"the metric needs {name}: pip install 'aquant-jax[glue]'") from error
 
 
 def _predicted(
-    predict: Predict, batches: Iterable[tuple[np.ndarray, np.ndarray]]
+    predict: Predict, batches: Iterable[tuple[Any, np.ndarray]]
 ) -> Iterator[tuple[Any, np.ndarray]]:
     """Hands logits out one batch late: the device has the next while the host waits for them."""
     compiled = jax.jit(lambda batch: predict(batch))  # predict itself need not be hashable
     size, started = 0, None
-    for images, labels in batches:
-        size = size or len(images)
-        latest = compiled(pad(images, size)), labels
+    for inputs, labels in batches:
+        size = size or len(labels)
+        padded = jax.tree.map(lambda leaf, size=size: pad(leaf, size), inputs)
+        latest = compiled(padded), labels
         if started is not None:
             yield started
         started = latest

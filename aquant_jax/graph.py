@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +45,8 @@ class Op(NamedTuple):
       inputs: value ids, or literals.
       outputs: value ids. A weighted op that `fold` rewrote has those of the chain it absorbed.
       layer: a `Layer` on weighted ops, else None.
+      primitives: the names of what it is made of: its own, or those inside a function that has a
+        gradient of its own, such as `jax.nn.relu`.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Op(NamedTuple):
     inputs: tuple[Any, ...]
     outputs: tuple[int, ...]
     layer: Any = None
+    primitives: frozenset[str] = frozenset()
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -80,6 +84,7 @@ class Graph(NamedTuple):
       dynamic: ids that depend on the input.
       live: ids that depend on the input and on a weight.
       tree: tree definition of the output.
+      tokens: the axes that number the positions of a padded sequence, by value id; see `quantize`.
     """
 
     ops: tuple[Op, ...]
@@ -91,6 +96,7 @@ class Graph(NamedTuple):
     dynamic: frozenset[int]
     live: frozenset[int]
     tree: Any
+    tokens: Mapping[int, tuple[int, ...]] = MappingProxyType({})
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -129,3 +135,20 @@ def sample_first(graph: Graph, other: Graph, samples: int) -> frozenset[int]:
         if shape[:1] == (samples,) and more == (samples + 1, *shape[1:]):
             found.add(value)
     return frozenset(found)
+
+
+def token_axes(graph: Graph, other: Graph, sampled: frozenset[int]) -> dict[int, tuple[int, ...]]:
+    """The axes that number the positions of a sequence, of the values that have any.
+
+    Args:
+      graph: of sequences of some length.
+      other: the same function traced with sequences that are shorter by one.
+      sampled: the values whose first axis numbers the samples; no others are looked at.
+    """
+    found = {}
+    for value in sampled:
+        shape, less = graph.avals[value].shape, getattr(other.avals.get(value), "shape", ())
+        axes = tuple(i for i, (n, m) in enumerate(zip(shape, less, strict=False)) if n == m + 1)
+        if axes and len(shape) == len(less) and axes[0] > 0:
+            found[value] = axes
+    return found

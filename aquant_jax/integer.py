@@ -19,10 +19,12 @@ from aquant_jax.layer import (
     conv_operands,
     conv_result,
     dequantize_weight,
+    output_channels,
+    per_channel,
     rounding_of,
     run_layer,
 )
-from aquant_jax.numerics import TensorState, dequantize
+from aquant_jax.numerics import TensorState, dequantize, to_units
 from aquant_jax.window import Window
 
 
@@ -47,6 +49,38 @@ class KernelCodes(NamedTuple):
         return dequantize(self.codes.astype(jnp.float32), scale, zero)
 
 
+def run_deployed_layer(
+    op: Op,
+    spec: LayerSpec,
+    x: jax.Array,
+    state: LayerState,
+    tensor: TensorState | None,
+    keep: None = None,
+    dtype=jnp.float32,
+) -> jax.Array:
+    """`layer.run_layer` of a deployed layer: what it computes by definition.
+
+    The whole numbers ``q - z`` of both operands are multiplied in float32 and their sum is scaled
+    once. Below 2^24 such sums are exact in any order, so every backend gives the same ones, and so
+    does a GPU that multiplies in TF32. A layer of another dtype multiplies real values.
+
+    Args:
+      op, spec, x, tensor, keep, dtype: as there; nothing is dropped from a deployed layer.
+      state: what is deployed.
+    """
+    single = all(d == jnp.float32 for d in op.params["operand_dtypes"])
+    if tensor is None or spec.weight_bits is None or not single:
+        own = Weights(dequantize_weight(op, state), state.bias, state.border)
+        return run_layer(op, spec, x, own, tensor, keep, dtype)
+    one, nothing = jnp.float32(1.0), jnp.zeros_like(state.bias)
+    whole = state.codes.astype(jnp.float32) - per_channel(op, state.zero_point)
+    units = to_units(x, 1.0 / tensor.step_size)
+    own = Weights(whole, nothing, state.border)
+    total = run_layer(op, spec, units, own, TensorState(one, tensor.zero_point), keep)
+    grid = tensor.step_size * state.scale
+    return add_bias(op, total * output_channels(op, total, grid), state.bias, dtype)
+
+
 def run_integer_layer(
     op: Op,
     spec: LayerSpec,
@@ -61,7 +95,7 @@ def run_integer_layer(
     """`layer.run_layer` of a deployed layer, by a convolution of codes.
 
     A layer with a float input or float weights, a dense layer with batch axes, and a layer of an
-    empty batch run as there.
+    empty batch run by definition.
 
     Args:
       op, spec, x, tensor, keep, dtype: as there; nothing is dropped from a deployed layer.
@@ -72,8 +106,7 @@ def run_integer_layer(
     """
     batched = op.layer.kind == "dense" and op.params["dimension_numbers"][1][op.layer.x_position]
     if tensor is None or spec.weight_bits is None or batched or not x.size:
-        own = Weights(dequantize_weight(op, state), state.bias, state.border)
-        return run_layer(op, spec, x, own, tensor, keep, dtype)
+        return run_deployed_layer(op, spec, x, state, tensor, keep, dtype)
 
     def multiply(columns: jax.Array, codes: jax.Array, window: Window) -> jax.Array:
         kernel = KernelCodes(codes, state.scale, state.zero_point, spec.weight_bits or 0)

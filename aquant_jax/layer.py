@@ -141,10 +141,15 @@ def run_layer(
 
 def add_bias(op: Op, y: jax.Array, bias: jax.Array, dtype) -> jax.Array:
     """The op's result `y` plus `bias` (per output channel), added in float32."""
+    return (y.astype(jnp.float32) + output_channels(op, y, bias)).astype(dtype)
+
+
+def output_channels(op: Op, y: jax.Array, values: jax.Array) -> jax.Array:
+    """Per-channel `values` (in the order of the channel axes) shaped to broadcast on `y`."""
     shape = [1] * y.ndim
     for axis in op.layer.output_axes:
         shape[axis] = y.shape[axis]
-    return (y.astype(jnp.float32) + bias.reshape(shape)).astype(dtype)
+    return values.reshape(shape)
 
 
 def input_codes(op, spec, x, tensor, border) -> jax.Array:

@@ -5,22 +5,19 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from aquant_jax import checks
-from aquant_jax.blocks import Block, partition
+from aquant_jax.blocks import Block
 from aquant_jax.cache import Cache, store
 from aquant_jax.compiler import Compiler
 from aquant_jax.errors import InputError, ReconstructionError
-from aquant_jax.fold import fold, folded_weights
-from aquant_jax.graph import Graph, sample_first
 from aquant_jax.grids import Grids, deployed_weights, float_weights, make_grids, nearest_layers
-from aquant_jax.layer import LayerSpec, LayerState
+from aquant_jax.layer import LayerState
+from aquant_jax.network import Network, describe, prepare
 from aquant_jax.numerics import TensorState
 from aquant_jax.observers import tensor_state
 from aquant_jax.program import cut, root, static_inputs
@@ -28,48 +25,7 @@ from aquant_jax.quantized import Quantized
 from aquant_jax.recipe import Recipe
 from aquant_jax.reconstruct import Data, optimize, output_loss
 from aquant_jax.report import BlockReport, History, propagated_error
-from aquant_jax.trace import trace
-from aquant_jax.unit import Unit, forward, layer_specs, make_unit
-
-
-class Network(NamedTuple):
-    """A traced, folded network and how it is to be quantized."""
-
-    graph: Graph
-    variables: Any
-    folded: dict[str, Any]
-    specs: dict[str, LayerSpec]
-    blocks: list[Block]
-    recipe: Recipe
-    samples: int
-    batch: int
-
-
-def prepare(apply: Callable, variables, calibration, recipe: Recipe) -> Network:
-    """Check the input, trace the network, fold it and split it into blocks.
-
-    Raises:
-      InputError: see `quantize`.
-    """
-    samples = checks.check_calibration(calibration, recipe)
-    checks.check_variables(variables)
-    batch = min(recipe.batch_size, samples)
-    unfolded, other = (
-        trace(apply, variables, _shapes(calibration, count)) for count in (batch, batch + 1)
-    )
-    sampled = sample_first(unfolded, other, batch)
-    checks.check_outputs(unfolded, sampled, recipe)
-    graph = fold(unfolded)
-    blocks = partition(graph, recipe.unit, recipe.blocks, sampled)
-    specs = layer_specs(graph, recipe)
-    folded = folded_weights(unfolded, variables)
-    return Network(graph, variables, folded, specs, blocks, recipe, samples, batch)
-
-
-def _shapes(calibration, samples: int):
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), a.dtype), calibration
-    )
+from aquant_jax.unit import Unit, counts, forward, make_unit
 
 
 def quantize(
@@ -78,6 +34,7 @@ def quantize(
     calibration,
     recipe: Recipe,
     *,
+    mask: str | None = None,
     seed: int = 0,
     progress: bool = True,
     on_block: Callable[[BlockReport], None] | None = None,
@@ -90,6 +47,10 @@ def quantize(
       variables: pytree of float32, bfloat16 or float16 arrays (others are passed through).
       calibration: unlabelled inputs, a pytree of arrays with a leading sample axis.
       recipe: see `recipes`; same recipe, seed and machine give the same codes, bit for bit.
+      mask: path of the calibration leaf ``[samples, positions]`` that is one at the positions of a
+        sequence and zero at its padding, which then counts neither in losses nor in the search of
+        step sizes. The axes that number positions are found by tracing the network with sequences
+        that are shorter by one; activations without such an axis count whole.
       seed: of batches and masks.
       progress: print the blocks and the memory of their cached activations, and show a bar.
       on_block: called with the report of each finished block.
@@ -102,13 +63,13 @@ def quantize(
     Raises:
       InputError: non-finite variables or calibration samples (named by path), an empty or too
         small calibration set, a network that cannot be traced or has no weighted op, a regex of
-        the recipe that matches nothing.
+        the recipe that matches nothing, a mask that is none.
       ReconstructionError: a block's loss, or a layer's float input, is not finite.
     """
     if seed < 0:
         raise InputError(f"seed is {seed}; it must be 0 or more")
     calibration = jax.tree.map(np.asarray, calibration)
-    net = prepare(apply, variables, calibration, recipe)
+    net = prepare(apply, variables, calibration, recipe, mask)
     run = _Run(net, recipe, calibration, seed, compiler or Compiler())
     if progress:
         print(describe(net))
@@ -125,14 +86,6 @@ def quantize(
     return run.result(apply, tuple(reports))
 
 
-def describe(net: Network) -> str:
-    """The blocks, and the peak memory of their cached activations, as text."""
-    lines = [f"{i:3d}  {block}" for i, block in enumerate(net.blocks)]
-    peak = checks.cache_bytes(net.graph, net.blocks, net.samples) / 2**20
-    last = f"cached activations: {peak:.1f} MiB at the peak"
-    return "\n".join([f"{len(net.blocks)} blocks:", *lines, last])
-
-
 class _Run:
     """One quantization: what is carried from block to block."""
 
@@ -140,6 +93,7 @@ class _Run:
         self.net, self.recipe, self.seed = net, recipe, seed
         self.compiler = compiler
         leaves = jax.tree.leaves(calibration)
+        self.counted = None if net.counted is None else jnp.asarray(net.counted)
         self.inputs = dict(zip(net.graph.inputs, map(jnp.asarray, leaves), strict=True))
         self.quantized: tuple[Cache, ...] = ()
         self.floating: tuple[Cache, ...] = ()
@@ -150,15 +104,15 @@ class _Run:
         """Quantize one block and hand its activations on."""
         began = time.perf_counter()
         net, recipe = self.net, self.recipe
-        unit = make_unit(net.graph, net.specs, block.start, block.targets)
+        unit = make_unit(net.graph, net.plan, block.start, block.targets)
         onward = unit
         if block.end != block.targets:
-            onward = make_unit(net.graph, net.specs, block.start, block.end)
+            onward = make_unit(net.graph, net.plan, block.start, block.end)
         grids = make_grids(unit, net.folded)
         weights = float_weights(grids)
         targets = self._forward(unit, weights, None, self.floating)
         fresh = self._observe([unit, onward], weights)
-        data = Data(self.quantized, self.floating, self._side(unit), targets)
+        data = Data(self.quantized, self.floating, self._side(unit), targets, self.counted)
         start = nearest_layers(unit, grids)
         layers, curve = start, np.zeros((0, 2), np.float32)
         start_error = final_error = self._error(unit, start, targets)
@@ -214,18 +168,32 @@ class _Run:
             return {}
         live = units[0].program.live
         wanted = tuple(value for value, _ in unseen.values())
-        seer = make_unit(net.graph, net.specs, live, wanted)
+        seer = make_unit(net.graph, net.plan, live, wanted)
         own = [weights[[s.path for s in units[0].specs].index(s.path)] for s in seer.specs]
         count = min(self.recipe.init_samples, self.net.samples)
         batches = list(self._batches(seer, own, None, self.floating, count))
         fresh = {}
-        for (key, (_, bits)), seen in zip(unseen.items(), zip(*batches, strict=True), strict=True):
-            values = np.concatenate([np.ravel(part).astype(np.float32) for part in seen])
+        for (key, (_, bits)), seen, axes in zip(
+            unseen.items(), zip(*batches, strict=True), seer.tokens, strict=True
+        ):
+            values = np.concatenate([self._elements(i, part, axes) for i, part in enumerate(seen)])
             if not np.isfinite(values).all():
                 raise ReconstructionError(f"{key}: its float input holds NaN or infinity")
             fresh[key] = tensor_state(values, bits)
         self.tensors.update(fresh)
         return fresh
+
+    def _elements(self, batch: int, part, axes: tuple[int, ...]) -> np.ndarray:
+        """Values of one batch that are no padding, in one row."""
+        values = np.asarray(part, np.float32)
+        if self.net.counted is not None and axes:
+            counted = self.net.counted[self._rows(batch * self.net.batch)]
+            values = values[np.broadcast_to(counts(counted, axes, values.ndim), values.shape)]
+        return values.ravel()
+
+    def _rows(self, start: int) -> np.ndarray:
+        """The samples of a batch; the last one goes on from the first sample."""
+        return np.arange(start, start + self.net.batch, dtype=np.int32) % self.net.samples
 
     def _forward(self, unit, weights, tensors, live) -> tuple[Cache, ...]:
         """Outputs of a unit for all calibration samples."""
@@ -240,8 +208,7 @@ class _Run:
         )
         side, static = self._side(unit), self._static(unit)
         for start in range(0, samples, self.net.batch):
-            index = np.arange(start, start + self.net.batch, dtype=np.int32) % self.net.samples
-            yield function(index, weights, tensors, live, side, static)
+            yield function(self._rows(start), weights, tensors, live, side, static)
 
     def _error(self, unit, layers, targets) -> float:
         """Loss of the deployed unit on the calibration set."""
@@ -252,21 +219,21 @@ class _Run:
         recipe, layer = self.recipe, self.compiler.layer
 
         def build():
-            def error(index, targets, *args):
+            def error(index, counted, targets, *args):
                 dtypes = [unit.avals[i].dtype for i in unit.program.outputs]
                 wanted = [t.take(index, d) for t, d in zip(targets, dtypes, strict=True)]
                 outputs = _take_and_run(unit, layer, index, *args)
-                return output_loss(recipe, unit, outputs, wanted)
+                mask = None if counted is None else counted[index]
+                return output_loss(recipe, unit, outputs, wanted, mask)
 
             return error
 
         function = self.compiler.get(("error", unit.key, self.recipe.loss_power), build)
-        arguments = (targets, weights, tensors, self.quantized)
+        arguments = (self.counted, targets, weights, tensors, self.quantized)
         arguments += (self._side(unit), self._static(unit))
         losses = []
         for start in range(0, self.net.samples - self.net.batch + 1, self.net.batch):
-            index = np.arange(start, start + self.net.batch, dtype=np.int32)
-            losses.append(function(index, *arguments))
+            losses.append(function(self._rows(start), *arguments))
         return float(np.mean([float(loss) for loss in losses]))
 
     def _side(self, unit: Unit) -> tuple[jax.Array, ...]:
@@ -285,7 +252,7 @@ class _Run:
         }  # fmt: skip
         leaves, treedef = jax.tree.flatten(net.variables)
         shapes = tuple(jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in leaves)
-        specs = tuple(net.specs[path] for path in self.layers)
+        specs = tuple(net.plan.layers[path] for path in self.layers)
         return Quantized(
             self.layers, self.tensors, static, apply, (treedef, shapes), specs, self.recipe,
             History(reports),

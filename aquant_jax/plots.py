@@ -78,16 +78,18 @@ def comparison_plots(cells: Mapping[str, Sequence[Mapping[str, Any]]], folder: P
 
 
 def accuracy(cells: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Top-1 of every preset, one dot a seed and a bar at the mean, against float."""
+    """The score of every preset, one dot a seed and a bar at the mean, against float."""
     plt = require_matplotlib()
     figure, axes = plt.subplots(figsize=(1.2 * len(cells) + 2, 4), layout="constrained")
     for position, of_preset in enumerate(cells.values()):
-        scores = [cell["quantized"]["top1"] for cell in of_preset]
+        scores = [cell["quantized"][cell["metric"]] for cell in of_preset]
         axes.bar(position, np.mean(scores), color=f"C{position}", alpha=0.6)
         axes.plot([position] * len(scores), scores, "k.")
-    axes.axhline(next(iter(cells.values()))[0]["float"]["top1"], color="k", ls="--", label="float")
+    any_cell = next(iter(cells.values()))[0]
+    metric = any_cell["metric"]
+    axes.axhline(any_cell["float"][metric], color="k", ls="--", label="float")
     axes.set_xticks(range(len(cells)), list(cells))
-    axes.set_ylabel("top-1 %")
+    axes.set_ylabel("top-1 %" if metric == "top1" else f"{metric} %")
     axes.legend()
     _save(plt, figure, path)
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from aquant_jax import border as borders
 from aquant_jax.fold import fold
-from aquant_jax.grids import deployed_weights
-from aquant_jax.integer import run_integer_layer
-from aquant_jax.layer import LayerSpec, LayerState, run_layer
+from aquant_jax.integer import run_deployed_layer, run_integer_layer
+from aquant_jax.layer import LayerSpec, LayerState
 from aquant_jax.numerics import TensorState
+from aquant_jax.plan import make_plan
 from aquant_jax.recipe import Recipe
 from aquant_jax.report import History, LayerSummary
 from aquant_jax.trace import trace
@@ -64,9 +64,9 @@ class Quantized:
     def with_backend(self, backend: Backend | None) -> Quantized:
         """The same network, run by `backend`: the same codes, outputs within float rounding.
 
-        For inference: it need not be differentiable. A backend sums exactly, where the definition
-        rounds, and the more so in half precision: an activation within that of a border may get
-        another code. Where the definition hands not-a-number on, a code is a number.
+        For inference: it need not be differentiable. In float32 the definition sums whole numbers
+        too, exactly below 2^24; in half precision it rounds, and an activation within that of a
+        border may get another code. Where the definition hands not-a-number on, a code is a number.
 
         Args:
           backend: such as ``gpu_ops.backend()``, which multiplies int8 codes; None goes back to
@@ -106,13 +106,10 @@ jax.tree_util.register_dataclass(Quantized)
 def _run(quantized: Quantized, x):
     treedef, shapes = quantized.shapes
     graph = fold(trace(quantized.apply, jax.tree.unflatten(treedef, shapes), x))
-    specs = {spec.path: spec for spec in quantized.specs}
-    unit = make_unit(graph, specs, (), graph.outputs)
+    unit = make_unit(graph, make_plan(graph, quantized.recipe), (), graph.outputs)
     layers: list[Any] = [quantized.layers[spec.path] for spec in unit.specs]
-    run = run_layer
-    if quantized.backend is None:
-        layers = deployed_weights(unit, layers)
-    else:
+    run = run_deployed_layer
+    if quantized.backend is not None:
         run = functools.partial(run_integer_layer, convolve=quantized.backend.convolve_codes)
     tensors = [quantized.tensors[tensor.key] for tensor in unit.tensors]
     by_id = dict(zip(graph.inputs, jax.tree.leaves(x), strict=True)) | graph.constants

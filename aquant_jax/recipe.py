@@ -11,6 +11,7 @@ from typing import Any
 from aquant_jax import border as borders
 from aquant_jax.errors import InputError
 from aquant_jax.numerics import MAX_BITS, MIN_BITS
+from aquant_jax.sites import RULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +19,12 @@ class Override:
     """Exception for the layers whose weight path a regex finds.
 
     Attributes:
-      pattern: regex searched in the weight path; matching no layer is an error. Of several that
-        match, the last one decides on each of the others below.
+      pattern: regex searched in the weight path and, if it has a colon, in the names of the
+        activations that ``Recipe.activations`` adds (``encoder/query/kernel:matmul``); matching
+        none is an error. Of several that match, the last one decides on each of those below.
       weight_bits: bits of the weights, or None to leave the recipe's.
       act_bits: bits of the tensor that feeds the layer, or None to leave the recipe's.
-      keep_float: leave weights and input of the layer in float.
+      keep_float: leave weights and input of the layer, or the activation, in float.
     """
 
     pattern: str
@@ -46,6 +48,8 @@ class Recipe:
       quantize_input: also quantize what depends on no weight, such as the input image.
       unit: "block" or "layer" (see `blocks.partition`).
       blocks: path regexes that replace the automatic merging of layers into blocks.
+      activations: what is rounded to nearest besides the inputs of weighted ops: names of
+        `sites.RULES`, such as "matmul" for the operands of a product of two activations.
       overrides: exceptions by path regex; the last match wins.
       steps: optimisation steps a unit; 0 rounds to nearest without any.
       batch_size: samples a step.
@@ -80,6 +84,7 @@ class Recipe:
     quantize_input: bool = False
     unit: str = "block"
     blocks: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
     steps: int = 20_000
     batch_size: int = 32
@@ -106,10 +111,11 @@ class Recipe:
 
     def __post_init__(self):
         # Lists come from config files and JSON; the recipe must stay hashable.
-        for name in ("blocks", "overrides"):
+        for name in ("blocks", "activations", "overrides"):
             if not isinstance(getattr(self, name), list | tuple):
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be a list or tuple")
         object.__setattr__(self, "blocks", tuple(self.blocks))
+        object.__setattr__(self, "activations", tuple(self.activations))
         items = (o if isinstance(o, Override) else _override(o) for o in self.overrides)
         object.__setattr__(self, "overrides", tuple(items))
         _check(self)
@@ -133,6 +139,7 @@ PRESETS: dict[str, Mapping[str, Any]] = {
     "brecq": {},
     "qdrop": _QDROP,
     "aquant": {**_QDROP, "border": "quadratic", "fused": False, "phi": "identity", "settle": 0.5},
+    "aquant_bert": {"unit": "layer", "border": "quadratic", "fused": False, "phi": "identity"},
 }
 
 
@@ -176,6 +183,11 @@ def aquant(weight_bits: int = 4, act_bits: int = 4, **fields) -> Recipe:
     return preset("aquant", weight_bits=weight_bits, act_bits=act_bits, **fields)
 
 
+def aquant_bert(weight_bits: int = 4, act_bits: int = 4, **fields) -> Recipe:
+    """AQuant as the paper has it for BERT: AdaRound, layer by layer, with a border an element."""
+    return preset("aquant_bert", weight_bits=weight_bits, act_bits=act_bits, **fields)
+
+
 def _override(fields) -> Override:
     known = [f.name for f in dataclasses.fields(Override)]
     if not isinstance(fields, Mapping):
@@ -217,6 +229,13 @@ def _check(recipe: Recipe):
     for name in ("steps", "rounding_weight"):
         if not 0 <= getattr(recipe, name) < float("inf"):
             raise InputError(f"{name} is {getattr(recipe, name)}; it must be 0 or more, and finite")
+    _check_names(recipe)
+
+
+def _check_names(recipe: Recipe):
+    for rule in recipe.activations:
+        if rule not in RULES:
+            raise InputError(f"activations: unknown rule {rule!r}; there are {', '.join(RULES)}")
     borders.get_phi(recipe.phi)
     if recipe.border is not None:
         borders.get(recipe.border)

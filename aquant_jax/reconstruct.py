@@ -20,7 +20,7 @@ from aquant_jax.layer import LayerState, Weights, per_channel
 from aquant_jax.numerics import TensorState, lsq_gradient_scale, max_code, scale_gradient
 from aquant_jax.recipe import Recipe
 from aquant_jax.rounding import beta_schedule, regularizer, soft_codes
-from aquant_jax.unit import Unit, forward, random_keep
+from aquant_jax.unit import Unit, counts, forward, random_keep
 
 LOG_EVERY = 20
 GPU_CHUNK = 100  # steps a scan; on CPU a scan around a convolution is 30 times slower than a loop
@@ -29,12 +29,14 @@ MIN_STEP_SHRINK = 1e-2  # a step size never falls below this share of where it s
 
 class Data(NamedTuple):
     """Cached activations of a unit: its inputs from the quantized prefix and from the float
-    network, the leaves of the model's input that it reads, and the float targets."""
+    network, the leaves of the model's input that it reads, the float targets, and the positions
+    that are no padding (bool ``[samples, positions]``), where there is any."""
 
     quantized: tuple[Cache, ...]
     floating: tuple[Cache, ...]
     side: tuple[jax.Array, ...]
     targets: tuple[Cache, ...]
+    counted: jax.Array | None = None
 
 
 class Result(NamedTuple):
@@ -127,18 +129,23 @@ def _check_finite(losses: np.ndarray, unit: Unit, done: int, steps: int) -> None
         )
 
 
-def output_loss(recipe: Recipe, unit: Unit, outputs, targets) -> jax.Array:
-    """``|y - target|^p`` summed over channels and averaged over the rest, for all targets."""
+def output_loss(recipe: Recipe, unit: Unit, outputs, targets, counted=None) -> jax.Array:
+    """``|y - target|^p`` summed over channels and averaged over the rest, for all targets.
+
+    What is padding (not `counted`, bool ``[batch, positions]``) has no part in the average.
+    """
     op = unit.program.weighted[-1]
     total = jnp.float32(0.0)
-    for output, target in zip(outputs, targets, strict=True):
+    for output, target, tokens in zip(outputs, targets, unit.tokens, strict=True):
         if not jnp.issubdtype(output.dtype, jnp.floating):
             continue
         error = jnp.abs(output.astype(jnp.float32) - target.astype(jnp.float32))
         axes = [axis for axis in op.layer.output_axes if axis < output.ndim]
         channels = np.prod([output.shape[axis] for axis in axes or [output.ndim - 1]])
         power = error**2 if recipe.loss_power == 2.0 else error**recipe.loss_power
-        total = total + jnp.mean(power) * np.float32(channels)
+        where = None if counted is None else counts(counted, tokens, output.ndim)
+        mean = jnp.mean(power, where=where if tokens else None)
+        total = total + mean * np.float32(channels)
     return total
 
 
@@ -203,6 +210,7 @@ def _step(unit, recipe, optimizer, layer, fixed, data, key, carry, step_and_inde
     settled = step >= begin if recipe.settle > 0 else False
     live = _mix(unit, recipe, data, index, mixing, settled)
     side = [leaf[index] for leaf in data.side]
+    counted = None if data.counted is None else data.counted[index]
     dtypes = [unit.avals[i].dtype for i in unit.program.outputs]
     targets = [t.take(index, d) for t, d in zip(data.targets, dtypes, strict=True)]
     local = {value: i for i, value in enumerate(unit.tensor_of)}
@@ -216,7 +224,7 @@ def _step(unit, recipe, optimizer, layer, fixed, data, key, carry, step_and_inde
         states = _trained_states(unit, tensors, params["step"])
         mask = keep if recipe.drop > 0 else None
         outputs = forward(unit, weights, states, live, side, static, mask, layer)
-        reconstruction = output_loss(recipe, unit, outputs, targets)
+        reconstruction = output_loss(recipe, unit, outputs, targets, counted)
         return reconstruction + _rounding_loss(recipe, params["alpha"], step), reconstruction
 
     (_, loss), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)

@@ -12,8 +12,8 @@ import numpy as np
 from aquant_jax.checks import check_calibration
 from aquant_jax.grids import deployed_weights, float_weights, make_grids, nearest_layers
 from aquant_jax.layer import run_layer
+from aquant_jax.network import prepare
 from aquant_jax.observers import tensor_state
-from aquant_jax.pipeline import prepare
 from aquant_jax.program import root, run, static_inputs
 from aquant_jax.recipe import Recipe
 from aquant_jax.unit import forward, make_unit
@@ -44,7 +44,7 @@ def sensitivity(apply: Callable, variables, calibration, recipe: Recipe) -> list
     samples = min(len(jax.tree.leaves(calibration)[0]), recipe.init_samples)
     calibration = jax.tree.map(lambda leaf: leaf[:samples], calibration)
     net = prepare(apply, variables, calibration, recipe.replace(batch_size=samples, steps=0))
-    unit = make_unit(net.graph, net.specs, (), net.graph.outputs)
+    unit = make_unit(net.graph, net.plan, (), net.graph.outputs)
     grids = make_grids(unit, net.folded)
     exact = float_weights(grids)
     rounded = deployed_weights(unit, nearest_layers(unit, grids))
@@ -83,7 +83,7 @@ def _side(net, unit, calibration):
 def _observe(net, unit, weights, calibration):
     """Initial states of all tensors of the network."""
     roots = {index: root(unit.producers, value) for value, index in unit.tensor_of.items()}
-    seer = make_unit(net.graph, net.specs, (), tuple(roots.values()))
+    seer = make_unit(net.graph, net.plan, (), tuple(roots.values()))
     order = [spec.path for spec in unit.specs]
     own = [weights[order.index(spec.path)] for spec in seer.specs]
     static = static_inputs(net.graph, seer.program, net.variables)

@@ -118,7 +118,7 @@ class _Flattener:
             name = "pad with a value"  # which makes a new tensor
         if name == "convert_element_type" and not dynamic:
             self.scalars[outputs[0]] = self._scalar(inputs[0])
-        self.ops.append(Op(name, params, call, inputs, outputs, layer))
+        self.ops.append(Op(name, params, call, inputs, outputs, layer, _primitives(eqn)))
 
     def _scalar(self, value) -> Any:
         """The number that a literal, a constant or a conversion of one is; None if unknown."""
@@ -187,6 +187,12 @@ def _inner_jaxprs(eqn):
                 yield item.jaxpr
             elif isinstance(item, jex.Jaxpr):
                 yield item
+
+
+def _primitives(eqn) -> frozenset[str]:
+    """Names of the primitives that an equation is made of."""
+    inner = [_primitives(e) for jaxpr in _inner_jaxprs(eqn) for e in jaxpr.eqns]
+    return frozenset().union(*inner) if inner else frozenset({eqn.primitive.name})
 
 
 def _reject_loop(eqn, inputs, static_of):

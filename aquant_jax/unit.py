@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,19 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax.errors import InputError
 from aquant_jax.graph import Graph
 from aquant_jax.layer import LayerSpec, run_layer
 from aquant_jax.numerics import TensorState, fake_quantize
+from aquant_jax.plan import Plan, Tensor
 from aquant_jax.program import Program, cut, root, run, same_elements, signature
-from aquant_jax.recipe import Override, Recipe
-
-
-class Tensor(NamedTuple):
-    """A quantized activation tensor: the path of its first weighted reader, and its bits."""
-
-    key: str
-    bits: int
 
 
 class Unit(NamedTuple):
@@ -35,6 +26,7 @@ class Unit(NamedTuple):
       tensor_of: index into `tensors` of every value that is a view of one.
       avals: shape and dtype of the graph's values.
       producers: the graph's ops by output.
+      tokens: the axes of every output that number the positions of a sequence; see `counts`.
       key: equal for units that compute the same function.
     """
 
@@ -44,25 +36,39 @@ class Unit(NamedTuple):
     tensor_of: dict[int, int]
     avals: dict[int, Any]
     producers: dict[int, Any]
+    tokens: tuple[tuple[int, ...], ...]
     key: str
 
 
-def make_unit(graph: Graph, specs: dict[str, LayerSpec], live, outputs) -> Unit:
+def make_unit(graph: Graph, plan: Plan, live, outputs) -> Unit:
     """The unit that computes `outputs` from `live`."""
     program, producers = cut(graph, live, outputs), graph.producers()
-    own = tuple(specs[op.layer.path] for op in program.weighted)
-    owners: dict[int, Tensor] = {}
-    for op in (op for op in graph.ops if op.layer is not None):
-        spec = specs[op.layer.path]
-        if spec.tensor is not None:
-            owners[root(producers, op.x)] = Tensor(spec.tensor, spec.act_bits)
+    own = tuple(plan.layers[op.layer.path] for op in program.weighted)
+    owners = plan.tensors
     reads = {value: root(producers, value) for op in program.ops for value in op.reads}
     tensors = tuple(dict.fromkeys(owners[r] for r in reads.values() if r in owners))
     tensor_of = {v: tensors.index(owners[r]) for v, r in reads.items() if r in owners}
     local = [s._replace(path="", tensor=s.tensor and "") for s in own]
     wiring = [tensor_of.get(value) for op in program.ops for value in op.reads]
-    key = f"{signature(graph, program)}\n{local}\n{[t.bits for t in tensors]}\n{wiring}"
-    return Unit(program, own, tensors, tensor_of, graph.avals, producers, key)
+    tokens = tuple(graph.tokens.get(v, ()) if isinstance(v, int) else () for v in outputs)
+    key = f"{signature(graph, program)}\n{local}\n{[t.bits for t in tensors]}\n{wiring}\n{tokens}"
+    return Unit(program, own, tensors, tensor_of, graph.avals, producers, tokens, key)
+
+
+def counts(counted, axes: tuple[int, ...], rank: int):
+    """Which elements of a value are no padding, shaped to broadcast on it.
+
+    Args:
+      counted: bool ``[samples, positions]``.
+      axes: of the value, that number positions; an element counts if all of its positions do.
+      rank: of the value, whose first axis numbers the samples.
+    """
+    whole = True
+    for axis in axes:
+        shape = [1] * rank
+        shape[0], shape[axis] = counted.shape
+        whole = whole & counted.reshape(shape)
+    return whole
 
 
 def forward(
@@ -131,127 +137,6 @@ def _masks(unit: Unit, keep):
         return masks[value_id]
 
     return mask
-
-
-def layer_specs(graph: Graph, recipe: Recipe) -> dict[str, LayerSpec]:
-    """The static part of every layer under `recipe`, by weight path.
-
-    Raises:
-      InputError: an override matches no layer or is no regular expression.
-    """
-    producers = graph.producers()
-    ops = [op for op in graph.ops if op.layer is not None]
-    overrides = _match(recipe, [op.layer.path for op in ops])
-    above = _weighted_ancestors(graph)
-    raw = _raw_values(graph)
-    first = {op.layer.path for op in ops if root(producers, op.x) in raw}
-    last = {op.layer.path for op in ops} - {path for op in ops for path in above[op.layer.path]}
-    specs: dict[str, LayerSpec] = {}
-    owner: dict[int, str] = {}
-    for op in ops:
-        path = op.layer.path
-        value = root(producers, op.x)
-        floats = bool(overrides[path]) and overrides[path][-1].keep_float
-        quantized = not floats and (value not in raw or recipe.quantize_input)
-        tensor = owner.setdefault(value, path) if quantized else None
-        bits = _weight_bits(recipe, path, first, last, overrides[path])
-        specs[path] = LayerSpec(
-            path=path,
-            kind=op.layer.kind,
-            weight_bits=None if floats else bits,
-            tensor=tensor,
-            act_bits=recipe.act_bits,
-            border=recipe.border if tensor else None,
-            phi=recipe.phi,
-            fused=recipe.fused,
-        )
-    _check_act_bits(recipe, specs, overrides)
-    return _share_act_bits(recipe, specs, above, first, last, overrides)
-
-
-def _raw_values(graph: Graph) -> frozenset[int]:
-    """The input's own numbers, scaled or shifted perhaps: no weighted op made them.
-
-    What is looked up in a table by the input, such as an embedding, is not among them.
-    """
-    raw = set(graph.inputs)
-    for op in graph.ops:
-        reads = [value for value in op.reads if value in graph.dynamic]
-        table = op.inputs[0] if op.name == "gather" else None
-        looked_up = isinstance(table, int) and table not in graph.dynamic
-        if reads and op.layer is None and not looked_up and raw.issuperset(reads):
-            raw.update(op.outputs)
-    return frozenset(raw)
-
-
-def _check_act_bits(recipe: Recipe, specs, overrides) -> None:
-    for override in recipe.overrides:
-        mine = [path for path, matched in overrides.items() if override in matched]
-        if override.act_bits is not None and all(specs[path].tensor is None for path in mine):
-            raise InputError(
-                f"overrides: {override.pattern!r} sets act_bits to {override.act_bits}, but the "
-                f"input of {', '.join(mine)} stays float"
-            )
-
-
-def _match(recipe: Recipe, paths: list[str]) -> dict[str, list[Override]]:
-    found: dict[str, list[Override]] = {path: [] for path in paths}
-    for override in recipe.overrides:
-        try:
-            matches = [path for path in paths if re.search(override.pattern, path)]
-        except re.error as error:
-            raise InputError(f"overrides: {override.pattern!r}: {error}") from error
-        if not matches:
-            raise InputError(f"overrides: {override.pattern!r} matches none of {paths}")
-        for path in matches:
-            found[path].append(override)
-    return found
-
-
-def _weighted_ancestors(graph: Graph) -> dict[str, set[str]]:
-    """The layers that each layer's input comes from, with no other layer between."""
-    sources: dict[int, set[str]] = {}
-    above = {}
-    for op in graph.ops:
-        reached = set().union(*(sources.get(value, set()) for value in op.reads))
-        if op.layer is not None:
-            above[op.layer.path] = reached
-            reached = {op.layer.path}
-        sources.update(dict.fromkeys(op.outputs, reached))
-    return above
-
-
-def _weight_bits(recipe, path, first, last, overrides) -> int:
-    bits = recipe.weight_bits
-    if path in first and recipe.first_weight_bits is not None:
-        bits = recipe.first_weight_bits
-    if path in last and recipe.last_weight_bits is not None:
-        bits = recipe.last_weight_bits
-    for override in overrides:
-        bits = override.weight_bits or bits
-    return bits
-
-
-def _share_act_bits(recipe, specs, above, first, last, overrides) -> dict[str, LayerSpec]:
-    """Give all readers of a tensor its bits."""
-    bits: dict[str, int] = {}
-    readers: dict[str, list[str]] = {}
-    for path, spec in specs.items():
-        if spec.tensor is not None:
-            readers.setdefault(spec.tensor, []).append(path)
-    for tensor, paths in readers.items():
-        bits[tensor] = recipe.act_bits
-        if recipe.first_output_bits and all(above[p] and above[p] <= first for p in paths):
-            bits[tensor] = recipe.first_output_bits
-        if recipe.last_act_bits and all(path in last for path in paths):
-            bits[tensor] = recipe.last_act_bits
-        for override in recipe.overrides:  # the last match of any reader wins
-            if any(override in overrides[path] for path in paths):
-                bits[tensor] = override.act_bits or bits[tensor]
-    return {
-        path: spec._replace(act_bits=bits[spec.tensor]) if spec.tensor else spec
-        for path, spec in specs.items()
-    }
 
 
 def random_keep(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Array:

@@ -19,9 +19,7 @@ from configs import variants
 
 def get_config(argument: str = "") -> ConfigDict:
     """Returns the config of a variant."""
-    variant = variants.parse(
-        argument, preset=variants.presets(), dataset=("cifar10_jpeg", "cifar10")
-    )
+    variant = variants.parse(argument, preset=variants.PRESETS, dataset=("cifar10_jpeg", "cifar10"))
     config = ConfigDict()
     config.model = "resnet20_cifar"
     config.weights = "weights/cifar_resnet20.safetensors"  # in data_dir

@@ -20,7 +20,7 @@ from configs import variants
 
 def get_config(argument: str = "") -> ConfigDict:
     """Returns the config of a variant."""
-    variant = variants.parse(argument, preset=variants.presets())
+    variant = variants.parse(argument, preset=variants.PRESETS)
     config = ConfigDict()
     config.model = "digits_cnn"
     config.weights = "embedded"  # those that come with the package

@@ -33,7 +33,7 @@ def config(
             are fused for all networks, as in the paper.
         **fields: of the recipe, where the network differs from the others.
     """
-    variant = variants.parse(argument, preset=variants.presets(), dataset=DATASETS)
+    variant = variants.parse(argument, preset=variants.PRESETS, dataset=DATASETS)
     chosen = ConfigDict()
     chosen.model = model
     chosen.weights = f"weights/{model}.safetensors"

@@ -7,7 +7,11 @@ from ml_collections import ConfigDict
 import aquant_jax as aq
 from aquant_jax.errors import InputError
 
-BIT_WIDTHS = {f"w{w}a{a}": (w, a) for w, a in ((4, 4), (2, 4), (3, 3), (2, 2), (4, 2), (8, 8))}
+# The default of the configs first.
+PRESETS = ("aquant", "nearest", "adaround", "brecq", "qdrop")
+BERT_PRESETS = ("aquant_bert", "nearest", "adaround")
+_BITS = ((4, 4), (2, 4), (3, 3), (2, 2), (4, 2), (4, 6), (4, 8), (8, 8))
+BIT_WIDTHS = {f"w{w}a{a}": (w, a) for w, a in _BITS}
 
 
 class Variant(NamedTuple):
@@ -22,7 +26,8 @@ def parse(argument: str, **choices: tuple[str, ...]) -> Variant:
     """Parses a variant.
 
     Args:
-        argument: comma-separated: at most one bit-width (w2a2 if none) and key=value pairs.
+        argument: comma-separated: at most one bit-width (w2a2 if none) and key=value pairs; a
+            value may stand alone where only one key has it.
         **choices: the keys that this config knows, the default first among its values.
 
     Returns:
@@ -37,7 +42,8 @@ def parse(argument: str, **choices: tuple[str, ...]) -> Variant:
     found: dict[str, str] = {}
     for part in filter(None, argument.split(",")):
         key, equals, value = part.partition("=")
-        key, value = (key, value) if equals else ("bits", part)
+        if not equals:
+            key, value = next((k for k, v in choices.items() if part in v), "bits"), part
         known = {"bits": tuple(BIT_WIDTHS), **choices}
         if key not in known:
             raise InputError(f"unknown key {key!r} in {argument!r}; there are {', '.join(choices)}")
@@ -49,11 +55,6 @@ def parse(argument: str, **choices: tuple[str, ...]) -> Variant:
         found[key] = value
     bits = BIT_WIDTHS[found.pop("bits", "w2a2")]
     return Variant(*bits, {key: values[0] for key, values in choices.items()} | found)
-
-
-def presets() -> tuple[str, ...]:
-    """The presets that a variant may name, the default first."""
-    return ("aquant", *(name for name in aq.recipes.PRESETS if name != "aquant"))
 
 
 def recipe(variant: Variant, **fields) -> ConfigDict:

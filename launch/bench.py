@@ -25,8 +25,8 @@ from aquant_jax.cache import store
 from aquant_jax.compiler import Backend, Compiler
 from aquant_jax.errors import InputError
 from aquant_jax.grids import float_weights, make_grids
+from aquant_jax.network import Network
 from aquant_jax.observers import tensor_state
-from aquant_jax.pipeline import Network
 from aquant_jax.program import root
 from aquant_jax.reconstruct import LOG_EVERY, Data, optimize
 from aquant_jax.unit import forward, make_unit
@@ -78,13 +78,13 @@ def _bits(bits: int) -> dict[str, int]:
 
 
 def _block_input(net: Network) -> list[tuple[int, ...]]:
-    unit = make_unit(net.graph, net.specs, net.blocks[BLOCK].start, net.blocks[BLOCK].targets)
+    unit = make_unit(net.graph, net.plan, net.blocks[BLOCK].start, net.blocks[BLOCK].targets)
     return [tuple(net.graph.avals[value].shape) for value in unit.program.live]
 
 
 def _block(net: Network):
     block = net.blocks[BLOCK]
-    unit = make_unit(net.graph, net.specs, block.start, block.targets)
+    unit = make_unit(net.graph, net.plan, block.start, block.targets)
     rng = np.random.default_rng(1)
 
     def cache(values):
@@ -140,9 +140,9 @@ def _scale_search(apply, variables, images, bits: int) -> float:
     """Seconds for all weights and all activations (256 images), compilation included."""
     recipe = aq.recipes.nearest(**_bits(bits), batch_size=SAMPLES)
     net = aq.prepare(apply, variables, images, recipe)
-    whole = make_unit(net.graph, net.specs, (), net.graph.outputs)
+    whole = make_unit(net.graph, net.plan, (), net.graph.outputs)
     owners = {index: root(whole.producers, v) for v, index in whole.tensor_of.items()}
-    seer = make_unit(net.graph, net.specs, (), tuple(owners.values()))
+    seer = make_unit(net.graph, net.plan, (), tuple(owners.values()))
     weights = float_weights(make_grids(seer, net.folded))
     run = jax.jit(lambda weights, x: forward(seer, weights, None, (), [x], ()))
     activations = [np.asarray(a) for a in run(weights, images)]

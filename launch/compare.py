@@ -16,13 +16,16 @@ from absl import flags
 import aquant_jax as aq
 from aquant_jax import plots, workdir
 from aquant_jax.errors import InputError
+from configs import variants
 from launch import cells, common, experiment
+
+ROWS = [*variants.PRESETS[1:], variants.PRESETS[0]]  # ours last
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
     flags.DEFINE_string("config", None, "config file, file.py:variant", flag_values=values)
-    flags.DEFINE_list("presets", list(aq.recipes.PRESETS), "rows", flag_values=values)
+    flags.DEFINE_list("presets", ROWS, "rows", flag_values=values)
     flags.DEFINE_list("seeds", ["0"], "seeds of every row", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder to write into", flag_values=values)
     flags.DEFINE_string(
@@ -33,7 +36,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def row(preset: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation of the runs of a preset."""
-    scores = [cell["quantized"]["top1"] for cell in runs]
+    scores = [cell["quantized"][cell["metric"]] for cell in runs]
     return {
         "preset": preset,
         "weight_bits": runs[0]["weight_bits"],
@@ -41,7 +44,7 @@ def row(preset: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "seeds": {str(cell["seed"]): cell["quantized"] for cell in runs},
         "mean": statistics.fmean(scores),
         "std": statistics.stdev(scores) if len(scores) > 1 else None,
-        "float": runs[0]["float"]["top1"],
+        "float": runs[0]["float"][runs[0]["metric"]],
         "seconds": statistics.fmean(cell["seconds"] for cell in runs),
         "devices": sorted({cell["device"] for cell in runs}),
     }

@@ -112,7 +112,7 @@ def _network(spec: str, data_dir: str, rounds: int) -> dict[str, Any]:
     config = common.load_config(spec, {"recipe.steps": str(STEPS)}, "preset=aquant")
     loaded = experiment.load(config, data_dir)
     quantized = aq.quantize(
-        loaded.apply, loaded.variables, loaded.calibration.calibration(256).images,
+        loaded.apply, loaded.variables, loaded.calibration.calibration(256).inputs,
         experiment.recipe_of(config), compiler=aq.Compiler(gpu_ops.backend()), progress=False,
     )  # fmt: skip
     ways = {"definition": quantized, "gpu_ops": quantized.with_backend(gpu_ops.backend())}

@@ -1,9 +1,11 @@
 """One cell of a table: a config quantized with one seed, and everything written about it."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,20 @@ import gpu_ops
 from aquant_jax import data, models, plots, workdir
 from aquant_jax.errors import InputError
 from aquant_jax.evaluate import Predict, evaluate_batches
+from aquant_jax.models import bert
 from launch.common import Config
 
+BERT = "bert"
+LENGTHS = ("max_length", "calibration_length")
+METRIC_NAMES = {"top1": "top-1"}  # others are called by their names
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "aquant-jax")
+
+
+Check = Callable[[Any], None]
+
+
+def no_check(inputs: Any) -> None:
+    """For networks that take whatever fits their shapes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +43,7 @@ class Experiment:
         dataset: to score on.
         calibration: to calibrate on, the same unless the config names another.
         float_metrics: score of the float network.
+        check: raises an ``InputError`` for inputs that the network cannot take.
     """
 
     apply: models.Apply
@@ -37,6 +51,7 @@ class Experiment:
     dataset: data.Dataset
     calibration: data.Dataset
     float_metrics: dict[str, float]
+    check: Check = no_check
 
 
 def load(config: Config, data_dir: str) -> Experiment:
@@ -46,16 +61,26 @@ def load(config: Config, data_dir: str) -> Experiment:
         InputError: an unknown model or data set, one that is not in ``data_dir``, fewer
             calibration images than the config asks for, or a size that is no whole number.
     """
-    for name in ("calibration_size", "eval_batch_size", "test_limit"):
-        value = config[name]
+    for name in ("calibration_size", "eval_batch_size", "test_limit", *LENGTHS):
+        value = config.get(name, 1)
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
         if not whole and not (name == "test_limit" and value is None):
             raise InputError(f"config field {name} is {value!r}; it must be a positive integer")
-    apply, variables = models.create(config.model, _weights_path(config, data_dir))
     dataset, calibration = _open_data(config, data_dir)
     calibration.check_calibration(config.calibration_size)  # before hours of scoring
-    float_metrics = score(lambda images: apply(variables, images), dataset, config, "float")
-    return Experiment(apply, variables, dataset, calibration, float_metrics)
+    apply, variables, check = _create(config, data_dir, dataset)
+    predict = functools.partial(apply, variables)
+    float_metrics = score(predict, dataset, config, "float", check=check)
+    return Experiment(apply, variables, dataset, calibration, float_metrics, check)
+
+
+def _create(config: Config, data_dir: str, dataset: data.Dataset):
+    """The network of a config, its weights, and what checks its inputs."""
+    weights = _weights_path(config, data_dir)
+    if config.model != BERT:
+        return *models.create(config.model, weights), no_check
+    model, variables = bert.create(weights, dataset.num_classes or None)
+    return model.apply, variables, functools.partial(bert.check_inputs, model.config)
 
 
 def score(
@@ -64,15 +89,17 @@ def score(
     config: Config,
     name: str,
     corrupt: list[str] | None = None,
+    check: Check = no_check,
 ) -> dict[str, float]:
-    """Scores a network on the test images of a config, with a bar of images a second on a terminal.
+    """Scores a network on the test set of a config, with a bar of samples a second on a terminal.
 
     Args:
-        predict: images -> logits.
+        predict: inputs -> logits.
         dataset: to score on.
         config: whose test limit and batch size are used.
         name: shown before the bar.
         corrupt: gets the names of the images left out, if the config has ``skip_corrupt``.
+        check: of the inputs.
 
     Returns:
         The metrics of ``evaluate_batches``.
@@ -83,14 +110,15 @@ def score(
     skip = _on_corrupt(config, [] if corrupt is None else corrupt)
     batches = dataset.batches(config.eval_batch_size, config.test_limit, skip)
     total = config.test_limit or dataset.test_size
-    with tqdm(total=total, desc=f"score {name}", unit="img", disable=None) as bar:
+    with tqdm(total=total, desc=f"score {name}", unit="", disable=None) as bar:
 
         def counted():
             for batch in batches:
+                check(batch.inputs)
                 yield batch
                 bar.update(len(batch.labels))
 
-        return evaluate_batches(predict, counted(), dataset.num_classes)
+        return evaluate_batches(predict, counted(), dataset.num_classes, dataset.metric)
 
 
 def recipe_of(config: Config) -> aq.Recipe:
@@ -134,27 +162,30 @@ def run(
     calibration = experiment.calibration.calibration(
         config.calibration_size, seed, _on_corrupt(config, corrupt)
     )
+    experiment.check(calibration.inputs)
     start = time.perf_counter()
     quantized = aq.quantize(
         experiment.apply,
         experiment.variables,
-        calibration.images,
+        calibration.inputs,
         recipe,
+        mask=config.get("mask"),
         seed=seed,
         on_block=lambda report: folder.log(report._asdict()),
         compiler=compiler or aq.Compiler(gpu_ops.backend()),
     )
     seconds = time.perf_counter() - start
-    metrics = score(quantized, experiment.dataset, config, "quantized", corrupt)
+    metrics = score(quantized, experiment.dataset, config, "quantized", corrupt, experiment.check)
     results = {
         "config": spec,
         **_description(quantized),
         "seed": seed,
+        "metric": experiment.dataset.metric,
         "float": experiment.float_metrics,
         "quantized": metrics,
         "seconds": seconds,
-        "calibration_images": len(calibration.labels),
-        "test_images": metrics["images"],
+        "calibration_samples": len(calibration.labels),
+        "test_samples": metrics["samples"],
         "corrupt_images": corrupt,
         **environment(),
     }
@@ -194,20 +225,36 @@ def environment() -> dict[str, Any]:
 
 def one_line(results: dict[str, Any]) -> str:
     """The result of a cell in words."""
+    metric = results["metric"]
+    name = METRIC_NAMES.get(metric, metric)
     return (
         f"{results['preset']} w{results['weight_bits']}a{results['act_bits']} "
-        f"seed {results['seed']}: {results['quantized']['top1']:.2f}% top-1 "
-        f"(float {results['float']['top1']:.2f}%) of {results['test_images']} images, "
+        f"seed {results['seed']}: {results['quantized'][metric]:.2f}% {name} "
+        f"(float {results['float'][metric]:.2f}%) of {results['test_samples']} samples, "
         f"{results['seconds']:.0f} s on {results['device']}"
     )
 
 
 def _open_data(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset]:
-    fields = config.get("preprocessing")
-    how = data.Preprocessing(**fields.to_dict()) if fields else None
+    fields, how = config.get("preprocessing"), None
+    if config.model == BERT:
+        return _open_sentences(config, data_dir)
+    if fields:
+        how = data.Preprocessing(**fields.to_dict())
     dataset = data.load(config.dataset, data_dir, how, config.get("test_split"))
     name = config.get("calibration_dataset") or config.dataset
     return dataset, dataset if name == config.dataset else data.load(name, data_dir, how)
+
+
+def _open_sentences(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset]:
+    """The task, and the same with the shorter sequences that suffice to calibrate on."""
+    folder, lengths = (
+        _weights_path(config, data_dir),
+        (config.max_length, config.calibration_length),
+    )
+    hows = [data.Tokenization(folder, length, config.apart) for length in lengths]
+    dataset, calibration = (data.load(config.dataset, data_dir, how) for how in hows)
+    return dataset, calibration
 
 
 def _on_corrupt(config: Config, names: list[str]) -> data.OnCorrupt:

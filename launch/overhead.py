@@ -16,8 +16,8 @@ import numpy as np
 
 from aquant_jax import border, models, recipes
 from aquant_jax.layer import border_shape
+from aquant_jax.plan import make_plan
 from aquant_jax.trace import trace
-from aquant_jax.unit import layer_specs
 from launch import common
 
 PAPER = {
@@ -71,7 +71,7 @@ def count_layers(name: str) -> list[Layer]:
     """The weighted ops of a model of the zoo, in order."""
     apply, variables = models.abstract(name)
     graph = trace(apply, variables, jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32))
-    specs = layer_specs(graph, recipes.preset("aquant"))
+    specs = make_plan(graph, recipes.preset("aquant")).layers
     layers = []
     for op in graph.ops:
         if op.layer is None:

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-import aquant_jax as aq
 from aquant_jax.errors import InputError
 from aquant_jax.workdir import claim
+from configs import variants
 from launch import cells, common, paper
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -46,7 +46,7 @@ TABLES = {
     "1": Table(
         paper.MODELS,
         ("w4a4", "w2a4", "w3a3", "w2a2"),
-        {name: (name, {}) for name in aq.recipes.PRESETS},
+        {name: (name, {}) for name in variants.PRESETS[1:] + variants.PRESETS[:1]},
         paper.TABLE_1,
     ),
     "3": Table(
@@ -125,8 +125,8 @@ def entries(values: Any, planned: Planned, folder: Path) -> list[Entry]:
             first = results[0]
             found.append(
                 Entry(
-                    model, bits, row, first["float"]["top1"],
-                    [result["quantized"]["top1"] for result in results],
+                    model, bits, row, first["float"][first["metric"]],
+                    [result["quantized"][first["metric"]] for result in results],
                     table.paper.get((model, bits, row)), first["recipe"]["steps"],
                     statistics.fmean(result["seconds"] for result in results), first["device"],
                 )

@@ -113,7 +113,7 @@ def _timers(
     work: Workload, dataset: data.Dataset, files: list[Path], how: data.Preprocessing
 ) -> dict[str, Callable[[], float]]:
     apply, variables = models.create(work.model)
-    calibration = dataset.test(min(CALIBRATION, work.images)).images
+    calibration = dataset.test(min(CALIBRATION, work.images)).inputs
     fields = {} if work.preset == "nearest" else {"steps": 0}
     recipe = aq.recipes.preset(work.preset, weight_bits=4, act_bits=4, **fields)
     quantized = aq.quantize(apply, variables, calibration, recipe, progress=False)

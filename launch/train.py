@@ -37,7 +37,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def batches(split: data.Split, epochs: int, batch_size: int, seed: int):
     """Yields shuffled batches, every image shifted by -1, 0 or 1 pixel in each direction."""
     rng = np.random.default_rng(seed)
-    padded = np.pad(split.images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    padded = np.pad(split.inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))
     for _ in range(epochs):
         order = rng.permutation(len(split.labels))
         for start in range(0, len(order) - batch_size + 1, batch_size):

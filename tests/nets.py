@@ -94,7 +94,7 @@ def mlp(seed=0, sizes=(6, 8, 8, 4)):
 
 def run_folded(net, x):
     """The prepared network's folded graph in float, on a batch of ``net.batch`` samples."""
-    unit = make_unit(net.graph, net.specs, (), net.graph.outputs)
+    unit = make_unit(net.graph, net.plan, (), net.graph.outputs)
     weights = [Weights(*map(jnp.asarray, net.folded[s.path]), {}) for s in unit.specs]
     by_id = dict(zip(net.graph.inputs, jax.tree.leaves(x), strict=True))
     side = [by_id[i] for i in unit.program.side]

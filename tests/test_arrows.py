@@ -6,9 +6,9 @@ import pytest
 from conftest import REPOSITORY
 
 ORDER = (
-    " errors numerics border rounding observers graph trace program fold blocks window columns"
-    " layer integer cache recipe checks unit grids compiler reconstruct report quantized pipeline"
-    " sensitivity runtime evaluate workdir plots "
+    " errors numerics border rounding observers graph trace program fold sites blocks window"
+    " columns layer integer cache recipe checks plan network unit grids compiler reconstruct report"
+    " quantized pipeline sensitivity runtime evaluate workdir plots "
 )
 APART = {"models", "data"}  # these import nothing of the library but its errors
 FILES = sorted((REPOSITORY / "aquant_jax").rglob("*.py"))

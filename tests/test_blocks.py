@@ -22,7 +22,7 @@ def layers(net):
 
 def unit_layers(net):
     """The layers that the unit of every block really runs."""
-    units = [make_unit(net.graph, net.specs, b.start, b.targets) for b in net.blocks]
+    units = [make_unit(net.graph, net.plan, b.start, b.targets) for b in net.blocks]
     return [tuple(spec.path for spec in unit.specs) for unit in units]
 
 
@@ -154,7 +154,7 @@ def test_masks_do_not_count_as_live():
     variables = {"a": normal(rng_of(0), 3, 3, 3, 4), "b": normal(rng_of(1), 3, 3, 4, 4)}
     net = prepare(apply, variables)
     assert layers(net) == [("a",), ("b",)]
-    unit = make_unit(net.graph, net.specs, net.blocks[1].start, net.blocks[1].targets)
+    unit = make_unit(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
     assert unit.program.side == net.graph.inputs
 
 

@@ -14,30 +14,30 @@ def digits():
 
 def test_digits_shapes_and_range(digits):
     test = digits.test()
-    assert test.images.shape == (500, 8, 8, 1)
-    assert test.images.dtype == np.float32
+    assert test.inputs.shape == (500, 8, 8, 1)
+    assert test.inputs.dtype == np.float32
     assert test.labels.dtype == np.int32
-    assert test.images.min() == 0
-    assert test.images.max() == 1
+    assert test.inputs.min() == 0
+    assert test.inputs.max() == 1
     assert set(test.labels) == set(range(10))
 
 
 def test_calibration_and_test_images_are_disjoint(digits):
     train = digits.calibration(digits.train_size)
-    seen = {image.tobytes() for image in train.images}
+    seen = {image.tobytes() for image in train.inputs}
     assert len(train.labels) + len(digits.test().labels) == 1797
-    assert not seen & {image.tobytes() for image in digits.test().images}
+    assert not seen & {image.tobytes() for image in digits.test().inputs}
 
 
 def test_calibration_is_a_seeded_draw_without_repetition(digits):
     first, again, other = (digits.calibration(64, seed) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first.images, again.images)
-    assert np.any(first.images != other.images)
-    assert len({image.tobytes() for image in first.images}) == 64
+    np.testing.assert_array_equal(first.inputs, again.inputs)
+    assert np.any(first.inputs != other.inputs)
+    assert len({image.tobytes() for image in first.inputs}) == 64
 
 
 def test_test_limit_takes_the_first(digits):
-    np.testing.assert_array_equal(digits.test(7).images, digits.test().images[:7])
+    np.testing.assert_array_equal(digits.test(7).inputs, digits.test().inputs[:7])
 
 
 @pytest.mark.parametrize("limit", [None, 7, 499])

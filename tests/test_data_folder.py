@@ -71,10 +71,10 @@ def test_batches_hold_every_image_once_and_only_the_last_is_smaller(root):
     batches = list(pets.batches(5))
     assert [len(batch.labels) for batch in batches] == [5, 5, 2]
     whole = pets.test()
-    np.testing.assert_array_equal(np.concatenate([b.images for b in batches]), whole.images)
+    np.testing.assert_array_equal(np.concatenate([b.inputs for b in batches]), whole.inputs)
     np.testing.assert_array_equal(np.concatenate([b.labels for b in batches]), whole.labels)
-    assert whole.images.shape == (12, 16, 16, 3)
-    assert len({image.tobytes() for image in whole.images}) == 12
+    assert whole.inputs.shape == (12, 16, 16, 3)
+    assert len({image.tobytes() for image in whole.inputs}) == 12
 
 
 def test_calibration_images_are_the_same_whoever_decodes_them(root, monkeypatch):
@@ -82,15 +82,15 @@ def test_calibration_images_are_the_same_whoever_decodes_them(root, monkeypatch)
     first, other = pets.calibration(20, seed=5), pets.calibration(20, seed=6)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)))
     again = pets.calibration(20, seed=5)
-    np.testing.assert_array_equal(first.images, again.images)
+    np.testing.assert_array_equal(first.inputs, again.inputs)
     np.testing.assert_array_equal(first.labels, again.labels)
-    assert np.any(first.images != other.images)
-    assert first.images.shape == (20, 16, 16, 3)
+    assert np.any(first.inputs != other.inputs)
+    assert first.inputs.shape == (20, 16, 16, 3)
 
 
 def test_calibration_takes_another_crop_of_an_image_for_another_seed(root):
-    one = {x.tobytes() for x in load(root).calibration(30, seed=0).images}
-    two = {x.tobytes() for x in load(root).calibration(30, seed=1).images}
+    one = {x.tobytes() for x in load(root).calibration(30, seed=0).inputs}
+    two = {x.tobytes() for x in load(root).calibration(30, seed=1).inputs}
     assert len(one) == len(two) == 30
     assert not one & two
 

@@ -84,7 +84,7 @@ def test_any_classification_set_of_tfds(tmp_path):
     birds = data.load("birds", tmp_path, SMALL)
     assert (birds.num_classes, birds.train_size, birds.test_size) == (5, 9, 7)
     assert birds.test().labels.tolist() == [0, 1, 2, 3, 4, 0, 1]
-    assert birds.test().images.shape == (7, 16, 16, 3)
+    assert birds.test().inputs.shape == (7, 16, 16, 3)
     assert sorted(birds.calibration(9).labels.tolist()) == sorted(x % 5 for x in range(9))
     assert "tensorflow" not in sys.modules
 
@@ -104,7 +104,7 @@ def test_a_set_may_lack_either_split(tmp_path):
     with pytest.raises(InputError, match="heldout has no training split for 2 calibration"):
         data.load("heldout", tmp_path).check_calibration(2)
     sample = data.load("sample", tmp_path, SMALL)
-    with pytest.raises(InputError, match=r"5 calibration images asked of sample.* has 4"):
+    with pytest.raises(InputError, match=r"5 calibration samples asked of sample.* has 4"):
         sample.check_calibration(5)
     with pytest.raises(InputError, match="sample has no test split"):
         sample.batches(2)
@@ -173,8 +173,8 @@ def test_cifar_images_are_kept_as_they_are(shared_data):
     cifar10 = data.load("cifar10_jpeg", shared_data)
     assert (cifar10.train_size, cifar10.test_size) == (50_000, 10_000)
     calibration = cifar10.calibration(32, seed=5)
-    assert calibration.images.shape == (32, 32, 32, 3)
-    assert np.abs(calibration.images).max() < 3
+    assert calibration.inputs.shape == (32, 32, 32, 3)
+    assert np.abs(calibration.inputs).max() < 3
     assert set(calibration.labels) <= set(range(10))
 
 

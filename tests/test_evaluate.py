@@ -18,7 +18,7 @@ def test_agrees_with_sorting_for_every_batch_size():
     expected = {
         "top1": 100 * np.mean(best[:, 0] == labels),
         "top5": 100 * np.mean(np.any(best[:, :5] == labels[:, None], axis=1)),
-        "images": 23,
+        "samples": 23,
     }
     for batch_size in (1, 5, 22, 23, 100):
         metrics = evaluate(lambda x: x, logits, labels, batch_size)
@@ -44,7 +44,7 @@ def test_padding_is_not_counted():
 def test_few_classes_have_no_top5():
     assert set(evaluate(lambda x: x, random_logits(classes=5), np.zeros(23, int))) == {
         "top1",
-        "images",
+        "samples",
     }
 
 
@@ -52,13 +52,13 @@ def test_ties_go_to_the_lower_class_and_nan_is_wrong():
     ranks, _ = label_ranks(np.zeros((2, 3), np.float32), np.array([0, 2]))
     assert list(ranks) == [0, 2]
     metrics = evaluate(lambda x: x * jnp.nan, random_logits(), np.zeros(23, int))
-    assert metrics == {"top1": 0.0, "top5": 0.0, "images": 23}
+    assert metrics == {"top1": 0.0, "top5": 0.0, "samples": 23}
 
 
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (np.zeros((0, 3)), np.zeros(0, int), "0 images"),
+        (np.zeros((0, 3)), np.zeros(0, int), "0 samples"),
         (np.zeros((4, 3)), np.zeros(5, int), r"4 images with labels of \(5,\)"),
         (np.zeros((4, 3)), np.full(4, 3), "3 classes"),
         (np.zeros((4, 3, 2)), np.zeros(4, int), r"\(4, 3, 2\)"),
@@ -109,7 +109,7 @@ def test_a_batch_is_read_only_when_it_is_needed():
 @pytest.mark.parametrize(
     ("batches", "classes", "message"),
     [
-        ([], 10, "0 images"),
+        ([], 10, "0 samples"),
         ([(random_logits(), np.zeros(23, int))], 12, "10 classes apart, the data 12"),
         ([(random_logits(), np.full(23, -1))], 10, "labels from -1 to -1 do not fit 10"),
     ],

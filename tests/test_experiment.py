@@ -67,8 +67,8 @@ def test_scores_on_one_set_and_calibrates_on_another(argv, root, capsys, monkeyp
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert quantize.main(argv) == 0
     found = results(root)
-    assert (found["calibration_images"], found["test_images"]) == (12, 20)
-    assert found["float"]["images"] == found["quantized"]["images"] == 20
+    assert (found["calibration_samples"], found["test_samples"]) == (12, 20)
+    assert found["float"]["samples"] == found["quantized"]["samples"] == 20
     assert found["corrupt_images"] == []
     assert "20/20" in (bar := capsys.readouterr().err)
     assert "img/s" in bar
@@ -102,19 +102,19 @@ def test_corrupt_images_end_the_run_or_are_counted_and_named(argv, config, root,
     config.calibration_size = 30
     assert quantize.main(argv) == 0
     found = results(root)
-    assert (found["calibration_images"], found["test_images"]) == (27, 19)
+    assert (found["calibration_samples"], found["test_samples"]) == (27, 19)
     assert sorted(found["corrupt_images"]) == sorted(str(file) for file in files)
 
 
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
-        ({"calibration_size": 31}, "31 calibration images asked of folder:"),
+        ({"calibration_size": 31}, "31 calibration samples asked of folder:"),
         ({"calibration_dataset": ""}, "name a calibration_dataset"),
         ({"dataset": "folder:none"}, "neither train/ nor val/"),
         ({"dataset": "imagenet2012"}, "ILSVRC2012_img_val.tar"),
         ({"preprocessing": {"interpolation": "cubic"}}, "bicubic"),
-        ({"test_limit": 21}, "21 test images asked"),
+        ({"test_limit": 21}, "21 test samples asked"),
         ({"eval_batch_size": 0}, "batch_size is 0"),
     ],
 )
@@ -147,7 +147,7 @@ def test_another_calibration_draw_changes_nothing_but_the_seed(config, root, mon
 
 
 def test_public_efficientnet_lite0_recognises_what_it_should(shared_data):
-    # All 1,300 images give 82.31% (docs/results.md); these are what a test can afford.
+    # All 1,300 samples give 82.31% (docs/results.md); these are what a test can afford.
     config = common.load_config("configs/efficientnet_lite0.py:w8a8", {"test_limit": "100"})
     metrics = experiment.load(config, shared_data).float_metrics
-    assert metrics == pytest.approx({"top1": 82.0, "top5": 93.0, "images": 100}, abs=1.5)
+    assert metrics == pytest.approx({"top1": 82.0, "top5": 93.0, "samples": 100}, abs=1.5)

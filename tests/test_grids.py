@@ -24,7 +24,7 @@ def problem():
     overrides = ({"pattern": "conv2", "keep_float": True},)
     recipe = aq.recipes.aquant(3, 3, batch_size=8, overrides=overrides)
     net = aq.prepare(apply, variables, images(0, 8), recipe)
-    unit = make_unit(net.graph, net.specs, net.blocks[1].start, net.blocks[1].targets)
+    unit = make_unit(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
     return net, unit, make_grids(unit, net.folded)
 
 

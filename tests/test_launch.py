@@ -77,7 +77,7 @@ def test_quantize_writes_results_log_and_plots(pretend, tmp_path, capsys):
     assert quantize.main(["quantize", DIGITS, f"--workdir={path}", "--seed=3", *SMALL]) == 0
     results = read(path / "results.json")
     assert results["float"] == results["quantized"]
-    assert (results["seed"], results["calibration_images"], results["test_images"]) == (3, 32, 60)
+    assert (results["seed"], results["calibration_samples"], results["test_samples"]) == (3, 32, 60)
     assert (results["weight_bits"], results["act_bits"], results["preset"]) == (2, 2, "aquant")
     assert results["recipe"]["steps"] == 2
     assert results["config"] == "configs/digits.py:w2a2"

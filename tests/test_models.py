@@ -41,7 +41,7 @@ def test_depth_counts_weighted_layers(depth, layers):
 
 def test_apply_is_pure_and_batch_independent():
     apply, variables = models.create("digits_cnn", models.DIGITS_WEIGHTS)
-    images = data.load("digits").test(8).images
+    images = data.load("digits").test(8).inputs
     whole = apply(variables, images)
     np.testing.assert_allclose(whole[:3], apply(variables, images[:3]), atol=1e-5)
     np.testing.assert_array_equal(whole, apply(variables, images))

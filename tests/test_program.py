@@ -78,7 +78,7 @@ def test_views_have_the_tensor_they_show_as_root():
 
 def test_signature_is_equal_for_equal_functions_only():
     net = prepared(blocks=3)
-    units = [make_unit(net.graph, net.specs, b.start, b.targets) for b in net.blocks]
+    units = [make_unit(net.graph, net.plan, b.start, b.targets) for b in net.blocks]
     stem, one, two, three, head = (signature(net.graph, u.program) for u in units)
     assert one == two == three
     assert len({stem, one, head}) == 3
@@ -100,7 +100,7 @@ def test_units_with_other_bits_have_other_keys():
     apply, variables = residual_net(blocks=2)
     recipe = NEAREST.replace(overrides=({"pattern": "block_2", "weight_bits": 3},))
     net = aq.prepare(apply, variables, images(0, 8), recipe)
-    one, two = (make_unit(net.graph, net.specs, b.start, b.targets).key for b in net.blocks[1:3])
+    one, two = (make_unit(net.graph, net.plan, b.start, b.targets).key for b in net.blocks[1:3])
     assert one != two
 
 

@@ -27,7 +27,7 @@ def test_a_recipe_survives_json(name):
 
 
 def test_presets_mean_what_the_papers_rows_mean():
-    nearest, adaround, brecq, qdrop, aquant = (preset(n) for n in PRESETS)
+    nearest, adaround, brecq, qdrop, aquant, aquant_bert = (preset(n) for n in PRESETS)
     assert nearest.steps == 0
     assert adaround.unit == "layer"
     assert {r.unit for r in (brecq, qdrop, aquant)} == {"block"}

@@ -47,7 +47,7 @@ def block_problem(preset="qdrop", samples=16, **fields):
     apply, variables = small_net(width=4)
     recipe = getattr(aq.recipes, preset)(3, 3, **{"steps": 10, "batch_size": 8, **fields})
     net = aq.prepare(apply, variables, X, recipe)
-    unit = make_unit(net.graph, net.specs, net.blocks[1].start, net.blocks[1].targets)
+    unit = make_unit(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
     rng = rng_of(1)
     floating = np.maximum(rng.normal(size=(samples, 5, 5, 4)), 0).astype(np.float32)
     noised = floating + rng.normal(size=floating.shape).astype(np.float32) * np.float32(0.1)

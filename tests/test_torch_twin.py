@@ -28,7 +28,7 @@ def problem():
         4, 3, steps=STEPS, batch_size=BATCH, weight_lr=1e-2, step_lr=1e-3, rounding_weight=0.01
     )
     net = aq.prepare(apply, variables, images(0, SAMPLES), recipe)
-    unit = make_unit(net.graph, net.specs, net.blocks[1].start, net.blocks[1].targets)
+    unit = make_unit(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
     rng = rng_of(2)
     shape = (SAMPLES, 6, 6, 4)
     floating = np.maximum(rng.normal(size=shape), 0).astype(np.float32)

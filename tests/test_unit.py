@@ -27,7 +27,7 @@ def block(fused=True, preset="aquant"):
     if preset == "aquant":
         recipe = recipe.replace(fused=fused, border="quadratic", phi="clamp")
     net = aq.prepare(apply, variables, images(0, 8, size=5), recipe)
-    unit = make_unit(net.graph, net.specs, net.blocks[1].start, net.blocks[1].targets)
+    unit = make_unit(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
     grids = make_grids(unit, net.folded)
     assert static_inputs(net.graph, unit.program, variables) == []
     return unit, grids
@@ -211,7 +211,7 @@ class TestDrop:
         variables = {n: normal(rng_of(i), 4, 4) for i, n in enumerate(("stem", "a", "b"))}
         x = normal(rng_of(3), 8, 4)
         net = aq.prepare(apply, variables, x, aq.recipes.qdrop(8, 2, batch_size=8, last_act_bits=2))
-        unit = make_unit(net.graph, net.specs, net.blocks[1].start, net.blocks[1].targets)
+        unit = make_unit(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
         assert len(unit.tensors) == 1
         own = [Weights(*map(jnp.asarray, net.folded[s.path]), {}) for s in unit.specs]
         h = np.maximum(x @ variables["stem"], 0)
@@ -238,7 +238,7 @@ class TestDrop:
 def specs_of(recipe, net=None, x=None):
     apply, variables = net or residual_net(blocks=2)
     x = images(0, 8) if x is None else x
-    return aq.prepare(apply, variables, x, recipe.replace(batch_size=8)).specs
+    return aq.prepare(apply, variables, x, recipe.replace(batch_size=8)).plan.layers
 
 
 class TestBits:

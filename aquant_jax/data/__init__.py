@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from aquant_jax.data import digits, folder, tfds
+from aquant_jax.data import digits, folder, glue, tfds
+from aquant_jax.data.glue import Tokenization
 from aquant_jax.data.preprocess import CIFAR, EFFICIENTNET_LITE, IMAGENET, Preprocessing
 from aquant_jax.data.source import Dataset, OnCorrupt, Split
 from aquant_jax.errors import InputError
@@ -15,6 +16,7 @@ __all__ = [
     "OnCorrupt",
     "Preprocessing",
     "Split",
+    "Tokenization",
     "load",
 ]
 
@@ -26,7 +28,7 @@ _PREPROCESSING = {"cifar10": CIFAR, "cifar10_jpeg": CIFAR}
 def load(
     name: str,
     data_dir: str | Path = "~",
-    preprocessing: Preprocessing | None = None,
+    preprocessing: Preprocessing | Tokenization | None = None,
     test_split: str | None = None,
 ) -> Dataset:
     """Opens a data set by name.
@@ -38,7 +40,7 @@ def load(
         data_dir: the folder whose ``tensorflow_datasets/`` holds the prepared sets (the
             default, the home directory, is where tfds puts them); digits need none.
         preprocessing: that of the checkpoint; by default CIFAR's for CIFAR, ``IMAGENET`` for
-            all others; digits have none.
+            all others; digits have none. GLUE (``glue/sst2``) needs a `Tokenization`.
         test_split: of a tfds set, to score on; validation by default, or else test.
 
     Raises:
@@ -48,8 +50,14 @@ def load(
         if preprocessing is not None:
             raise InputError("digits have no preprocessing to choose")
         return digits.load()
-    how = preprocessing or _PREPROCESSING.get(name, IMAGENET)
     root = Path(data_dir).expanduser()
+    if name.startswith(glue.PREFIX):
+        if not isinstance(preprocessing, Tokenization):
+            raise InputError(f"{name} needs the tokenizer of a checkpoint (data.Tokenization)")
+        return glue.load(name, root / "tensorflow_datasets", preprocessing)
+    if isinstance(preprocessing, Tokenization):
+        raise InputError(f"{name} is a set of images; a network of sentences cannot read it")
+    how = preprocessing or _PREPROCESSING.get(name, IMAGENET)
     if name.startswith(FOLDER):
         return folder.load(root / name.removeprefix(FOLDER), how)
     return tfds.load(name, root / "tensorflow_datasets", how, test_split)

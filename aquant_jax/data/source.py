@@ -1,8 +1,8 @@
-"""A labelled image set that is read in batches, and how to draw from it."""
+"""A labelled data set that is read in batches, and how to draw from it."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,9 +10,12 @@ from aquant_jax.errors import InputError
 
 
 class Split(NamedTuple):
-    """Images [N, H, W, C] float32, normalised as the model expects, and labels [N] int32."""
+    """Samples as the model takes them, and their labels [N].
 
-    images: np.ndarray
+    Images are [N, H, W, C] float32, normalised as the model expects, with int32 labels.
+    """
+
+    inputs: Any
     labels: np.ndarray
 
 
@@ -26,11 +29,12 @@ class Dataset:
 
     Attributes:
         name: of the data set.
-        num_classes: number of labels.
-        train_size: images in the training split, 0 where there is none.
-        test_size: images in the test split, 0 where there is none.
+        num_classes: number of labels, 1 for a regression, 0 where the score has none.
+        train_size: samples in the training split, 0 where there is none.
+        test_size: samples in the test split, 0 where there is none.
         stream: ``("train" | "test", indices, seed, batch_size, on_corrupt)`` to batches of those
             images, in that order, only the last one smaller; the seed is that of random crops.
+        metric: what it is scored by: a key of `evaluate.METRICS`, or ``top1``.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Dataset:
     train_size: int
     test_size: int
     stream: Stream
+    metric: str = "top1"
 
     def check_calibration(self, n: int) -> None:
         """Says whether ``calibration(n)`` can be had, without reading anything.
@@ -115,10 +120,10 @@ def in_memory(name: str, num_classes: int, train: Split, test: Split) -> Dataset
     def stream(
         split: str, indices: np.ndarray, seed: int, batch_size: int, on_corrupt: OnCorrupt
     ) -> Iterator[Split]:
-        images, labels = splits[split]
+        inputs, labels = splits[split]
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
-            yield Split(images[batch], labels[batch])
+            yield Split(inputs[batch], labels[batch])
 
     return Dataset(name, num_classes, len(train.labels), len(test.labels), stream)
 
@@ -126,6 +131,6 @@ def in_memory(name: str, num_classes: int, train: Split, test: Split) -> Dataset
 def _check(purpose: str, n: int, name: str, split: str, size: int) -> None:
     if size == 0:
         other = "; name a calibration_dataset" if split == "training" else ""
-        raise InputError(f"{name} has no {split} split for {n} {purpose} images{other}")
+        raise InputError(f"{name} has no {split} split for {n} {purpose} samples{other}")
     if not 0 < n <= size:
-        raise InputError(f"{n} {purpose} images asked of {name}, whose {split} split has {size}")
+        raise InputError(f"{n} {purpose} samples asked of {name}, whose {split} split has {size}")

@@ -1,5 +1,6 @@
 """TensorFlow Datasets through their random-access sources, without TensorFlow."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,7 +42,8 @@ def load(
         InputError: tfds is not installed, the data set is not prepared there, it has no such
             split, or its records are no labelled images.
     """
-    sources = _open(name, tfds_dir)
+    # One decoder for all sets keeps numbers the same: tfds would take OpenCV where it is there.
+    sources = open_splits(name, tfds_dir, skip=("image",))
     if test_split is not None and test_split not in sources:
         raise InputError(f"{name} has no split {test_split!r}; there are {', '.join(sources)}")
     names = (test_split,) if test_split else TEST_SPLITS
@@ -68,7 +70,17 @@ def _records(source: Any, split: str) -> Records:
     return Records(len(source), read)
 
 
-def _open(name: str, tfds_dir: Path) -> dict[str, Any]:
+def open_splits(name: str, tfds_dir: Path, skip: Sequence[str] = ()) -> dict[str, Any]:
+    """Random access to the records of every split.
+
+    Args:
+        name: the tfds name.
+        tfds_dir: the tfds data directory.
+        skip: features that are left encoded.
+
+    Raises:
+        InputError: tfds is not installed, or the data set is not prepared there.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -79,11 +91,10 @@ def _open(name: str, tfds_dir: Path) -> dict[str, Any]:
     if not (tfds_dir / base).is_dir():
         # Before tfds is asked, which would log a warning of its own.
         raise InputError(_not_prepared(name, base, tfds_dir, _in_catalogue(base)))
-    # One decoder for all sets keeps numbers the same: tfds would take OpenCV where it is there.
-    skip = {"image": tfds.decode.SkipDecoding()}
+    decoders = {feature: tfds.decode.SkipDecoding() for feature in skip} or None
     try:
         # tfds raises a different type for every way in which a data set is not there.
-        opened = tfds.data_source(name, data_dir=str(tfds_dir), decoders=skip, download=False)
+        opened = tfds.data_source(name, data_dir=str(tfds_dir), decoders=decoders, download=False)
     except Exception as error:
         raise InputError(_not_prepared(name, base, tfds_dir, _in_catalogue(base))) from error
     return cast(dict[str, Any], opened)  # all splits, as none was asked for

@@ -17,7 +17,7 @@ from aquant_jax.errors import InputError
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin")
 _WRAPPERS = ("state_dict", "model")
 _DATA_PARALLEL = "module."
-_COUNTER = "num_batches_tracked"
+_BUFFERS = ("num_batches_tracked", "position_ids")
 _REFUSED = re.compile(r"GLOBAL (\S+)")
 
 
@@ -25,7 +25,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     """Reads the arrays of a checkpoint.
 
     A ``state_dict`` or ``model`` entry around them and ``module.`` in front of all names are
-    taken off; the batch counters of batch norm are dropped.
+    taken off; the batch counters of batch norm and BERT's table of positions are dropped.
 
     Args:
         path: a PyTorch checkpoint, by its suffix (``.pth``, ``.pth.tar``, ``.pt``, ``.bin``);
@@ -42,7 +42,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise InputError(f"cannot read weights from {path}: there is no such file")
     found = _read_torch(path) if path.suffix in TORCH_SUFFIXES else _read_safetensors(path)
-    found = {name: a for name, a in found.items() if name.rpartition(".")[2] != _COUNTER}
+    found = {name: a for name, a in found.items() if name.rpartition(".")[2] not in _BUFFERS}
     if found and all(name.startswith(_DATA_PARALLEL) for name in found):
         found = {name.removeprefix(_DATA_PARALLEL): array for name, array in found.items()}
     for name, array in found.items():

@@ -1,0 +1,157 @@
+"""GLUE (Wang et al. 2018) through tfds, as token ids: the eight tasks of the paper's Table 2."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aquant_jax.data.source import Dataset, OnCorrupt, Split
+from aquant_jax.data.tfds import open_splits
+from aquant_jax.errors import InputError
+
+PREFIX = "glue/"
+
+
+class Task(NamedTuple):
+    """A task: its sentences, its metric (see `evaluate.METRICS`), and its labels.
+
+    Attributes:
+        sentences: the features that hold them, one or two.
+        metric: as the paper reports it.
+        labels: classes; 1 is a regression.
+        validation: the split to score on.
+    """
+
+    sentences: tuple[str, ...]
+    metric: str
+    labels: int = 2
+    validation: str = "validation"
+
+
+TASKS = {
+    "cola": Task(("sentence",), "matthews"),
+    "sst2": Task(("sentence",), "accuracy"),
+    "mrpc": Task(("sentence1", "sentence2"), "f1"),
+    "stsb": Task(("sentence1", "sentence2"), "pearson", 1),
+    "qqp": Task(("question1", "question2"), "f1"),
+    "mnli": Task(("premise", "hypothesis"), "accuracy", 3, "validation_matched"),
+    "qnli": Task(("question", "sentence"), "accuracy"),
+    "rte": Task(("sentence1", "sentence2"), "accuracy"),
+}
+
+
+class Tokenization(NamedTuple):
+    """How sentences become arrays.
+
+    Attributes:
+        folder: holds ``tokenizer.json``, or ``vocab.txt``.
+        max_length: tokens a sequence, padded or cut to exactly this.
+        apart: the two sentences of a pair are two samples, one after the other, for a network that
+            embeds sentences; the score compares the two by their cosine.
+    """
+
+    folder: Path
+    max_length: int = 128
+    apart: bool = False
+
+
+def load(name: str, tfds_dir: Path, how: Tokenization) -> Dataset:
+    """Opens a task.
+
+    Args:
+        name: ``glue/TASK``, of `TASKS`.
+        tfds_dir: the tfds data directory that holds it prepared as array_record.
+        how: the tokenizer of the checkpoint.
+
+    Returns:
+        Samples are dicts of int32 ``[N, max_length]``: ``ids``, ``mask`` (one where no padding)
+        and ``types`` (which sentence a token is of).
+
+    Raises:
+        InputError: unknown task, a missing package, a task that is not prepared, no tokenizer, or
+            single sentences that are to be compared.
+    """
+    task = TASKS.get(name.removeprefix(PREFIX))
+    if task is None:
+        raise InputError(f"unknown GLUE task {name!r}; there are {', '.join(TASKS)}")
+    if how.apart and (len(task.sentences) != 2 or task.labels != 1):
+        raise InputError(f"{name} scores no similarity of two sentences, as glue/stsb does")
+    tokenizer = load_tokenizer(how)
+    sources = open_splits(name, tfds_dir)
+    splits = {
+        "train": sources.get("train", ()),
+        "test": sources.get(task.validation, ()),
+    }
+    each = 2 if how.apart else 1
+
+    def stream(
+        split: str, indices: np.ndarray, seed: int, batch_size: int, on_corrupt: OnCorrupt
+    ) -> Iterator[Split]:
+        for start in range(0, len(indices), batch_size):
+            picked = indices[start : start + batch_size]
+            records = [splits[split][int(index) // each] for index in picked]
+            labels = np.array([record["label"] for record in records], _label_type(task))
+            sides = picked % each if how.apart else None
+            yield Split(_encode(tokenizer, task, records, sides), labels)
+
+    sizes = [each * len(splits[split]) for split in ("train", "test")]
+    metric = f"{task.metric} of cosines" if how.apart else task.metric
+    return Dataset(name, 0 if how.apart else task.labels, *sizes, stream, metric)
+
+
+def load_tokenizer(how: Tokenization) -> Any:
+    """The tokenizer of a checkpoint, which pads or cuts to ``how.max_length``.
+
+    Raises:
+        InputError: tokenizers is not installed, there is no tokenizer, or a length is too short.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise InputError("GLUE needs tokenizers: pip install 'aquant-jax[glue]'") from error
+    if how.max_length < 4:  # [CLS] a [SEP] b would lose b
+        raise InputError(f"max_length is {how.max_length}; sequences have 4 tokens or more")
+    whole, words = how.folder / "tokenizer.json", how.folder / "vocab.txt"
+    try:
+        if whole.is_file():
+            tokenizer: Any = tokenizers.Tokenizer.from_file(str(whole))
+        elif words.is_file():
+            lower = _lower_case(how.folder)
+            tokenizer = tokenizers.BertWordPieceTokenizer(str(words), lowercase=lower)
+        else:
+            raise InputError(f"{how.folder} has no tokenizer: no tokenizer.json or vocab.txt in it")
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise InputError(f"the tokenizer in {how.folder} cannot be read: {error}") from error
+    pad = tokenizer.token_to_id("[PAD]")
+    tokenizer.enable_truncation(how.max_length)
+    tokenizer.enable_padding(length=how.max_length, pad_id=pad or 0)
+    return tokenizer
+
+
+def _lower_case(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text()).get("do_lower_case", True) if path.is_file() else True
+
+
+def _label_type(task: Task):
+    return np.float32 if task.labels == 1 else np.int32
+
+
+def _encode(
+    tokenizer, task: Task, records: Sequence[Any], sides: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Token arrays; with `sides`, of one sentence of each pair."""
+    texts = [[record[feature].decode() for feature in task.sentences] for record in records]
+    if sides is not None:
+        texts = [[pair[side]] for pair, side in zip(texts, sides, strict=True)]
+    encodings = tokenizer.encode_batch([t[0] if len(t) == 1 else tuple(t) for t in texts])
+    columns = {
+        "ids": [e.ids for e in encodings],
+        "mask": [e.attention_mask for e in encodings],
+        "types": [e.type_ids for e in encodings],
+    }
+    return {name: np.array(rows, np.int32) for name, rows in columns.items()}

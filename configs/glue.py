@@ -1,0 +1,41 @@
+"""What the configs of transformers share."""
+
+from ml_collections import ConfigDict
+
+from configs import variants
+
+# All intermediate activations, as in Bondarenko et al. (2021); the first rule that finds a tensor
+# names it.
+ACTIVATIONS = ("softmax", "norm", "sum", "activation", "matmul")
+UNITS = {
+    "layers": (),  # of the encoder, whole
+    "sub-blocks": (r"layer_\d+/(query|key|value|out)/", r"layer_\d+/(up|down)/"),
+}
+HEAD = {"pattern": "classifier", "keep_float": True}
+
+
+def config(variant: variants.Variant, task: str, weights: str, **fields) -> ConfigDict:
+    """The config of an encoder on a task.
+
+    Args:
+        variant: bit-width, preset and ``blocks``, for presets that reconstruct blocks.
+        task: of GLUE.
+        weights: folder of the checkpoint, in data_dir.
+        **fields: of the recipe.
+    """
+    chosen = ConfigDict()
+    chosen.model = "bert"
+    chosen.weights = weights
+    chosen.dataset = f"glue/{task}"
+    chosen.mask = "mask"  # which tokens are no padding
+    chosen.apart = False
+    chosen.calibration_size = 1024
+    chosen.test_limit = None
+    chosen.eval_batch_size = 64
+    chosen.preset = variant.settings["preset"]
+    everywhere = dict.fromkeys(("first_weight_bits", "last_weight_bits", "last_act_bits"))
+    blocks = UNITS[variant.settings["blocks"]]
+    chosen.recipe = variants.recipe(
+        variant, activations=ACTIVATIONS, blocks=blocks, **everywhere, **fields
+    )
+    return chosen
