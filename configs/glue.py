@@ -11,16 +11,24 @@ UNITS = {
     "layers": (),  # of the encoder, whole
     "sub-blocks": (r"layer_\d+/(query|key|value|out)/", r"layer_\d+/(up|down)/"),
 }
-HEAD = {"pattern": "classifier", "keep_float": True}
+CHOICES = {
+    "preset": variants.BERT_PRESETS,
+    "blocks": tuple(UNITS),
+    "sums": ("same", "8"),
+}
 
 
-def config(variant: variants.Variant, task: str, weights: str, **fields) -> ConfigDict:
+def config(
+    variant: variants.Variant, task: str, weights: str, overrides: tuple[dict, ...] = (), **fields
+) -> ConfigDict:
     """The config of an encoder on a task.
 
     Args:
-        variant: bit-width, preset and ``blocks``, for presets that reconstruct blocks.
+        variant: bit-width and `CHOICES`: the preset; ``blocks``, for presets that reconstruct
+            blocks; ``sums``, the bits of the residual sums where they are not those of the rest.
         task: of GLUE.
         weights: folder of the checkpoint, in data_dir.
+        overrides: of the recipe.
         **fields: of the recipe.
     """
     chosen = ConfigDict()
@@ -34,8 +42,14 @@ def config(variant: variants.Variant, task: str, weights: str, **fields) -> Conf
     chosen.eval_batch_size = 64
     chosen.preset = variant.settings["preset"]
     everywhere = dict.fromkeys(("first_weight_bits", "last_weight_bits", "last_act_bits"))
-    blocks = UNITS[variant.settings["blocks"]]
+    if variant.settings["sums"] != "same":
+        overrides += ({"pattern": ":sum", "act_bits": int(variant.settings["sums"])},)
     chosen.recipe = variants.recipe(
-        variant, activations=ACTIVATIONS, blocks=blocks, **everywhere, **fields
+        variant,
+        activations=ACTIVATIONS,
+        blocks=UNITS[variant.settings["blocks"]],
+        overrides=overrides,
+        **everywhere,
+        **fields,
     )
     return chosen

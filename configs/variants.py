@@ -22,12 +22,13 @@ class Variant(NamedTuple):
     settings: dict[str, str]
 
 
-def parse(argument: str, **choices: tuple[str, ...]) -> Variant:
+def parse(argument: str, default: str = "w2a2", **choices: tuple[str, ...]) -> Variant:
     """Parses a variant.
 
     Args:
-        argument: comma-separated: at most one bit-width (w2a2 if none) and key=value pairs; a
-            value may stand alone where only one key has it.
+        argument: comma-separated: at most one bit-width and key=value pairs; a value may stand alone
+            where only one key has it.
+        default: the bit-width if there is none.
         **choices: the keys that this config knows, the default first among its values.
 
     Returns:
@@ -53,7 +54,7 @@ def parse(argument: str, **choices: tuple[str, ...]) -> Variant:
         if key in found:
             raise InputError(f"{key} is given twice: {found[key]} and {value}")
         found[key] = value
-    bits = BIT_WIDTHS[found.pop("bits", "w2a2")]
+    bits = BIT_WIDTHS[found.pop("bits", default)]
     return Variant(*bits, {key: values[0] for key, values in choices.items()} | found)
 
 

@@ -4,8 +4,9 @@
     python -m launch.table --table=3 --models=cifar10_resnet20 --bits=w2a2 --seeds=0,1,2 \\
         --data_dir=../shared/data --workdir=runs/ablation --config.recipe.steps=400
 
-Table 1 is models x bits x presets; Table 3 is the ablation of the border: linear or quadratic,
-fused or not. A model is a file in configs/. Each run has the folder MODEL/BITS-ROW-sSEED in the
+Table 1 is models x bits x presets; Table 2 is BERT on the tasks of GLUE, each with its fine-tuned
+weights; Table 3 is the ablation of the border: linear or quadratic, fused or not. A model is a
+file in configs/, or a task. Each run has the folder MODEL/BITS-ROW-sSEED in the
 workdir, so an interrupted table goes on where it stopped, and rows and seeds can be added.
 table.md and table.csv have the paper's numbers, marked so, beside ours.
 """
@@ -34,12 +35,21 @@ ABLATION = {
 
 
 class Table(NamedTuple):
-    """What a table has: rows as (preset, overrides) by name, and the paper's values."""
+    """What a table has: rows as (preset, overrides) by name, and the paper's values.
+
+    Attributes:
+        models: its columns: networks, or tasks of one network.
+        bits: its bit-widths.
+        rows: presets.
+        paper: by (model, bits, row).
+        config: file and start of the variant of a column.
+    """
 
     models: tuple[str, ...]
     bits: tuple[str, ...]
     rows: dict[str, tuple[str, dict[str, str]]]
     paper: dict[tuple[str, str, str], float]
+    config: str = "{model}.py"
 
 
 TABLES = {
@@ -48,6 +58,13 @@ TABLES = {
         ("w4a4", "w2a4", "w3a3", "w2a2"),
         {name: (name, {}) for name in variants.PRESETS[1:] + variants.PRESETS[:1]},
         paper.TABLE_1,
+    ),
+    "2": Table(
+        paper.TASKS,
+        ("w4a4",),
+        {name: (name, {}) for name in ("adaround", "aquant_bert")},
+        paper.TABLE_2,
+        "glue_bert.py:{model}",
     ),
     "3": Table(
         ("resnet18", "regnetx_600mf"),
@@ -59,13 +76,13 @@ TABLES = {
 
 
 class Entry(NamedTuple):
-    """One cell of the written table; ``top1`` has one value a seed."""
+    """One cell of the written table; ``scores`` has one value a seed."""
 
     model: str
     bits: str
     row: str
-    float_top1: float
-    top1: list[float]
+    float_score: float
+    scores: list[float]
     paper: float | None
     steps: int
     seconds: float
@@ -103,15 +120,15 @@ def plan(values: Any, overrides: dict[str, str]) -> Planned:
             raise InputError(f"unknown row {row!r} of table {values.table}; {list(table.rows)}")
     planned: Planned = {}
     for model in values.models or table.models:
-        file = CONFIGS / f"{model}.py"
+        file, _, start = table.config.format(model=model).partition(":")
         planned[model] = {}
         for bits in values.bits or table.bits:
             for row in chosen:
                 preset, own = table.rows[row]
-                variant = ",".join(filter(None, [bits, f"preset={preset}", values.variant]))
-                config = cells.load_config(str(file), {**overrides, **own}, variant)
+                variant = ",".join(filter(None, [start, bits, f"preset={preset}", values.variant]))
+                config = cells.load_config(str(CONFIGS / file), {**overrides, **own}, variant)
                 name = f"{bits}-{row.replace(', ', '-').replace(' ', '-')}"
-                planned[model][bits, row] = cells.Cell(name, f"{model}:{variant}", config)
+                planned[model][bits, row] = cells.Cell(name, f"{file}:{variant}", config)
     return planned
 
 
@@ -137,10 +154,10 @@ def entries(values: Any, planned: Planned, folder: Path) -> list[Entry]:
 def markdown(found: list[Entry]) -> str:
     """The table in Markdown: a row a method, a column a model, the paper's number in brackets."""
     models = list(dict.fromkeys(entry.model for entry in found))
-    floats = {entry.model: entry.float_top1 for entry in found}
+    floats = {entry.model: entry.float_score for entry in found}
     rows = {(entry.bits, entry.row): {} for entry in found}
     for entry in found:
-        rows[entry.bits, entry.row][entry.model] = _text(entry.top1, entry.paper)
+        rows[entry.bits, entry.row][entry.model] = _text(entry.scores, entry.paper)
     rows = {("", "float"): {m: _text([floats[m]], paper.FLOAT.get(m)) for m in models}, **rows}
     head = ["bits", "method", *(f"{model} (paper)" for model in models)]
     lines = [head, ["---"] * len(head)]
@@ -154,8 +171,8 @@ def as_csv(found: list[Entry]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(Entry._fields)
     for entry in found:
-        top1 = " ".join(f"{value:.2f}" for value in entry.top1)
-        writer.writerow(entry._replace(top1=top1, paper=entry.paper or ""))
+        scores = " ".join(f"{value:.2f}" for value in entry.scores)
+        writer.writerow(entry._replace(scores=scores, paper=entry.paper or ""))
     return out.getvalue()
 
 

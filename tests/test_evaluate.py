@@ -117,3 +117,70 @@ def test_a_batch_is_read_only_when_it_is_needed():
 def test_wrong_batches(batches, classes, message):
     with pytest.raises(InputError, match=message):
         evaluate_batches(lambda x: x, batches, classes)
+
+
+class TestMetrics:
+    """Against their definitions, on answers that are neither all right nor all wrong."""
+
+    def scores(self, metric, outputs, labels, **options):
+        batches = [(outputs[i : i + 4], labels[i : i + 4]) for i in range(0, len(labels), 4)]
+        return evaluate_batches(lambda x: x, batches, metric=metric, **options)
+
+    def confusion(self):
+        logits = random_logits(classes=2)
+        labels = (np.arange(23) % 3 > 0).astype(np.int32)
+        said = logits.argmax(1)
+        pairs = [(1, 1), (0, 0), (1, 0), (0, 1)]
+        return logits, labels, [np.sum((said == s) & (labels == t)) for s, t in pairs]
+
+    def test_accuracy(self):
+        logits, labels, (tp, tn, _, _) = self.confusion()
+        found = self.scores("accuracy", logits, labels, num_classes=2)
+        assert found == {"accuracy": pytest.approx(100 * (tp + tn) / 23), "samples": 23}
+
+    def test_f1(self):
+        logits, labels, (tp, _, fp, fn) = self.confusion()
+        found = self.scores("f1", logits, labels)
+        assert found["f1"] == pytest.approx(100 * 2 * tp / (2 * tp + fp + fn))
+
+    def test_matthews(self):
+        logits, labels, (tp, tn, fp, fn) = self.confusion()
+        root = np.sqrt(float((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
+        found = self.scores("matthews", logits, labels)
+        assert found["matthews"] == pytest.approx(100 * (tp * tn - fp * fn) / root)
+
+    def test_pearson(self):
+        rng = np.random.default_rng(0)
+        labels = rng.normal(size=23).astype(np.float32)
+        outputs = (labels + rng.normal(size=23)).astype(np.float32)[:, None]
+        found = self.scores("pearson", outputs, labels, num_classes=1)
+        assert found["pearson"] == pytest.approx(100 * np.corrcoef(outputs[:, 0], labels)[0, 1])
+
+    def test_pearson_of_cosines(self):
+        rng = np.random.default_rng(0)
+        labels = np.repeat(rng.normal(size=11), 2).astype(np.float32)
+        vectors = rng.normal(size=(22, 5)).astype(np.float32)
+        cosines = [
+            a @ b / np.sqrt(a @ a * (b @ b)) for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        found = self.scores("pearson of cosines", vectors, labels)
+        wanted = 100 * np.corrcoef(cosines, labels[::2])[0, 1]
+        assert found["pearson of cosines"] == pytest.approx(wanted, rel=1e-5)
+
+    def test_inputs_may_be_a_pytree(self):
+        logits, labels, (tp, tn, _, _) = self.confusion()
+        batches = [({"a": logits[i : i + 4]}, labels[i : i + 4]) for i in range(0, 23, 4)]
+        found = evaluate_batches(lambda x: x["a"], batches, metric="accuracy")
+        assert found["accuracy"] == pytest.approx(100 * (tp + tn) / 23)
+
+    @pytest.mark.parametrize(
+        ("metric", "outputs", "options", "message"),
+        [
+            ("bleu", np.zeros((4, 2), np.float32), {}, r"unknown metric 'bleu'; there are top1, acc"),
+            ("f1", np.zeros((4, 2), np.float32), {"num_classes": 3}, r"\(2,\) values.*needs 3"),
+            ("f1", np.full((4, 2), np.nan, np.float32), {}, r"NaN or infinite"),
+        ],
+    )
+    def test_wrong_input(self, metric, outputs, options, message):
+        with pytest.raises(InputError, match=message):
+            self.scores(metric, outputs, np.zeros(4, np.int32), **options)

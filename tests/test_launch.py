@@ -129,6 +129,7 @@ def test_overrides_reach_every_preset_but_nearest_takes_no_steps(pretend, tmp_pa
 
 def test_row_takes_the_sample_deviation():
     cell = {"weight_bits": 2, "act_bits": 2, "float": {"top1": 99.0}, "seconds": 1, "device": "d"}
+    cell |= {"metric": "top1"}
     cells = [cell | {"seed": s, "quantized": {"top1": v}} for s, v in enumerate((50.0, 54.0))]
     row = compare.row("qdrop", cells)
     assert row["mean"] == 52

@@ -29,11 +29,13 @@ def test_a_recipe_survives_json(name):
 def test_presets_mean_what_the_papers_rows_mean():
     nearest, adaround, brecq, qdrop, aquant, aquant_bert = (preset(n) for n in PRESETS)
     assert nearest.steps == 0
-    assert adaround.unit == "layer"
+    assert adaround.unit == aquant_bert.unit == "layer"
     assert {r.unit for r in (brecq, qdrop, aquant)} == {"block"}
-    assert all(r.input_mixing == r.drop == 0 for r in (nearest, adaround, brecq))
+    assert all(r.input_mixing == r.drop == 0 for r in (nearest, adaround, brecq, aquant_bert))
     assert (qdrop.input_mixing, qdrop.drop) == (aquant.input_mixing, aquant.drop) == (0.5, 0.5)
     assert aquant.border is not None
+    assert aquant_bert.border is not None
+    assert not aquant_bert.fused
     assert not aquant.fused  # docs/results.md
     assert all(r.border is None for r in (nearest, adaround, brecq, qdrop))
     for r in (adaround, brecq, qdrop, aquant):

@@ -1,0 +1,212 @@
+"""Fine-tunes a pretrained encoder of BERT's family on a GLUE task.
+
+    python -m launch.finetune --task=mrpc --checkpoint=DIR --data_dir=../shared/data \\
+        --workdir=runs/bert-mrpc
+
+AdamW with linear warm-up and decay, as Devlin et al. (2018) did it. After each epoch the state is
+kept in WORKDIR/epochs, where the same command goes on after an interruption, to the same bits.
+WORKDIR/checkpoint is what comes out: config.json, model.safetensors and the tokenizer, as
+`configs/glue_bert.py` (and Hugging Face's transformers) read them.
+"""
+
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from absl import flags
+from safetensors import numpy as safetensors
+from tqdm import tqdm
+
+from aquant_jax import data, workdir
+from aquant_jax.data import glue
+from aquant_jax.errors import InputError
+from aquant_jax.evaluate import evaluate_batches
+from aquant_jax.models import bert
+from aquant_jax.models.importers import write
+from launch import common, experiment
+
+EVAL_BATCH = 64
+LENGTHS = 16  # batches are as long as their longest sequence, rounded up to a multiple of this
+CLIP_NORM = 1.0
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+
+
+class State(NamedTuple):
+    """What a checkpoint of an epoch holds."""
+
+    params: Any
+    optimizer: Any
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this program."""
+    flags.DEFINE_enum("task", None, list(glue.TASKS), "of GLUE", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "folder of the encoder", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder to write into", flag_values=values)
+    flags.DEFINE_string("data_dir", "~", "holds tensorflow_datasets/", flag_values=values)
+    flags.DEFINE_integer("epochs", 3, "passes over the training split", 1, flag_values=values)
+    flags.DEFINE_integer("batch_size", 32, "samples a step", 1, flag_values=values)
+    flags.DEFINE_float("learning_rate", 5e-5, "its peak", 0.0, flag_values=values)
+    flags.DEFINE_float("warmup", 0.1, "share of the steps", 0.0, 1.0, flag_values=values)
+    flags.DEFINE_float("weight_decay", 0.01, "of matrices", 0.0, flag_values=values)
+    flags.DEFINE_integer("max_length", 128, "tokens a sequence", 4, flag_values=values)
+    flags.DEFINE_integer("train_limit", None, "random samples to train on", 1, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of head, batches and dropout", 0, flag_values=values)
+    flags.mark_flags_as_required(["task", "checkpoint", "workdir"], flag_values=values)
+
+
+def batches(split: data.Split, batch_size: int, seed: int, epoch: int) -> Iterator[data.Split]:
+    """Shuffled batches of one epoch, cut to their longest sequence."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(split.labels))
+    for start in range(0, len(order) - batch_size + 1, batch_size):
+        index = order[start : start + batch_size]
+        longest = int(split.inputs["mask"][index].sum(1).max())
+        length = -(-longest // LENGTHS) * LENGTHS
+        yield data.Split(
+            {k: a[index, :length] for k, a in split.inputs.items()}, split.labels[index]
+        )
+
+
+def make_step(model: bert.Bert, optimizer: optax.GradientTransformation) -> Callable:
+    """The jitted training step ``(state, inputs, labels, key) -> (state, loss)``."""
+
+    def loss_fn(params, inputs, labels, key):
+        logits = model.apply({"params": params}, inputs, train=True, rngs={"dropout": key})
+        if model.labels == 1:
+            return jnp.mean((logits[:, 0] - labels) ** 2)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: State, inputs, labels, key):
+        loss, gradients = jax.value_and_grad(loss_fn)(state.params, inputs, labels, key)
+        updates, inner = optimizer.update(gradients, state.optimizer, state.params)
+        return State(optax.apply_updates(state.params, updates), inner), loss
+
+    return step
+
+
+def make_optimizer(values: Any, steps: int) -> optax.GradientTransformation:
+    """AdamW, linear warm-up and decay to zero; biases and normalisations do not decay."""
+    warm = int(values.warmup * steps)
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, values.learning_rate, max(warm, 1)),
+            optax.linear_schedule(values.learning_rate, 0.0, max(steps - warm, 1)),
+        ],
+        [warm],
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(CLIP_NORM),
+        optax.adamw(
+            schedule,
+            weight_decay=values.weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        ),
+    )
+
+
+def train(values: Any, model: bert.Bert, variables: Any, task: data.Dataset, folder: workdir.Run):
+    """Trains what is left of the epochs.
+
+    Returns:
+        The parameters.
+    """
+    split = task.calibration(
+        min(values.train_limit or task.train_size, task.train_size), values.seed
+    )
+    bert.check_inputs(model.config, split.inputs)
+    steps = len(split.labels) // values.batch_size
+    if not steps:
+        raise InputError(
+            f"{len(split.labels)} samples are less than a batch of {values.batch_size}"
+        )
+    optimizer = make_optimizer(values, steps * values.epochs)
+    step = make_step(model, optimizer)
+    params = jax.tree.map(jnp.asarray, variables["params"])
+    state = State(params, optimizer.init(params))
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    with ocp.CheckpointManager((folder.path / "epochs").absolute(), options=options) as manager:
+        done = manager.latest_step() or 0
+        if done:
+            state = manager.restore(done, args=ocp.args.StandardRestore(state))
+        for epoch in range(done, values.epochs):
+            key = jax.random.fold_in(jax.random.key(values.seed), epoch)
+            losses = []
+            bar = tqdm(batches(split, values.batch_size, values.seed, epoch), total=steps)
+            for index, batch in enumerate(bar):
+                drop = jax.random.fold_in(key, index)
+                state, loss = step(state, batch.inputs, batch.labels, drop)
+                losses.append(loss)
+            mean = float(np.mean([float(loss) for loss in losses]))
+            if not np.isfinite(mean):
+                raise InputError(f"the loss of epoch {epoch + 1} is {mean}: lower --learning_rate")
+            score = evaluate(model, {"params": state.params}, task)
+            folder.log({"epoch": epoch + 1, "loss": mean, **score})
+            print(f"epoch {epoch + 1}: loss {mean:.4f}, {_text(score, task.metric)}", flush=True)
+            manager.save(epoch + 1, args=ocp.args.StandardSave(state))
+    return state.params
+
+
+def evaluate(model: bert.Bert, variables: Any, task: data.Dataset) -> dict[str, float]:
+    """The score on the validation split."""
+    predict = functools.partial(model.apply, variables)
+    return evaluate_batches(predict, task.batches(EVAL_BATCH), task.num_classes, task.metric)
+
+
+def save(folder: Path, source: Path, variables: Any, labels: int) -> None:
+    """Writes a checkpoint as transformers reads it."""
+    folder.mkdir(exist_ok=True)
+    for name in TOKENIZER:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    fields = json.loads((source / "config.json").read_text())
+    fields |= {
+        "architectures": ["BertForSequenceClassification"],
+        "id2label": {str(i): f"LABEL_{i}" for i in range(labels)},
+        "label2id": {f"LABEL_{i}": i for i in range(labels)},
+    }
+    arrays = bert.to_checkpoint(variables)
+    whole = {n if n.startswith("classifier") else f"bert.{n}": a for n, a in arrays.items()}
+    write(folder / "model.safetensors", safetensors.save(whole, {"format": "pt"}))
+    workdir.write_json(folder / "config.json", fields)
+
+
+def _text(score: dict[str, float], metric: str) -> str:
+    return f"{metric} {score[metric]:.2f}% of {score['samples']:.0f} samples"
+
+
+@common.program
+def main(argv: list[str]) -> None:
+    """Trains, writes the checkpoint and scores what was written."""
+    values, _ = common.parse(argv, define_flags, __doc__)
+    source = Path(values.checkpoint).expanduser()
+    own = {name: getattr(values, name) for name in values if name not in ("workdir", "data_dir")}
+    settings = {name: value for name, value in own.items() if isinstance(value, int | float | str)}
+    with workdir.claim(values.workdir, {"program": "finetune", **settings}) as folder:
+        how = data.Tokenization(source, values.max_length)
+        task = data.load(f"glue/{values.task}", values.data_dir, how)
+        target = folder.path / "checkpoint"
+        if folder.stored is None:
+            model, variables = bert.create(source, task.num_classes, values.seed)
+            params = train(values, model, variables, task, folder)
+            save(target, source, {"params": params}, task.num_classes)
+            written, variables = bert.create(target, task.num_classes)
+            score = evaluate(written, variables, task)
+            folder.finish({**settings, "score": score, **experiment.environment()})
+            shutil.rmtree(folder.path / "epochs")
+        else:
+            score = folder.stored["score"]
+        print(f"{values.task}: {_text(score, task.metric)}\nin {target}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
