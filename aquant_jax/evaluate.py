@@ -112,6 +112,9 @@ def _matthews(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _pearson(outputs: np.ndarray, labels: np.ndarray) -> float:
+    """Zero where the outputs are all equal, and tell nothing."""
+    if np.ptp(outputs) == 0 or np.ptp(labels) == 0:
+        return 0.0
     return float(_library("scipy.stats").pearsonr(outputs[:, 0], labels).statistic)
 
 
@@ -119,7 +122,8 @@ def _pearson_of_cosines(embeddings: np.ndarray, labels: np.ndarray) -> float:
     """Of sentences that come in pairs, one after the other."""
     one, two = embeddings[::2], embeddings[1::2]
     norms = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
-    return _pearson((np.sum(one * two, axis=1) / norms)[:, None], labels[::2])
+    cosines = np.sum(one * two, axis=1) / np.maximum(norms, np.finfo(np.float32).tiny)
+    return _pearson(cosines[:, None], labels[::2])
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {

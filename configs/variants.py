@@ -26,8 +26,8 @@ def parse(argument: str, default: str = "w2a2", **choices: tuple[str, ...]) -> V
     """Parses a variant.
 
     Args:
-        argument: comma-separated: at most one bit-width and key=value pairs; a value may stand alone
-            where only one key has it.
+        argument: comma-separated: at most one bit-width and key=value pairs; a value may stand
+            alone where only one key has it.
         default: the bit-width if there is none.
         **choices: the keys that this config knows, the default first among its values.
 

@@ -80,10 +80,10 @@ def make_step(model: bert.Bert, optimizer: optax.GradientTransformation) -> Call
     """The jitted training step ``(state, inputs, labels, key) -> (state, loss)``."""
 
     def loss_fn(params, inputs, labels, key):
-        logits = model.apply({"params": params}, inputs, train=True, rngs={"dropout": key})
+        out: Any = model.apply({"params": params}, inputs, train=True, rngs={"dropout": key})
         if model.labels == 1:
-            return jnp.mean((logits[:, 0] - labels) ** 2)
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+            return jnp.mean((out[:, 0] - labels) ** 2)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(out, labels))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: State, inputs, labels, key):

@@ -1,4 +1,4 @@
-"""Prints what the borders add to each network, beside the paper's Sec. 4.3, as a Markdown table.
+"""Prints what the borders add to each network, beside the paper's Sec. 4.3, as Markdown tables.
 
     python -m launch.overhead
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from aquant_jax import border, models, recipes
 from aquant_jax.layer import border_shape
+from aquant_jax.models import bert
 from aquant_jax.plan import make_plan
 from aquant_jax.trace import trace
 from launch import common
@@ -30,6 +31,8 @@ PAPER = {
 }
 LAST_DIGIT = 0.01  # in percent: the paper both rounds and truncates
 COEFFICIENT_BITS = 16
+BERT_PAPER = 0.75
+ENCODER_BITS, EMBEDDING_BITS = 4, 8  # of what the paper calls a model
 HEADER = (
     "| network | weights | column elements | quadratic, all layers | paper | the paper's count |"
     " 4-bit weights | 8-bit weights | preset aquant stores |"
@@ -70,8 +73,28 @@ SCOPES = {
 def count_layers(name: str) -> list[Layer]:
     """The weighted ops of a model of the zoo, in order."""
     apply, variables = models.abstract(name)
-    graph = trace(apply, variables, jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32))
-    specs = make_plan(graph, recipes.preset("aquant")).layers
+    x = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
+    return _count(apply, variables, x, recipes.preset("aquant"))
+
+
+def count_bert(config: bert.BertConfig) -> tuple[list[Layer], int]:
+    """The weighted ops of an encoder with its classifier, and the elements of its embeddings."""
+    model = bert.Bert(config, labels=2)
+    variables = bert.abstract(model)
+    x = dict.fromkeys(bert.INPUTS, jax.ShapeDtypeStruct((1, 8), np.int32))
+    everywhere = dict.fromkeys(("first_weight_bits", "last_weight_bits", "last_act_bits"))
+    head = {"pattern": "classifier", "keep_float": True}
+    recipe = recipes.preset("aquant_bert", overrides=(head,), **everywhere)
+    tables = jax.tree_util.tree_leaves_with_path(variables)
+    embeddings = sum(
+        int(np.prod(leaf.shape)) for path, leaf in tables if path[-1].key == "embedding"
+    )
+    return _count(model.apply, variables, x, recipe), embeddings
+
+
+def _count(apply, variables, x, recipe: recipes.Recipe) -> list[Layer]:
+    graph = trace(apply, variables, x)
+    specs = make_plan(graph, recipe).layers
     layers = []
     for op in graph.ops:
         if op.layer is None:
@@ -119,6 +142,22 @@ def row(name: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def bert_lines() -> list[str]:
+    """What the borders add to BERT-base, beside the paper's 0.75%."""
+    layers, embeddings = count_bert(bert.BertConfig())
+    encoder = layers[:-2]  # without pooler and classifier
+    weights, stored = (sum(getattr(e, name) for e in encoder) for name in ("weights", "stored"))
+    size = weights * ENCODER_BITS + embeddings * EMBEDDING_BITS
+    percent = 100 * stored * COEFFICIENT_BITS / size
+    return [
+        "| network | encoder's weights | embeddings | coefficients | of the weights' count |"
+        f" of the size at {ENCODER_BITS} and {EMBEDDING_BITS} bits | paper |",
+        "| --- " + "| ---: " * 6 + "|",
+        f"| BERT-base | {weights:,} | {embeddings:,} | {stored:,} | {100 * stored / weights:.2f}% "
+        f"| +{percent:.3f}% | {BERT_PAPER}% |",
+    ]
+
+
 def _size(weights: int, bits: int, coefficients: int) -> str:
     before, added = weights * bits, coefficients * COEFFICIENT_BITS
     mib = 8 * 2**20
@@ -135,8 +174,9 @@ def main(argv: list[str]) -> None:
         print(row(name))
     print(
         f"\nSizes: all weights at that many bits, quadratic borders in all layers at "
-        f"{COEFFICIENT_BITS} bits a coefficient; biases and step sizes left out."
+        f"{COEFFICIENT_BITS} bits a coefficient; biases and step sizes left out.\n"
     )
+    print("\n".join(bert_lines()))
 
 
 if __name__ == "__main__":

@@ -161,11 +161,18 @@ class TestMetrics:
         labels = np.repeat(rng.normal(size=11), 2).astype(np.float32)
         vectors = rng.normal(size=(22, 5)).astype(np.float32)
         cosines = [
-            a @ b / np.sqrt(a @ a * (b @ b)) for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+            a @ b / np.sqrt(a @ a * (b @ b))
+            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
         ]
         found = self.scores("pearson of cosines", vectors, labels)
         wanted = 100 * np.corrcoef(cosines, labels[::2])[0, 1]
         assert found["pearson of cosines"] == pytest.approx(wanted, rel=1e-5)
+
+    def test_equal_outputs_correlate_with_nothing(self):
+        labels = np.arange(8, dtype=np.float32)
+        assert self.scores("pearson", np.ones((8, 1), np.float32), labels)["pearson"] == 0
+        zeros = np.zeros((8, 3), np.float32)
+        assert self.scores("pearson of cosines", zeros, labels)["pearson of cosines"] == 0
 
     def test_inputs_may_be_a_pytree(self):
         logits, labels, (tp, tn, _, _) = self.confusion()
@@ -176,7 +183,12 @@ class TestMetrics:
     @pytest.mark.parametrize(
         ("metric", "outputs", "options", "message"),
         [
-            ("bleu", np.zeros((4, 2), np.float32), {}, r"unknown metric 'bleu'; there are top1, acc"),
+            (
+                "bleu",
+                np.zeros((4, 2), np.float32),
+                {},
+                r"unknown metric 'bleu'; there are top1, acc",
+            ),
             ("f1", np.zeros((4, 2), np.float32), {"num_classes": 3}, r"\(2,\) values.*needs 3"),
             ("f1", np.full((4, 2), np.nan, np.float32), {}, r"NaN or infinite"),
         ],

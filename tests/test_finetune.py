@@ -112,8 +112,8 @@ def test_the_checkpoint_is_quantized_by_its_config(argv, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(task="stsb"), None),
-        (dict(checkpoint="/nowhere"), "no tokenizer"),
+        ({"task": "stsb"}, None),
+        ({"checkpoint": "/nowhere"}, "no tokenizer"),
     ],
 )
 def test_regression_runs_and_no_checkpoint_is_one_line(argv, capsys, change, message):

@@ -18,13 +18,15 @@ def brute_force(values, bits):
     return min(error(values, scale, zero, bits) for scale in scales for zero in zeros)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_weight_grid_is_the_brute_force_optimum_of_every_channel(bits):
     weight = normal(rng_of(bits), 5, 40) * np.array([[0.01], [1.0], [30.0], [1.0], [1.0]], "f")
     weight[3], weight[4] = np.abs(weight[3]), -np.abs(weight[4])
     scale, zero = map(np.asarray, weight_grid(weight, bits))
     for row, s, z in zip(weight.astype(np.float64), scale, zero, strict=True):
-        assert error(row, s, z, bits) == pytest.approx(brute_force(row, bits), rel=1e-4)
+        # With 8 bits not every zero point is tried.
+        tolerance = 1e-4 if bits < 8 else 0.02
+        assert error(row, s, z, bits) == pytest.approx(brute_force(row, bits), rel=tolerance)
 
 
 def test_power_is_that_of_the_reference():

@@ -20,7 +20,8 @@ def table():
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert overhead.main(["overhead"]) == 0
-    lines = [line for line in out.getvalue().splitlines() if line.startswith("|")]
+    cnns, _, _ = out.getvalue().partition("\nSizes:")
+    lines = [line for line in cnns.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     header, rule, *body = rows
     assert all(len(row) == len(header) == len(rule) for row in body)
@@ -109,3 +110,19 @@ def test_what_the_preset_stores_is_what_a_quantized_network_holds(monkeypatch):
     }
     assert held == {"stem": counted[9], "depthwise": counted[3], "head": counted[1]}
     assert held == {"stem": 0, "depthwise": 3 * 3 * 4, "head": 3 * 4}
+
+
+def test_bert_base_from_its_shapes():
+    """Twelve layers of four 768 x 768 and two 768 x 3072 matrices; three coefficients an input."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        overhead.main(["overhead"])
+    (row,) = [line for line in out.getvalue().splitlines() if line.startswith("| BERT-base")]
+    weights = 12 * (4 * 768**2 + 2 * 768 * 3072)
+    coefficients = 12 * 3 * (5 * 768 + 3072)
+    embeddings = (30_522 + 512 + 2) * 768
+    for count in (weights, coefficients, embeddings):
+        assert f"| {count:,} |" in row
+    bits = 16 * coefficients / (4 * weights + 8 * embeddings)
+    assert f"| +{100 * bits:.3f}% | 0.75% |" in row
+    assert f"{100 * bits:.2f}" == "0.75"  # the paper's number

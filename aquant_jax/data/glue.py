@@ -96,9 +96,10 @@ def load(name: str, tfds_dir: Path, how: Tokenization) -> Dataset:
             sides = picked % each if how.apart else None
             yield Split(_encode(tokenizer, task, records, sides), labels)
 
-    sizes = [each * len(splits[split]) for split in ("train", "test")]
+    train_size, test_size = (each * len(splits[split]) for split in ("train", "test"))
     metric = f"{task.metric} of cosines" if how.apart else task.metric
-    return Dataset(name, 0 if how.apart else task.labels, *sizes, stream, metric)
+    labels = 0 if how.apart else task.labels
+    return Dataset(name, labels, train_size, test_size, stream, metric)
 
 
 def load_tokenizer(how: Tokenization) -> Any:
