@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from nets import images, normal, residual_net, rng_of, run_folded
 
 import aquant_jax as aq
@@ -261,3 +262,33 @@ def test_samples_are_known_where_the_sites_are():
     graph, more = (trace(apply, variables, images(0, n)) for n in (2, 3))
     sampled = sample_first(graph, more, 2)
     assert all(site.value in sampled for site in find_sites(graph, ALL))
+
+
+def linen_attention():
+    module = nn.MultiHeadDotProductAttention(num_heads=2)
+    x = normal(rng_of(0), 2, 6, 16)
+    variables = module.init(jax.random.key(0), x)
+    return lambda v, x: module.apply(v, x, x), variables, x
+
+
+def nnx_attention():
+    module = nnx.MultiHeadAttention(2, 16, decode=False, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(module)
+    return lambda v, x: nnx.merge(graphdef, v)(x), state, normal(rng_of(0), 2, 6, 16)
+
+
+def jax_attention():
+    variables = {name: normal(rng_of(1), 16, 16) for name in ("query", "key", "value", "out")}
+
+    def apply(variables, x):
+        heads = ((x @ variables[n]).reshape(2, 6, 2, 8) for n in ("query", "key", "value"))
+        return jax.nn.dot_product_attention(*heads).reshape(x.shape) @ variables["out"]
+
+    return apply, variables, normal(rng_of(0), 2, 6, 16)
+
+
+@pytest.mark.user_model
+@pytest.mark.parametrize("build", [linen_attention, nnx_attention, jax_attention])
+def test_attention_that_others_wrote(build):
+    found = {key.replace("/kernel", "").split("/")[-1] for key in keys(*build(), ALL)}
+    assert found == {"query:matmul", "key:matmul", "value:matmul", "key:softmax"}
