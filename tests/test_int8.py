@@ -153,6 +153,14 @@ class TestDeployedNetworks:
         assert text.count("@gpu_ops_img2col_border") > 0
         assert "gpu_ops" not in jax.jit(deployed.with_backend(None)).lower(x).as_text()
 
+    def test_give_the_same_bits_where_the_definition_sums_exactly(self):
+        apply, variables = mlp(sizes=(6, 512, 512, 8))
+        x = rng_of(0).normal(size=(32, 6)).astype("f")
+        recipe = aq.recipes.nearest(4, 4, batch_size=8)
+        quantized = aq.quantize(apply, variables, x, recipe, progress=False)
+        deployed = jax.jit(quantized.with_backend(gpu_ops.backend()))
+        np.testing.assert_array_equal(deployed(x), jax.jit(quantized)(x))
+
     def test_of_three_spatial_axes_run_by_the_definition(self):
         def apply(v, x):
             h = jax.nn.relu(jax.lax.conv(x, v["a"], (1, 1, 1), "SAME"))
