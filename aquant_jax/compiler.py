@@ -23,10 +23,13 @@ class Compiler:
     """Jitted functions by what they compute, so that units of one shape share them.
 
     Attributes:
+      name: of the backend.
       layer: runs a layer, with the backend's convolution over columns.
     """
 
     def __init__(self, backend: Backend = columns):
+        kind = type(backend)
+        self.name = getattr(backend, "__name__", f"{kind.__module__}.{kind.__qualname__}")
         self.layer = functools.partial(run_layer, convolve=backend.convolve)
         self._functions: dict[Any, Callable] = {}
 

@@ -108,6 +108,7 @@ def deployed_weights(unit: Unit, layers: Sequence[LayerState]) -> list[Weights]:
     ]
 
 
-def float_weights(grids: Sequence[Grids]) -> list[Weights]:
-    """What the float network computes with, after folding."""
-    return [Weights(grid.weight, grid.bias, {}) for grid in grids]
+def float_weights(unit: Unit, folded) -> list[Weights]:
+    """What the float network computes with, from the `folded` weights by path."""
+    pairs = (folded[spec.path] for spec in unit.specs)
+    return [Weights(jnp.asarray(weight), jnp.asarray(bias), {}) for weight, bias in pairs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,11 @@ from aquant_jax.network import Network, describe, prepare
 from aquant_jax.numerics import TensorState
 from aquant_jax.observers import tensor_state
 from aquant_jax.program import cut, root, static_inputs
-from aquant_jax.quantized import Quantized
+from aquant_jax.quantized import Quantized, Traced
 from aquant_jax.recipe import Recipe
 from aquant_jax.reconstruct import Data, optimize, output_loss
 from aquant_jax.report import BlockReport, History, propagated_error
+from aquant_jax.resume import Blocks, Finished, fingerprint
 from aquant_jax.unit import Unit, counts, forward, make_unit
 
 
@@ -39,6 +41,8 @@ def quantize(
     progress: bool = True,
     on_block: Callable[[BlockReport], None] | None = None,
     compiler: Compiler | None = None,
+    resume: str | Path | None = None,
+    restart_from: int | None = None,
 ) -> Quantized:
     """Quantize the network ``apply(variables, x)`` after training.
 
@@ -53,9 +57,13 @@ def quantize(
         that are shorter by one; activations without such an axis count whole.
       seed: of batches and masks.
       progress: print the blocks and the memory of their cached activations, and show a bar.
-      on_block: called with the report of each finished block.
+      on_block: called with the report of each finished block, of resumed ones too.
       compiler: pass the same one to several calls to share compiled steps between them, or
         ``Compiler(gpu_ops.backend())`` for faster ones.
+      resume: folder in which every finished block is kept; the same call goes on after the last
+        one there, to the same bits.
+      restart_from: with `resume`, the first block to learn anew; the recipe may then differ from
+        the one before in how blocks are learned (see `resume.HOW`), not in what.
 
     Returns:
       The quantized network.
@@ -63,21 +71,29 @@ def quantize(
     Raises:
       InputError: non-finite variables or calibration samples (named by path), an empty or too
         small calibration set, a network that cannot be traced or has no weighted op, a regex of
-        the recipe that matches nothing, a mask that is none.
+        the recipe that matches nothing, a mask that is none; `resume` cannot be written, is
+        damaged, or holds the blocks of another call (the fields that differ are listed).
       ReconstructionError: a block's loss, or a layer's float input, is not finite.
     """
     if seed < 0:
         raise InputError(f"seed is {seed}; it must be 0 or more")
     calibration = jax.tree.map(np.asarray, calibration)
     net = prepare(apply, variables, calibration, recipe, mask)
-    run = _Run(net, recipe, calibration, seed, compiler or Compiler())
+    compiler = compiler or Compiler()
+    run = _Run(net, recipe, calibration, seed, compiler)
+    kept = None
+    if resume is not None:
+        call = fingerprint(net, calibration, seed, compiler)
+        kept = Blocks(Path(resume), call, restart_from)
+    elif restart_from is not None:
+        raise InputError(f"restart_from is {restart_from}, and resume names no folder of blocks")
     if progress:
         print(describe(net))
     total = recipe.steps * len(net.blocks)
     reports = []
     with tqdm(total=total, disable=not progress or not total, unit="step") as bar:
         for index, block in enumerate(net.blocks):
-            report = run.block(index, block, bar)
+            report = run.block(index, block, bar, kept)
             reports.append(report)
             if progress and report.kept_start:
                 bar.write(f"{block.name}: reconstruction did not help; kept the nearest start")
@@ -100,37 +116,57 @@ class _Run:
         self.layers: dict[str, LayerState] = {}
         self.tensors: dict[str, TensorState] = {}
 
-    def block(self, index: int, block: Block, bar) -> BlockReport:
-        """Quantize one block and hand its activations on."""
-        began = time.perf_counter()
-        net, recipe = self.net, self.recipe
+    def block(self, index: int, block: Block, bar, kept: Blocks | None) -> BlockReport:
+        """Quantize one block, or take it as it was kept, and hand its activations on."""
+        net = self.net
         unit = make_unit(net.graph, net.plan, block.start, block.targets)
         onward = unit
         if block.end != block.targets:
             onward = make_unit(net.graph, net.plan, block.start, block.end)
-        grids = make_grids(unit, net.folded)
-        weights = float_weights(grids)
-        targets = self._forward(unit, weights, None, self.floating)
-        fresh = self._observe([unit, onward], weights)
+        weights = float_weights(unit, net.folded)
+        targets = None
+        finished = kept.read(index) if kept else None
+        if finished is None:
+            targets = self._forward(unit, weights, None, self.floating)
+            finished = self._reconstruct(index, block, [unit, onward], weights, targets, bar)
+            if kept:
+                kept.write(index, finished)
+        else:
+            bar.update(finished.report.steps)
+        self.layers.update(finished.layers)
+        self.tensors.update(finished.tensors)
+        if index + 1 < len(net.blocks):
+            layers = [finished.layers[spec.path] for spec in onward.specs]
+            self._hand_on(onward, layers, weights, targets if onward is unit else None)
+        return finished.report
+
+    def _reconstruct(self, index, block: Block, units, weights, targets, bar) -> Finished:
+        """Quantize one block."""
+        began = time.perf_counter()
+        unit, recipe = units[0], self.recipe
+        grids = make_grids(unit, self.net.folded)
+        fresh = self._observe(units, weights)
         data = Data(self.quantized, self.floating, self._side(unit), targets, self.counted)
         start = nearest_layers(unit, grids)
         layers, curve = start, np.zeros((0, 2), np.float32)
         start_error = final_error = self._error(unit, start, targets)
         if recipe.steps:
-            bar.set_description(f"block {index + 1}/{len(net.blocks)} {block.name}")
+            bar.set_description(f"block {index + 1}/{len(self.net.blocks)} {block.name}")
             layers, curve, final_error = self._learn(index, unit, grids, fresh, data, bar)
         kept_start = not final_error <= start_error
         if kept_start:
             layers, final_error = start, start_error
             self.tensors.update(fresh)
-        self.layers.update({s.path: layer for s, layer in zip(unit.specs, layers, strict=True)})
-        propagated = propagated_error(self.quantized, self.floating)
-        if index + 1 < len(net.blocks):
-            self._hand_on(onward, layers, weights, targets if onward is unit else None)
-        return BlockReport(
+        report = BlockReport(
             index, block.name, block.layers, recipe.steps, curve, start_error, final_error,
-            kept_start, time.perf_counter() - began, propagated,
+            kept_start, time.perf_counter() - began,
+            propagated_error(self.quantized, self.floating),
         )  # fmt: skip
+        return Finished(
+            {spec.path: layer for spec, layer in zip(unit.specs, layers, strict=True)},
+            {key: self.tensors[key] for key in fresh},
+            report,
+        )
 
     def _learn(self, index, unit: Unit, grids: tuple[Grids, ...], fresh, data: Data, bar):
         def on_step(step, loss):
@@ -253,10 +289,10 @@ class _Run:
         leaves, treedef = jax.tree.flatten(net.variables)
         shapes = tuple(jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in leaves)
         specs = tuple(net.plan.layers[path] for path in self.layers)
+        program = Traced(apply, treedef, shapes)
         return Quantized(
-            self.layers, self.tensors, static, apply, (treedef, shapes), specs, self.recipe,
-            History(reports),
-        )  # fmt: skip
+            self.layers, self.tensors, static, program, specs, self.recipe, History(reports)
+        )
 
 
 def _take_and_run(unit, layer, index, weights, tensors, live, side, static):

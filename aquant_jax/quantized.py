@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -29,6 +29,48 @@ class Backend(Protocol):
     """See `integer.run_integer_layer`."""
 
 
+class Program(Protocol):
+    """What runs a quantized network; hashable, for jit."""
+
+    def __call__(self, quantized: Quantized, x) -> Any:
+        """Outputs for a batch of inputs."""
+
+
+class Traced(NamedTuple):
+    """Runs a network along the trace of its float inference function.
+
+    Attributes:
+      apply: only its trace is used, never its weights.
+      treedef: of the variables.
+      shapes: and dtypes of their leaves.
+    """
+
+    apply: Callable
+    treedef: Any
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+
+    def __call__(self, quantized: Quantized, x):
+        graph = fold(trace(self.apply, jax.tree.unflatten(self.treedef, self.shapes), x))
+        unit = make_unit(graph, make_plan(graph, quantized.recipe), (), graph.outputs)
+        layers: list[Any] = [quantized.layers[spec.path] for spec in unit.specs]
+        run = run_deployed_layer
+        if quantized.backend is not None:
+            run = functools.partial(run_integer_layer, convolve=quantized.backend.convolve_codes)
+        tensors = [quantized.tensors[tensor.key] for tensor in unit.tensors]
+        by_id = dict(zip(graph.inputs, jax.tree.leaves(x), strict=True)) | graph.constants
+        by_id |= {i: quantized.static.get(path) for i, path in graph.variables.items()}
+        outputs = forward(
+            unit,
+            layers,
+            tensors,
+            (),
+            [by_id[i] for i in unit.program.side],
+            [by_id[i] for i in unit.program.static],
+            layer=run,
+        )
+        return jax.tree.unflatten(graph.tree, outputs)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # jax.jit(quantized) hashes it by identity
 class Quantized:
     """A quantized network: ``quantized(x)`` runs it; it is a pytree and can be jitted.
@@ -37,8 +79,7 @@ class Quantized:
       layers: deployed state of every layer, by weight path.
       tensors: grid of every quantized activation tensor, by the path of its first reader.
       static: the other leaves of the variables that the folded network still reads, by path.
-      apply: the float inference function; only its trace is used, never its weights.
-      shapes: tree definition, and shapes and dtypes, of the variables.
+      program: what runs it on a batch.
       specs: static part of every layer.
       recipe: how it was made.
       reports: how the reconstruction of each block went.
@@ -48,10 +89,7 @@ class Quantized:
     layers: dict[str, LayerState]
     tensors: dict[str, TensorState]
     static: dict[str, jax.Array]
-    apply: Callable = dataclasses.field(metadata={"static": True})
-    shapes: tuple[Any, tuple[jax.ShapeDtypeStruct, ...]] = dataclasses.field(
-        metadata={"static": True}
-    )
+    program: Program = dataclasses.field(metadata={"static": True})
     specs: tuple[LayerSpec, ...] = dataclasses.field(metadata={"static": True})
     recipe: Recipe = dataclasses.field(metadata={"static": True})
     reports: History = dataclasses.field(metadata={"static": True}, default=History())
@@ -104,23 +142,4 @@ jax.tree_util.register_dataclass(Quantized)
 
 @jax.jit
 def _run(quantized: Quantized, x):
-    treedef, shapes = quantized.shapes
-    graph = fold(trace(quantized.apply, jax.tree.unflatten(treedef, shapes), x))
-    unit = make_unit(graph, make_plan(graph, quantized.recipe), (), graph.outputs)
-    layers: list[Any] = [quantized.layers[spec.path] for spec in unit.specs]
-    run = run_deployed_layer
-    if quantized.backend is not None:
-        run = functools.partial(run_integer_layer, convolve=quantized.backend.convolve_codes)
-    tensors = [quantized.tensors[tensor.key] for tensor in unit.tensors]
-    by_id = dict(zip(graph.inputs, jax.tree.leaves(x), strict=True)) | graph.constants
-    by_id |= {i: quantized.static.get(path) for i, path in graph.variables.items()}
-    outputs = forward(
-        unit,
-        layers,
-        tensors,
-        (),
-        [by_id[i] for i in unit.program.side],
-        [by_id[i] for i in unit.program.static],
-        layer=run,
-    )
-    return jax.tree.unflatten(graph.tree, outputs)
+    return quantized.program(quantized, x)

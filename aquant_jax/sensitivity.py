@@ -46,7 +46,7 @@ def sensitivity(apply: Callable, variables, calibration, recipe: Recipe) -> list
     net = prepare(apply, variables, calibration, recipe.replace(batch_size=samples, steps=0))
     unit = make_unit(net.graph, net.plan, (), net.graph.outputs)
     grids = make_grids(unit, net.folded)
-    exact = float_weights(grids)
+    exact = float_weights(unit, net.folded)
     rounded = deployed_weights(unit, nearest_layers(unit, grids))
     side = _side(net, unit, calibration)
     static = static_inputs(net.graph, unit.program, net.variables)

@@ -116,28 +116,30 @@ def _read_owned(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             if taken:
                 raise InputError(f"workdir {path} holds {', '.join(taken)} of unknown origin")
             return None
-        owner = _read_json(path / IDENTITY)
+        owner = read_json(path / IDENTITY)
         if owner != identity:
             raise InputError(
                 f"workdir {path} holds another run, which differs in "
-                f"{', '.join(_differences(owner, identity)[:5])}; choose another --workdir"
+                f"{', '.join(differences(owner, identity)[:5])}; choose another --workdir"
             )
-        return _read_json(path / RESULTS) if RESULTS in names else None
+        return read_json(path / RESULTS) if RESULTS in names else None
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Reads JSON; an ``InputError`` names a file that is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """A line ``name (old there, new here)`` for every leaf in which two JSON values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line
             for key in sorted(old.keys() | new.keys())
-            for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+            for line in differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
         ]
     return [] if old == new else [f"{prefix} ({old!r} there, {new!r} here)"]
 

@@ -23,6 +23,7 @@ import gpu_ops
 from aquant_jax import columns, models
 from aquant_jax.cache import store
 from aquant_jax.compiler import Backend, Compiler
+from aquant_jax.environment import environment
 from aquant_jax.errors import InputError
 from aquant_jax.grids import float_weights, make_grids
 from aquant_jax.network import Network
@@ -30,7 +31,7 @@ from aquant_jax.observers import tensor_state
 from aquant_jax.program import root
 from aquant_jax.reconstruct import LOG_EVERY, Data, optimize
 from aquant_jax.unit import forward, make_unit
-from launch import common, deployment, experiment, latency, throughput, timing
+from launch import common, deployment, latency, throughput, timing
 
 BATCH = 32
 STEPS = 3 * LOG_EVERY
@@ -69,7 +70,7 @@ def calibrate(rounds: int, model: str) -> dict:
         "qdrop_over_float": steps["qdrop"] / steps["float"],
         "aquant_over_qdrop": steps["aquant"] / steps["qdrop"],
         "scale_search_s": searches,
-        **experiment.environment(),
+        **environment(),
     }
 
 
@@ -96,7 +97,8 @@ def _block(net: Network):
 
 
 def _float_step(net: Network):
-    unit, grids, cache = _block(net)
+    unit, _, cache = _block(net)
+    weights = float_weights(unit, net.folded)
     (x,) = (c.values[:BATCH].astype(jnp.float32) for c in cache(unit.program.live))
 
     @jax.jit
@@ -110,7 +112,7 @@ def _float_step(net: Network):
     def timer():
         start = time.perf_counter()
         for _ in range(STEPS):
-            result = step(float_weights(grids), x)
+            result = step(weights, x)
         jax.block_until_ready(result)
         return (time.perf_counter() - start) / STEPS
 
@@ -143,7 +145,7 @@ def _scale_search(apply, variables, images, bits: int) -> float:
     whole = make_unit(net.graph, net.plan, (), net.graph.outputs)
     owners = {index: root(whole.producers, v) for v, index in whole.tensor_of.items()}
     seer = make_unit(net.graph, net.plan, (), tuple(owners.values()))
-    weights = float_weights(make_grids(seer, net.folded))
+    weights = float_weights(seer, net.folded)
     run = jax.jit(lambda weights, x: forward(seer, weights, None, (), [x], ()))
     activations = [np.asarray(a) for a in run(weights, images)]
     jax.clear_caches()

@@ -15,9 +15,10 @@ from absl import flags
 
 import aquant_jax as aq
 from aquant_jax import plots, workdir
+from aquant_jax.environment import environment
 from aquant_jax.errors import InputError
 from configs import variants
-from launch import cells, common, experiment
+from launch import cells, common
 
 ROWS = [*variants.PRESETS[1:], variants.PRESETS[0]]  # ours last
 
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> None:
         rows = [row(name, of_preset) for name, of_preset in found.items()]
         plots.comparison_plots(found, folder.plots)
         results = {"config": values.config, "rows": rows, "table": table(rows)}
-        folder.finish(results | experiment.environment())
+        folder.finish(results | environment())
     print(f"\n{table(rows)}\n\nin {folder.path}")
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import aquant_jax as aq
 import gpu_ops
 from aquant_jax import border, columns
+from aquant_jax.environment import environment
 from aquant_jax.evaluate import pad
 from aquant_jax.numerics import TensorState, quantize, to_units
 from aquant_jax.window import Window
@@ -44,7 +45,7 @@ def measure(rounds: int, data_dir: str | None) -> dict[str, Any]:
         "rounds": rounds,
         "columns": _columns(rounds),
         "networks": [_network(spec, data_dir or "", rounds) for spec in configs],
-        **experiment.environment(),
+        **environment(),
     }
 
 

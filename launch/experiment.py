@@ -2,19 +2,17 @@
 
 import dataclasses
 import functools
-import importlib.metadata
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
 import aquant_jax as aq
 import gpu_ops
 from aquant_jax import data, models, plots, workdir
+from aquant_jax.environment import environment
 from aquant_jax.errors import InputError
 from aquant_jax.evaluate import Predict, evaluate_batches
 from aquant_jax.models import bert
@@ -23,7 +21,6 @@ from launch.common import Config
 BERT = "bert"
 LENGTHS = ("max_length", "calibration_length")
 METRIC_NAMES = {"top1": "top-1"}  # others are called by their names
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "aquant-jax")
 
 
 Check = Callable[[Any], None]
@@ -211,18 +208,6 @@ def block_summary(report: dict[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in report.items() if field != "loss_curve"}
 
 
-def environment() -> dict[str, Any]:
-    """The device and the versions that a result was got with."""
-    device = jax.devices()[0]
-    return {
-        "device": f"{device.platform}: {device.device_kind}",
-        "versions": {
-            "python": platform.python_version(),
-            **{package: _version(package) for package in PACKAGES},
-        },
-    }
-
-
 def one_line(results: dict[str, Any]) -> str:
     """The result of a cell in words."""
     metric = results["metric"]
@@ -267,10 +252,3 @@ def _weights_path(config: Config, data_dir: str) -> Path:
     if config.model in models.EMBEDDED or config.model not in models.MODELS:
         return models.EMBEDDED.get(config.model, Path())
     raise InputError(f"no weights of {config.model} come with the package: name a file")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -28,11 +28,12 @@ from tqdm import tqdm
 
 from aquant_jax import data, workdir
 from aquant_jax.data import glue
+from aquant_jax.environment import environment
 from aquant_jax.errors import InputError
 from aquant_jax.evaluate import evaluate_batches
 from aquant_jax.models import bert
 from aquant_jax.models.importers import write
-from launch import common, experiment
+from launch import common
 
 EVAL_BATCH = 64
 LENGTHS = 16  # batches are as long as their longest sequence, rounded up to a multiple of this
@@ -201,7 +202,7 @@ def main(argv: list[str]) -> None:
             save(target, source, {"params": params}, task.num_classes)
             written, variables = bert.create(target, task.num_classes)
             score = evaluate(written, variables, task)
-            folder.finish({**settings, "score": score, **experiment.environment()})
+            folder.finish({**settings, "score": score, **environment()})
             shutil.rmtree(folder.path / "epochs")
         else:
             score = folder.stored["score"]

@@ -24,8 +24,9 @@ import numpy as np
 
 import gpu_ops
 from aquant_jax import models, plots
+from aquant_jax.environment import environment
 from aquant_jax.trace import trace
-from launch import experiment, timing
+from launch import timing
 
 BITS = 4
 CACHE = 2**26  # bytes
@@ -120,7 +121,7 @@ def measure(work: Workload) -> dict[str, Any]:
             if one in total
         },
         "tuned": "run" if "border tuned" in total else "not run: it needs an NVIDIA GPU",
-        **experiment.environment(),
+        **environment(),
     }
 
 

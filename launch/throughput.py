@@ -21,8 +21,9 @@ import numpy as np
 
 import aquant_jax as aq
 from aquant_jax import data, models
+from aquant_jax.environment import environment
 from aquant_jax.evaluate import Predict, evaluate_batches
-from launch import experiment, timing
+from launch import timing
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 CALIBRATION = 32
@@ -80,7 +81,7 @@ def measure(work: Workload) -> dict[str, Any]:
         "quantized_over_float": _ratio(rates["quantized"], rates["float"]),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg(),
-        **experiment.environment(),
+        **environment(),
     }
 
 

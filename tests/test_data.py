@@ -44,22 +44,22 @@ def test_test_limit_takes_the_first(digits):
 def test_batches_are_the_test_split_in_pieces(digits, limit):
     batches = list(digits.batches(64, limit))
     assert {len(batch.labels) for batch in batches[:-1]} <= {64}
-    for field in ("images", "labels"):
+    for field in ("inputs", "labels"):
         whole = getattr(digits.test(limit), field)
         np.testing.assert_array_equal(np.concatenate([getattr(b, field) for b in batches]), whole)
 
 
 @pytest.mark.parametrize("n", [0, -1, 1298])
 def test_calibration_of_a_wrong_size(digits, n):
-    with pytest.raises(InputError, match=rf"{n} calibration images .*1297"):
+    with pytest.raises(InputError, match=rf"{n} calibration samples .*1297"):
         digits.calibration(n)
 
 
 @pytest.mark.parametrize("n", [0, 501])
 def test_test_limit_of_a_wrong_size(digits, n):
-    with pytest.raises(InputError, match=rf"{n} test images .*500"):
+    with pytest.raises(InputError, match=rf"{n} test samples .*500"):
         digits.test(n)
-    with pytest.raises(InputError, match=rf"{n} test images .*500"):
+    with pytest.raises(InputError, match=rf"{n} test samples .*500"):
         digits.batches(10, n)
 
 

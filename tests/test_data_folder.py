@@ -96,7 +96,7 @@ def test_calibration_takes_another_crop_of_an_image_for_another_seed(root):
 
 
 def test_more_calibration_images_than_there_are(root):
-    with pytest.raises(InputError, match=r"31 calibration images .* has 30"):
+    with pytest.raises(InputError, match=r"31 calibration samples .* has 30"):
         load(root).calibration(31)
 
 

@@ -20,8 +20,8 @@ def sentence(rng, good):
     return " ".join([*words, "good" if good else "bad"]).encode()
 
 
-@pytest.fixture(autouse=True)
-def prepared(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def prepared():
     """A task whose label is whether its sentences say "good" or "bad"."""
 
     def records(name, folder):
@@ -32,29 +32,37 @@ def prepared(monkeypatch):
         ]
         return {"train": rows[:64], task.validation: rows[64:]}
 
-    monkeypatch.setattr(glue, "open_splits", records)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glue, "open_splits", records)
+        yield
+
+
+def command(workdir, *flags, task="sst2", checkpoint=TINY):
+    """A fine-tuning run."""
+    own = ["--learning_rate=0.004", "--batch_size=4", "--epochs=8", "--max_length=12"]
+    where = [f"--workdir={workdir}", f"--checkpoint={checkpoint}"]
+    return ["finetune", f"--task={task}", *where, *own, *flags]
 
 
 @pytest.fixture
 def argv(tmp_path):
-    """A fine-tuning run."""
+    """`command` in a folder of this test."""
+    return lambda *flags, workdir="run", **how: command(tmp_path / workdir, *flags, **how)
 
-    def build(*flags, task="sst2", workdir="run", checkpoint=TINY):
-        own = ["--learning_rate=0.004", "--batch_size=4", "--epochs=8", "--max_length=12"]
-        where = [f"--workdir={tmp_path / workdir}", f"--checkpoint={checkpoint}"]
-        return ["finetune", f"--task={task}", *where, *own, *flags]
 
-    return build
+@pytest.fixture(scope="module")
+def run(prepared, tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("finetune") / "run"
+    assert finetune.main(command(folder)) == 0
+    return folder
 
 
 def weights(folder):
     return load_file(folder / "checkpoint" / "model.safetensors")
 
 
-def test_a_task_is_learnt_and_written_as_a_checkpoint(argv, tmp_path, capsys):
-    assert finetune.main(argv()) == 0
-    run = tmp_path / "run"
-    assert "sst2: accuracy 100.00% of 32 samples" in capsys.readouterr().out
+def test_a_task_is_learnt_and_written_as_a_checkpoint(run, capsys):
     assert json.loads((run / "results.json").read_text())["score"]["accuracy"] == 100
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -63,8 +71,9 @@ def test_a_task_is_learnt_and_written_as_a_checkpoint(argv, tmp_path, capsys):
     assert (run / "checkpoint" / "vocab.txt").read_text() == (TINY / "vocab.txt").read_text()
     # A finished run is not repeated.
     before = (run / "checkpoint" / "model.safetensors").stat().st_mtime_ns
-    assert finetune.main(argv()) == 0
+    assert finetune.main(command(run)) == 0
     assert (run / "checkpoint" / "model.safetensors").stat().st_mtime_ns == before
+    assert "sst2: accuracy 100.00% of 32 samples" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(argv, tmp_path, monkeypatch):
@@ -91,16 +100,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(argv, tmp_path, monkeypatch
         np.testing.assert_array_equal(array, two[name])
 
 
-def test_the_checkpoint_is_quantized_by_its_config(argv, tmp_path):
-    assert finetune.main(argv("--max_length=12", task="sst2")) == 0
+def test_the_checkpoint_is_quantized_by_its_config(run, tmp_path):
     out = tmp_path / "quantized"
-    command = [
+    argv = [
         "quantize", "--config=configs/glue_bert.py:sst2,w8a8,preset=adaround", f"--workdir={out}",
-        f"--config.weights={tmp_path / 'run' / 'checkpoint'}", "--config.recipe.steps=2",
+        f"--config.weights={run / 'checkpoint'}", "--config.recipe.steps=2",
         "--config.calibration_size=32", "--config.max_length=12", "--config.calibration_length=12",
         "--config.eval_batch_size=16",
     ]  # fmt: skip
-    assert quantize.main(command) == 0
+    assert quantize.main(argv) == 0
     results = json.loads((out / "results.json").read_text())
     assert results["metric"] == "accuracy"
     assert results["float"] == {"accuracy": 100.0, "samples": 32}
@@ -141,11 +149,11 @@ def test_wrong_flags_are_one_line_and_leave_nothing(argv, tmp_path, capsys, flag
 
 def test_a_head_of_another_task_is_one_line(tmp_path, capsys):
     folder = shutil.copytree(TINY, tmp_path / "three")
-    command = ["quantize", "--config=configs/glue_bert.py:rte", f"--config.weights={folder}"]
+    argv = ["quantize", "--config=configs/glue_bert.py:rte", f"--config.weights={folder}"]
     lengths = ["--config.max_length=12", "--config.calibration_length=12"]
     sizes = ["--config.calibration_size=32", f"--workdir={tmp_path / 'out'}"]
-    assert quantize.main([*command, *lengths, *sizes]) == 2
+    assert quantize.main([*argv, *lengths, *sizes]) == 2
     assert "a head of 3 labels; the task needs 2" in capsys.readouterr().err
-    assert quantize.main([*command, *sizes[1:], *lengths]) == 2
+    assert quantize.main([*argv, *sizes[1:], *lengths]) == 2
     assert "1024 calibration samples asked of glue/rte" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -62,8 +62,8 @@ def test_learned_layers_hold_hard_codes(problem):
 
 
 def test_float_weights_are_the_folded_ones(problem):
-    net, unit, grids = problem
-    for spec, weights in zip(unit.specs, float_weights(grids), strict=True):
+    net, unit, _ = problem
+    for spec, weights in zip(unit.specs, float_weights(unit, net.folded), strict=True):
         np.testing.assert_array_equal(weights.weight, net.folded[spec.path].weight)
         np.testing.assert_array_equal(weights.bias, net.folded[spec.path].bias)
         assert weights.border == {}

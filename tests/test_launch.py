@@ -162,8 +162,8 @@ WRONG = {
         "download_and_prepare",
     ),
     "missing weights": (
-        ["--config=configs/cifar10_resnet20.py", "--data_dir=/nonexistent"],
-        "cifar_resnet20.safetensors",
+        ["--config=configs/digits.py", "--config.weights=/nonexistent/mine.safetensors"],
+        "mine.safetensors",
     ),
 }
 

@@ -10,7 +10,8 @@ from aquant_jax.errors import InputError
 from aquant_jax.models.bert import Bert
 
 pytestmark = pytest.mark.user_model
-STEPS = {"steps": 30, "batch_size": 8, "init_samples": 16}
+STEPS = {"steps": 20, "batch_size": 8, "init_samples": 16}
+COMPILER = aq.Compiler()
 
 
 def padded_with(x, token):
@@ -20,7 +21,7 @@ def padded_with(x, token):
 def quantize(x, mask, **fields):
     apply, variables = bert()
     chosen = recipe(**STEPS | fields)
-    return aq.quantize(apply, variables, x, chosen, mask=mask, progress=False)
+    return aq.quantize(apply, variables, x, chosen, mask=mask, progress=False, compiler=COMPILER)
 
 
 def state(quantized):

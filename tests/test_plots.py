@@ -52,7 +52,7 @@ def test_nothing_learned_draws_neither_losses_nor_borders(tmp_path):
 def test_presets_with_other_blocks_are_left_out_of_shared_axes(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "block_errors", lambda reports, _: drawn.append(list(reports)))
-    cell = {"quantized": {"top1": 50.0}, "float": {"top1": 81.0}}
+    cell = {"metric": "top1", "quantized": {"top1": 50.0}, "float": {"top1": 81.0}}
     cells = {
         "adaround": [cell | {"blocks": [report("conv", 1.0)]}],
         "qdrop": [cell | {"blocks": [report("stem", 1.0), report("head", 1.0)]}],
