@@ -2,6 +2,7 @@
 
 from aquant_jax import recipe as recipes
 from aquant_jax.border import register as register_border
+from aquant_jax.checkpoint import restore, save, summary
 from aquant_jax.compiler import Compiler
 from aquant_jax.errors import InputError, ReconstructionError
 from aquant_jax.network import describe, prepare
@@ -28,5 +29,8 @@ __all__ = [
     "quantize",
     "recipes",
     "register_border",
+    "restore",
+    "save",
     "sensitivity",
+    "summary",
 ]

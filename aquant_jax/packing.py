@@ -1,7 +1,11 @@
-"""Codes of a few bits as bytes: a code's lowest bit comes first, and codes cross byte borders."""
+"""Small forms of what is deployed: codes of a few bits as bytes, border coefficients of few bytes.
+
+A code's lowest bit comes first, and codes cross the borders of bytes.
+"""
 
 import numpy as np
 
+FORMATS = ("float32", "float16", "int8")  # of border coefficients
 CHUNK = 2**20  # codes unpacked into bits at once; a multiple of 8, so that chunks end on bytes
 
 
@@ -34,6 +38,27 @@ def unpack(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
     size = packed_size(CHUNK, bits)
     parts = [_unpack(packed[start : start + size], bits) for start in range(0, packed.size, size)]
     return np.concatenate([np.zeros(0, np.uint8), *parts])[:count]
+
+
+def encode(values: np.ndarray, format: str) -> tuple[np.ndarray, int]:
+    """Coefficients in one of `FORMATS`, and the exponent of their common power of two.
+
+    >>> encode(np.array([1.0, -0.26], np.float32), "int8")
+    (array([ 64, -17], dtype=int8), -6)
+
+    A power of two, so that what was decoded is encoded to the same bytes again: "int8" maps the
+    largest magnitude to 64 or more, of 127.
+    """
+    if format != "int8":
+        return values.astype(format), 0
+    mantissa, exponent = np.frexp(np.max(np.abs(values), initial=0.0) / np.float32(127.0))
+    exponent = int(exponent) - int(mantissa == 0.5)
+    return np.clip(np.round(np.ldexp(values, -exponent)), -127, 127).astype(np.int8), exponent
+
+
+def decode(stored: np.ndarray, exponent: int) -> np.ndarray:
+    """float32 coefficients of what `encode` made."""
+    return np.ldexp(stored.astype(np.float32), exponent)
 
 
 def _pack(codes, bits):

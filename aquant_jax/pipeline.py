@@ -108,6 +108,7 @@ class _Run:
     def __init__(self, net: Network, recipe: Recipe, calibration, seed: int, compiler: Compiler):
         self.net, self.recipe, self.seed = net, recipe, seed
         self.compiler = compiler
+        self.calibration = calibration
         leaves = jax.tree.leaves(calibration)
         self.counted = None if net.counted is None else jnp.asarray(net.counted)
         self.inputs = dict(zip(net.graph.inputs, map(jnp.asarray, leaves), strict=True))
@@ -286,13 +287,16 @@ class _Run:
             net.graph.variables[i]: jnp.asarray(value)
             for i, value in zip(whole.static, values, strict=True) if i in net.graph.variables
         }  # fmt: skip
-        leaves, treedef = jax.tree.flatten(net.variables)
-        shapes = tuple(jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in leaves)
         specs = tuple(net.plan.layers[path] for path in self.layers)
-        program = Traced(apply, treedef, shapes)
+        program = Traced(apply, *_shapes(net.variables), *_shapes(self.calibration))
         return Quantized(
             self.layers, self.tensors, static, program, specs, self.recipe, History(reports)
         )
+
+
+def _shapes(tree):
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, tuple(jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in leaves)
 
 
 def _take_and_run(unit, layer, index, weights, tensors, live, side, static):

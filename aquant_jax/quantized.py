@@ -43,11 +43,19 @@ class Traced(NamedTuple):
       apply: only its trace is used, never its weights.
       treedef: of the variables.
       shapes: and dtypes of their leaves.
+      input_tree, input_shapes: likewise, of the calibration set.
     """
 
     apply: Callable
     treedef: Any
     shapes: tuple[jax.ShapeDtypeStruct, ...]
+    input_tree: Any
+    input_shapes: tuple[jax.ShapeDtypeStruct, ...]
+
+    @property
+    def inputs(self) -> Any:
+        """Shapes and dtypes of the calibration set."""
+        return jax.tree.unflatten(self.input_tree, self.input_shapes)
 
     def __call__(self, quantized: Quantized, x):
         graph = fold(trace(self.apply, jax.tree.unflatten(self.treedef, self.shapes), x))

@@ -11,6 +11,7 @@ from typing import Any
 from aquant_jax import border as borders
 from aquant_jax.errors import InputError
 from aquant_jax.numerics import MAX_BITS, MIN_BITS
+from aquant_jax.packing import FORMATS
 from aquant_jax.sites import RULES
 
 
@@ -56,6 +57,8 @@ class Recipe:
       border: name of the border function, or None to round activations to nearest.
       fused: average the border over the taps of a channel (Eq. 9), as the paper does.
       phi: see `border.PHIS`.
+      border_format: of the deployed coefficients, see `packing.FORMATS`; what is rounded to it is
+        what is scored and saved.
       input_mixing: probability that an element of a unit's input is the float network's.
       drop: probability that an element inside a unit stays unquantized (QDrop).
       settle: fraction of the steps, at the end, that neither mix nor drop: the borders and step
@@ -91,6 +94,7 @@ class Recipe:
     border: str | None = None
     fused: bool = True
     phi: str = "clamp"
+    border_format: str = "float32"
     input_mixing: float = 0.0
     drop: float = 0.0
     settle: float = 0.0
@@ -219,6 +223,7 @@ def _check(recipe: Recipe):
     for name in ("step_schedule", "border_schedule"):
         _one_of(recipe, name, ("constant", "cosine"))
     _one_of(recipe, "unit", ("block", "layer"))
+    _one_of(recipe, "border_format", FORMATS)
     for name in ("input_mixing", "drop", "settle", "border_warmup", "rounding_warmup"):
         if not 0.0 <= getattr(recipe, name) < 1.0:
             raise InputError(f"{name} is {getattr(recipe, name)}; it must be in [0, 1)")

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from aquant_jax import border as borders
+from aquant_jax import packing
 from aquant_jax.cache import Cache
 from aquant_jax.compiler import Compiler
 from aquant_jax.errors import ReconstructionError
@@ -106,7 +107,8 @@ def optimize(
         state if step is None else state._replace(step_size=step)
         for state, step in zip(tensors, params["step"], strict=True)
     ]
-    layers = deploy(unit, grids, params["alpha"], params["border"])
+    coefficients = [_stored(own, recipe.border_format) for own in params["border"]]
+    layers = deploy(unit, grids, params["alpha"], coefficients)
     return Result(layers, tuple(final), np.array(curve, np.float32).reshape(-1, 2))
 
 
@@ -127,6 +129,14 @@ def _check_finite(losses: np.ndarray, unit: Unit, done: int, steps: int) -> None
             f"{', '.join(s.path for s in unit.specs)}: the reconstruction loss is "
             f"{losses[~np.isfinite(losses)][0]} near step {done} of {steps}"
         )
+
+
+def _stored(coefficients, format: str):
+    """Coefficients as they are saved."""
+    return {
+        name: jnp.asarray(packing.decode(*packing.encode(np.asarray(own), format)))
+        for name, own in coefficients.items()
+    }
 
 
 def output_loss(recipe: Recipe, unit: Unit, outputs, targets, counted=None) -> jax.Array:

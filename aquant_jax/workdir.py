@@ -1,8 +1,9 @@
 """The folder of one run: who owns it, and files that are either whole or absent.
 
-``run.json`` says which run a folder belongs to from the start, ``log.jsonl`` grows by a line
-a block, and ``results.json`` comes last: a folder without it holds an unfinished run, which
-the same command starts afresh.
+``run.json`` says which run a folder belongs to from the start, ``blocks/`` holds the finished
+blocks (see `resume`), ``log.jsonl`` grows by a line a block, ``quantized/`` is the network (see
+`checkpoint`) and ``results.json`` comes last: a folder without it holds an unfinished run, with
+which the same command goes on after the last finished block.
 """
 
 import contextlib
@@ -22,14 +23,18 @@ IDENTITY = "run.json"
 RESULTS = "results.json"
 LOG = "log.jsonl"
 PLOTS = "plots"
+BLOCKS = "blocks"
+NETWORK = "quantized"
+RESTARTS = ("config.preset ", "config.recipe.")  # what a restart may change
 
 
 class Run:
     """Writes into a claimed folder; ``stored`` is the result of a finished run, or None."""
 
-    def __init__(self, path: Path, stored: dict[str, Any] | None):
+    def __init__(self, path: Path, stored: dict[str, Any] | None, replaces: Any = None):
         self.path = path
         self.stored = stored
+        self._replaces = replaces
 
     @property
     def plots(self) -> Path:
@@ -38,36 +43,60 @@ class Run:
         folder.mkdir(exist_ok=True)
         return folder
 
+    @property
+    def blocks(self) -> Path:
+        """The folder for finished blocks."""
+        return self.path / BLOCKS
+
     def log(self, record: dict[str, Any]) -> None:
-        """Appends one line to the log."""
-        with (self.path / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
+        """Appends one line to the log; the first one of a restart replaces what was there."""
+        with _writable(self.path):
+            if self._replaces is not None:
+                _remove_outputs(self.path)
+                write_json(self.path / IDENTITY, self._replaces)
+                self._replaces = None
+            with (self.path / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
+
+    def network(self) -> Path:
+        """Where the network goes; one that an interrupted run left there is removed."""
+        path = self.path / NETWORK
+        shutil.rmtree(path, ignore_errors=True)
+        return path
 
     def finish(self, results: dict[str, Any]) -> None:
         """Writes the results, which marks the run as finished."""
-        write_json(self.path / RESULTS, results)
+        with _writable(self.path):
+            write_json(self.path / RESULTS, results)
 
 
 @contextlib.contextmanager
-def claim(path: str | Path, identity: dict[str, Any]) -> Iterator[Run]:
+def claim(path: str | Path, identity: dict[str, Any], restart: bool = False) -> Iterator[Run]:
     """Takes a folder for the run described by ``identity``.
 
     Args:
         path: the folder, made if it is not there.
         identity: JSON-able; two runs are the same if these are equal.
+        restart: from blocks of a run, finished or not, whose config may differ in its preset and
+            recipe; what is there stays until the first line is logged.
 
     Yields:
-        A ``Run``. On an error inside the context everything written is removed again; on an
-        interruption it stays, for the same command to start afresh, and so does the log of a
-        reconstruction that failed.
+        A ``Run``. Finished blocks stay whatever happens. On an error inside the context with none
+        everything written is removed again; on an interruption it stays, for the same command to
+        go on with, and so does the log of a reconstruction that failed.
 
     Raises:
-        InputError: the folder cannot be written, or holds another run.
+        InputError: the folder cannot be written, holds another run, or, for a restart, no blocks.
     """
     path = Path(path)
     identity = json.loads(json.dumps(jsonable(identity)))
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    stored = _read_owned(path, identity) if path.exists() else None
+    stored = _read_owned(path, identity, restart) if path.exists() else None
+    if restart:
+        if not _has_blocks(path):
+            raise InputError(f"workdir {path} has no finished blocks to restart from")
+        yield Run(path, None, identity)
+        return
     if stored is None:
         with _writable(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -78,8 +107,9 @@ def claim(path: str | Path, identity: dict[str, Any]) -> Iterator[Run]:
     except ReconstructionError:
         raise
     except Exception:
-        if stored is None:
+        if stored is None and not _has_blocks(path):
             _remove_outputs(path)
+            shutil.rmtree(path / BLOCKS, ignore_errors=True)
             for folder in made:
                 with contextlib.suppress(OSError):  # a finished cell of a comparison stays
                     folder.rmdir()
@@ -106,23 +136,29 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-def _read_owned(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def _read_owned(path: Path, identity: dict[str, Any], restart: bool) -> dict[str, Any] | None:
     with _writable(path):
         if not os.access(path, os.W_OK) or not path.is_dir():
             raise InputError(f"workdir {path} is not a folder that can be written")
         names = {entry.name for entry in path.iterdir()}
         if IDENTITY not in names:
-            taken = sorted(names & {RESULTS, LOG, PLOTS})
+            taken = sorted(names & {RESULTS, LOG, PLOTS, BLOCKS, NETWORK})
             if taken:
                 raise InputError(f"workdir {path} holds {', '.join(taken)} of unknown origin")
             return None
-        owner = read_json(path / IDENTITY)
-        if owner != identity:
+        changed = differences(read_json(path / IDENTITY), identity)
+        if restart:
+            changed = [line for line in changed if not line.startswith(RESTARTS)]
+        if changed:
             raise InputError(
                 f"workdir {path} holds another run, which differs in "
-                f"{', '.join(differences(owner, identity)[:5])}; choose another --workdir"
+                f"{', '.join(changed[:5])}; choose another --workdir"
             )
         return read_json(path / RESULTS) if RESULTS in names else None
+
+
+def _has_blocks(path: Path) -> bool:
+    return any((path / BLOCKS).glob("[0-9]*"))
 
 
 def read_json(path: Path) -> Any:
@@ -145,7 +181,8 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def _remove_outputs(path: Path) -> None:
-    shutil.rmtree(path / PLOTS, ignore_errors=True)
+    for name in (PLOTS, NETWORK):
+        shutil.rmtree(path / name, ignore_errors=True)
     for name in (LOG, RESULTS, IDENTITY):
         (path / name).unlink(missing_ok=True)
 

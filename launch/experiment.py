@@ -63,7 +63,7 @@ def load(config: Config, data_dir: str) -> Experiment:
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
         if not whole and not (name == "test_limit" and value is None):
             raise InputError(f"config field {name} is {value!r}; it must be a positive integer")
-    dataset, calibration = _open_data(config, data_dir)
+    dataset, calibration = open_data(config, data_dir)
     calibration.check_calibration(config.calibration_size)  # before hours of scoring
     apply, variables, check = _create(config, data_dir, dataset)
     predict = functools.partial(apply, variables)
@@ -140,8 +140,9 @@ def run(
     seed: int,
     folder: workdir.Run,
     compiler: aq.Compiler | None = None,
+    restart_from: int | None = None,
 ) -> dict[str, Any]:
-    """Quantizes, scores and writes log, plots and results.
+    """Quantizes, scores and writes log, network, plots and results.
 
     Args:
         experiment: of ``load``.
@@ -150,6 +151,7 @@ def run(
         seed: of the calibration draw and of the reconstruction.
         folder: where to write.
         compiler: shares compiled steps between runs of one recipe.
+        restart_from: the first of the blocks in the folder to learn anew.
 
     Returns:
         The results, as written.
@@ -170,8 +172,12 @@ def run(
         seed=seed,
         on_block=lambda report: folder.log(report._asdict()),
         compiler=compiler or aq.Compiler(gpu_ops.backend()),
+        resume=folder.blocks,
+        restart_from=restart_from,
     )
     seconds = time.perf_counter() - start
+    batch = next(iter(experiment.dataset.batches(1, 1, _on_corrupt(config, []))))
+    aq.save(quantized, folder.network(), batch.inputs)
     metrics = score(quantized, experiment.dataset, config, "quantized", corrupt, experiment.check)
     results = {
         "config": spec,
@@ -220,7 +226,12 @@ def one_line(results: dict[str, Any]) -> str:
     )
 
 
-def _open_data(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset]:
+def open_data(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset]:
+    """The data set to score on, and the one to calibrate on.
+
+    Raises:
+        InputError: an unknown data set, or one that is not in ``data_dir``.
+    """
     fields, how = config.get("preprocessing"), None
     if config.model == BERT:
         return _open_sentences(config, data_dir)

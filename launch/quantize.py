@@ -2,8 +2,10 @@
 
     python -m launch.quantize --config=configs/digits.py:w2a2,preset=aquant --workdir=runs/x
 
-Writes results.json, log.jsonl and plots/ into the workdir. A finished run is not repeated:
-its result is printed. Any field of the config can be set: --config.recipe.steps=100.
+Writes results.json, log.jsonl, plots/, the finished blocks and the network (quantized/, see
+aq.restore) into the workdir. A finished run is not repeated: its result is printed. A killed one
+goes on after its last finished block, to the same bits. Any field of the config can be set:
+--config.recipe.steps=100.
 """
 
 import sys
@@ -22,6 +24,11 @@ def define_flags(values: flags.FlagValues) -> None:
         "data_dir", "~", "holds tensorflow_datasets/ and weights/", flag_values=values
     )
     flags.DEFINE_integer("seed", 0, "of calibration draw and steps", 0, flag_values=values)
+    flags.DEFINE_integer(
+        "restart_from_block", None,
+        "learn this block of the workdir's run and those after it anew, perhaps by another recipe; "
+        "if that is killed, go on without this flag", 0, flag_values=values,
+    )  # fmt: skip
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
 
 
@@ -32,11 +39,14 @@ def main(argv: list[str]) -> None:
     config = common.load_config(values.config, overrides)
     experiment.recipe_of(config)  # a wrong field ends the run here, before anything is loaded
     identity = experiment.identity(config, values.seed, values.data_dir)
-    with workdir.claim(values.workdir, identity) as folder:
+    first = values.restart_from_block
+    with workdir.claim(values.workdir, identity, restart=first is not None) as folder:
         results = folder.stored
         if results is None:
             loaded = experiment.load(config, values.data_dir)
-            results = experiment.run(loaded, config, values.config, values.seed, folder)
+            results = experiment.run(
+                loaded, config, values.config, values.seed, folder, restart_from=first
+            )
         print(experiment.one_line(results))
         print(f"in {folder.path}")
 

@@ -76,8 +76,7 @@ def test_a_task_is_learnt_and_written_as_a_checkpoint(run, capsys):
     assert "sst2: accuracy 100.00% of 32 samples" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(argv, tmp_path, monkeypatch):
-    assert finetune.main(argv("--epochs=4", workdir="whole")) == 0
+def test_an_interrupted_run_goes_on_to_the_same_bits(run, argv, tmp_path, monkeypatch):
     evaluate, epochs = finetune.evaluate, iter(range(10))
 
     def interrupted(*args):
@@ -87,15 +86,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(argv, tmp_path, monkeypatch
 
     monkeypatch.setattr(finetune, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        finetune.main(argv("--epochs=4", workdir="broken"))
+        finetune.main(argv())
     trained = []
     monkeypatch.setattr(finetune, "evaluate", evaluate)
     monkeypatch.setattr(
         finetune, "batches", lambda *a, old=finetune.batches: trained.append(a[-1]) or old(*a)
     )
-    assert finetune.main(argv("--epochs=4", workdir="broken")) == 0
-    assert trained == [2, 3]
-    one, two = (weights(tmp_path / name) for name in ("whole", "broken"))
+    assert finetune.main(argv()) == 0
+    assert trained == [2, 3, 4, 5, 6, 7]
+    one, two = (weights(folder) for folder in (run, tmp_path / "run"))
     for name, array in one.items():
         np.testing.assert_array_equal(array, two[name])
 

@@ -1,5 +1,7 @@
 """Activations between the layers: where they are, how they are named, that they are quantized."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,8 +35,8 @@ def tokens(seed=0, samples=16, length=LENGTH):
     return {"ids": ids, "mask": mask, "types": np.zeros_like(ids)}
 
 
-def bert(labels=None):
-    model = Bert(CONFIG, labels)
+def bert(labels=None, layers=2):
+    model = Bert(dataclasses.replace(CONFIG, num_hidden_layers=layers), labels)
     variables = model.init(jax.random.key(0), tokens(samples=1))
     rng = rng_of(1)
     return model.apply, jax.tree.map(lambda a: a + 0.1 * normal(rng, *a.shape), variables)

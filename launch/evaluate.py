@@ -1,0 +1,37 @@
+"""Scores a saved network on the test set of a config, without the model's code or weights.
+
+python -m launch.evaluate --config=configs/digits.py --checkpoint=runs/x/quantized
+"""
+
+import sys
+
+from absl import flags
+
+import aquant_jax as aq
+from launch import common, experiment
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this program."""
+    flags.DEFINE_string("config", None, "names the data set, file.py:variant", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "folder of aq.save", flag_values=values)
+    flags.DEFINE_string("data_dir", "~", "holds tensorflow_datasets/", flag_values=values)
+    flags.mark_flags_as_required(["config", "checkpoint"], flag_values=values)
+
+
+@common.program
+def main(argv: list[str]) -> None:
+    """Restores, scores and prints."""
+    values, overrides = common.parse(argv, define_flags, __doc__)
+    config = common.load_config(values.config, overrides)
+    dataset, _ = experiment.open_data(config, values.data_dir)
+    quantized = aq.restore(values.checkpoint)
+    metrics = experiment.score(quantized, dataset, config, "saved")
+    name = experiment.METRIC_NAMES.get(dataset.metric, dataset.metric)
+    samples = metrics["samples"]
+    print(f"{values.checkpoint}: {metrics[dataset.metric]:.2f}% {name} of {samples:.0f} samples")
+    aq.summary(quantized)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
