@@ -46,7 +46,8 @@ def partition(
     Args:
       graph: from `fold`.
       unit: "block" cuts where exactly one activation is live, so a residual block stays whole, and
-        merges the layers of one repeated module (``blocks_3/...``); "layer" cuts after each layer.
+        merges the layers of one repeated module (``blocks_3/...``); "layer" cuts after each layer,
+        with its activation function, or the residual sum and normalisation behind it.
       patterns: path regexes that replace the merging by module: consecutive units whose layers
         match the same text of the same regex become one.
       sampled: the values whose first axis numbers the samples: only these can be cached, so only
@@ -93,22 +94,21 @@ def _cuts(graph, live, weighted, allowed, per_layer):
 
 
 def _advance(graph: Graph, live, allowed, first: int, stop: int, per_layer: bool) -> int:
-    """The last cut position that only activation functions separate from `first`.
-
-    In units of blocks normalisations may stand between, too; a single layer is reconstructed
-    without what follows it, which the next one reads.
-    """
-    best, shape = first, _shapes(graph, live[first])
+    """The last cut position that only activation functions and normalisations separate from
+    `first`; behind a normalisation, a single layer hands on nothing but its output."""
+    best, shapes, normalised = first, _shapes(graph, live[first]), False
     for index in range(first + 1, stop):
         op = graph.ops[index]
-        if _ends(graph, op, shape, per_layer):
+        if _ends(graph, op, shapes):
             break
-        if allowed[index] and _shapes(graph, live[index]) == shape:
+        normalised |= _reduces(op)
+        wanted = shapes[:1] if per_layer and normalised else shapes
+        if allowed[index] and _shapes(graph, live[index]) == wanted:
             best = index
     return best
 
 
-def _ends(graph: Graph, op: Op, shape, per_layer: bool) -> bool:
+def _ends(graph: Graph, op: Op, shapes) -> bool:
     """Whether an activation of one of the shapes goes no further than `op` as what it is.
 
     A statistic of a normalisation is reduced and reshaped, but comes back to the activation.
@@ -116,10 +116,12 @@ def _ends(graph: Graph, op: Op, shape, per_layer: bool) -> bool:
     reads = [i for i in op.reads if i in graph.live]
     if not reads or op.name.startswith(_PRODUCTS):
         return bool(reads)
-    if op.name.startswith("reduce") and not op.name.startswith(_POOLS):
-        return per_layer
     moves = op.name in ALIASES or op.name.startswith(_POOLS)
-    return moves and any(graph.avals[i].shape in shape for i in reads)
+    return moves and any(graph.avals[i].shape in shapes for i in reads)
+
+
+def _reduces(op: Op) -> bool:
+    return op.name.startswith("reduce") and not op.name.startswith(_POOLS)
 
 
 def _shapes(graph, values):
@@ -177,7 +179,8 @@ def _blocks(graph, live, weighted, cuts, sampled, per_layer) -> list[Block]:
         end = (*live[high], *done)
         layers = tuple(op.layer.path for op in inside)
         targets = tuple(value for value in end if value not in start) or end
-        if per_layer and not last:
+        between = graph.ops[made[inside[-1].outputs[0]] + 1 : high + 1]
+        if per_layer and not last and not any(_reduces(op) for op in between):
             target = _layer_target(graph, inside[-1], end)
             targets = target if sampled is None or sampled.issuperset(target) else targets
         blocks.append(Block(_common(layers), layers, start, end, targets))

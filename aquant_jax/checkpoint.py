@@ -41,14 +41,22 @@ class Exported:
 
     program: export.Exported
 
+    @property
+    def batch(self) -> int | None:
+        """Samples that the program takes at a time; None: any number."""
+        (_, batch), _ = jax.tree.unflatten(self.program.in_tree, self.program.in_avals)
+        samples = jax.tree.leaves(batch)[0].shape[0]
+        return samples if isinstance(samples, int) else None
+
     def __call__(self, quantized: Quantized, x):
         if quantized.backend is not None:
             raise InputError(
                 f"a restored network runs the program that it was saved with, "
                 f"not {quantized.backend}: choose the backend where it is exported"
             )
+        run = functools.partial(self.program.call, _state(quantized))
         try:
-            return self.program.call(_state(quantized), x)
+            return run(x) if self.batch is None else _in_batches(run, x, self.batch)
         except ValueError as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"the saved program does not take this input: {reason}") from error
@@ -113,11 +121,12 @@ def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
       quantized: what `quantize` made.
       path: of the folder, which must not be there.
       inputs: pytree of arrays or ``jax.ShapeDtypeStruct`` with a leading sample axis, any size of
-        which the saved program takes; those of the calibration set if it is None.
+        which the saved program takes; those of the calibration set if it is None. A network that
+        cannot be traced with a symbolic number of samples (one that asks for ``len(x)``, say) is
+        traced with theirs, and runs other numbers in batches of so many.
 
     Raises:
-      InputError: the folder is there or cannot be written, or the network cannot be traced with a
-        symbolic number of samples.
+      InputError: the folder is there or cannot be written, or the network cannot be traced.
     """
     arrays, bits, exponents = _encode(quantized)
     program = quantized.program
@@ -182,17 +191,35 @@ def export_program(quantized: Quantized, inputs: Any = None, **options) -> expor
     if not isinstance(program, Traced):
         raise InputError("a restored network has its program already")
     shapes = program.inputs if inputs is None else inputs
-    (samples,) = export.symbolic_shape("samples")
-    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), a.dtype), shapes)
     state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), _state(quantized))
     run = jax.jit(functools.partial(_run, quantized))
+    (samples,) = export.symbolic_shape("samples")
     try:
-        return export.export(run, platforms=PLATFORMS, **options)(state, batch)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"the network cannot be traced with a symbolic number of samples: {reason}"
-        ) from error
+        return export.export(run, platforms=PLATFORMS, **options)(state, _batch(shapes, samples))
+    except Exception as error:  # a network may do anything with a size
+        size = min(jax.tree.leaves(shapes)[0].shape[0], quantized.recipe.batch_size)
+        exported = export.export(run, platforms=PLATFORMS, **options)(state, _batch(shapes, size))
+        if any(out.shape[:1] != (size,) for out in exported.out_avals):
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"the network cannot be traced with a symbolic number of samples ({reason}), nor "
+                f"run in batches: not all of its outputs have a leading sample axis"
+            ) from error
+        return exported
+
+
+def _batch(shapes, samples):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), a.dtype), shapes)
+
+
+def _in_batches(run, x, size: int):
+    """Outputs for any number of samples of what takes `size`; the last batch is filled up."""
+    count = jax.tree.leaves(x)[0].shape[0]
+    if not count:
+        raise ValueError(f"an empty batch; the program takes {size} samples at a time")
+    rows = [np.arange(start, start + size) % count for start in range(0, count, size)]
+    outputs = [run(jax.tree.map(lambda a, index=index: a[index], x)) for index in rows]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *outputs)
 
 
 def check_targets(path: str | Path, program: export.Exported) -> None:

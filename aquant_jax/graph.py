@@ -10,7 +10,11 @@ import jax
 
 # These hand a tensor on without making a new one (design.md, "the operation").
 SHAPE_ONLY = {"reshape", "transpose", "squeeze", "expand_dims", "slice", "rev", "copy", "copy_p"}
-ALIASES = SHAPE_ONLY | {"pad", "convert_element_type", "reduce_window_max", "stop_gradient"}
+# What ``x[:, 0]`` is in a trace with a symbolic number of samples, where it is no slice.
+STATIC_GATHER = "gather at constant places"
+ALIASES = SHAPE_ONLY | {
+    "pad", "convert_element_type", "reduce_window_max", "stop_gradient", STATIC_GATHER,
+}  # fmt: skip
 
 
 class Layer(NamedTuple):

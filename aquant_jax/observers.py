@@ -60,7 +60,7 @@ def _search(values, mass, span, rounds: list[np.ndarray], bits: int):
     best = jnp.zeros((2, values.shape[0]), jnp.float32)
     for offsets in rounds:
         best = _around(values, mass, span, best, offsets, bits)
-    return span * best[0] / np.float32(max_code(bits)), best[1]
+    return jnp.asarray(span) * best[0] / np.float32(max_code(bits)), best[1]
 
 
 @functools.partial(jax.jit, static_argnames="bits")

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from aquant_jax import border as borders
+from aquant_jax.errors import InputError
 from aquant_jax.fold import fold
 from aquant_jax.integer import run_deployed_layer, run_integer_layer
 from aquant_jax.layer import LayerSpec, LayerState
@@ -19,7 +20,7 @@ from aquant_jax.plan import make_plan
 from aquant_jax.recipe import Recipe
 from aquant_jax.report import History, LayerSummary
 from aquant_jax.trace import trace
-from aquant_jax.unit import forward, make_unit
+from aquant_jax.unit import Unit, forward, make_unit
 
 
 class Backend(Protocol):
@@ -60,6 +61,7 @@ class Traced(NamedTuple):
     def __call__(self, quantized: Quantized, x):
         graph = fold(trace(self.apply, jax.tree.unflatten(self.treedef, self.shapes), x))
         unit = make_unit(graph, make_plan(graph, quantized.recipe), (), graph.outputs)
+        _check_same(quantized, unit)
         layers: list[Any] = [quantized.layers[spec.path] for spec in unit.specs]
         run = run_deployed_layer
         if quantized.backend is not None:
@@ -142,6 +144,17 @@ class Quantized:
             phi=borders.get_phi(spec.phi).deployed,
             fused=spec.fused,
             codes=state.codes,
+        )
+
+
+def _check_same(quantized: Quantized, unit: Unit) -> None:
+    """A network may compute something else for another shape of its input."""
+    found = {spec.path for spec in unit.specs} | {tensor.key for tensor in unit.tensors}
+    differ = found ^ (quantized.layers.keys() | quantized.tensors.keys())
+    if differ:
+        raise InputError(
+            f"for inputs of this shape the network has other layers or activations to quantize "
+            f"than for those it was calibrated on: {', '.join(sorted(differ)[:5])}"
         )
 
 

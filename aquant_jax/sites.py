@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from aquant_jax.graph import Graph, Op
+from aquant_jax.graph import STATIC_GATHER, Graph, Op
 from aquant_jax.program import root
 
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
-_MOVES = {*_PRODUCTS, "transpose", "rev", "gather", "sort", "concatenate"}
+_MOVES = {*_PRODUCTS, "transpose", "rev", "gather", STATIC_GATHER, "sort", "concatenate"}
 _SUMS = {"add", "sub", "add_any"}
 _ROOTS = {"rsqrt", "sqrt"}
 _POWERS = {"exp", "exp2"}

@@ -95,8 +95,7 @@ def read(path: Path) -> Stored:
     """
     check(path)
     content = json.loads((path / INDEX).read_text())
-    payload = _checkpointer().restore((path / ARRAYS).absolute())[PAYLOAD]
-    payload, position, arrays = np.asarray(payload), 0, {}
+    payload, position, arrays = read_payload(path), 0, {}
     for name, dtype, shape, bits in content["arrays"]:
         count, kind = int(np.prod(shape)), jnp.dtype(dtype)
         size = packed_size(count, bits) if bits else count * kind.itemsize
@@ -107,6 +106,11 @@ def read(path: Path) -> Stored:
     own = {MANIFEST, INDEX}
     others = [p for p in path.iterdir() if p.is_file() and p.name not in own]
     return Stored(arrays, content["facts"], {p.name: p.read_bytes() for p in others})
+
+
+def read_payload(path: Path) -> np.ndarray:
+    """The bytes of all arrays: uint8, with orbax alone."""
+    return np.asarray(_checkpointer().restore((path / ARRAYS).absolute())[PAYLOAD])
 
 
 def check(path: Path) -> None:

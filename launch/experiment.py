@@ -176,8 +176,10 @@ def run(
         restart_from=restart_from,
     )
     seconds = time.perf_counter() - start
-    batch = next(iter(experiment.dataset.batches(1, 1, _on_corrupt(config, []))))
-    aq.save(quantized, folder.network(), batch.inputs)
+    tests = experiment.dataset.batches(
+        config.eval_batch_size, config.test_limit, _on_corrupt(config, [])
+    )
+    aq.save(quantized, folder.network(), next(iter(tests)).inputs)
     metrics = score(quantized, experiment.dataset, config, "quantized", corrupt, experiment.check)
     results = {
         "config": spec,

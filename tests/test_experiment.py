@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from test_data_folder import picture
 
 import aquant_jax as aq
-from aquant_jax import data, models
+from aquant_jax import data, models, workdir
 from launch import common, experiment, quantize
 
 pytestmark = pytest.mark.user_model
@@ -140,9 +140,10 @@ def test_another_calibration_draw_changes_nothing_but_the_seed(config, root, mon
     monkeypatch.setattr(aq, "quantize", lambda *given, **_: drawn.append(given[2]) or 1 / 0)
     calibration = data.load("folder:more", root, data.Preprocessing(size=16, resize=20))
     made = experiment.Experiment(lambda v, x: x, None, calibration, calibration, {})
+    folder = workdir.Run(root, None)
     for seed in (5, 5, 6):
         with pytest.raises(ZeroDivisionError):
-            experiment.run(made, config, "x", seed, None)
+            experiment.run(made, config, "x", seed, folder)
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert np.any(drawn[0] != drawn[2])
 

@@ -34,6 +34,7 @@ def pretend(monkeypatch):
         return Pretended(apply=apply, variables=variables, recipe=recipe, reports=reports)
 
     monkeypatch.setattr(aq, "quantize", quantize_nothing)
+    monkeypatch.setattr(aq, "save", lambda *_: None)
     return calls
 
 
