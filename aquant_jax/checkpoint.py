@@ -6,14 +6,10 @@ network needs neither the code of the model nor a pickle.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import re
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
@@ -21,45 +17,16 @@ from jax import export
 from aquant_jax import packing, store
 from aquant_jax.environment import environment
 from aquant_jax.errors import InputError
+from aquant_jax.exported import Exported, check_targets, export_program, state_of
 from aquant_jax.layer import LayerSpec, LayerState
 from aquant_jax.numerics import TensorState
-from aquant_jax.quantized import Quantized, Traced
+from aquant_jax.quantized import Quantized
 from aquant_jax.recipe import Recipe
 from aquant_jax.workdir import jsonable
 
 VERSION = 1  # of the layout
 PROGRAM = "program.stablehlo.z"
-PLATFORMS = ("cpu", "cuda")
-# What a program may call outside itself; a callback, say, would run an address of this process.
-TARGETS = frozenset({"shape_assertion", "Sharding", "mhlo.topk", "cu_threefry2x32_ffi"})
 PARTS = ("codes", "grids", "borders", "biases", "static")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Exported:
-    """Runs a restored network."""
-
-    program: export.Exported
-
-    @property
-    def batch(self) -> int | None:
-        """Samples that the program takes at a time; None: any number."""
-        (_, batch), _ = jax.tree.unflatten(self.program.in_tree, self.program.in_avals)
-        samples = jax.tree.leaves(batch)[0].shape[0]
-        return samples if isinstance(samples, int) else None
-
-    def __call__(self, quantized: Quantized, x):
-        if quantized.backend is not None:
-            raise InputError(
-                f"a restored network runs the program that it was saved with, "
-                f"not {quantized.backend}: choose the backend where it is exported"
-            )
-        run = functools.partial(self.program.call, _state(quantized))
-        try:
-            return run(x) if self.batch is None else _in_batches(run, x, self.batch)
-        except ValueError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"the saved program does not take this input: {reason}") from error
 
 
 class Sizes(NamedTuple):
@@ -176,79 +143,6 @@ def restore(path: str | Path) -> Quantized:
     return Quantized(layers, tensors, static, Exported(program), specs, Recipe(**facts["recipe"]))
 
 
-def export_program(quantized: Quantized, inputs: Any = None, **options) -> export.Exported:
-    """``(state, batch) -> outputs`` as StableHLO for CPU and CUDA, with any number of samples.
-
-    Args:
-      quantized: what `quantize` made.
-      inputs: see `save`.
-      **options: of `jax.export.export`.
-
-    Raises:
-      InputError: see `save`.
-    """
-    program = quantized.program
-    if not isinstance(program, Traced):
-        raise InputError("a restored network has its program already")
-    shapes = program.inputs if inputs is None else inputs
-    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), _state(quantized))
-    run = jax.jit(functools.partial(_run, quantized))
-    (samples,) = export.symbolic_shape("samples")
-    try:
-        return export.export(run, platforms=PLATFORMS, **options)(state, _batch(shapes, samples))
-    except Exception as error:  # a network may do anything with a size
-        size = min(jax.tree.leaves(shapes)[0].shape[0], quantized.recipe.batch_size)
-        exported = export.export(run, platforms=PLATFORMS, **options)(state, _batch(shapes, size))
-        if any(out.shape[:1] != (size,) for out in exported.out_avals):
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"the network cannot be traced with a symbolic number of samples ({reason}), nor "
-                f"run in batches: not all of its outputs have a leading sample axis"
-            ) from error
-        return exported
-
-
-def _batch(shapes, samples):
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), a.dtype), shapes)
-
-
-def _in_batches(run, x, size: int):
-    """Outputs for any number of samples of what takes `size`; the last batch is filled up."""
-    count = jax.tree.leaves(x)[0].shape[0]
-    if not count:
-        raise ValueError(f"an empty batch; the program takes {size} samples at a time")
-    rows = [np.arange(start, start + size) % count for start in range(0, count, size)]
-    outputs = [run(jax.tree.map(lambda a, index=index: a[index], x)) for index in rows]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *outputs)
-
-
-def check_targets(path: str | Path, program: export.Exported) -> None:
-    """Looks at what a program calls outside itself.
-
-    Raises:
-      InputError: anything but `TARGETS`.
-    """
-    called = set(re.findall(r"custom_call @([\w.$]+)", program.mlir_module()))
-    if called - TARGETS:
-        raise InputError(
-            f"{path}: the program calls {', '.join(sorted(called - TARGETS))}, which is no "
-            f"part of XLA; nothing of it was run"
-        )
-
-
-def _run(quantized: Quantized, state, batch):
-    layers, tensors, static = store.fill(_parts(quantized), state)
-    return dataclasses.replace(quantized, layers=layers, tensors=tensors, static=static)(batch)
-
-
-def _parts(quantized: Quantized):
-    return quantized.layers, quantized.tensors, quantized.static
-
-
-def _state(quantized: Quantized) -> dict[str, jax.Array]:
-    return store.flatten(_parts(quantized))
-
-
 def _encode(quantized: Quantized):
     """Arrays as they are stored, bits of the packed ones, exponents of the borders."""
     specs = {spec.path: spec for spec in quantized.specs}
@@ -258,7 +152,7 @@ def _encode(quantized: Quantized):
             names = store.flatten(({path: layer},))
             bits |= {n: own for n in names if n.endswith((".codes", ".zero_point"))}
     arrays, exponents = {}, {}
-    for name, array in _state(quantized).items():
+    for name, array in state_of(quantized).items():
         host = np.asarray(array)
         if _kind(name) == "borders":
             host, exponents[name] = packing.encode(host, quantized.recipe.border_format)
@@ -275,7 +169,7 @@ def _decode(name: str, array: np.ndarray, exponent: int) -> np.ndarray:
 
 
 def _kind(name: str) -> str:
-    """What an array of `_state` holds."""
+    """What an array of `state_of` holds."""
     if name.startswith("[2]"):
         return "static"
     if name.startswith("[1]"):

@@ -12,6 +12,7 @@ import jax
 SHAPE_ONLY = {"reshape", "transpose", "squeeze", "expand_dims", "slice", "rev", "copy", "copy_p"}
 # What ``x[:, 0]`` is in a trace with a symbolic number of samples, where it is no slice.
 STATIC_GATHER = "gather at constant places"
+PAD_WITH_VALUE = "pad with a value"  # which makes a new tensor
 ALIASES = SHAPE_ONLY | {
     "pad", "convert_element_type", "reduce_window_max", "stop_gradient", STATIC_GATHER,
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aquant_jax.columns import convolve
 from aquant_jax.graph import Op
 from aquant_jax.layer import (
     LayerSpec,
@@ -49,6 +51,11 @@ class KernelCodes(NamedTuple):
         return dequantize(self.codes.astype(jnp.float32), scale, zero)
 
 
+def whole_weight(op: Op, state: LayerState) -> jax.Array:
+    """The whole numbers ``codes - zero_point`` of a deployed layer, float32."""
+    return state.codes.astype(jnp.float32) - per_channel(op, state.zero_point)
+
+
 def run_deployed_layer(
     op: Op,
     spec: LayerSpec,
@@ -57,6 +64,10 @@ def run_deployed_layer(
     tensor: TensorState | None,
     keep: None = None,
     dtype=jnp.float32,
+    *,
+    real: Callable[[Op, LayerState], jax.Array] = dequantize_weight,
+    whole: Callable[[Op, LayerState], jax.Array] = whole_weight,
+    convolve: Callable[..., jax.Array] = convolve,
 ) -> jax.Array:
     """`layer.run_layer` of a deployed layer: what it computes by definition.
 
@@ -67,18 +78,20 @@ def run_deployed_layer(
     Args:
       op, spec, x, tensor, keep, dtype: as there; nothing is dropped from a deployed layer.
       state: what is deployed.
+      real, whole: how its weights are had, as values or as whole numbers.
+      convolve: see `layer.run_layer`.
     """
     single = all(d == jnp.float32 for d in op.params["operand_dtypes"])
     if tensor is None or spec.weight_bits is None or not single:
-        own = Weights(dequantize_weight(op, state), state.bias, state.border)
-        return run_layer(op, spec, x, own, tensor, keep, dtype)
+        own = Weights(real(op, state), state.bias, state.border)
+        return run_layer(op, spec, x, own, tensor, keep, dtype, convolve)
     one, nothing = jnp.float32(1.0), jnp.zeros_like(state.bias)
-    whole = state.codes.astype(jnp.float32) - per_channel(op, state.zero_point)
     units = to_units(x, 1.0 / tensor.step_size)
-    own = Weights(whole, nothing, state.border)
-    total = run_layer(op, spec, units, own, TensorState(one, tensor.zero_point), keep)
-    grid = tensor.step_size * state.scale
-    return add_bias(op, total * output_channels(op, total, grid), state.bias, dtype)
+    own = Weights(whole(op, state), nothing, state.border)
+    grid = TensorState(one, tensor.zero_point)
+    total = run_layer(op, spec, units, own, grid, keep, convolve=convolve)
+    scale = output_channels(op, total, tensor.step_size * state.scale)
+    return add_bias(op, total * scale, state.bias, dtype)
 
 
 def run_integer_layer(
@@ -121,16 +134,17 @@ def _conv(op: Op, x: jax.Array, codes: jax.Array, multiply) -> jax.Array:
 
 
 def _dense(op: Op, x: jax.Array, codes: jax.Array, multiply) -> jax.Array:
-    """A dense layer is a convolution with one tap over the pixels of one image."""
+    """A dense layer is a convolution with one tap: its first free axis numbers the images."""
     contract, _ = op.params["dimension_numbers"]
     axes, weight_axes = contracted_axes(op), contract[1 - op.layer.x_position]
     free = [axis for axis in range(x.ndim) if axis not in axes]
     sizes = [x.shape[axis] for axis in free]
     elements = int(np.prod([x.shape[axis] for axis in axes]))
-    rows = jnp.transpose(x, (*free, *axes)).reshape(1, -1, 1, elements)
+    images, pixels = (*sizes, 1)[0], math.prod(sizes[1:])
+    rows = jnp.transpose(x, (*free, *axes)).reshape(images, pixels, 1, elements)
     kernel = jnp.transpose(codes, (*weight_axes, *op.layer.channel_axes))
     kernel = kernel.reshape(1, 1, elements, -1)
-    y = multiply(rows, kernel, Window(1, rows.shape[1:3], (1, 1), (1, 1), (1, 1)))
+    y = multiply(rows, kernel, Window(images, (pixels, 1), (1, 1), (1, 1), (1, 1)))
     channels = [op.layer.weight_shape[axis] for axis in op.layer.channel_axes]
     y = y.reshape(*sizes, *channels)
     if op.layer.x_position == 1:  # the weight's axes come first

@@ -22,7 +22,7 @@ from aquant_jax.network import Network, describe, prepare
 from aquant_jax.numerics import TensorState
 from aquant_jax.observers import tensor_state
 from aquant_jax.program import cut, root, static_inputs
-from aquant_jax.quantized import Quantized, Traced
+from aquant_jax.quantized import Quantized, traced
 from aquant_jax.recipe import Recipe
 from aquant_jax.reconstruct import Data, optimize, output_loss
 from aquant_jax.report import BlockReport, History, propagated_error
@@ -288,15 +288,10 @@ class _Run:
             for i, value in zip(whole.static, values, strict=True) if i in net.graph.variables
         }  # fmt: skip
         specs = tuple(net.plan.layers[path] for path in self.layers)
-        program = Traced(apply, *_shapes(net.variables), *_shapes(self.calibration))
+        program = traced(apply, net.variables, self.calibration)
         return Quantized(
             self.layers, self.tensors, static, program, specs, self.recipe, History(reports)
         )
-
-
-def _shapes(tree):
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple(jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in leaves)
 
 
 def _take_and_run(unit, layer, index, weights, tensors, live, side, static):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax import border as borders
@@ -59,24 +60,27 @@ class Traced(NamedTuple):
         return jax.tree.unflatten(self.input_tree, self.input_shapes)
 
     def __call__(self, quantized: Quantized, x):
+        layer = run_deployed_layer
+        if quantized.backend is not None:
+            convolve = quantized.backend.convolve_codes
+            layer = functools.partial(run_integer_layer, convolve=convolve)
+        return self.run(quantized, x, layer)
+
+    def run(self, quantized: Quantized, x, layer: Callable[..., jax.Array]):
+        """Outputs, each layer run by `layer`, which has the arguments of `run_deployed_layer`."""
         graph = fold(trace(self.apply, jax.tree.unflatten(self.treedef, self.shapes), x))
         unit = make_unit(graph, make_plan(graph, quantized.recipe), (), graph.outputs)
         _check_same(quantized, unit)
-        layers: list[Any] = [quantized.layers[spec.path] for spec in unit.specs]
-        run = run_deployed_layer
-        if quantized.backend is not None:
-            run = functools.partial(run_integer_layer, convolve=quantized.backend.convolve_codes)
-        tensors = [quantized.tensors[tensor.key] for tensor in unit.tensors]
         by_id = dict(zip(graph.inputs, jax.tree.leaves(x), strict=True)) | graph.constants
         by_id |= {i: quantized.static.get(path) for i, path in graph.variables.items()}
         outputs = forward(
             unit,
-            layers,
-            tensors,
+            [quantized.layers[spec.path] for spec in unit.specs],
+            [quantized.tensors[tensor.key] for tensor in unit.tensors],
             (),
             [by_id[i] for i in unit.program.side],
             [by_id[i] for i in unit.program.static],
-            layer=run,
+            layer=layer,
         )
         return jax.tree.unflatten(graph.tree, outputs)
 
@@ -145,6 +149,16 @@ class Quantized:
             fused=spec.fused,
             codes=state.codes,
         )
+
+
+def traced(apply: Callable, variables, inputs) -> Traced:
+    """The program of an inference function for variables and inputs of these shapes."""
+    return Traced(apply, *_shapes(variables), *_shapes(inputs))
+
+
+def _shapes(tree):
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, tuple(jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in leaves)
 
 
 def _check_same(quantized: Quantized, unit: Unit) -> None:

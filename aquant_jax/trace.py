@@ -10,7 +10,7 @@ import jax.extend.core as jex
 import numpy as np
 
 from aquant_jax.errors import InputError
-from aquant_jax.graph import STATIC_GATHER, Graph, Layer, Op, path_names
+from aquant_jax.graph import PAD_WITH_VALUE, STATIC_GATHER, Graph, Layer, Op, path_names
 
 _INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"}
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
@@ -115,7 +115,7 @@ class _Flattener:
             params["operand_dtypes"] = tuple(atom.aval.dtype for atom in eqn.invars)
         name = eqn.primitive.name
         if name == "pad" and self._scalar(inputs[1]) not in (0, -np.inf):
-            name = "pad with a value"  # which makes a new tensor
+            name = PAD_WITH_VALUE
         if name == "gather" and [i for i in ids if i in self.dynamic] == [inputs[0]]:
             name = STATIC_GATHER
         if name == "convert_element_type" and not dynamic:

@@ -116,6 +116,19 @@ def claim(path: str | Path, identity: dict[str, Any], restart: bool = False) -> 
         raise
 
 
+def finished(path: str | Path) -> dict[str, Any]:
+    """The identity of the finished run in a folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(path)
+    for name in (IDENTITY, RESULTS):
+        if not (path / name).is_file():
+            raise InputError(f"{path} holds no finished run: there is no {name} in it")
+    return read_json(path / IDENTITY)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON through a temporary file, so that no reader ever sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -65,14 +65,18 @@ def load(config: Config, data_dir: str) -> Experiment:
             raise InputError(f"config field {name} is {value!r}; it must be a positive integer")
     dataset, calibration = open_data(config, data_dir)
     calibration.check_calibration(config.calibration_size)  # before hours of scoring
-    apply, variables, check = _create(config, data_dir, dataset)
+    apply, variables, check = create(config, data_dir, dataset)
     predict = functools.partial(apply, variables)
     float_metrics = score(predict, dataset, config, "float", check=check)
     return Experiment(apply, variables, dataset, calibration, float_metrics, check)
 
 
-def _create(config: Config, data_dir: str, dataset: data.Dataset):
-    """The network of a config, its weights, and what checks its inputs."""
+def create(config: Config, data_dir: str, dataset: data.Dataset):
+    """The network of a config, its weights, and what checks its inputs.
+
+    Raises:
+        InputError: an unknown model, or weights that do not fit it.
+    """
     weights = _weights_path(config, data_dir)
     if config.model != BERT:
         return *models.create(config.model, weights), no_check

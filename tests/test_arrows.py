@@ -8,8 +8,8 @@ from conftest import REPOSITORY
 ORDER = (
     " errors packing numerics border rounding observers graph trace program fold sites blocks"
     " window columns layer integer cache recipe checks plan network unit grids compiler"
-    " reconstruct report environment workdir store resume quantized checkpoint pipeline"
-    " sensitivity runtime evaluate plots "
+    " reconstruct report environment workdir store resume quantized exported checkpoint"
+    " onnx_export pipeline sensitivity runtime evaluate plots "
 )
 APART = {"models", "data"}  # these import nothing of the library but its errors
 FILES = sorted((REPOSITORY / "aquant_jax").rglob("*.py"))

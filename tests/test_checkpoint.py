@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, run_python
 from jax import export
-from nets import conv, images, normal, residual_net, rng_of
+from nets import images, normal, residual_net, rng_of
 
 import aquant_jax as aq
 import gpu_ops

@@ -1,0 +1,186 @@
+"""Exports the network of a finished run of launch.quantize, and compares the export with it.
+
+    python -m launch.export --workdir=runs/x --format=onnx
+
+Formats, each a folder WORKDIR/export/FORMAT with report.json (what was compared) beside:
+  orbax       the packed checkpoint that aq.restore reads
+  stablehlo   network.stablehlo: weights and program in one, plain XLA operations for CPU and CUDA;
+              network_gpu_ops.stablehlo: the same by the int8 custom calls of gpu_ops, which the
+              process that runs it must import. jax.export.deserialize reads both.
+  onnx        network.onnx: integer weights with DequantizeLinear, borders as standard operations
+
+All test samples of the run's config run through both networks. Where more than one in a thousand
+gets another class (or, without classes, another output), nothing is kept.
+"""
+
+import dataclasses
+import functools
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+import aquant_jax as aq
+import gpu_ops
+from aquant_jax import exported, onnx_export, store, workdir
+from aquant_jax.environment import environment
+from aquant_jax.errors import InputError
+from aquant_jax.quantized import Quantized, traced
+from launch import common, experiment
+
+FORMATS = ("orbax", "stablehlo", "onnx")
+REPORT = "report.json"
+MAY_DIFFER = 1e-3  # share of samples
+CLOSE = 1e-3  # outputs that are no classes: largest difference, of the largest output
+
+
+class Comparison(NamedTuple):
+    """How an export differs from what it was made of.
+
+    Attributes:
+        samples: that both ran.
+        same: of them, those with the same class, or with outputs that are close.
+        difference: the largest of an output.
+    """
+
+    samples: int
+    same: int
+    difference: float
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this program."""
+    flags.DEFINE_string("workdir", None, "of a finished launch.quantize", flag_values=values)
+    flags.DEFINE_enum("format", None, FORMATS, "what to write", flag_values=values)
+    flags.DEFINE_string("data_dir", None, "if not that of the run", flag_values=values)
+    flags.DEFINE_integer("limit", None, "test samples to compare", 1, flag_values=values)
+    flags.mark_flags_as_required(["workdir", "format"], flag_values=values)
+
+
+def compare(reference: Callable, other: Callable, batches: Iterator[Any]) -> Comparison:
+    """Runs both on the same inputs."""
+    samples = same = 0
+    difference = 0.0
+    for batch in batches:
+        pairs = [jax.tree.leaves(run(batch.inputs)) for run in (reference, other)]
+        agree = np.ones(len(batch.labels), bool)
+        for left, right in zip(*(map(np.asarray, leaves) for leaves in pairs), strict=True):
+            error = np.abs(left.astype(np.float32) - right.astype(np.float32))
+            difference = max(difference, float(error.max()))
+            agree &= _agree(left, right, error)
+        samples, same = samples + len(agree), same + int(agree.sum())
+    return Comparison(samples, same, difference)
+
+
+def _agree(left: np.ndarray, right: np.ndarray, error: np.ndarray) -> np.ndarray:
+    if left.ndim == 2 and left.shape[1] > 1:
+        return left.argmax(1) == right.argmax(1)
+    return error.reshape(len(error), -1).max(1) <= CLOSE * np.abs(left).max()
+
+
+def write_orbax(folder: Path, network: Quantized, made: Callable, inputs: Any) -> dict[str, Any]:
+    """Saves the network once more."""
+    aq.save(network, folder / "network")
+    return {"network": aq.restore(folder / "network")}
+
+
+def write_stablehlo(folder: Path, network: Quantized, made: Callable, inputs: Any):
+    """Writes the program by XLA's operations, and the one by custom calls."""
+    backend = made().with_backend(gpu_ops.backend())
+    programs = {
+        "network.stablehlo": exported.self_contained(network),
+        "network_gpu_ops.stablehlo": exported.self_contained(
+            backend, inputs, disabled_checks=gpu_ops.export_checks()
+        ),
+    }
+    runs = {}
+    for name, program in programs.items():
+        (folder / name).write_bytes(program.serialize())
+        written = jax.export.deserialize(bytearray((folder / name).read_bytes()))
+        runs[name] = functools.partial(_any_number, jax.jit(written.call), written.in_avals)
+    return runs
+
+
+def write_onnx(folder: Path, network: Quantized, made: Callable, inputs: Any) -> dict[str, Any]:
+    """Writes the network as ONNX, to be run by onnxruntime."""
+    path = folder / "network.onnx"
+    path.write_bytes(onnx_export.to_onnx(made(), inputs).SerializeToString())
+    return {path.name: onnx_export.load(path)}
+
+
+def _any_number(run: Callable, avals, inputs: Any):
+    size = avals[0].shape[0]
+    return exported.in_batches(run, inputs, size) if isinstance(size, int) else run(inputs)
+
+
+WRITERS = {"orbax": write_orbax, "stablehlo": write_stablehlo, "onnx": write_onnx}
+
+
+def export(values: Any, target: Path) -> dict[str, Any]:
+    """Writes and compares.
+
+    Returns:
+        The report.
+
+    Raises:
+        InputError: the run is not finished, its checkpoint is damaged, its data are not there, or
+            an export does something else than the network.
+    """
+    run = workdir.finished(values.workdir)
+    if run.get("program") != "quantize":
+        raise InputError(f"{values.workdir} holds a run of launch.{run.get('program')}")
+    config, data_dir = ConfigDict(run["config"]), values.data_dir or run["data_dir"]
+    network = aq.restore(Path(values.workdir) / workdir.NETWORK)
+    dataset, _ = experiment.open_data(config, data_dir)
+    inputs = next(iter(dataset.batches(config.eval_batch_size, values.limit))).inputs
+
+    def made() -> Quantized:
+        apply, variables, _ = experiment.create(config, data_dir, dataset)
+        return dataclasses.replace(network, program=traced(apply, variables, inputs))
+
+    target.mkdir(parents=True)
+    report: dict[str, Any] = {}
+    for name, other in WRITERS[values.format](target, network, made, inputs).items():
+        limit = values.limit or config.test_limit
+        found = compare(network, other, dataset.batches(config.eval_batch_size, limit))
+        if found.samples - found.same > MAY_DIFFER * found.samples:
+            raise InputError(
+                f"{name} is not the network: {found.samples - found.same} of {found.samples} "
+                f"samples differ, outputs by up to {found.difference:.3g}; nothing was kept"
+            )
+        report[name] = found._asdict()
+        print(
+            f"{name}: {found.same} of {found.samples} samples the same, "
+            f"outputs differ by {found.difference:.3g} at most"
+        )
+    return report
+
+
+@common.program
+def main(argv: list[str]) -> None:
+    """Exports into a folder beside, which is renamed when all is compared."""
+    values, _ = common.parse(argv, define_flags, __doc__)
+    target = Path(values.workdir) / "export" / values.format
+    partial = target.with_name(f".{values.format}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        report = export(values, partial)
+        sizes = store.sizes(partial)
+        workdir.write_json(partial / REPORT, {"exports": report, "bytes": sizes, **environment()})
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"in {target}: {sum(sizes.values()):,} bytes")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
