@@ -7,6 +7,7 @@ which the same command goes on after the last finished block.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -25,6 +26,7 @@ LOG = "log.jsonl"
 PLOTS = "plots"
 BLOCKS = "blocks"
 NETWORK = "quantized"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 RESTARTS = ("config.preset ", "config.recipe.")  # what a restart may change
 
 
@@ -95,7 +97,8 @@ def claim(path: str | Path, identity: dict[str, Any], restart: bool = False) -> 
     if restart:
         if not _has_blocks(path):
             raise InputError(f"workdir {path} has no finished blocks to restart from")
-        yield Run(path, None, identity)
+        with _writable(path, FULL):
+            yield Run(path, None, identity)
         return
     if stored is None:
         with _writable(path):
@@ -103,7 +106,8 @@ def claim(path: str | Path, identity: dict[str, Any], restart: bool = False) -> 
             _remove_outputs(path)
             write_json(path / IDENTITY, identity)
     try:
-        yield Run(path, stored)
+        with _writable(path, FULL):
+            yield Run(path, stored)
     except ReconstructionError:
         raise
     except Exception:
@@ -201,8 +205,11 @@ def _remove_outputs(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _writable(path: Path) -> Iterator[None]:
+def _writable(path: Path, only: tuple[int, ...] = ()) -> Iterator[None]:
+    """Turns errors of the system, or `only` those of these numbers, into an InputError."""
     try:
         yield
     except OSError as error:
+        if only and error.errno not in only:
+            raise
         raise InputError(f"workdir {path} cannot be written: {error.strerror}") from error

@@ -15,6 +15,7 @@ gets another class (or, without classes, another output), nothing is kept.
 
 import dataclasses
 import functools
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -166,6 +167,7 @@ def export(values: Any, target: Path) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     """Exports into a folder beside, which is renamed when all is compared."""
     values, _ = common.parse(argv, define_flags, __doc__)
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of values without a type
     target = Path(values.workdir) / "export" / values.format
     partial = target.with_name(f".{values.format}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,3 +1,4 @@
+import errno
 import json
 
 import numpy as np
@@ -29,6 +30,19 @@ def test_results_come_last_and_are_read_back(tmp_path):
     assert lines == [{"block": 0, "curve": [[1, 0], [0, 1]]}, {"block": 1, "loss": None}]
     with workdir.claim(tmp_path / "run", {"seed": 0}) as run:
         assert run.stored == {"top1": 0.5}
+
+
+def test_a_full_disk_is_told_and_finished_blocks_stay(tmp_path):
+    (tmp_path / "run" / "blocks" / "000").mkdir(parents=True)
+    workdir.write_json(tmp_path / "run" / "run.json", {"seed": 0})
+    with pytest.raises(InputError, match=r"run cannot be written: No space left on device"):
+        fail(tmp_path / "run", {"seed": 0}, OSError(errno.ENOSPC, "No space left on device"))
+    assert (tmp_path / "run" / "blocks" / "000").exists()
+
+
+def test_other_errors_of_the_system_are_not_the_workdirs(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        fail(tmp_path / "run", {"seed": 0}, FileNotFoundError(errno.ENOENT, "a data file"))
 
 
 def test_an_unfinished_run_starts_afresh(tmp_path):
