@@ -1,4 +1,4 @@
-"""Measures speed: ``python -m launch.bench calibrate|throughput|deploy|latency [--out=FILE.json]``.
+"""Measures speed: ``python -m launch.bench calibrate|throughput|deploy|latency|size [--out=FILE.json]``.
 
 calibrate: one optimisation step of the first residual block of ResNet-20, or of another ``model``
 of the zoo, at batch 32, in float (forward and backward of the block alone), by qdrop and by aquant,
@@ -31,7 +31,7 @@ from aquant_jax.observers import tensor_state
 from aquant_jax.program import root
 from aquant_jax.reconstruct import LOG_EVERY, Data, optimize
 from aquant_jax.unit import forward, make_unit
-from launch import common, deployment, latency, throughput, timing
+from launch import common, deployment, latency, size, throughput, timing
 
 BATCH = 32
 STEPS = 3 * LOG_EVERY
@@ -190,6 +190,7 @@ BENCHMARKS = {
     "throughput": lambda flags: throughput.measure(_workload(throughput.Workload, flags)),
     "deploy": lambda flags: deployment.measure(flags.rounds, flags.data_dir),
     "latency": _latency,
+    "size": lambda flags: size.measure(),
 }
 
 
@@ -199,7 +200,7 @@ def main(argv: list[str]) -> int | None:
     if len(argv) < 2 or argv[1] not in BENCHMARKS:
         known = f"there are: {', '.join(BENCHMARKS)}"
         raise InputError(f"unknown benchmark {' '.join(argv[1:2])!r}; {known}")
-    texts = (__doc__, throughput.__doc__, deployment.__doc__, latency.__doc__)
+    texts = (__doc__, throughput.__doc__, deployment.__doc__, latency.__doc__, size.__doc__)
     flags, _ = common.parse([argv[0], *argv[2:]], _define, "\n".join(t or "" for t in texts))
     text = json.dumps(BENCHMARKS[argv[1]](flags), indent=2)
     print(text)

@@ -24,6 +24,6 @@ def test_the_ways_to_make_columns_agree(monkeypatch, tmp_path, capsys):
 
 def test_an_unknown_benchmark_lists_what_there_is(capsys):
     assert bench.main(["bench", "speed"]) == 2
-    assert "unknown benchmark 'speed'; there are: calibrate, throughput, deploy, latency" in (
+    assert "unknown benchmark 'speed'; there are: calibrate, throughput, deploy, latency, size" in (
         capsys.readouterr().err
     )
