@@ -1,4 +1,4 @@
-"""Measures speed: ``python -m launch.bench calibrate|throughput|deploy|latency|size [--out=FILE.json]``.
+"""Measures: ``python -m launch.bench calibrate|throughput|deploy|latency|size [--out=FILE.json]``.
 
 calibrate: one optimisation step of the first residual block of ResNet-20, or of another ``model``
 of the zoo, at batch 32, in float (forward and backward of the block alone), by qdrop and by aquant,
