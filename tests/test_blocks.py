@@ -252,3 +252,25 @@ def test_pooling_belongs_to_the_block_that_follows(stride):
     (value,) = net.blocks[0].end
     assert net.graph.avals[value].shape == (8, 6, 6, 4)
     assert net.graph.producers()[value].name != "reduce_window_max"
+
+
+def test_a_layer_is_reconstructed_with_the_sum_and_the_normalisation_behind_it():
+    def norm(h):
+        centred = h - jnp.mean(h, -1, keepdims=True)
+        return centred * lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1)
+
+    def apply(v, x):
+        h = norm(x @ v["a"])
+        y = jnp.tanh(h @ v["b"])
+        return norm(y @ v["c"] + h) @ v["head"]
+
+    rng = rng_of(0)
+    variables = {name: normal(rng, 3, 3) for name in ("a", "b", "c", "head")}
+    net = prepare(apply, variables, normal(rng, 8, 5, 3), unit="layer")
+    assert layers(net) == unit_layers(net) == [("a",), ("b",), ("c",), ("head",)]
+    inside = []
+    for block in net.blocks:
+        assert block.targets
+        ops = make_unit(net.graph, net.plan, block.start, block.targets).program.ops
+        inside.append({op.name for op in ops} & {"rsqrt", "tanh", "add"})
+    assert inside == [{"rsqrt", "add"}, {"tanh"}, {"rsqrt", "add"}, set()]

@@ -8,7 +8,8 @@ import pytest
 from conftest import REPOSITORY
 
 import aquant_jax as aq
-from launch import compare, experiment, quantize, train
+from aquant_jax import models
+from launch import compare, evaluate, experiment, quantize, train
 
 pytestmark = pytest.mark.user_model
 
@@ -248,3 +249,34 @@ def test_end_to_end(preset, tmp_path):
     assert results["blocks"]
     assert (tmp_path / "plots" / "propagated_error.png").exists()
     assert (tmp_path / "plots" / "borders.png").exists() == (preset == "aquant")
+
+
+def test_a_saved_network_is_scored_from_itself_alone(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "run"
+    nearest = f"{DIGITS},preset=nearest"
+    assert quantize.main(["quantize", nearest, f"--workdir={path}", *SMALL[:2]]) == 0
+    results = read(path / "results.json")
+    monkeypatch.setattr(models, "create", None)  # neither the model nor its weights are used
+    argv = ["evaluate", "--config=configs/digits.py", "--config.test_limit=60"]
+    assert evaluate.main([*argv, f"--checkpoint={path / 'quantized'}"]) == 0
+    out = capsys.readouterr().out
+    assert f"{results['quantized']['top1']:.2f}% top-1 of 60 samples" in out
+    assert "borders add 0.00%" in out
+    assert evaluate.main([*argv, f"--checkpoint={path}"]) == 2
+    assert f"{path} is no checkpoint: manifest.json" in capsys.readouterr().err
+
+
+def test_a_restart_keeps_the_blocks_before_and_replaces_the_results(tmp_path, capsys):
+    argv = ["quantize", DIGITS, f"--workdir={tmp_path / 'run'}", *SMALL]
+    assert quantize.main(argv) == 0
+    blocks = sorted((tmp_path / "run" / "blocks").glob("0*"))
+    before = [(block / "manifest.json").read_bytes() for block in blocks]
+    longer = [*argv, "--config.recipe.step_lr=1e-2"]
+    assert quantize.main(longer) == 2
+    assert "recipe.step_lr" in capsys.readouterr().err
+    assert quantize.main([*longer, "--restart_from_block=3"]) == 0
+    after = [(block / "manifest.json").read_bytes() for block in blocks]
+    assert [one == two for one, two in zip(before, after, strict=True)] == [True] * 3 + [False] * 2
+    assert read(tmp_path / "run" / "results.json")["recipe"]["step_lr"] == 1e-2
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in log] == [0, 1, 2, 3, 4]
