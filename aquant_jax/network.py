@@ -51,7 +51,9 @@ def prepare(
     """Check the input, trace the network, fold it and split it into blocks.
 
     Raises:
-      InputError: see `quantize`.
+      InputError: non-finite variables or calibration samples (named by path), an empty or too
+        small calibration set, a network that cannot be traced or has no weighted op, a regex of
+        the recipe that matches nothing, a mask that is none.
     """
     samples = checks.check_calibration(calibration, recipe)
     checks.check_variables(variables)

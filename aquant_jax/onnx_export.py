@@ -68,13 +68,14 @@ def to_onnx(quantized: Quantized, inputs: Any = None) -> Any:
         import jax2onnx
     except ImportError as error:
         raise InputError("ONNX needs jax2onnx: pip install 'aquant-jax[onnx]'") from error
-    if not isinstance(quantized.program, Traced):
+    program = quantized.program
+    if not isinstance(program, Traced):
         raise InputError("a restored network is StableHLO; ONNX is made with the model's code")
-    shapes = quantized.program.inputs if inputs is None else inputs
+    shapes = program.inputs if inputs is None else inputs
     problem: Exception | None = None
     for batch in batches_of(shapes, quantized.recipe.batch_size):
         try:
-            function, arguments, names, read = _traced(quantized, batch)
+            function, arguments, names, read = _traced(quantized, program, batch)
             model = jax2onnx.to_onnx(
                 function, arguments, opset=OPSET, model_name="aquant",
                 input_names=names[0], output_names=names[1],
@@ -118,7 +119,7 @@ def load(path: str | Path) -> Callable:
     return once if isinstance(size, str) else lambda batch: in_batches(once, batch, size)
 
 
-def _traced(quantized: Quantized, batch):
+def _traced(quantized: Quantized, program: Traced, batch):
     """A function of weights and batch, its arguments and names, and how each weight is read."""
     read: dict[str, _Weight] = {}
     host = jax.tree.map(np.asarray, (quantized.layers, quantized.tensors, quantized.static))
@@ -138,17 +139,17 @@ def _traced(quantized: Quantized, batch):
     def apply(weights, x):
         layers = {p: own._replace(codes=weights.get(p, own.codes)) for p, own in host[0].items()}
         given = dataclasses.replace(quantized, layers=layers, tensors=host[1], static=host[2])
-        return quantized.program.run(given, x, layer)
+        return program.run(given, x, layer)
 
     graph = trace(apply, weights, batch)
     graph = graph._replace(ops=tuple(map(_plain, graph.ops)))
-    program = cut(graph, (), graph.outputs)
+    whole = cut(graph, (), graph.outputs)
 
     def function(*values):
         given = dict(zip(weights, values[: len(weights)], strict=True))
         side = dict(zip(graph.inputs, values[len(weights) :], strict=True))
-        static = static_inputs(graph, program, given)
-        return run(program, (), [side[i] for i in program.side], static, _no_weighted)
+        static = static_inputs(graph, whole, given)
+        return run(whole, (), [side[i] for i in whole.side], static, _no_weighted)
 
     arguments = [*weights.values(), *jax.tree.leaves(batch)]
     outputs = jax.tree.unflatten(graph.tree, range(len(graph.outputs)))
@@ -218,12 +219,12 @@ def _dequantize(model, quantized: Quantized, read: dict[str, _Weight]) -> None:
     from onnx import helper
 
     weights = [value for value in model.graph.input if value.name in read]
+    bits = {spec.path: spec.weight_bits or 0 for spec in quantized.specs}
     nodes = []
     for value in weights:
         model.graph.input.remove(value)
         layer = jax.tree.map(np.asarray, quantized.layers[value.name])
-        bits = next(spec.weight_bits for spec in quantized.specs if spec.path == value.name)
-        made = _weight_nodes(value.name, layer, bits, read[value.name])
+        made = _weight_nodes(value.name, layer, bits[value.name], read[value.name])
         nodes += made[0]
         model.graph.initializer.extend(made[1])
     rest = list(model.graph.node)
@@ -236,7 +237,7 @@ def _weight_nodes(name: str, layer: LayerState, bits: int, weight: _Weight):
     from onnx import numpy_helper
 
     kind = jnp.uint4 if bits <= SMALL_BITS else jnp.uint8
-    axes, codes = weight.axes, layer.codes
+    axes, codes = weight.axes, np.asarray(layer.codes)
     arrays = {"scale": weight.scale, "zero_point": layer.zero_point.astype(kind)}
     names = [f"{name}:{part}" for part in ("codes", *arrays)]
     if len(axes) == 1:

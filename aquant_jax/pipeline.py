@@ -69,10 +69,8 @@ def quantize(
       The quantized network.
 
     Raises:
-      InputError: non-finite variables or calibration samples (named by path), an empty or too
-        small calibration set, a network that cannot be traced or has no weighted op, a regex of
-        the recipe that matches nothing, a mask that is none; `resume` cannot be written, is
-        damaged, or holds the blocks of another call (the fields that differ are listed).
+      InputError: see `network.prepare`; a negative seed; `resume` cannot be written, is damaged, or
+        holds the blocks of another call (the fields that differ are listed).
       ReconstructionError: a block's loss, or a layer's float input, is not finite.
     """
     if seed < 0:

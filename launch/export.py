@@ -136,7 +136,8 @@ def export(values: Any, target: Path) -> dict[str, Any]:
     run = workdir.finished(values.workdir)
     if run.get("program") != "quantize":
         raise InputError(f"{values.workdir} holds a run of launch.{run.get('program')}")
-    config, data_dir = ConfigDict(run["config"]), values.data_dir or run["data_dir"]
+    config: common.Config = ConfigDict(run["config"])
+    data_dir = values.data_dir or run["data_dir"]
     network = aq.restore(Path(values.workdir) / workdir.NETWORK)
     dataset, _ = experiment.open_data(config, data_dir)
     inputs = next(iter(dataset.batches(config.eval_batch_size, values.limit))).inputs
