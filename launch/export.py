@@ -9,7 +9,7 @@ Formats, each a folder WORKDIR/export/FORMAT with report.json (what was compared
               process that runs it must import. jax.export.deserialize reads both.
   onnx        network.onnx: integer weights with DequantizeLinear, borders as standard operations
 
-All test samples of the run's config run through both networks. Where more than one in a thousand
+All test samples of the run's config run through both networks. Where more than one in a hundred
 gets another class (or, without classes, another output), nothing is kept.
 """
 
@@ -37,7 +37,9 @@ from launch import common, experiment
 
 FORMATS = ("orbax", "stablehlo", "onnx")
 REPORT = "report.json"
-MAY_DIFFER = 1e-3  # share of samples
+# Share of samples. Float layers (the first, where the image is not quantized) sum in another order
+# on another runtime, and at 2 bits an activation that is rounded the other way can change a class.
+MAY_DIFFER = 1e-2
 CLOSE = 1e-3  # outputs that are no classes: largest difference, of the largest output
 
 
