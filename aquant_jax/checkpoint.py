@@ -17,8 +17,8 @@ from jax import export
 from aquant_jax import packing, store
 from aquant_jax.environment import environment
 from aquant_jax.errors import InputError
-from aquant_jax.exported import Exported, check_targets, export_program, state_of
-from aquant_jax.layer import LayerSpec, LayerState
+from aquant_jax.exported import Exported, check_targets, export_program, serialize, state_of
+from aquant_jax.layer import LayerSpec, skeletons
 from aquant_jax.numerics import TensorState
 from aquant_jax.quantized import Quantized
 from aquant_jax.recipe import Recipe
@@ -93,7 +93,8 @@ def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
         traced with theirs, and runs other numbers in batches of so many.
 
     Raises:
-      InputError: the folder is there or cannot be written, or the network cannot be traced.
+      InputError: the folder is there or cannot be written, the network cannot be traced, calls
+        what is no part of XLA (which `restore` would refuse), or returns a pytree without bytes.
     """
     arrays, bits, exponents = _encode(quantized)
     program = quantized.program
@@ -111,7 +112,8 @@ def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
         "exponents": exponents,
         **environment(),
     }
-    files = {PROGRAM: zlib.compress(bytes(exported.serialize()), 9)}
+    check_targets(path, exported)
+    files = {PROGRAM: zlib.compress(serialize(exported), 9)}
     store.write(Path(path), arrays, jsonable(facts), files, bits)
 
 
@@ -130,11 +132,8 @@ def restore(path: str | Path) -> Quantized:
     check_targets(path, program)
     none = jnp.zeros(0)
     skeleton = (
-        {
-            key: LayerState(none, none, none, none, dict.fromkeys(names, none))
-            for key, names in facts["borders"].items()
-        },
-        {key: TensorState(none, none) for key in facts["tensors"]},
+        skeletons(facts["borders"]),
+        dict.fromkeys(facts["tensors"], TensorState(none, none)),
         dict.fromkeys(facts["static"], none),
     )
     arrays = {n: _decode(n, a, facts["exponents"].get(n, 0)) for n, a in stored.arrays.items()}

@@ -1,4 +1,4 @@
-"""The one exception that bad input raises."""
+"""What is raised, and how an exception of somebody else's is told in one line."""
 
 
 class InputError(ValueError):
@@ -11,3 +11,13 @@ class InputError(ValueError):
 
 class ReconstructionError(RuntimeError):
     """Reconstruction of a unit failed; the message names its layers."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an exception says, or its name if it says nothing.
+
+    >>> reason(KeyError()), reason(FileNotFoundError(2, "No such file", "x"))
+    ('KeyError', 'No such file')
+    """
+    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return said.splitlines()[0]

@@ -15,7 +15,7 @@ import numpy as np
 from jax import export
 
 from aquant_jax import store
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, reason
 from aquant_jax.quantized import Quantized, Traced
 
 PLATFORMS = ("cpu", "cuda")
@@ -50,10 +50,10 @@ class Exported:
             )
         run = functools.partial(self.program.call, state_of(quantized))
         try:
-            return run(x) if self.batch is None else in_batches(run, x, self.batch)
+            return in_batches(run, x, self.batch)
         except ValueError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"the saved program does not take this input: {reason}") from error
+            said = " ".join(str(error).split())[:300]
+            raise InputError(f"the saved program does not take this input: {said}") from error
 
 
 def export_program(quantized: Quantized, inputs: Any = None, **options) -> export.Exported:
@@ -77,14 +77,17 @@ def export_program(quantized: Quantized, inputs: Any = None, **options) -> expor
     try:
         return export.export(run, platforms=PLATFORMS, **options)(state, symbolic)
     except Exception as error:  # a network may do anything with a size
+        first = error
+    try:
         exported = export.export(run, platforms=PLATFORMS, **options)(state, fixed)
-        if any(out.shape[:1] != (samples_of(fixed),) for out in exported.out_avals):
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"the network cannot be traced with a symbolic number of samples ({reason}), nor "
-                f"run in batches: not all of its outputs have a leading sample axis"
-            ) from error
-        return exported
+    except Exception as error:
+        raise InputError(f"the network cannot be exported: {reason(error)}") from error
+    if any(out.shape[:1] != (samples_of(fixed),) for out in exported.out_avals):
+        raise InputError(
+            f"the network cannot be traced with a symbolic number of samples ({reason(first)}), "
+            f"nor run in batches: not all of its outputs have a leading sample axis"
+        ) from first
+    return exported
 
 
 def batches_of(shapes, size: int) -> tuple[Any, Any]:
@@ -104,8 +107,13 @@ def samples_of(inputs) -> Any:
     return jax.tree.leaves(inputs)[0].shape[0]
 
 
-def in_batches(run: Callable, x, size: int):
-    """Outputs for any number of samples of what takes `size`; the last batch is filled up."""
+def in_batches(run: Callable, x, size: int | None):
+    """Outputs for any number of samples of what takes `size` (None: any) at a time.
+
+    The last batch is filled up with samples of the first.
+    """
+    if size is None:
+        return run(x)
     count = samples_of(x)
     if not count:
         raise ValueError(f"an empty batch; the program takes {size} samples at a time")
@@ -138,12 +146,25 @@ def check_targets(path: str | Path, program: export.Exported) -> None:
     Raises:
       InputError: anything but `TARGETS`.
     """
-    called = set(re.findall(r"custom_call @([\w.$]+)", program.mlir_module()))
+    named = re.findall(r'custom_call @(?:"([^"]*)"|([\w.$]+))', program.mlir_module())
+    called = {quoted or bare for quoted, bare in named}
     if called - TARGETS:
         raise InputError(
             f"{path}: the program calls {', '.join(sorted(called - TARGETS))}, which is no "
             f"part of XLA; nothing of it was run"
         )
+
+
+def serialize(program: export.Exported) -> bytes:
+    """The bytes of a program.
+
+    Raises:
+      InputError: its outputs are a pytree of a class of the user's, which has no bytes.
+    """
+    try:
+        return bytes(program.serialize())
+    except ValueError as error:
+        raise InputError(f"the network cannot be saved: {reason(error)}") from error
 
 
 def state_of(quantized: Quantized) -> dict[str, jax.Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -71,6 +71,15 @@ class LayerState(NamedTuple):
     zero_point: jax.Array
     bias: jax.Array
     border: dict[str, jax.Array]
+
+
+def skeletons(borders: Mapping[str, Sequence[str]]) -> dict[str, LayerState]:
+    """States of layers without their arrays, given the names of the coefficients of each."""
+    none = jnp.zeros(0)
+    return {
+        path: LayerState(none, none, none, none, dict.fromkeys(names, none))
+        for path, names in borders.items()
+    }
 
 
 def border_shape(op: Op, x_shape: tuple[int, ...]) -> tuple[int, int]:

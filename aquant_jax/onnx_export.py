@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from aquant_jax.columns import Rounding
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, reason
 from aquant_jax.exported import batches_of, in_batches
 from aquant_jax.graph import PAD_WITH_VALUE, Op
 from aquant_jax.integer import run_deployed_layer
@@ -85,7 +85,8 @@ def to_onnx(quantized: Quantized, inputs: Any = None) -> Any:
             continue
         _dequantize(model, quantized, read)
         return model
-    raise InputError(f"the network cannot become ONNX: {str(problem).splitlines()[0]}") from problem
+    said = problem and reason(problem)
+    raise InputError(f"the network cannot become ONNX: {said}") from problem
 
 
 def load(path: str | Path) -> Callable:
@@ -116,7 +117,7 @@ def load(path: str | Path) -> Callable:
         return session.run(None, {i.name: a for i, a in zip(inputs, leaves, strict=True)})
 
     size = inputs[0].shape[0]
-    return once if isinstance(size, str) else lambda batch: in_batches(once, batch, size)
+    return lambda batch: in_batches(once, batch, None if isinstance(size, str) else size)
 
 
 def _traced(quantized: Quantized, program: Traced, batch):

@@ -39,6 +39,7 @@ def quantize(
     mask: str | None = None,
     seed: int = 0,
     progress: bool = True,
+    on_start: Callable[[], None] | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
     compiler: Compiler | None = None,
     resume: str | Path | None = None,
@@ -57,6 +58,7 @@ def quantize(
         that are shorter by one; activations without such an axis count whole.
       seed: of batches and masks.
       progress: print the blocks and the memory of their cached activations, and show a bar.
+      on_start: called when everything was accepted, before the first block.
       on_block: called with the report of each finished block, of resumed ones too.
       compiler: pass the same one to several calls to share compiled steps between them, or
         ``Compiler(gpu_ops.backend())`` for faster ones.
@@ -85,6 +87,8 @@ def quantize(
         kept = Blocks(Path(resume), call, restart_from)
     elif restart_from is not None:
         raise InputError(f"restart_from is {restart_from}, and resume names no folder of blocks")
+    if on_start is not None:
+        on_start()
     if progress:
         print(describe(net))
     total = recipe.steps * len(net.blocks)

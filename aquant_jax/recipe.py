@@ -159,7 +159,10 @@ def preset(name: str, **fields) -> Recipe:
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
     _known_fields(fields)
-    return Recipe(**{**PRESETS[name], **fields, "preset": name})
+    recipe = Recipe(**{**PRESETS[name], **fields, "preset": name})
+    if recipe.border is not None:  # a restored recipe may name one that nobody registered here
+        borders.get(recipe.border)
+    return recipe
 
 
 def nearest(weight_bits: int = 4, act_bits: int = 4, **fields) -> Recipe:
@@ -242,8 +245,6 @@ def _check_names(recipe: Recipe):
         if rule not in RULES:
             raise InputError(f"activations: unknown rule {rule!r}; there are {', '.join(RULES)}")
     borders.get_phi(recipe.phi)
-    if recipe.border is not None:
-        borders.get(recipe.border)
 
 
 def _check_bits(recipe: Recipe):

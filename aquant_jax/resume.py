@@ -20,9 +20,10 @@ from aquant_jax import store
 from aquant_jax.compiler import Compiler
 from aquant_jax.environment import environment
 from aquant_jax.errors import InputError
-from aquant_jax.layer import LayerState
+from aquant_jax.layer import LayerState, skeletons
 from aquant_jax.network import Network, describe
 from aquant_jax.numerics import TensorState
+from aquant_jax.program import cut, signature
 from aquant_jax.report import BlockReport
 from aquant_jax.workdir import IDENTITY, differences, jsonable, read_json, write_json
 
@@ -52,10 +53,15 @@ class Finished(NamedTuple):
 
 
 def fingerprint(net: Network, calibration, seed: int, compiler: Compiler) -> dict[str, Any]:
-    """What the bits of a quantization depend on, JSON-able; weights and samples by SHA-256."""
+    """What the bits of a quantization depend on, JSON-able; weights and samples by SHA-256.
+
+    The network is its units and equations; ``constants`` are arrays that it closes over.
+    """
+    whole = signature(net.graph, cut(net.graph, (), net.graph.outputs))
     return jsonable(
         {
-            "network": hashlib.sha256(describe(net).encode()).hexdigest(),
+            "network": hashlib.sha256(f"{describe(net)}\n{whole}".encode()).hexdigest(),
+            "constants": _digest(list(net.graph.constants.values())),
             "weights": _digest(net.variables),
             "calibration": _digest(calibration),
             "counted": _digest(net.counted),
@@ -86,9 +92,9 @@ class Blocks:
         owner = read_json(known) if known.exists() else None
         if owner is not None:
             _check_owner(path, owner, call, restart_from)
-        if restart_from is not None:
-            self._forget(restart_from)
         try:
+            if restart_from is not None:
+                self._forget(restart_from)
             path.mkdir(parents=True, exist_ok=True)
             if owner != call:
                 write_json(known, call)
@@ -106,12 +112,8 @@ class Blocks:
             return None
         stored = store.read(folder)
         facts, report = stored.facts, stored.facts["report"]
-        none = jnp.zeros(0)
-        layers = {
-            path: LayerState(none, none, none, none, dict.fromkeys(names, none))
-            for path, names in facts["borders"].items()
-        }
-        tensors = {key: TensorState(none, none) for key in facts["tensors"]}
+        layers = skeletons(facts["borders"])
+        tensors = dict.fromkeys(facts["tensors"], TensorState(jnp.zeros(0), jnp.zeros(0)))
         curves = {name: stored.arrays[name] for name in CURVES}
         numbers = {name: float(stored.arrays[name]) for name in NUMBERS}
         layers, tensors = store.fill((layers, tensors), stored.arrays)
@@ -142,10 +144,11 @@ class Blocks:
         count = 0
         while self._folder(count).exists():
             count += 1
-        if first > count:
+        if not 0 <= first <= count:
             raise InputError(f"restart from block {first}: {self.path} has {count} finished blocks")
-        for index in reversed(range(first, count)):  # a gap would hide those after it
-            shutil.rmtree(self._folder(index))
+        rest = [p for p in self.path.glob("[0-9]*") if p.name.isdecimal() and int(p.name) >= first]
+        for folder in sorted(rest, key=lambda p: -int(p.name)):  # a gap would hide those behind it
+            shutil.rmtree(folder)
 
 
 def _check_owner(path: Path, owner, call, restart_from: int | None) -> None:
@@ -164,7 +167,9 @@ def _digest(tree) -> str:
     """SHA-256 of the paths, dtypes, shapes and bytes of the arrays of a pytree."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).data)
+        digest.update(array.tobytes())
     return digest.hexdigest()

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, reason
 from aquant_jax.packing import pack, packed_size, unpack
 
 MANIFEST = "manifest.json"
@@ -83,8 +83,8 @@ def write(
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, ValueError) as error:
-        _remove(temporary)
-        raise InputError(f"{path} cannot be written: {_reason(error)}") from error
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"{path} cannot be written: {reason(error)}") from error
 
 
 def read(path: Path) -> Stored:
@@ -123,7 +123,7 @@ def check(path: Path) -> None:
     try:
         text = manifest.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no checkpoint: {MANIFEST}: {_reason(error)}") from error
+        raise InputError(f"{path} is no checkpoint: {MANIFEST}: {reason(error)}") from error
     try:
         expected = json.loads(text)["sha256"]
         whole = text == _manifest(expected)
@@ -131,7 +131,10 @@ def check(path: Path) -> None:
         whole = False
     if not whole:
         raise InputError(f"{manifest} is damaged: it does not have the checksum it states")
-    found = _digests(path)
+    try:
+        found = _digests(path)
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {reason(error)}") from error
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise InputError(f"{path / name} is missing")
@@ -207,7 +210,3 @@ def _sync_folder(path: Path) -> None:
 def _remove(path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]

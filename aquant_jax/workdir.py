@@ -26,6 +26,7 @@ LOG = "log.jsonl"
 PLOTS = "plots"
 BLOCKS = "blocks"
 NETWORK = "quantized"
+EXPORTS = "export"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 RESTARTS = ("config.preset ", "config.recipe.")  # what a restart may change
 
@@ -33,10 +34,10 @@ RESTARTS = ("config.preset ", "config.recipe.")  # what a restart may change
 class Run:
     """Writes into a claimed folder; ``stored`` is the result of a finished run, or None."""
 
-    def __init__(self, path: Path, stored: dict[str, Any] | None, replaces: Any = None):
+    def __init__(self, path: Path, stored: dict[str, Any] | None, restarts: Any = None):
         self.path = path
         self.stored = stored
-        self._replaces = replaces
+        self._restarts = restarts
 
     @property
     def plots(self) -> Path:
@@ -50,15 +51,17 @@ class Run:
         """The folder for finished blocks."""
         return self.path / BLOCKS
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Appends one line to the log; the first one of a restart replaces what was there."""
-        with _writable(self.path):
-            if self._replaces is not None:
+    def begin(self) -> None:
+        """To be called when a restart is accepted: the folder is then that of the new run."""
+        if self._restarts is not None:
+            with _writable(self.path):
                 _remove_outputs(self.path)
-                write_json(self.path / IDENTITY, self._replaces)
-                self._replaces = None
-            with (self.path / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
+                write_json(self.path / IDENTITY, self._restarts)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends one line to the log."""
+        with _writable(self.path), (self.path / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
 
     def network(self) -> Path:
         """Where the network goes; one that an interrupted run left there is removed."""
@@ -80,7 +83,7 @@ def claim(path: str | Path, identity: dict[str, Any], restart: bool = False) -> 
         path: the folder, made if it is not there.
         identity: JSON-able; two runs are the same if these are equal.
         restart: from blocks of a run, finished or not, whose config may differ in its preset and
-            recipe; what is there stays until the first line is logged.
+            recipe; what is there stays until `Run.begin`.
 
     Yields:
         A ``Run``. Finished blocks stay whatever happens. On an error inside the context with none
@@ -88,15 +91,13 @@ def claim(path: str | Path, identity: dict[str, Any], restart: bool = False) -> 
         go on with, and so does the log of a reconstruction that failed.
 
     Raises:
-        InputError: the folder cannot be written, holds another run, or, for a restart, no blocks.
+        InputError: the folder cannot be written, or holds another run.
     """
     path = Path(path)
     identity = json.loads(json.dumps(jsonable(identity)))
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     stored = _read_owned(path, identity, restart) if path.exists() else None
     if restart:
-        if not _has_blocks(path):
-            raise InputError(f"workdir {path} has no finished blocks to restart from")
         with _writable(path, FULL):
             yield Run(path, None, identity)
         return
@@ -113,6 +114,7 @@ def claim(path: str | Path, identity: dict[str, Any], restart: bool = False) -> 
     except Exception:
         if stored is None and not _has_blocks(path):
             _remove_outputs(path)
+            (path / IDENTITY).unlink(missing_ok=True)
             shutil.rmtree(path / BLOCKS, ignore_errors=True)
             for folder in made:
                 with contextlib.suppress(OSError):  # a finished cell of a comparison stays
@@ -136,7 +138,10 @@ def finished(path: str | Path) -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON through a temporary file, so that no reader ever sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -169,7 +174,7 @@ def _read_owned(path: Path, identity: dict[str, Any], restart: bool) -> dict[str
         if changed:
             raise InputError(
                 f"workdir {path} holds another run, which differs in "
-                f"{', '.join(changed[:5])}; choose another --workdir"
+                f"{', '.join(changed)}; choose another --workdir"
             )
         return read_json(path / RESULTS) if RESULTS in names else None
 
@@ -198,9 +203,10 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def _remove_outputs(path: Path) -> None:
-    for name in (PLOTS, NETWORK):
+    """Removes what a run writes, but its blocks and whose it is: a run without owner is lost."""
+    for name in (PLOTS, NETWORK, EXPORTS):
         shutil.rmtree(path / name, ignore_errors=True)
-    for name in (LOG, RESULTS, IDENTITY):
+    for name in (LOG, RESULTS):
         (path / name).unlink(missing_ok=True)
 
 

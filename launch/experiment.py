@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,7 @@ def score(
     Raises:
         InputError: as ``evaluate_batches``, or an image cannot be decoded.
     """
-    skip = _on_corrupt(config, [] if corrupt is None else corrupt)
+    skip = on_corrupt(config, [] if corrupt is None else corrupt)
     batches = dataset.batches(config.eval_batch_size, config.test_limit, skip)
     total = config.test_limit or dataset.test_size
     with tqdm(total=total, desc=f"score {name}", unit="", disable=None) as bar:
@@ -163,10 +162,9 @@ def run(
     recipe = recipe_of(config)
     corrupt: list[str] = []
     calibration = experiment.calibration.calibration(
-        config.calibration_size, seed, _on_corrupt(config, corrupt)
+        config.calibration_size, seed, on_corrupt(config, corrupt)
     )
     experiment.check(calibration.inputs)
-    start = time.perf_counter()
     quantized = aq.quantize(
         experiment.apply,
         experiment.variables,
@@ -174,14 +172,14 @@ def run(
         recipe,
         mask=config.get("mask"),
         seed=seed,
+        on_start=folder.begin,
         on_block=lambda report: folder.log(report._asdict()),
         compiler=compiler or aq.Compiler(gpu_ops.backend()),
         resume=folder.blocks,
         restart_from=restart_from,
     )
-    seconds = time.perf_counter() - start
     tests = experiment.dataset.batches(
-        config.eval_batch_size, config.test_limit, _on_corrupt(config, [])
+        config.eval_batch_size, config.test_limit, on_corrupt(config, [])
     )
     aq.save(quantized, folder.network(), next(iter(tests)).inputs)
     metrics = score(quantized, experiment.dataset, config, "quantized", corrupt, experiment.check)
@@ -192,7 +190,7 @@ def run(
         "metric": experiment.dataset.metric,
         "float": experiment.float_metrics,
         "quantized": metrics,
-        "seconds": seconds,
+        "seconds": sum(report.seconds for report in quantized.reports),
         "calibration_samples": len(calibration.labels),
         "test_samples": metrics["samples"],
         "corrupt_images": corrupt,
@@ -259,7 +257,8 @@ def _open_sentences(config: Config, data_dir: str) -> tuple[data.Dataset, data.D
     return dataset, calibration
 
 
-def _on_corrupt(config: Config, names: list[str]) -> data.OnCorrupt:
+def on_corrupt(config: Config, names: list[str]) -> data.OnCorrupt:
+    """What is told of images that cannot be decoded: nothing, if they are to end the run."""
     return names.append if config.get("skip_corrupt") else None
 
 

@@ -66,25 +66,31 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.mark_flags_as_required(["workdir", "format"], flag_values=values)
 
 
-def compare(reference: Callable, other: Callable, batches: Iterator[Any]) -> Comparison:
-    """Runs both on the same inputs."""
+def compare(
+    reference: Callable, other: Callable, batches: Iterator[Any], classes: int = 0
+) -> Comparison:
+    """Runs both on the same inputs; with `classes`, outputs of so many columns are logits."""
     samples = same = 0
     difference = 0.0
     for batch in batches:
         pairs = [jax.tree.leaves(run(batch.inputs)) for run in (reference, other)]
         agree = np.ones(len(batch.labels), bool)
         for left, right in zip(*(map(np.asarray, leaves) for leaves in pairs), strict=True):
-            error = np.abs(left.astype(np.float32) - right.astype(np.float32))
-            difference = max(difference, float(error.max()))
-            agree &= _agree(left, right, error)
+            error = _error(left.astype(np.float32), right.astype(np.float32))
+            difference = max(difference, float(error.max(initial=0.0)))
+            if left.ndim == 2 and left.shape[1] == classes:
+                agree &= (left.argmax(1) == right.argmax(1)) & np.isfinite(error).all(1)
+            else:
+                limit = CLOSE * np.abs(left).max(initial=0.0)
+                agree &= error.reshape(len(error), -1).max(1) <= limit
         samples, same = samples + len(agree), same + int(agree.sum())
     return Comparison(samples, same, difference)
 
 
-def _agree(left: np.ndarray, right: np.ndarray, error: np.ndarray) -> np.ndarray:
-    if left.ndim == 2 and left.shape[1] > 1:
-        return left.argmax(1) == right.argmax(1)
-    return error.reshape(len(error), -1).max(1) <= CLOSE * np.abs(left).max()
+def _error(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Absolute differences; infinite where one of both is not a number."""
+    same = (left == right) | (np.isnan(left) & np.isnan(right))
+    return np.where(same, 0.0, np.nan_to_num(np.abs(left - right), nan=np.inf))
 
 
 def write_orbax(folder: Path, network: Quantized, made: Callable, inputs: Any) -> dict[str, Any]:
@@ -104,9 +110,12 @@ def write_stablehlo(folder: Path, network: Quantized, made: Callable, inputs: An
     }
     runs = {}
     for name, program in programs.items():
-        (folder / name).write_bytes(program.serialize())
+        (folder / name).write_bytes(exported.serialize(program))
         written = jax.export.deserialize(bytearray((folder / name).read_bytes()))
-        runs[name] = functools.partial(_any_number, jax.jit(written.call), written.in_avals)
+        size = written.in_avals[0].shape[0]
+        runs[name] = functools.partial(
+            exported.in_batches, jax.jit(written.call), size=size if isinstance(size, int) else None
+        )
     return runs
 
 
@@ -115,11 +124,6 @@ def write_onnx(folder: Path, network: Quantized, made: Callable, inputs: Any) ->
     path = folder / "network.onnx"
     path.write_bytes(onnx_export.to_onnx(made(), inputs).SerializeToString())
     return {path.name: onnx_export.load(path)}
-
-
-def _any_number(run: Callable, avals, inputs: Any):
-    size = avals[0].shape[0]
-    return exported.in_batches(run, inputs, size) if isinstance(size, int) else run(inputs)
 
 
 WRITERS = {"orbax": write_orbax, "stablehlo": write_stablehlo, "onnx": write_onnx}
@@ -142,7 +146,13 @@ def export(values: Any, target: Path) -> dict[str, Any]:
     data_dir = values.data_dir or run["data_dir"]
     network = aq.restore(Path(values.workdir) / workdir.NETWORK)
     dataset, _ = experiment.open_data(config, data_dir)
-    inputs = next(iter(dataset.batches(config.eval_batch_size, values.limit))).inputs
+    limit = values.limit or config.test_limit
+
+    def batches():
+        skip = experiment.on_corrupt(config, [])
+        return dataset.batches(config.eval_batch_size, limit, skip)
+
+    inputs = next(iter(batches())).inputs
 
     def made() -> Quantized:
         apply, variables, _ = experiment.create(config, data_dir, dataset)
@@ -151,8 +161,7 @@ def export(values: Any, target: Path) -> dict[str, Any]:
     target.mkdir(parents=True)
     report: dict[str, Any] = {}
     for name, other in WRITERS[values.format](target, network, made, inputs).items():
-        limit = values.limit or config.test_limit
-        found = compare(network, other, dataset.batches(config.eval_batch_size, limit))
+        found = compare(network, other, batches(), dataset.num_classes)
         if found.samples - found.same > MAY_DIFFER * found.samples:
             raise InputError(
                 f"{name} is not the network: {found.samples - found.same} of {found.samples} "

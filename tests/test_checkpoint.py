@@ -2,6 +2,7 @@
 
 import functools
 import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,13 @@ from nets import images, normal, residual_net, rng_of
 
 import aquant_jax as aq
 import gpu_ops
-from aquant_jax import checkpoint, store
+from aquant_jax import border, checkpoint, exported, store
 from aquant_jax.errors import InputError
+
+
+class NetOutput(NamedTuple):
+    logits: jax.Array
+
 
 pytestmark = pytest.mark.user_model
 X = images(0, 8, size=5)
@@ -226,6 +232,56 @@ def test_a_program_that_calls_a_library_is_not_run(tmp_path):
     program = export.export(jax.jit(calls), disabled_checks=checks)({}, X)
     with pytest.raises(InputError, match="the program calls somebodys_code, which is no part"):
         aq.restore(forged(tmp_path / "saved", program))
+
+
+@pytest.mark.parametrize("name", ["somebodys_code", "some::code"])
+def test_calls_of_a_library_are_seen_whatever_their_names(tmp_path, name):
+    def calls(x):
+        return jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+    checks = [export.DisabledSafetyCheck.custom_call(name)]
+    program = export.export(jax.jit(calls), disabled_checks=checks)(X)
+    with pytest.raises(InputError, match=f"the program calls {name}, which is no part of XLA"):
+        exported.check_targets(tmp_path, program)
+
+
+def test_a_network_that_restore_would_refuse_is_not_saved(tmp_path):
+    one = quantize_dense(
+        lambda v, x: jnp.linalg.inv((x.reshape(x.shape[0], -1) @ v["kernel"]).reshape(-1, 2, 2))
+    )
+    with pytest.raises(InputError, match=r"the program calls .*getrf"):
+        aq.save(one, tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path):
+    def calls_back(variables, x):
+        y = x.reshape(x.shape[0], -1) @ variables["kernel"]
+        return jax.pure_callback(np.tanh, jax.ShapeDtypeStruct(y.shape, y.dtype), y)
+
+    def own_class(variables, x):
+        return NetOutput(x.reshape(x.shape[0], -1) @ variables["kernel"])
+
+    for apply, message in (
+        (calls_back, "the program calls xla_|cannot be exported"),
+        (own_class, "cannot be saved: "),
+    ):
+        with pytest.raises(InputError, match=message):
+            aq.save(quantize_dense(apply), tmp_path / "saved")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_registered_border_is_restored_where_nobody_registered_it(tmp_path):
+    aq.register_border("shifted", border.get("linear").init, border.get("linear").apply)
+    try:
+        apply, variables = residual_net(size=2)
+        recipe = aq.recipes.aquant(3, 3, steps=1, batch_size=4, border="shifted")
+        one = aq.quantize(apply, variables, X, recipe, progress=False)
+        aq.save(one, tmp_path / "saved")
+        expected = one(X)
+    finally:
+        del border.BORDERS["shifted"]
+    np.testing.assert_array_equal(aq.restore(tmp_path / "saved")(X), expected)
 
 
 def test_the_code_reads_no_pickle():

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -137,6 +138,58 @@ def test_a_wrong_restart_loses_nothing(tmp_path, recipe, first, message):
     with pytest.raises(InputError, match=message):
         quantize(recipe, resume=tmp_path, restart_from=first)
     assert store.sizes(tmp_path) == before
+
+
+def test_a_restart_from_a_negative_block_forgets_none(tmp_path):
+    interrupt_after(2, tmp_path)
+    before = store.sizes(tmp_path)
+    with pytest.raises(InputError, match=r"restart from block -1: .* has 2 finished blocks"):
+        quantize(resume=tmp_path, restart_from=-1)
+    assert store.sizes(tmp_path) == before
+
+
+def test_a_restart_forgets_blocks_behind_a_gap_too(tmp_path, learned):
+    quantize(resume=tmp_path)
+    shutil.rmtree(tmp_path / "001")
+    learned.clear()
+    quantize(RECIPE.replace(steps=4), resume=tmp_path, restart_from=1)
+    assert learned == [1, 2]
+
+
+def test_another_network_of_the_same_layers_is_told(tmp_path):
+    x = images(1, 4, size=2, channels=1).reshape(4, 4)
+    variables = {"a": np.eye(4, dtype=np.float32), "b": np.eye(4, dtype=np.float32)}
+    recipe = aq.recipes.nearest(batch_size=4)
+
+    def run(function, shift):
+        def apply(variables, x):
+            return function(x @ variables["a"] + shift) @ variables["b"]
+
+        return aq.quantize(apply, variables, x, recipe, progress=False, resume=tmp_path)
+
+    run(jax.nn.relu, x[0])
+    run(jax.nn.relu, x[0])
+    with pytest.raises(InputError, match=r"which differs in network \("):
+        run(jax.numpy.tanh, x[0])
+    with pytest.raises(InputError, match=r"which differs in constants \("):
+        run(jax.nn.relu, x[1])
+
+
+def test_half_precision_and_keys_have_fingerprints(tmp_path):
+    variables = {"a": jax.numpy.eye(4, dtype=jax.numpy.bfloat16), "rng": jax.random.key(0)}
+    x = images(1, 4, size=2, channels=1).reshape(4, 4)
+    recipe = aq.recipes.nearest(batch_size=4)
+
+    def run(variables):
+        def apply(variables, x):
+            return x.astype(jax.numpy.bfloat16) @ variables["a"]
+
+        return aq.quantize(apply, variables, x, recipe, progress=False, resume=tmp_path)
+
+    run(variables)
+    run(variables)
+    with pytest.raises(InputError, match=r"which differs in weights \("):
+        run(variables | {"rng": jax.random.key(1)})
 
 
 def test_a_restart_needs_a_folder():

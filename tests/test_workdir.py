@@ -40,6 +40,21 @@ def test_a_full_disk_is_told_and_finished_blocks_stay(tmp_path):
     assert (tmp_path / "run" / "blocks" / "000").exists()
 
 
+def test_blocks_are_used_after_a_full_disk_while_the_folder_is_claimed(tmp_path, monkeypatch):
+    (tmp_path / "blocks" / "000").mkdir(parents=True)
+    workdir.write_json(tmp_path / "run.json", {"seed": 0})
+
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir, "write_json", full)
+        with pytest.raises(InputError, match="No space left"):
+            fail(tmp_path, {"seed": 0}, AssertionError())
+    with workdir.claim(tmp_path, {"seed": 0}) as run:
+        assert list(run.blocks.iterdir()) == [tmp_path / "blocks" / "000"]
+
+
 def test_other_errors_of_the_system_are_not_the_workdirs(tmp_path):
     with pytest.raises(FileNotFoundError):
         fail(tmp_path / "run", {"seed": 0}, FileNotFoundError(errno.ENOENT, "a data file"))
