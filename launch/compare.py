@@ -18,7 +18,7 @@ from aquant_jax import plots, workdir
 from aquant_jax.environment import environment
 from aquant_jax.errors import InputError
 from configs import variants
-from launch import cells, common
+from launch import cells, common, experiment
 
 ROWS = [*variants.PRESETS[1:], variants.PRESETS[0]]  # ours last
 
@@ -40,6 +40,7 @@ def row(preset: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     scores = [cell["quantized"][cell["metric"]] for cell in runs]
     return {
         "preset": preset,
+        "metric": runs[0]["metric"],
         "weight_bits": runs[0]["weight_bits"],
         "act_bits": runs[0]["act_bits"],
         "seeds": {str(cell["seed"]): cell["quantized"] for cell in runs},
@@ -53,8 +54,10 @@ def row(preset: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
+    metric = rows[0]["metric"]
+    name = experiment.METRIC_NAMES.get(metric, metric)
     lines = [
-        "| preset | bits | top-1 % | float % | drop | seeds | seconds a run |",
+        f"| preset | bits | {name} % | float % | drop | seeds | seconds a run |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for entry in rows:

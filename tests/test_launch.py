@@ -137,6 +137,8 @@ def test_row_takes_the_sample_deviation():
     assert row["mean"] == 52
     assert row["std"] == pytest.approx(8**0.5)
     assert "| qdrop | w2a2 | 52.00 ± 2.83 | 99.00 | 47.00 | 2 | 1 |" in compare.table([row])
+    assert "| bits | top-1 % |" in compare.table([row])
+    assert "| bits | f1 % |" in compare.table([row | {"metric": "f1"}])
 
 
 WRONG = {
