@@ -50,7 +50,7 @@ class Exported:
             )
         run = functools.partial(self.program.call, state_of(quantized))
         try:
-            return in_batches(run, x, self.batch)
+            return in_batches(run, x, samples_of(self.inputs))
         except ValueError as error:
             said = " ".join(str(error).split())[:300]
             raise InputError(f"the saved program does not take this input: {said}") from error
@@ -107,12 +107,12 @@ def samples_of(inputs) -> Any:
     return jax.tree.leaves(inputs)[0].shape[0]
 
 
-def in_batches(run: Callable, x, size: int | None):
-    """Outputs for any number of samples of what takes `size` (None: any) at a time.
+def in_batches(run: Callable, x, size: Any):
+    """Outputs for any number of samples of what takes `size` at a time (any, if it is no integer).
 
     The last batch is filled up with samples of the first.
     """
-    if size is None:
+    if not isinstance(size, int):
         return run(x)
     count = samples_of(x)
     if not count:

@@ -116,8 +116,7 @@ def load(path: str | Path) -> Callable:
         leaves = map(np.asarray, jax.tree.leaves(batch))
         return session.run(None, {i.name: a for i, a in zip(inputs, leaves, strict=True)})
 
-    size = inputs[0].shape[0]
-    return lambda batch: in_batches(once, batch, None if isinstance(size, str) else size)
+    return lambda batch: in_batches(once, batch, inputs[0].shape[0])
 
 
 def _traced(quantized: Quantized, program: Traced, batch):

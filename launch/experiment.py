@@ -178,10 +178,7 @@ def run(
         resume=folder.blocks,
         restart_from=restart_from,
     )
-    tests = experiment.dataset.batches(
-        config.eval_batch_size, config.test_limit, on_corrupt(config, [])
-    )
-    aq.save(quantized, folder.network(), next(iter(tests)).inputs)
+    aq.save(quantized, folder.network(), _test_inputs(experiment.dataset, config))
     metrics = score(quantized, experiment.dataset, config, "quantized", corrupt, experiment.check)
     results = {
         "config": spec,
@@ -200,6 +197,12 @@ def run(
     plots.run_plots(recipe, reports, quantized.summary(), folder.plots)
     folder.finish(results)
     return workdir.jsonable(results)
+
+
+def _test_inputs(dataset: data.Dataset, config: Config) -> Any:
+    """The first batch that is scored: the saved program takes inputs of its shapes."""
+    skip = on_corrupt(config, [])
+    return next(iter(dataset.batches(config.eval_batch_size, config.test_limit, skip))).inputs
 
 
 def _description(quantized: aq.Quantized) -> dict[str, Any]:

@@ -112,9 +112,8 @@ def write_stablehlo(folder: Path, network: Quantized, made: Callable, inputs: An
     for name, program in programs.items():
         (folder / name).write_bytes(exported.serialize(program))
         written = jax.export.deserialize(bytearray((folder / name).read_bytes()))
-        size = written.in_avals[0].shape[0]
         runs[name] = functools.partial(
-            exported.in_batches, jax.jit(written.call), size=size if isinstance(size, int) else None
+            exported.in_batches, jax.jit(written.call), size=written.in_avals[0].shape[0]
         )
     return runs
 
@@ -180,7 +179,7 @@ def main(argv: list[str]) -> None:
     """Exports into a folder beside, which is renamed when all is compared."""
     values, _ = common.parse(argv, define_flags, __doc__)
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of values without a type
-    target = Path(values.workdir) / "export" / values.format
+    target = Path(values.workdir) / workdir.EXPORTS / values.format
     partial = target.with_name(f".{values.format}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
