@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from aquant_jax.errors import InputError
-from aquant_jax.numerics import clip
+from aquant_jax.numerics import clip, product
 
 Coefficients = Mapping[str, jax.Array]
 
@@ -56,7 +56,7 @@ def _polynomial(degree: int) -> Border:
     def apply(coefficients, u):
         value = coefficients[names[-1]]
         for name in reversed(names[:-1]):
-            value = value * u + coefficients[name]
+            value = product(value, u) + coefficients[name]
         return jnp.broadcast_to(value, jnp.broadcast_shapes(value.shape, u.shape))
 
     return Border(init, apply, {name: power for power, name in enumerate(names)})
@@ -143,7 +143,7 @@ def polynomials(
     total = values[0]
     for value in values[1:]:
         total = total + value
-    return [total * jnp.float32(1.0 / len(us))]
+    return [product(total, jnp.float32(1.0 / len(us)))]
 
 
 def _of_tap(coefficients: Coefficients, tap: int, rank: int) -> dict[str, jax.Array]:

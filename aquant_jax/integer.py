@@ -26,7 +26,7 @@ from aquant_jax.layer import (
     rounding_of,
     run_layer,
 )
-from aquant_jax.numerics import TensorState, dequantize, to_units
+from aquant_jax.numerics import TensorState, dequantize, product, to_units
 from aquant_jax.window import Window
 
 
@@ -91,7 +91,7 @@ def run_deployed_layer(
     grid = TensorState(one, tensor.zero_point)
     total = run_layer(op, spec, units, own, grid, keep, convolve=convolve)
     scale = output_channels(op, total, tensor.step_size * state.scale)
-    return add_bias(op, total * scale, state.bias, dtype)
+    return add_bias(op, product(total, scale), state.bias, dtype)
 
 
 def run_integer_layer(

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 NEAREST = 0.5
-# Above 2^23 every float32 is an integer; the clip also keeps XLA from contracting the product
-# x * inv_s with the subtraction that follows, which would give other codes under jit than in numpy.
+# Above 2^23 every float32 is an integer.
 MAX_UNITS = float(2**23)
+LARGEST = float(np.finfo(np.float32).max)
 MIN_BITS, MAX_BITS = 2, 8
 
 
@@ -60,8 +61,29 @@ def clip(values: jax.Array, low: float, high: float) -> jax.Array:
     return jnp.where(values < low, low, jnp.where(values > high, high, values))
 
 
+@jax.custom_jvp
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a * b``, rounded before anything is added to it.
+
+    XLA contracts a product and the addition that follows it to one fused operation where it sees
+    both in one loop. A value within rounding of its border would then get another code under jit
+    than in numpy, or by another backend. A clip between the two, here at the largest float32,
+    keeps it from doing so; the gradient is the plain product's.
+    """
+    return jnp.clip(a * b, -LARGEST, LARGEST)
+
+
+@product.defjvp
+def _product_jvp(primals, tangents):
+    a, b = primals
+    da, db = tangents
+    return product(a, b), da * b + a * db
+
+
 def to_units(x: jax.Array, inv_step: ArrayLike) -> jax.Array:
     """``u = clip(x / s)`` in units of the step size, given ``inv_step = float32(1 / s)``.
+
+    The clip also keeps the product from being contracted, see `product`.
 
     >>> to_units(jnp.float32(3.0), jnp.float32(2.0)).item()
     6.0
@@ -91,7 +113,7 @@ def quantize(
 
 def dequantize(codes: jax.Array, step_size: jax.Array, zero_point: jax.Array) -> jax.Array:
     """``s * (q - z)``, the real values that the codes stand for."""
-    return step_size * (codes - zero_point)
+    return product(step_size, codes - zero_point)
 
 
 def fake_quantize(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from aquant_jax.numerics import product
 from gpu_ops import arguments
 from gpu_ops.arguments import Padding
 from gpu_ops.img2col import img2col_border
@@ -77,7 +78,7 @@ def conv_border_int8(
     shift = (SHIFT if bits == 8 else 0) - jnp.asarray(zero_point).astype(jnp.int32)
     total = exact_products(columns, weights, offset, shift)
     grid = jnp.asarray(step_size, jnp.float32) * scale
-    y = total.astype(jnp.float32) * _lift(grid, 4)
+    y = product(total.astype(jnp.float32), _lift(grid, 4))
     y = y if bias is None else y + _lift(bias, 4)
     y = y if residual is None else y + residual.astype(jnp.float32)
     return (jnp.maximum(y, 0.0) if relu else y).astype(dtype)

@@ -74,6 +74,23 @@ def test_jit_gives_numpys_codes_on_ties_of_any_step_size():
         np.testing.assert_array_equal(codes(ties, state(step, 0)), expected)
 
 
+def test_jit_rounds_what_is_dequantized_before_it_is_added():
+    """A residual sum would otherwise depend on what XLA compiles into one loop."""
+    rng = rng_of(4)
+    q, other = rng.integers(0, 16, 4096).astype(np.float32), normal(rng, 4096)
+    step, zero = np.float32(0.3), np.float32(7)
+    found = jax.jit(lambda q, s, z, y: numerics.dequantize(q, s, z) + y)(q, step, zero, other)
+    np.testing.assert_array_equal(found, step * (q - zero) + np.asarray(other))
+
+
+def test_the_gradient_of_a_product_is_the_plain_one():
+    a, b = normal(rng_of(5), 3, 1), normal(rng_of(6), 1, 4)
+    weights = normal(rng_of(7), 3, 4)
+    found = jax.grad(lambda a, b: jnp.sum(weights * numerics.product(a, b)), (0, 1))(a, b)
+    plain = jax.grad(lambda a, b: jnp.sum(weights * (a * b)), (0, 1))(a, b)
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
+
+
 def test_units_of_huge_values_are_finite():
     huge = jnp.array([-3e38, 3e38, -jnp.inf, jnp.inf], jnp.float32)
     units = to_units(huge, 1e6)
