@@ -26,7 +26,7 @@ from aquant_jax.quantized import Quantized, traced
 from aquant_jax.recipe import Recipe
 from aquant_jax.reconstruct import Data, optimize, output_loss
 from aquant_jax.report import BlockReport, History, propagated_error
-from aquant_jax.resume import Blocks, Finished, fingerprint
+from aquant_jax.resume import Blocks, Finished, open_blocks
 from aquant_jax.unit import Unit, counts, forward, make_unit
 
 
@@ -81,12 +81,7 @@ def quantize(
     net = prepare(apply, variables, calibration, recipe, mask)
     compiler = compiler or Compiler()
     run = _Run(net, recipe, calibration, seed, compiler)
-    kept = None
-    if resume is not None:
-        call = fingerprint(net, calibration, seed, compiler)
-        kept = Blocks(Path(resume), call, restart_from)
-    elif restart_from is not None:
-        raise InputError(f"restart_from is {restart_from}, and resume names no folder of blocks")
+    kept = open_blocks(resume, restart_from, net, calibration, seed, compiler)
     if on_start is not None:
         on_start()
     if progress:

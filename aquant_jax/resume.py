@@ -151,6 +151,26 @@ class Blocks:
             shutil.rmtree(folder)
 
 
+def open_blocks(
+    folder: str | Path | None,
+    restart_from: int | None,
+    net: Network,
+    calibration,
+    seed: int,
+    compiler: Compiler,
+) -> Blocks | None:
+    """The finished blocks of a call of `quantize` in its folder; None where it names none.
+
+    Raises:
+      InputError: see `Blocks`; a restart without a folder.
+    """
+    if folder is not None:
+        return Blocks(Path(folder), fingerprint(net, calibration, seed, compiler), restart_from)
+    if restart_from is not None:
+        raise InputError(f"restart_from is {restart_from}, and resume names no folder of blocks")
+    return None
+
+
 def _check_owner(path: Path, owner, call, restart_from: int | None) -> None:
     changed = differences(owner, call)
     if restart_from is not None:

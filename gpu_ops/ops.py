@@ -12,7 +12,6 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import custom_vmap
 
 from aquant_jax import border as borders
 from aquant_jax import columns
@@ -20,7 +19,8 @@ from aquant_jax.columns import Rounding
 from aquant_jax.integer import KernelCodes
 from aquant_jax.numerics import TensorState
 from aquant_jax.window import Window
-from gpu_ops import arguments, partition, targets
+from gpu_ops import arguments, targets
+from gpu_ops.calls import Call, Geometry, differentiable
 from gpu_ops.int8 import conv_border_int8
 from gpu_ops.targets import COEFFICIENTS, PHIS
 
@@ -130,7 +130,7 @@ def border_columns(
         columns of not-a-number, and so does on CUDA, which cannot wait for it, one not positive.
     """
     geometry, operands = _prepare(x, keep, tensor, coefficients, window, rounding)
-    values = cast(jax.Array, _differentiable(_Call(geometry, keep is not None, False), *operands))
+    values = cast(jax.Array, differentiable(Call(geometry, keep is not None, False), *operands))
     return values.reshape(window.images, *window.out, *values.shape[-2:])
 
 
@@ -169,7 +169,7 @@ def border_conv(
         wanted = f"float32 ({elements}, {outputs})"
         raise ValueError(f"kernel is {kernel.dtype} {kernel.shape}, not {wanted}")
     geometry = geometry._replace(groups=groups)
-    y = cast(jax.Array, _differentiable(_Call(geometry, keep is not None, True), *operands, kernel))
+    y = cast(jax.Array, differentiable(Call(geometry, keep is not None, True), *operands, kernel))
     return y.reshape(window.images, *window.out, -1)
 
 
@@ -186,7 +186,7 @@ def _prepare(x, keep, tensor, coefficients, window: Window, rounding: Rounding):
     lift = (1,) * (2 - len(window.kernel))
     images = x.reshape(window.images, *lift, *window.spatial, x.shape[-1])
     mask = jnp.zeros((0,), bool) if keep is None else keep.reshape(images.shape)
-    geometry = _Geometry(
+    geometry = Geometry(
         (*lift, *window.kernel), (*lift, *window.strides), (*lift, *window.dilation),
         (*lift, *window.out), rounding.bits, rounding.fused, PHIS[rounding.phi],
     )  # fmt: skip
@@ -206,107 +206,3 @@ def _check(x, keep, window: Window) -> None:
         raise ValueError(f"keep is {keep.dtype} {keep.shape}, not bool {x.shape}")
     if min(window.out) < 1:
         raise ValueError(f"a window of {window.kernel} is larger than the input {window.spatial}")
-
-
-class _Geometry(NamedTuple):
-    """What is static about a call, in two spatial axes."""
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilation: tuple[int, ...]
-    out: tuple[int, ...]
-    bits: int
-    fused: bool
-    phi: int
-    groups: int = 1
-
-    def attributes(self) -> dict:
-        return {
-            "kernel": self.kernel, "stride": self.strides, "dilation": self.dilation,
-            "padding": (0, 0, 0, 0), "groups": self.groups, "bits": self.bits, "fused": self.fused,
-            "phi": self.phi,
-        }  # fmt: skip
-
-
-class _Call(NamedTuple):
-    """A call of the training operation: x, the mask, step size, zero point and coefficients.
-
-    Attributes:
-      geometry: static part.
-      masked: whether there is a mask; none is of size 0.
-      multiplied: whether a kernel follows, which the columns are multiplied with.
-    """
-
-    geometry: _Geometry
-    masked: bool
-    multiplied: bool
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        """Axes of what follows the zero point."""
-        return ("d t c", "e o") if self.multiplied else ("d t c",)
-
-    @property
-    def result(self) -> str:
-        return "n a b y" if self.multiplied else "n a b t c"
-
-    def target(self, results, suffix: str = ""):
-        name = "border_conv" if self.multiplied else "border_columns"
-        return targets.call(f"{name}{suffix}", results, **self.geometry.attributes())
-
-    def __call__(self, x, *operands):
-        coefficients, last = operands[3], operands[-1]
-        groups = self.geometry.groups
-        axes = (
-            (last.shape[1] * groups,) if self.multiplied else (coefficients.shape[1], x.shape[-1])
-        )
-        return self.target(_floats((x.shape[0], *self.geometry.out, *axes)))(x, *operands)
-
-
-class _Pullback(NamedTuple):
-    """The derivatives of a call with respect to x, step size and what follows the zero point."""
-
-    forward: _Call
-
-    def __call__(self, x, keep, step, zero, *others_and_dy):
-        results = [_floats(value.shape) for value in (x, step, *others_and_dy[:-1])]
-        return tuple(self.forward.target(results, "_vjp")(x, keep, step, zero, *others_and_dy))
-
-
-def _floats(shape) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-@functools.cache
-def _compiled(call: _Call | _Pullback):
-    """`call`, compiled, one by one over a mapped axis and with N sharded where that of x is."""
-    forward = call.forward if isinstance(call, _Pullback) else call
-    images = "n h w c"
-    mask = images if forward.masked else "z"
-    taken, given = (images, mask, "", "", *forward.others), (forward.result,)
-    if call is not forward:
-        taken, given = (*taken, *given), (images, "", *forward.others)
-    sharded = partition.on_images(call, ", ".join(taken), ", ".join(given))
-
-    @custom_vmap
-    def run(*operands):
-        return sharded(*operands)
-
-    run.def_vmap(lambda size, batched, *o: partition.one_by_one(run, size, batched, o))
-    return jax.jit(run)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(call: _Call, *operands):
-    return _compiled(call)(*operands)
-
-
-def _backward(call: _Call, operands, dy):
-    """Derivatives of all operands but the mask and the zero point, which have none."""
-    dx, dstep, *found = _compiled(_Pullback(call))(*operands, dy)
-    return dx, None, dstep, jnp.zeros_like(operands[3]), *found
-
-
-_differentiable.defvjp(
-    lambda call, *operands: (_differentiable(call, *operands), operands), _backward
-)

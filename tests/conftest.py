@@ -1,8 +1,10 @@
 """Strict promotion for our own code, the shared data folder, and one process's JAX settings."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -10,6 +12,23 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+COMPILED = pytest.StashKey[str]()
+
+
+def pytest_configure(config):
+    """Programs that several workers, or processes that tests start, compile are compiled once."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    config.stash[COMPILED] = tempfile.mkdtemp(prefix="aquant-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[COMPILED]
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_unconfigure(config):
+    """Nothing of it is left."""
+    if COMPILED in config.stash:
+        shutil.rmtree(config.stash[COMPILED], ignore_errors=True)
 
 
 def run_python(program: str, **environment: str):
