@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 from aquant_jax.errors import InputError
-from aquant_jax.graph import Graph
+from aquant_jax.graph import ALIASES, Graph
 from aquant_jax.layer import LayerSpec
 from aquant_jax.program import root
 from aquant_jax.recipe import Override, Recipe
@@ -50,13 +50,27 @@ def make_plan(graph: Graph, recipe: Recipe) -> Plan:
     for op in graph.ops:
         if op.layer is not None and (spec := layers[op.layer.path]).tensor is not None:
             tensors[root(producers, op.x)] = Tensor(spec.tensor, spec.act_bits)
+    rounded = _read_rounded(graph, layers)
     for value, key in sites:
         bits = recipe.act_bits
         for override in overrides[key]:
             bits = override.act_bits or bits
-        if not (overrides[key] and overrides[key][-1].keep_float):
+        floats = bool(overrides[key]) and overrides[key][-1].keep_float
+        if value in rounded and not floats:
             tensors.setdefault(value, Tensor(key, bits))
     return Plan(layers, tensors)
+
+
+def _read_rounded(graph: Graph, layers: dict[str, LayerSpec]) -> frozenset[int]:
+    """Tensors that are not read by layers of float inputs alone, nor given by the network alone."""
+    producers, found = graph.producers(), set()
+    for op in graph.ops:
+        if op.layer is not None:
+            reads = [] if layers[op.layer.path].tensor is None else [op.x]
+        else:
+            reads = [] if op.name in ALIASES else op.reads
+        found.update(root(producers, value) for value in reads)
+    return frozenset(found)
 
 
 def _layer_specs(graph: Graph, recipe: Recipe, overrides) -> dict[str, LayerSpec]:

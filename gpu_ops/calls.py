@@ -83,7 +83,10 @@ def _floats(shape) -> jax.ShapeDtypeStruct:
 
 @functools.cache
 def _compiled(call: Call | _Pullback):
-    """`call`, compiled, one by one over a mapped axis and with N sharded where that of x is."""
+    """`call`, compiled, with a mapped axis folded into N and N sharded where that of x is.
+
+    A derivative sums over N, so it runs one by one over a mapped axis.
+    """
     forward = call.forward if isinstance(call, _Pullback) else call
     images = "n h w c"
     mask = images if forward.masked else "z"
@@ -96,7 +99,12 @@ def _compiled(call: Call | _Pullback):
     def run(*operands):
         return sharded(*operands)
 
-    run.def_vmap(lambda size, batched, *o: partition.one_by_one(run, size, batched, o))
+    @run.def_vmap
+    def _(size, batched, *operands):
+        if call is not forward:
+            return partition.one_by_one(run, size, batched, operands)
+        return partition.folded(run, 2, size, batched, operands)
+
     return jax.jit(run)
 
 

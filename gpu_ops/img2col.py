@@ -165,11 +165,5 @@ def _compiled(call: _Plain | _Quantized):
     def columns(*operands):
         return sharded(*operands)
 
-    @columns.def_vmap
-    def _(axis_size, batched, x, *others):
-        if any(batched[1:]):
-            return partition.one_by_one(columns, axis_size, batched, (x, *others))
-        found = columns(x.reshape(-1, *x.shape[2:]), *others)
-        return found.reshape(x.shape[:2] + found.shape[1:]), True
-
+    columns.def_vmap(lambda size, batched, *o: partition.folded(columns, 1, size, batched, o))
     return jax.jit(columns)

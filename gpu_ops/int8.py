@@ -65,6 +65,7 @@ def conv_border_int8(
     Raises:
       ValueError: what does not fit, by name and with both values.
     """
+    arguments.check_x(x, ("float32", "bfloat16"))
     arguments.check_weights(x, codes, scale, weight_zero_point, weight_bits, bits)
     groups = x.shape[-1] // codes.shape[2]
     columns = img2col_border(

@@ -87,7 +87,7 @@ class Backend(NamedTuple):
             bits=rounding.bits, border=rounding.border if coefficients else "none", phi=phi,
             fused=rounding.fused,
         )  # fmt: skip
-        return y.reshape(window.images, *window.out, -1)
+        return y.reshape(window.images, *window.out, y.shape[-1])
 
 
 def backend() -> Backend:
@@ -125,9 +125,11 @@ def border_columns(
       float32 ``[N, *out, taps, C]``.
 
     Raises:
-      ValueError: a border or phi without a custom call, or shapes or dtypes that do not fit.
-      JaxRuntimeError: when run on a CPU, a step size that is not positive. Not-a-number gives
-        columns of not-a-number, and so does on CUDA, which cannot wait for it, one not positive.
+      ValueError: a border or phi without a custom call; shapes or dtypes that do not fit; a step
+        size that is not positive or a zero point that is no code, where they are known.
+      JaxRuntimeError (or ValueError, as JAX has it): when run on a CPU, a step size that is not
+        positive. Not-a-number gives columns of not-a-number, and so does on CUDA, which cannot wait
+        for it, one not positive.
     """
     geometry, operands = _prepare(x, keep, tensor, coefficients, window, rounding)
     values = cast(jax.Array, differentiable(Call(geometry, keep is not None, False), *operands))
@@ -170,7 +172,7 @@ def border_conv(
         raise ValueError(f"kernel is {kernel.dtype} {kernel.shape}, not {wanted}")
     geometry = geometry._replace(groups=groups)
     y = cast(jax.Array, differentiable(Call(geometry, keep is not None, True), *operands, kernel))
-    return y.reshape(window.images, *window.out, -1)
+    return y.reshape(window.images, *window.out, y.shape[-1])
 
 
 def _prepare(x, keep, tensor, coefficients, window: Window, rounding: Rounding):
@@ -180,7 +182,7 @@ def _prepare(x, keep, tensor, coefficients, window: Window, rounding: Rounding):
     if rounding.phi not in PHIS:
         raise ValueError(f"phi {rounding.phi!r} has no custom call; {list(PHIS)} do")
     _check(x, keep, window)
-    arguments.check_bits("bits", rounding.bits)
+    step, zero = arguments.grid(tensor.step_size, tensor.zero_point, rounding.bits)
     column = (int(np.prod(window.kernel)), x.shape[-1])
     arguments.check_indices(x.shape[1:], (*window.out, *column))
     lift = (1,) * (2 - len(window.kernel))
@@ -191,7 +193,7 @@ def _prepare(x, keep, tensor, coefficients, window: Window, rounding: Rounding):
         (*lift, *window.out), rounding.bits, rounding.fused, PHIS[rounding.phi],
     )  # fmt: skip
     stacked = arguments.stack(coefficients, rounding.border, column)
-    return geometry, (images, mask, tensor.step_size, tensor.zero_point, stacked)
+    return geometry, (images, mask, step, zero, stacked)
 
 
 def _check(x, keep, window: Window) -> None:
@@ -204,5 +206,4 @@ def _check(x, keep, window: Window) -> None:
         raise ValueError(f"x is {x.dtype}, not float32")
     if keep is not None and (keep.shape != x.shape or keep.dtype != jnp.bool_):
         raise ValueError(f"keep is {keep.dtype} {keep.shape}, not bool {x.shape}")
-    if min(window.out) < 1:
-        raise ValueError(f"a window of {window.kernel} is larger than the input {window.spatial}")
+    arguments.check_window(window)

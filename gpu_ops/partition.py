@@ -5,6 +5,7 @@ The maps and shardings of `jax.ffi` itself put an axis on every operand, the sca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -21,8 +22,9 @@ def on_images(call: Callable, operands: str, results: str) -> Callable:
     Args:
       call: takes arrays, and gives one or several.
       operands, results: the axes of each array by name, such as ``"n h w c, , t c"``. Arrays whose
-        first axis is `n` are split as the first operand is; other operands are whole everywhere,
-        and other results are sums over the images, which are added up.
+        first axis is `n` are split as the first operand is, where its images can be split evenly;
+        other operands are whole everywhere, and other results are sums over the images, which are
+        added up.
     """
     taken, given = ([axes.split() for axes in names.split(",")] for names in (operands, results))
     split = [axes[:1] == [IMAGES] for axes in given]
@@ -33,6 +35,9 @@ def on_images(call: Callable, operands: str, results: str) -> Callable:
 
     def places(mesh, operands):
         images = (*operands[0].sharding.spec, None)[0]
+        # Uneven parts are filled up with rubbish, which a sum over the images would count.
+        if operands[0].shape[0] % _devices(mesh, images):
+            images = None
         own, whole = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((images,), ()))
         first = (tuple(own if s else whole for s in split)) if len(split) > 1 else own
         return images, tuple(own if axes[:1] == [IMAGES] else whole for axes in taken), first
@@ -60,6 +65,30 @@ def on_images(call: Callable, operands: str, results: str) -> Callable:
         need_replication_factors=tuple(axis for axis in factors if axis != IMAGES),
     )
     return run
+
+
+def _devices(mesh, axes) -> int:
+    """How many devices an axis is split over, by the name or names in its `PartitionSpec`."""
+    if axes is None:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def folded(run: Callable, images: int, axis_size: int, batched, operands):
+    """As `one_by_one`, in one call where only the first `images` operands are mapped.
+
+    Their mapped axis becomes part of N; an operand of size 0 stands for none.
+    """
+    if any(batched[images:]) or not batched[0]:
+        return one_by_one(run, axis_size, batched, operands)
+    first = [
+        value if not value.size and not mapped
+        else (value if mapped else jnp.broadcast_to(value, (axis_size, *value.shape)))
+        .reshape(-1, *value.shape[1 + mapped :])
+        for value, mapped in zip(operands[:images], batched, strict=False)
+    ]  # fmt: skip
+    found = run(*first, *operands[images:])
+    return found.reshape(axis_size, -1, *found.shape[1:]), True
 
 
 def one_by_one(run: Callable, axis_size: int, batched, operands):

@@ -84,6 +84,7 @@ def fold_convolution(
     height, width, channels, outer = codes.shape if len(codes.shape) == 4 else (0, 0, 0, 0)
     like_x = jax.ShapeDtypeStruct((1, 1, 1, channels), jnp.bfloat16)
     arguments.check_weights(like_x, codes, scale, weight_zero_point, weight_bits, bits)
+    arguments.check_added("bias", bias, (outer,))
     taps = height * width
     _check_served(channels, outer, weight_bits, phi, taps)
     stacked = arguments.stack(coefficients or {}, border, (taps, channels))

@@ -30,11 +30,17 @@ from aquant_jax import border as borders
         ({"align": 0}, "align is 0, not a positive integer"),
         ({"kernel": (1.5, 3)}, "kernel is (1.5, 3), not two positive integers"),
         ({"padding": ((0.5, 1), (1, 1))}, "not two pairs of non-negative integers"),
-        ({"bits": 1}, "bits is 1, not between 2 and 8"),
-        ({"bits": 9}, "bits is 9, not between 2 and 8"),
+        ({"bits": 1}, "bits is 1, not an integer of 2 to 8"),
+        ({"bits": 9}, "bits is 9, not an integer of 2 to 8"),
         ({"kernel": (9, 3)}, "a window of (9, 3) is larger than the padded input, (8, 7)"),
         ({"dilation": (1, 4)}, "a window of (3, 9) is larger than the padded input, (8, 7)"),
         ({"kernel": (3,)}, "kernel is (3,), not two positive integers"),
+        ({"kernel": 3}, "kernel is 3, not two positive integers"),
+        ({"padding": 1}, "padding is 1, not two pairs"),
+        ({"bits": 4.5}, "bits is 4.5, not an integer of 2 to 8"),
+        ({"bits": "4"}, "bits is 4, not an integer of 2 to 8"),
+        ({"step": 1e-46}, "step_size is 1e-46, not positive"),
+        ({"step": 1e39}, "step_size is 1e+39, not positive"),
         ({"strides": (1, 0)}, "strides is (1, 0), not two positive integers"),
         ({"padding": "FULL"}, "padding is 'FULL', not 'SAME', 'VALID' or pairs"),
         ({"padding": ((1, -1), (0, 0))}, "padding is ((1, -1), (0, 0)), not two pairs"),
@@ -70,7 +76,7 @@ def test_a_border_that_a_user_registered_is_refused_by_name(monkeypatch):
 
 def test_too_many_elements_for_the_index_are_refused():
     x = jax.ShapeDtypeStruct((1, 20000, 20000, 1), jnp.float32)
-    with pytest.raises(ValueError, match="columns has 3600000000 elements; at most 2147483647"):
+    with pytest.raises(ValueError, match="columns have 3600000000 elements; at most 2147483647"):
         jax.eval_shape(lambda x: gpu_ops.img2col(x, kernel=(3, 3), padding="SAME"), x)
 
 

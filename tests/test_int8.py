@@ -118,9 +118,12 @@ BAD = {
     "groups": ({"codes": np.zeros((3, 3, 3, 2), np.uint8)}, r"\(3, 3, 3, 2\).* 4 channels"),
     "scale": ({"scale": np.ones(3, "f")}, r"scale has shape \(3,\), not \(2,\)"),
     "zero": ({"zero": np.ones((1, 2), "f")}, r"weight_zero_point has shape \(1, 2\), not \(2,\)"),
-    "bits": ({"bits": 9}, "weight_bits is 9, not between 2 and 8"),
+    "bits": ({"bits": 9}, "weight_bits is 9, not an integer of 2 to 8"),
     "fraction": ({"zero": np.float32([1, 2.5])}, "weight_zero_point has 2.5, not a whole number"),
-    "code": ({"zero": np.float32([1, 16])}, "weight_zero_point has 16.0, not .* of 0 to 15"),
+    "large code": ({"codes": np.full((3, 3, 4, 2), 16, np.uint8)}, "codes has 16, not .* 0 to 15"),
+    "negative": ({"scale": np.float32([1, -1])}, "scale has -1, not a positive number"),
+    "no outputs": ({"codes": np.zeros((3, 3, 4, 0), np.uint8)}, "no number of groups"),
+    "code": ({"zero": np.float32([1, 16])}, "weight_zero_point has 16, not .* of 0 to 15"),
 }
 
 

@@ -252,6 +252,25 @@ class TestOverrides:
             self.net(aq.Override(":soft_max", act_bits=8))
 
 
+@pytest.mark.user_model
+def test_what_only_a_float_layer_reads_is_no_site():
+    rng = rng_of(0)
+    variables = {name: rng.normal(size=(4, 4)).astype("f") for name in "abc"}
+
+    def alone(v, x):
+        return jax.nn.relu(jax.nn.relu(x @ v["a"]) @ v["b"]) @ v["c"]
+
+    def beside_a_sum(v, x):
+        h = jax.nn.relu(x @ v["a"])
+        return h @ v["b"] @ v["c"] + h
+
+    floats = ({"pattern": "[bc]", "keep_float": True},)
+    chosen = recipe(activations=("activation",), overrides=floats)
+    for apply, expected in ((alone, set()), (beside_a_sum, {"a:activation"})):
+        net = aq.prepare(apply, variables, rng.normal(size=(16, 4)).astype("f"), chosen)
+        assert {tensor.key for tensor in net.plan.tensors.values()} == expected
+
+
 def test_an_unknown_rule_lists_what_exists():
     with pytest.raises(InputError, match=r"unknown rule 'gelu'; there are matmul, sum, norm"):
         aq.recipes.qdrop(activations=("gelu",))

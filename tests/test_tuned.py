@@ -26,7 +26,7 @@ def fold(case=CASE, outer=64, bits=WEIGHT_BITS, step=0.3, zero=2.0, **changes):
     [
         ({"case": CASE._replace(shape=(2, 6, 5, 24))}, "channels is 24, not a multiple of 32"),
         ({"outer": 48}, "outputs is 48, not a multiple of 64"),
-        ({"case": CASE._replace(bits=9)}, "bits is 9, not between 2 and 8"),
+        ({"case": CASE._replace(bits=9)}, "bits is 9, not an integer of 2 to 8"),
         ({"bits": 8}, "weight_bits is 8, not below 8"),
         ({"phi": "clamp"}, "phi is 'clamp', not 'identity'"),
         ({"case": CASE._replace(kernel=(5, 5))}, "taps is 25, not at most 24"),
