@@ -34,11 +34,16 @@ gpu: $(VENV)/.test
 
 # The same with what is installed already: make gpu-here RUN=python3
 gpu-here:
+	$(RUN) -c 'import jax, sys; jax.default_backend() == "gpu" or sys.exit("JAX finds no GPU")'
 	JAX_PLATFORMS=cpu $(RUN) -m pytest tests/test_cuda_build.py tests/test_cuda_twin.py
 	$(RUN) -m pytest tests/test_cuda_device.py
 	compute-sanitizer --error-exitcode 1 $(RUN) -m pytest tests/test_cuda_device.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(RUN) -m pytest \
+	  tests/test_cuda_device.py -k tuned
 	$(RUN) -m launch.bench latency --model=resnet18 --batch=32 --rounds=100 \
 	  --out=docs/measurements/latency_resnet18_gpu.json
+	-command -v nsys && nsys profile --force-overwrite true --output build/latency_resnet18 \
+	  $(RUN) -m launch.bench latency --model=resnet18 --batch=32 --rounds=10
 	$(RUN) -m launch.bench calibrate --out=docs/measurements/calibrate_gpu.json
 	$(RUN) -m launch.bench calibrate --model=resnet18 \
 	  --out=docs/measurements/calibrate_resnet18_gpu.json

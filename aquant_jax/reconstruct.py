@@ -88,7 +88,7 @@ def optimize(
     carry = (params, optimizer.init(params))
     samples = data.targets[0].values.shape[0]
     index = _batches(np.random.default_rng(seed), samples, recipe)
-    key, chunk = jax.random.key(seed), 1 if jax.default_backend() == "cpu" else GPU_CHUNK
+    key, chunk = jax.random.key(seed), steps_a_call()
     losses: list[jax.Array] = []
     curve = []
     for start in range(0, recipe.steps, chunk):
@@ -110,6 +110,11 @@ def optimize(
     coefficients = [_stored(own, recipe.border_format) for own in params["border"]]
     layers = deploy(unit, grids, params["alpha"], coefficients)
     return Result(layers, tuple(final), np.array(curve, np.float32).reshape(-1, 2))
+
+
+def steps_a_call() -> int:
+    """Steps that run in one call, as a scan, on the default device."""
+    return 1 if jax.default_backend() == "cpu" else GPU_CHUNK
 
 
 def _initial(unit: Unit, grids, tensors, trained) -> dict[str, list]:

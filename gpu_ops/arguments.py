@@ -106,7 +106,7 @@ def _pads(padding: Padding, sizes, spans, strides) -> tuple[tuple[int, int], ...
             raise ValueError(f"padding is {padding!r}, not 'SAME', 'VALID' or pairs")
         padding = jax.lax.padtype_to_pads(sizes, spans, strides, padding)
     pairs = tuple(padding) if isinstance(padding, Iterable) else ()
-    pads = tuple(tuple(pair) if isinstance(pair, Iterable) else () for pair in pairs)
+    pads = [list(pair) if isinstance(pair, Iterable) else [] for pair in pairs]
     ends = [end for pair in pads for end in pair]
     good = [len(pair) for pair in pads] == [2, 2] and all(_whole(end) and end >= 0 for end in ends)
     if not good:

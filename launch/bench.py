@@ -1,8 +1,9 @@
 """Measures: ``python -m launch.bench calibrate|throughput|deploy|latency|size [--out=FILE.json]``.
 
 calibrate: one optimisation step of the first residual block of ResNet-20, or of another ``model``
-of the zoo, at batch 32, in float (forward and backward of the block alone), by qdrop and by aquant,
-and the scale search of the whole network. Weights and images are random: the arithmetic does not
+of the zoo, at batch 32, in float (forward, backward and a step against the gradient, of the block
+alone), by qdrop and by aquant, on a GPU in a scanned loop, and the scale search of the whole
+network. Weights and images are random: the arithmetic does not
 depend on them. Every figure is the median of the rounds, every ratio that of figures of the same
 run.
 """
@@ -20,7 +21,7 @@ import numpy as np
 
 import aquant_jax as aq
 import gpu_ops
-from aquant_jax import columns, models
+from aquant_jax import columns, models, reconstruct
 from aquant_jax.cache import store
 from aquant_jax.compiler import Backend, Compiler
 from aquant_jax.environment import environment
@@ -34,7 +35,7 @@ from aquant_jax.unit import forward, make_unit
 from launch import common, deployment, latency, size, throughput, timing
 
 BATCH = 32
-STEPS = 3 * LOG_EVERY
+CALLS = 3  # of the scanned loop; the first one is not timed
 BLOCK = 1  # the first residual block; block 0 is the stem
 SAMPLES = 256
 
@@ -49,8 +50,10 @@ def calibrate(rounds: int, model: str) -> dict:
     apply, variables = models.create(model)
     side = 32 if model.endswith("_cifar") else 224
     images = np.random.default_rng(0).normal(size=(SAMPLES, side, side, 3)).astype(np.float32)
+    steps = CALLS * max(LOG_EVERY, reconstruct.steps_a_call())
+    fields = {**_bits(2), "steps": steps, "batch_size": BATCH}
     networks = {
-        name: aq.prepare(apply, variables, images, aq.recipes.preset(name, **_bits(2), steps=STEPS))
+        name: aq.prepare(apply, variables, images, aq.recipes.preset(name, **fields))
         for name in ("qdrop", "aquant")
     }
     timers = {"float": _float_step(networks["qdrop"])}
@@ -101,20 +104,26 @@ def _float_step(net: Network):
     weights = float_weights(unit, net.folded)
     (x,) = (c.values[:BATCH].astype(jnp.float32) for c in cache(unit.program.live))
 
-    @jax.jit
-    def step(weights, x):
+    def step(both, _):
         def loss(weights, x):
             (y,) = forward(unit, weights, None, [x], (), ())
             return jnp.mean(y**2)
 
-        return jax.value_and_grad(loss, argnums=(0, 1))(weights, x)
+        gradients = jax.grad(loss, argnums=(0, 1))(*both)
+        return jax.tree.map(lambda a, g: a - 1e-6 * g, both, gradients), None
+
+    scanned = reconstruct.steps_a_call()
+
+    @jax.jit
+    def advance(both):
+        return step(both, None)[0] if scanned == 1 else jax.lax.scan(step, both, None, scanned)[0]
 
     def timer():
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            result = step(weights, x)
-        jax.block_until_ready(result)
-        return (time.perf_counter() - start) / STEPS
+        both, marks = (weights, x), []
+        for _ in range(net.recipe.steps // scanned + 1):
+            both = jax.block_until_ready(advance(both))
+            marks.append(time.perf_counter())
+        return (marks[-1] - marks[0]) / (len(marks) - 1) / scanned
 
     return timer
 
@@ -128,12 +137,13 @@ def _quantized_step(net: Network, backend: Backend):
     trained = [True] * len(tensors)
 
     def timer():
-        marks: list[float] = []
+        marks: list[tuple[int, float]] = []
         optimize(
             unit, grids, tensors, trained, data, (), net.recipe, 0, compiler,
-            lambda step, loss: marks.append(time.perf_counter()),
+            lambda step, loss: marks.append((step, time.perf_counter())),
         )  # fmt: skip
-        return (marks[-1] - marks[0]) / (STEPS - LOG_EVERY)
+        (first, start), (last, end) = marks[0], marks[-1]
+        return (end - start) / (last - first)
 
     return timer
 

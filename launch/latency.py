@@ -31,6 +31,7 @@ from launch import timing
 BITS = 4
 CACHE = 2**26  # bytes
 MOST_BUFFERS = 16
+FULL = jax.lax.Precision.HIGHEST  # of float32: a GPU would multiply it in TF32
 REPEAT = {"cpu": 1, "gpu": 20}  # calls a run: waiting for one costs as much as a small kernel
 OVERHEADS = {
     "border fp32 over im2col fp32": ("border fp32", "im2col fp32"),
@@ -197,6 +198,7 @@ def _ways(at: Convolution, fused: bool) -> dict[str, Way]:
         return jax.lax.conv_general_dilated(
             x, kernel, at.strides, at.padding, rhs_dilation=at.dilation,
             feature_group_count=at.groups, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=FULL,
         )  # fmt: skip
 
     weights = (codes, *scale)
@@ -234,7 +236,7 @@ def _product(columns: jax.Array, kernel: jax.Array, groups: int) -> jax.Array:
     """Columns [N, OH, OW, G, K] times a kernel [kh, kw, C / G, O]."""
     outer = kernel.shape[-1] // groups
     weights = kernel.reshape(-1, groups, outer).swapaxes(0, 1)
-    y = jnp.einsum("nhwgk,gko->nhwgo", columns, weights)
+    y = jnp.einsum("nhwgk,gko->nhwgo", columns, weights, precision=FULL)
     return y.reshape(*columns.shape[:3], -1)
 
 

@@ -4,7 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from img2col_reference import assert_same, by_group, contractible, gather, random_case, reference
+import test_int8
+from img2col_reference import (
+    Case,
+    assert_same,
+    by_group,
+    contractible,
+    gather,
+    random_case,
+    reference,
+)
+from nets import images, residual_net
 from test_columns import CASES, assert_close, cotangent, drop_zero, pulled
 from tuned_reference import (
     assert_convolves,
@@ -13,6 +23,7 @@ from tuned_reference import (
     random_layer,
 )
 
+import aquant_jax as aq
 import gpu_ops
 from aquant_jax import columns
 from gpu_ops import targets
@@ -59,6 +70,42 @@ def test_value_and_gradients_are_those_of_the_definition(case, masked):
     for gradient, definition, second in zip(*trees, strict=True):
         assert_close(gradient, definition, 1e-5)
         np.testing.assert_array_equal(np.asarray(gradient), np.asarray(second))
+
+
+@pytest.mark.parametrize("bits", test_int8.WEIGHT_BITS)
+def test_the_int8_convolution_sums_exactly(bits):
+    for seed in range(30):
+        case = random_case(seed)
+        own, weights = case.operands(seed), test_int8.weights_of(case, bits, seed)
+        expected = test_int8.exact(case, own, weights)
+        np.testing.assert_allclose(test_int8.call(case, own, weights, bits), expected, rtol=3e-7)
+
+
+@pytest.mark.user_model
+@pytest.mark.parametrize("preset", ["nearest", "aquant"])
+def test_a_deployed_network_gives_the_outputs_of_the_definition(preset):
+    apply, variables = residual_net()
+    x = images(0, 32)
+    with jax.default_matmul_precision("highest"):
+        recipe = aq.recipes.preset(preset, batch_size=8, steps=0 if preset == "nearest" else 4)
+        quantized = aq.quantize(apply, variables, x, recipe, progress=False)
+        deployed, expected = quantized.with_backend(gpu_ops.backend()), quantized(x)
+        np.testing.assert_allclose(deployed(x), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_mapped_exported_empty_and_spoilt_images():
+    case = Case()
+    x, step, zero, coefficients = case.operands(1)
+    run = jax.jit(lambda x, step: case.run(x, step, zero, coefficients))
+    expected = reference(x, step, zero, coefficients, case)
+    mapped = jax.vmap(run, (0, None))(jnp.stack([x, x + 1]), step)
+    assert_same(mapped[0], expected)
+    shape = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    exported = jax.export.export(run, disabled_checks=gpu_ops.export_checks())(shape, step)
+    assert_same(jax.export.deserialize(exported.serialize()).call(x, step), expected)
+    assert run(x[:0], step).shape == (0, *expected.shape[1:])
+    assert (np.asarray(run(x * np.nan, step)) == 0).all()
+    assert (np.asarray(run(x, jnp.float32(0))) == 0).all()
 
 
 def call(function):
