@@ -96,6 +96,9 @@ def _evaluate_metric(predict, batches, num_classes, metric: str) -> dict[str, fl
         )
     if not np.isfinite(outputs).all():
         raise InputError("the network gives values that are NaN or infinite")
+    classes = outputs.shape[-1] if np.issubdtype(labels.dtype, np.integer) else None
+    if classes and (wrong := labels[(labels < 0) | (labels >= classes)]).size:
+        raise InputError(f"a label is {wrong[0]}, not one of 0 to {classes - 1}")
     return {metric: 100.0 * float(METRICS[metric](outputs, labels)), "samples": len(labels)}
 
 
@@ -104,7 +107,8 @@ def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _f1(logits: np.ndarray, labels: np.ndarray) -> float:
-    return float(_library("sklearn.metrics").f1_score(labels, logits.argmax(1)))
+    metrics = _library("sklearn.metrics")
+    return float(metrics.f1_score(labels, logits.argmax(1), zero_division=0.0))
 
 
 def _matthews(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -120,6 +124,8 @@ def _pearson(outputs: np.ndarray, labels: np.ndarray) -> float:
 
 def _pearson_of_cosines(embeddings: np.ndarray, labels: np.ndarray) -> float:
     """Of sentences that come in pairs, one after the other."""
+    if len(embeddings) % 2:
+        raise InputError(f"{len(embeddings)} sentences are no pairs; score an even number of them")
     one, two = embeddings[::2], embeddings[1::2]
     norms = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
     cosines = np.sum(one * two, axis=1) / np.maximum(norms, np.finfo(np.float32).tiny)

@@ -1,9 +1,10 @@
 """The folder of one run: who owns it, and files that are either whole or absent.
 
 ``run.json`` says which run a folder belongs to from the start, ``blocks/`` holds the finished
-blocks (see `resume`), ``log.jsonl`` grows by a line a block, ``quantized/`` is the network (see
-`checkpoint`) and ``results.json`` comes last: a folder without it holds an unfinished run, with
-which the same command goes on after the last finished block.
+blocks (see `resume`) or ``epochs/`` the last one of a fine-tuning, ``log.jsonl`` grows by a line a
+block or epoch, ``quantized/`` is the network (see `checkpoint`) and ``results.json`` comes last: a
+folder without it holds an unfinished run, with which the same command goes on after the last
+finished block or epoch.
 """
 
 import contextlib
@@ -25,6 +26,8 @@ RESULTS = "results.json"
 LOG = "log.jsonl"
 PLOTS = "plots"
 BLOCKS = "blocks"
+EPOCHS = "epochs"
+PROGRESS = (BLOCKS, EPOCHS)  # what an unfinished run goes on from
 NETWORK = "quantized"
 EXPORTS = "export"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -50,6 +53,11 @@ class Run:
     def blocks(self) -> Path:
         """The folder for finished blocks."""
         return self.path / BLOCKS
+
+    @property
+    def epochs(self) -> Path:
+        """The folder for finished epochs."""
+        return self.path / EPOCHS
 
     def begin(self) -> None:
         """To be called when a restart is accepted: the folder is then that of the new run."""
@@ -86,9 +94,9 @@ def claim(path: str | Path, identity: dict[str, Any], restart: bool = False) -> 
             recipe; what is there stays until `Run.begin`.
 
     Yields:
-        A ``Run``. Finished blocks stay whatever happens. On an error inside the context with none
-        everything written is removed again; on an interruption it stays, for the same command to
-        go on with, and so does the log of a reconstruction that failed.
+        A ``Run``. Finished blocks and epochs stay whatever happens. On an error inside the context
+        with none everything written is removed again; on an interruption it stays, for the same
+        command to go on with, and so does the log of a reconstruction that failed.
 
     Raises:
         InputError: the folder cannot be written, or holds another run.
@@ -112,10 +120,11 @@ def claim(path: str | Path, identity: dict[str, Any], restart: bool = False) -> 
     except ReconstructionError:
         raise
     except Exception:
-        if stored is None and not _has_blocks(path):
+        if stored is None and not _has_progress(path):
             _remove_outputs(path)
             (path / IDENTITY).unlink(missing_ok=True)
-            shutil.rmtree(path / BLOCKS, ignore_errors=True)
+            for name in PROGRESS:
+                shutil.rmtree(path / name, ignore_errors=True)
             for folder in made:
                 with contextlib.suppress(OSError):  # a finished cell of a comparison stays
                     folder.rmdir()
@@ -164,7 +173,7 @@ def _read_owned(path: Path, identity: dict[str, Any], restart: bool) -> dict[str
             raise InputError(f"workdir {path} is not a folder that can be written")
         names = {entry.name for entry in path.iterdir()}
         if IDENTITY not in names:
-            taken = sorted(names & {RESULTS, LOG, PLOTS, BLOCKS, NETWORK})
+            taken = sorted(names & {RESULTS, LOG, PLOTS, NETWORK, *PROGRESS})
             if taken:
                 raise InputError(f"workdir {path} holds {', '.join(taken)} of unknown origin")
             return None
@@ -179,8 +188,8 @@ def _read_owned(path: Path, identity: dict[str, Any], restart: bool) -> dict[str
         return read_json(path / RESULTS) if RESULTS in names else None
 
 
-def _has_blocks(path: Path) -> bool:
-    return any((path / BLOCKS).glob("[0-9]*"))
+def _has_progress(path: Path) -> bool:
+    return any(found for name in PROGRESS for found in (path / name).glob("[0-9]*"))
 
 
 def read_json(path: Path) -> Any:

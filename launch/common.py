@@ -77,6 +77,11 @@ def parse(
     return values, overrides
 
 
+def absolute(folder: str) -> str:
+    """A folder as it identifies a run, whatever the current one."""
+    return str(Path(folder).expanduser().resolve())
+
+
 def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """Takes ``--config.FIELD=VALUE`` and ``--config.FIELD VALUE`` out of ``argv``."""
     rest, overrides = [], {}

@@ -15,7 +15,7 @@ from aquant_jax.environment import environment
 from aquant_jax.errors import InputError
 from aquant_jax.evaluate import Predict, evaluate_batches
 from aquant_jax.models import bert
-from launch.common import Config
+from launch.common import Config, absolute
 
 BERT = "bert"
 LENGTHS = ("max_length", "calibration_length")
@@ -132,8 +132,8 @@ def recipe_of(config: Config) -> aq.Recipe:
 
 def identity(config: Config, seed: int, data_dir: str) -> dict[str, Any]:
     """What makes two cells the same run."""
-    data = str(Path(data_dir).expanduser().resolve())
-    return {"program": "quantize", "config": config.to_dict(), "seed": seed, "data_dir": data}
+    own = {"config": config.to_dict(), "seed": seed, "data_dir": absolute(data_dir)}
+    return {"program": "quantize", **own}
 
 
 def run(

@@ -121,10 +121,12 @@ def train(values: Any, model: bert.Bert, variables: Any, task: data.Dataset, fol
     Returns:
         The parameters.
     """
-    split = task.calibration(
-        min(values.train_limit or task.train_size, task.train_size), values.seed
-    )
-    bert.check_inputs(model.config, split.inputs)
+    size = values.train_limit or task.train_size
+    if not task.train_size:
+        raise InputError(f"glue/{values.task} has no training split")
+    split = task.calibration(size, values.seed)
+    for part in (split, *task.batches(EVAL_BATCH)):
+        bert.check_inputs(model.config, part.inputs)
     steps = len(split.labels) // values.batch_size
     if not steps:
         raise InputError(
@@ -135,11 +137,13 @@ def train(values: Any, model: bert.Bert, variables: Any, task: data.Dataset, fol
     params = jax.tree.map(jnp.asarray, variables["params"])
     state = State(params, optimizer.init(params))
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    with ocp.CheckpointManager((folder.path / "epochs").absolute(), options=options) as manager:
-        done = manager.latest_step() or 0
-        if done:
-            state = manager.restore(done, args=ocp.args.StandardRestore(state))
-        for epoch in range(done, values.epochs):
+    records: list[dict[str, float]] = []
+    with ocp.CheckpointManager(folder.epochs.absolute(), options=options) as manager:
+        if manager.latest_step():
+            state, records = restore(manager, state, folder.epochs)
+        for record in records:
+            folder.log(record)
+        for epoch in range(len(records), values.epochs):
             key = jax.random.fold_in(jax.random.key(values.seed), epoch)
             losses = []
             bar = tqdm(batches(split, values.batch_size, values.seed, epoch), total=steps)
@@ -151,10 +155,31 @@ def train(values: Any, model: bert.Bert, variables: Any, task: data.Dataset, fol
             if not np.isfinite(mean):
                 raise InputError(f"the loss of epoch {epoch + 1} is {mean}: lower --learning_rate")
             score = evaluate(model, {"params": state.params}, task)
-            folder.log({"epoch": epoch + 1, "loss": mean, **score})
+            records.append({"epoch": epoch + 1, "loss": mean, **score})
+            folder.log(records[-1])
             print(f"epoch {epoch + 1}: loss {mean:.4f}, {_text(score, task.metric)}", flush=True)
-            manager.save(epoch + 1, args=ocp.args.StandardSave(state))
+            log = ocp.args.JsonSave({"epochs": records})
+            parts = ocp.args.Composite(state=ocp.args.StandardSave(state), log=log)
+            manager.save(epoch + 1, args=parts)
     return state.params
+
+
+def restore(manager: ocp.CheckpointManager, like: State, folder: Path) -> tuple[State, list]:
+    """State and log after the last epoch that was kept.
+
+    Raises:
+        InputError: what was kept cannot be read.
+    """
+    read = ocp.args.StandardRestore(like)
+    parts = ocp.args.Composite(state=read, log=ocp.args.JsonRestore())
+    try:
+        found = manager.restore(manager.latest_step(), args=parts)
+    except Exception as error:  # orbax raises what its parts do
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{folder} is damaged; remove it to train from the start: {reason}"
+        ) from error
+    return found["state"], found["log"]["epochs"]
 
 
 def evaluate(model: bert.Bert, variables: Any, task: data.Dataset) -> dict[str, float]:
@@ -192,7 +217,8 @@ def main(argv: list[str]) -> None:
     source = Path(values.checkpoint).expanduser()
     own = {name: getattr(values, name) for name in values if name not in ("workdir", "data_dir")}
     settings = {name: value for name, value in own.items() if isinstance(value, int | float | str)}
-    with workdir.claim(values.workdir, {"program": "finetune", **settings}) as folder:
+    whose = {"program": "finetune", **settings, "data_dir": common.absolute(values.data_dir)}
+    with workdir.claim(values.workdir, whose) as folder:
         how = data.Tokenization(source, values.max_length)
         task = data.load(f"glue/{values.task}", values.data_dir, how)
         target = folder.path / "checkpoint"
@@ -203,7 +229,7 @@ def main(argv: list[str]) -> None:
             written, variables = bert.create(target, task.num_classes)
             score = evaluate(written, variables, task)
             folder.finish({**settings, "score": score, **environment()})
-            shutil.rmtree(folder.path / "epochs")
+            shutil.rmtree(folder.epochs)
         else:
             score = folder.stored["score"]
         print(f"{values.task}: {_text(score, task.metric)}\nin {target}")

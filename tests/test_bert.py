@@ -1,5 +1,6 @@
 """BERT against Hugging Face's own, and what a wrong checkpoint is answered with."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -43,7 +44,7 @@ def hidden(folder, batch):
     model, variables = bert.create(folder)
     states = []
     for layers in range(model.config.num_hidden_layers + 1):
-        encoder = bert.Encoder(bert.dataclasses.replace(model.config, num_hidden_layers=layers))
+        encoder = bert.Encoder(dataclasses.replace(model.config, num_hidden_layers=layers))
         states.append(encoder.apply({"params": variables["params"]["encoder"]}, batch))
     return np.stack([np.asarray(state) for state in states])
 
@@ -130,7 +131,12 @@ def test_a_new_head_is_drawn_by_its_seed():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "roberta"}, r"config.json is of a model of type 'roberta', not 'bert'"),
+        ({"model_type": "roberta"}, r"model_type is 'roberta'; only 'bert' is supported"),
+        ({"is_decoder": True}, r"is_decoder is True; only False is supported"),
+        ({"hidden_size": "16"}, r"hidden_size is '16', not a positive integer"),
+        ({"num_attention_heads": 0}, r"num_attention_heads is 0, not a positive integer"),
+        ({"layer_norm_eps": "x"}, r"layer_norm_eps is 'x', not a number of 0 or more"),
+        ({"hidden_act": ["gelu"]}, r"hidden_act is \['gelu'\], not a name"),
         ({"position_embedding_type": "relative_key"}, r"'relative_key'; only 'absolute'"),
         ({"hidden_act": "swish"}, r"hidden_act is 'swish'; there are gelu"),
         ({"num_attention_heads": 3}, r"hidden_size 16 is no multiple of num_attention_heads 3"),

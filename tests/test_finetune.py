@@ -76,19 +76,24 @@ def test_a_task_is_learnt_and_written_as_a_checkpoint(run, capsys):
     assert "sst2: accuracy 100.00% of 32 samples" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(run, argv, tmp_path, monkeypatch):
+def interrupt(monkeypatch, argv):
+    """A run that is interrupted in its third epoch, which is trained and not kept."""
     evaluate, epochs = finetune.evaluate, iter(range(10))
 
     def interrupted(*args):
-        if next(epochs) == 2:  # the third epoch is trained, and not kept
+        if next(epochs) == 2:
             raise KeyboardInterrupt
         return evaluate(*args)
 
     monkeypatch.setattr(finetune, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         finetune.main(argv())
-    trained = []
     monkeypatch.setattr(finetune, "evaluate", evaluate)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(run, argv, tmp_path, monkeypatch):
+    interrupt(monkeypatch, argv)
+    trained = []
     monkeypatch.setattr(
         finetune, "batches", lambda *a, old=finetune.batches: trained.append(a[-1]) or old(*a)
     )
@@ -97,6 +102,26 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(run, argv, tmp_path, monkey
     one, two = (weights(folder) for folder in (run, tmp_path / "run"))
     for name, array in one.items():
         np.testing.assert_array_equal(array, two[name])
+    assert (tmp_path / "run/log.jsonl").read_text() == (run / "log.jsonl").read_text()
+
+
+def test_no_other_run_goes_on_with_the_epochs_of_one(argv, tmp_path, monkeypatch, capsys):
+    interrupt(monkeypatch, argv)
+    folder = tmp_path / "run"
+    # An error of the same command, here in its data, takes nothing with it.
+    with monkeypatch.context() as patch:
+        patch.setattr(glue, "open_splits", lambda name, folder: {})
+        assert finetune.main(argv()) == 2
+        assert "has no training split" in capsys.readouterr().err
+    for other in (("--learning_rate=0.001",), ("--data_dir=/tmp",), ("--task=rte",)):
+        assert finetune.main(argv(*other)) == 2
+        assert "holds another run, which differs in" in capsys.readouterr().err
+    for file in (folder / "epochs/2/state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"x")
+    assert finetune.main(argv()) == 2
+    assert "epochs is damaged; remove it to train from the start" in capsys.readouterr().err
+    assert (folder / "run.json").exists()
 
 
 def test_the_checkpoint_is_quantized_by_its_config(run, tmp_path):
@@ -143,6 +168,24 @@ def test_wrong_flags_are_one_line_and_leave_nothing(argv, tmp_path, capsys, flag
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_token_of_validation_beyond_the_vocabulary_is_found_before_training(
+    argv, tmp_path, monkeypatch, capsys
+):
+    stored = finetune.bert.check_inputs
+    seen = []
+
+    def check(config, batch):
+        if seen:  # the first is the training split
+            batch = {**batch, "ids": np.where(batch["ids"] > 0, config.vocab_size, 0)}
+        seen.append(len(batch["ids"]))
+        stored(config, batch)
+
+    monkeypatch.setattr(finetune.bert, "check_inputs", check)
+    assert finetune.main(argv()) == 2
+    assert "the model has a table of" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

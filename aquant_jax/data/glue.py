@@ -149,7 +149,12 @@ def _encode(
     texts = [[record[feature].decode() for feature in task.sentences] for record in records]
     if sides is not None:
         texts = [[pair[side]] for pair, side in zip(texts, sides, strict=True)]
-    encodings = tokenizer.encode_batch([t[0] if len(t) == 1 else tuple(t) for t in texts])
+    try:
+        encodings = tokenizer.encode_batch([t[0] if len(t) == 1 else tuple(t) for t in texts])
+    except Exception as error:  # a vocabulary without [UNK]
+        raise InputError(
+            f"the tokenizer cannot read {' | '.join(texts[0])!r}...: {error}"
+        ) from error
     columns = {
         "ids": [e.ids for e in encodings],
         "mask": [e.attention_mask for e in encodings],

@@ -3,9 +3,7 @@
 A checkpoint is a folder with ``config.json`` and ``model.safetensors`` (or ``pytorch_model.bin``).
 """
 
-import dataclasses
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.errors import InputError
+from aquant_jax.models.bert_config import ACTIVATIONS, BertConfig, read_config
 from aquant_jax.models.importers import fill, leaf_paths, to_flax_layout
 from aquant_jax.models.reading import read
 
@@ -23,12 +22,6 @@ Batch = Mapping[str, jax.Array]
 INPUTS = ("ids", "mask", "types")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _MASKED = -1e9
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_new": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-    "relu": nn.relu,
-}
 # What a checkpoint may have beside the encoder: heads for other purposes than the one asked for.
 _HEADS = ("cls.", "pooler.", "classifier.")
 _PREFIX = "bert."
@@ -45,60 +38,6 @@ _INSIDE = {
     "down": "output.dense",
     "norm": "output.LayerNorm",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class BertConfig:
-    """The fields of ``config.json`` that matter here, under their names there."""
-
-    vocab_size: int = 30_522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3_072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-
-
-def read_config(folder: str | Path) -> BertConfig:
-    """Reads ``config.json``.
-
-    Raises:
-        InputError: there is none, or it describes another architecture, or one that is not
-            supported: relative positions, an unknown activation function.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder} is no checkpoint of BERT: there is no config.json in it")
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}") from error
-    kind = fields.get("model_type")
-    if kind != "bert":
-        raise InputError(f"{path} is of a model of type {kind!r}, not 'bert'")
-    if fields.get("position_embedding_type", "absolute") != "absolute":
-        raise InputError(
-            f"{path}: position_embedding_type is {fields['position_embedding_type']!r}; only "
-            "'absolute' is supported"
-        )
-    known = {field.name for field in dataclasses.fields(BertConfig)}
-    config = BertConfig(**{name: fields[name] for name in known & fields.keys()})
-    if config.hidden_act not in _ACTIVATIONS:
-        raise InputError(
-            f"{path}: hidden_act is {config.hidden_act!r}; there are {', '.join(_ACTIVATIONS)}"
-        )
-    if config.hidden_size % config.num_attention_heads:
-        raise InputError(
-            f"{path}: hidden_size {config.hidden_size} is no multiple of num_attention_heads "
-            f"{config.num_attention_heads}"
-        )
-    return config
 
 
 class Layer(nn.Module):
@@ -128,7 +67,7 @@ class Layer(nn.Module):
         )
         mixed = jnp.einsum("nhqk,nkhd->nqhd", probabilities, value).reshape(x.shape)
         x = norm(name="attention_norm")(x + drop(dense(config.hidden_size, name="out")(mixed)))
-        wide = _ACTIVATIONS[config.hidden_act](dense(config.intermediate_size, name="up")(x))
+        wide = ACTIVATIONS[config.hidden_act](dense(config.intermediate_size, name="up")(x))
         return norm(name="norm")(x + drop(dense(config.hidden_size, name="down")(wide)))
 
 
@@ -277,8 +216,9 @@ def _with_head(state, shapes, path, labels: int, config: BertConfig, seed: int |
         return state
     if found is None:
         raise InputError(f"{path} has no classifier.weight: fine-tune it first (launch.finetune)")
-    if len(found) != labels:
-        raise InputError(f"{path} has a head of {len(found)} labels; the task needs {labels}")
+    if found.ndim != 2 or len(found) != labels:
+        outputs = len(found) if found.ndim == 2 else f"shape {found.shape} and not of"
+        raise InputError(f"{path} has a head of {outputs} labels; the task needs {labels}")
     return state
 
 
