@@ -18,6 +18,7 @@ from aquant_jax.program import root
 
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
 _MOVES = {*_PRODUCTS, "transpose", "rev", "gather", STATIC_GATHER, "sort", "concatenate"}
+_PARTS = {"slice", "split"}
 _SUMS = {"add", "sub", "add_any"}
 _ROOTS = {"rsqrt", "sqrt"}
 _POWERS = {"exp", "exp2"}
@@ -130,16 +131,19 @@ class _View:
 
         Statistics of fewer elements may have a part in it, as in a normalisation.
         """
-        size, stack, seen = math.prod(self.shape(op.outputs[0])), [op], set()
+        stack, seen = [(op, math.prod(self.shape(op.outputs[0])))], set()
         while stack:
-            step = stack.pop()
+            step, size = stack.pop()
             if step.layer is not None or step.outputs[0] in seen:
                 continue
             seen.add(step.outputs[0])
-            whole = [i for i in self.live(step) if math.prod(self.shape(i)) == size]
+            live = self.live(step)
+            if step.name in _PARTS and len(live) == 1:  # a gate and its values from one layer
+                size = math.prod(self.shape(live[0]))
+            whole = [i for i in live if math.prod(self.shape(i)) == size]
             if not whole or step.name in _MOVES or any(i not in self.producers for i in whole):
                 return False
-            stack.extend(self.producers[i] for i in whole)
+            stack.extend((self.producers[i], size) for i in whole)
         return True
 
 

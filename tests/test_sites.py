@@ -271,6 +271,20 @@ def test_what_only_a_float_layer_reads_is_no_site():
         assert {tensor.key for tensor in net.plan.tensors.values()} == expected
 
 
+@pytest.mark.parametrize("take", ["split", "slice"])
+def test_an_activation_of_a_part_of_one_layer_is_found(take):
+    """Gates and values from one dense layer, as in a fused SwiGLU."""
+    x = normal(rng_of(0), 2, 6, 16)
+    variables = {"both": normal(rng_of(1), 16, 24), "down": normal(rng_of(2), 12, 16)}
+
+    def apply(v, x):
+        both = x @ v["both"]
+        parts = jnp.split(both, 2, -1) if take == "split" else (both[..., :12], both[..., 12:])
+        return x + (jax.nn.silu(parts[0]) * parts[1]) @ v["down"]
+
+    assert keys(apply, variables, x, ("activation",)) == ["both:activation"]
+
+
 def test_an_unknown_rule_lists_what_exists():
     with pytest.raises(InputError, match=r"unknown rule 'gelu'; there are matmul, sum, norm"):
         aq.recipes.qdrop(activations=("gelu",))
