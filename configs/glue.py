@@ -8,6 +8,7 @@ from configs import variants
 # names it.
 ACTIVATIONS = ("softmax", "norm", "sum", "activation", "matmul")
 UNITS = {
+    "preset": (),  # the preset's own
     "layers": (),  # of the encoder, whole
     "sub-blocks": (r"layer_\d+/(query|key|value|out)/", r"layer_\d+/(up|down)/"),
 }
@@ -24,8 +25,8 @@ def config(
     """The config of an encoder on a task.
 
     Args:
-        variant: bit-width and `CHOICES`: the preset; ``blocks``, for presets that reconstruct
-            blocks; ``sums``, the bits of the residual sums where they are not those of the rest.
+        variant: bit-width and `CHOICES`: the preset; ``blocks``, the encoder's layers or their
+            halves, where they are to be reconstructed together; ``sums``, the bits of the residual sums where they are not those of the rest.
         task: of GLUE.
         weights: folder of the checkpoint, in data_dir.
         overrides: of the recipe.
@@ -44,10 +45,13 @@ def config(
     everywhere = dict.fromkeys(("first_weight_bits", "last_weight_bits", "last_act_bits"))
     if variant.settings["sums"] != "same":
         overrides += ({"pattern": ":sum", "act_bits": int(variant.settings["sums"])},)
+    blocks = variant.settings["blocks"]
+    if blocks != "preset":
+        fields["unit"] = "block"
     chosen.recipe = variants.recipe(
         variant,
         activations=ACTIVATIONS,
-        blocks=UNITS[variant.settings["blocks"]],
+        blocks=UNITS[blocks],
         overrides=overrides,
         **everywhere,
         **fields,

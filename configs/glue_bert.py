@@ -13,8 +13,10 @@ Command: python -m launch.finetune --task=sst2 --checkpoint=BERT --data_dir=DIR 
              --config.weights=$PWD/runs/sst2/checkpoint --workdir=runs/sst2_w4a4
 
 Variants: a task (cola, sst2 (the default), mrpc, stsb, qqp, mnli, qnli, rte); w4a4, w4a6, w4a8,
-w8a8; preset=aquant_bert, adaround, nearest; blocks=sub-blocks for presets of blocks;
-sums=8 keeps the residual sums at 8 bits. The checkpoint of a task is weights/bert-TASK in data_dir.
+w8a8; preset=aquant_bert, adaround, nearest; blocks=layers or blocks=sub-blocks (attention and
+feed-forward) instead of the presets' single layers; sums=8 keeps the residual sums at 8 bits. The
+checkpoint of a task is weights/bert-TASK in data_dir. The classifier and its input stay float, the
+pooler's weights and input do not.
 """
 
 from ml_collections import ConfigDict

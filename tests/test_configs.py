@@ -45,6 +45,19 @@ def test_every_docstring_gives_number_cost_and_command(path):
     assert all(f"\n{word}:" in text for word in ("Paper", "Float", "Ours", "Cost", "Command"))
 
 
+@pytest.mark.parametrize("preset", ["adaround", "aquant_bert"])
+def test_transformers_are_reconstructed_in_layers_or_their_halves(preset):
+    def units(blocks):
+        config = common.load_config(f"configs/glue_bert.py:rte,preset={preset}{blocks}", {})
+        return config.recipe.get("unit"), config.recipe.blocks
+
+    assert units("") == ("layer", ())
+    assert units(",blocks=layers") == ("block", ())
+    unit, halves = units(",blocks=sub-blocks")
+    assert unit == "block"
+    assert [bool(re.search(half, "layer_0/out/kernel")) for half in halves] == [True, False]
+
+
 @pytest.mark.parametrize("path", CNNS, ids=str)
 @pytest.mark.parametrize("preset", variants.PRESETS)
 def test_a_variant_sets_bits_and_preset(path, preset):
