@@ -26,7 +26,8 @@ def config(
 
     Args:
         variant: bit-width and `CHOICES`: the preset; ``blocks``, the encoder's layers or their
-            halves, where they are to be reconstructed together; ``sums``, the bits of the residual sums where they are not those of the rest.
+            halves, where they are to be reconstructed together; ``sums``, the bits of the residual
+            sums where they are not those of the rest.
         task: of GLUE.
         weights: folder of the checkpoint, in data_dir.
         overrides: of the recipe.
