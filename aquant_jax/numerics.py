@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 NEAREST = 0.5
 # Above 2^23 every float32 is an integer.
 MAX_UNITS = float(2**23)
-LARGEST = float(np.finfo(np.float32).max)
+LOWEST = float(np.finfo(np.float32).min)
 MIN_BITS, MAX_BITS = 2, 8
 
 
@@ -67,10 +67,10 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
 
     XLA contracts a product and the addition that follows it to one fused operation where it sees
     both in one loop. A value within rounding of its border would then get another code under jit
-    than in numpy, or by another backend. A clip between the two, here at the largest float32,
+    than in numpy, or by another backend. A maximum between the two, here with the lowest float32,
     keeps it from doing so; the gradient is the plain product's.
     """
-    return jnp.clip(a * b, -LARGEST, LARGEST)
+    return jnp.maximum(a * b, LOWEST)
 
 
 @product.defjvp
