@@ -39,6 +39,7 @@ def config(
     chosen.dataset = f"glue/{task}"
     chosen.mask = "mask"  # which tokens are no padding
     chosen.apart = False
+    chosen.calibration_dataset = ""  # the same
     chosen.calibration_size = 1024
     chosen.test_limit = None
     chosen.eval_batch_size = 64

@@ -22,9 +22,9 @@ def on_images(call: Callable, operands: str, results: str) -> Callable:
     Args:
       call: takes arrays, and gives one or several.
       operands, results: the axes of each array by name, such as ``"n h w c, , t c"``. Arrays whose
-        first axis is `n` are split as the first operand is, where its images can be split evenly;
-        other operands are whole everywhere, and other results are sums over the images, which are
-        added up.
+        first axis is `n` are split as the first operand is; other operands are whole everywhere,
+        and other results are sums over the images, which are added up (images that cannot be split
+        evenly are then whole everywhere).
     """
     taken, given = ([axes.split() for axes in names.split(",")] for names in (operands, results))
     split = [axes[:1] == [IMAGES] for axes in given]
@@ -36,7 +36,7 @@ def on_images(call: Callable, operands: str, results: str) -> Callable:
     def places(mesh, operands):
         images = (*operands[0].sharding.spec, None)[0]
         # Uneven parts are filled up with rubbish, which a sum over the images would count.
-        if operands[0].shape[0] % _devices(mesh, images):
+        if not all(split) and operands[0].shape[0] % _devices(mesh, images):
             images = None
         own, whole = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((images,), ()))
         first = (tuple(own if s else whole for s in split)) if len(split) > 1 else own
@@ -81,12 +81,14 @@ def folded(run: Callable, images: int, axis_size: int, batched, operands):
     """
     if any(batched[images:]) or not batched[0]:
         return one_by_one(run, axis_size, batched, operands)
-    first = [
-        value if not value.size and not mapped
-        else (value if mapped else jnp.broadcast_to(value, (axis_size, *value.shape)))
-        .reshape(-1, *value.shape[1 + mapped :])
-        for value, mapped in zip(operands[:images], batched, strict=False)
-    ]  # fmt: skip
+
+    def fold(value, mapped):
+        if not value.size and not mapped:
+            return value
+        every = value if mapped else jnp.broadcast_to(value, (axis_size, *value.shape))
+        return every.reshape(-1, *every.shape[2:])
+
+    first = map(fold, operands[:images], batched[:images])
     found = run(*first, *operands[images:])
     return found.reshape(axis_size, -1, *found.shape[1:]), True
 

@@ -250,13 +250,14 @@ def open_data(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset
 
 
 def _open_sentences(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset]:
-    """The task, and the same with the shorter sequences that suffice to calibrate on."""
-    folder, lengths = (
-        _weights_path(config, data_dir),
-        (config.max_length, config.calibration_length),
+    """The task, and what is calibrated on, with shorter sequences that suffice for that."""
+    folder = _weights_path(config, data_dir)
+    lengths = config.max_length, config.calibration_length
+    names = config.dataset, config.get("calibration_dataset") or config.dataset
+    dataset, calibration = (
+        data.load(name, data_dir, data.Tokenization(folder, length, config.apart))
+        for name, length in zip(names, lengths, strict=True)
     )
-    hows = [data.Tokenization(folder, length, config.apart) for length in lengths]
-    dataset, calibration = (data.load(config.dataset, data_dir, how) for how in hows)
     return dataset, calibration
 
 

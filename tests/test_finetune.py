@@ -130,7 +130,7 @@ def test_the_checkpoint_is_quantized_by_its_config(run, tmp_path):
         "quantize", "--config=configs/glue_bert.py:sst2,w8a8,preset=adaround", f"--workdir={out}",
         f"--config.weights={run / 'checkpoint'}", "--config.recipe.steps=2",
         "--config.calibration_size=32", "--config.max_length=12", "--config.calibration_length=12",
-        "--config.eval_batch_size=16",
+        "--config.eval_batch_size=16", "--config.calibration_dataset=glue/rte",
     ]  # fmt: skip
     assert quantize.main(argv) == 0
     results = json.loads((out / "results.json").read_text())
@@ -145,7 +145,7 @@ def test_the_checkpoint_is_quantized_by_its_config(run, tmp_path):
     ("change", "message"),
     [
         ({"task": "stsb"}, None),
-        ({"checkpoint": "/nowhere"}, "no tokenizer"),
+        ({"checkpoint": "/nowhere"}, "no checkpoint in /nowhere"),
     ],
 )
 def test_regression_runs_and_no_checkpoint_is_one_line(argv, capsys, change, message):

@@ -114,6 +114,8 @@ def load_tokenizer(how: Tokenization) -> Any:
         raise InputError("GLUE needs tokenizers: pip install 'aquant-jax[glue]'") from error
     if how.max_length < 4:  # [CLS] a [SEP] b would lose b
         raise InputError(f"max_length is {how.max_length}; sequences have 4 tokens or more")
+    if not how.folder.is_dir():
+        raise InputError(f"there is no checkpoint in {how.folder}: no such folder")
     whole, words = how.folder / "tokenizer.json", how.folder / "vocab.txt"
     try:
         if whole.is_file():
