@@ -6,14 +6,12 @@ quantized while the columns are gathered. `img2col` gathers alone, to compare wi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
 from gpu_ops import arguments, partition, targets
@@ -50,7 +48,7 @@ def img2col(
     """
     arguments.check_x(x, ("float32", "bfloat16", "int8"))
     window = arguments.columns_window(x.shape, kernel, strides, padding, dilation, groups, align)
-    return _compiled(_Plain(window, x.dtype))(x)
+    return partition.compiled(_Plain(window, x.dtype))(x)
 
 
 def img2col_border(
@@ -123,7 +121,7 @@ def img2col_border(
     )
     step, zero = arguments.grid(step_size, zero_point, bits)
     call = _Quantized(window, bits, fused, targets.PHIS[phi], OUTPUTS[output])
-    return _compiled(call)(x, step, zero, stacked)
+    return partition.compiled(call)(x, step, zero, stacked)
 
 
 class _Plain(NamedTuple):
@@ -132,7 +130,7 @@ class _Plain(NamedTuple):
     window: arguments.ColumnsWindow
     dtype: np.dtype
 
-    operands = "n h w c"
+    operands, results, images = "n h w c", "n a b g k", 1
 
     def __call__(self, x):
         shape = jax.ShapeDtypeStruct((x.shape[0], *self.window.result), self.dtype)
@@ -148,22 +146,9 @@ class _Quantized(NamedTuple):
     phi: int
     dtype: type
 
-    operands = "n h w c, , , d t e"
+    operands, results, images = "n h w c, , , d t e", "n a b g k", 1
 
     def __call__(self, x, *others):
         shape = jax.ShapeDtypeStruct((x.shape[0], *self.window.result), self.dtype)
         how = {"bits": self.bits, "fused": self.fused, "phi": self.phi}
         return targets.call("img2col_border", shape, **self.window.attributes(), **how)(x, *others)
-
-
-@functools.cache
-def _compiled(call: _Plain | _Quantized):
-    """`call`, compiled, with a mapped axis of x folded into N and N sharded where it is."""
-    sharded = partition.on_images(call, call.operands, "n a b g k")
-
-    @custom_vmap
-    def columns(*operands):
-        return sharded(*operands)
-
-    columns.def_vmap(lambda size, batched, *o: partition.folded(columns, 1, size, batched, o))
-    return jax.jit(columns)

@@ -5,15 +5,48 @@ The maps and shardings of `jax.ffi` itself put an axis on every operand, the sca
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 IMAGES = "n"
+
+
+class Call(Protocol):
+    """A custom call with one result, hashable.
+
+    Attributes:
+      operands, results: see `on_images`.
+      images: how many operands, from the first, hold images.
+    """
+
+    operands: str
+    results: str
+    images: int
+
+    def __call__(self, *operands: jax.Array) -> jax.Array:
+        """The custom call on the arrays that `operands` describes."""
+        ...
+
+
+@functools.cache
+def compiled(call: Call) -> Callable:
+    """`call`, compiled, with a mapped axis of images folded into N and N sharded where it is."""
+    sharded = on_images(call, call.operands, call.results)
+
+    @custom_vmap
+    def run(*operands):
+        return sharded(*operands)
+
+    run.def_vmap(lambda size, batched, *o: folded(run, call.images, size, batched, o))
+    return jax.jit(run)
 
 
 def on_images(call: Callable, operands: str, results: str) -> Callable:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from gpu_ops import arguments, targets
+from gpu_ops import arguments, partition, targets
 from gpu_ops.arguments import Padding
 from gpu_ops.int8 import SHIFT
 
@@ -169,10 +170,35 @@ def conv_border_tuned(
     shape = (x.shape[0], *window.result[:2], layer.scale.shape[0])
     if residual is not None and (residual.shape != shape or residual.dtype != jnp.bfloat16):
         raise ValueError(f"residual is {residual.dtype} {residual.shape}, not bfloat16 {shape}")
-    attributes = {key: value for key, value in window.attributes().items() if key != "groups"}
-    call = targets.call(
-        "conv_tuned", jax.ShapeDtypeStruct(shape, jnp.bfloat16), **attributes, bits=layer.bits,
-        degree=layer.degree, shared=layer.shared, relu=relu,
-    )  # fmt: skip
     added = jnp.zeros((0,), jnp.bfloat16) if residual is None else residual
-    return call(x, layer.weights, layer.inv_step, layer.folded, layer.scale, layer.offset, added)
+    how = (layer.bits, layer.degree, layer.shared, relu)
+    call = partition.compiled(_Call(window, shape[1:], how, residual is not None))
+    return call(x, added, layer.weights, layer.inv_step, layer.folded, layer.scale, layer.offset)
+
+
+class _Call(NamedTuple):
+    """A call of `conv_border_tuned`: x, the residual, or nothing of size 0, and the layer's arrays.
+
+    Attributes:
+      window: geometry.
+      out: shape of one image's result.
+      how: bits, degree, shared and relu.
+      adds: whether there is a residual.
+    """
+
+    window: arguments.ColumnsWindow
+    out: tuple[int, ...]
+    how: tuple[int, int, bool, bool]
+    adds: bool
+
+    results, images = "n a b o", 2
+
+    @property
+    def operands(self) -> str:
+        return f"n h w c, {self.results if self.adds else 'z'}, s t o i, , d t c, o, o"
+
+    def __call__(self, x, added, *layer):
+        result = jax.ShapeDtypeStruct((x.shape[0], *self.out), jnp.bfloat16)
+        attributes = {k: v for k, v in self.window.attributes().items() if k != "groups"}
+        how = dict(zip(("bits", "degree", "shared", "relu"), self.how, strict=True))
+        return targets.call("conv_tuned", result, **attributes, **how)(x, *layer, added)

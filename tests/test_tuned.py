@@ -66,6 +66,23 @@ def test_a_layer_can_be_an_argument_of_jit():
     assert not fold(CASE._replace(fused=False)).shared
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_mapped_over_images_it_is_one_call(added):
+    layer, shape = fold(), (3, 2, 6, 5)
+    x = jax.ShapeDtypeStruct((*shape, 32), jnp.bfloat16)
+    residual = jax.ShapeDtypeStruct((*shape, 64), jnp.bfloat16)
+
+    def run(x, residual):
+        own = residual if added else None
+        return gpu_ops.conv_border_tuned(x, layer, padding="SAME", residual=own)
+
+    lowered = jax.jit(jax.vmap(run)).lower(x, residual)
+    assert lowered.out_info.shape == (*shape, 64)
+    text = lowered.as_text()
+    assert text.count("@gpu_ops_conv_tuned") == 1
+    assert "while" not in text
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what a CPU lacks")
 def test_on_a_cpu_it_says_so():
     with pytest.raises(jax.errors.JaxRuntimeError, match="for NVIDIA GPUs alone"):
