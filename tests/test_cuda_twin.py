@@ -1,7 +1,6 @@
 """The CUDA threads, run in plain loops by a C++ compiler, against numpy and the CPU operations."""
 
 import ctypes
-import importlib
 import shutil
 import subprocess
 
@@ -33,7 +32,7 @@ import gpu_ops
 from aquant_jax import columns
 from aquant_jax.numerics import TensorState
 from aquant_jax.window import Window
-from gpu_ops import targets
+from gpu_ops import calls, partition, targets
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the twin's handlers are registered for the CPU"
@@ -47,7 +46,7 @@ HANDLERS = {
 }
 BUILT_IN = {name: case for name, case in CASES.items() if case.phi != "sigmoid"}
 SWEEP = 60  # of the 200 that the CPU and, in test_cuda_device, a GPU run
-COMPILED = importlib.import_module("gpu_ops.img2col")._compiled
+COMPILED = (partition.compiled, calls._compiled)  # hold handlers by their first name
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +67,34 @@ def compiled(tmp_path_factory):
         jax.ffi.register_ffi_target(f"twin_{name}", handler, platform="cpu")
 
 
+def noted(called, ffi_call=jax.ffi.ffi_call):
+    """`jax.ffi.ffi_call` that notes the names it is called with."""
+
+    def call(name, *arguments, **options):
+        called.append(name)
+        return ffi_call(name, *arguments, **options)
+
+    return call
+
+
 @pytest.fixture
 def twin(compiled, monkeypatch):
     """Runs a function with the twin's handlers instead of the CPU's."""
 
+    def forget():
+        for compiled in COMPILED:
+            compiled.cache_clear()
+
     def run(function, *operands):
+        called = []
         with monkeypatch.context() as patch:
             patch.setattr(targets, "PREFIX", "twin_")
-            COMPILED.cache_clear()
+            patch.setattr(jax.ffi, "ffi_call", noted(called))
+            forget()
             result = jax.block_until_ready(function(*operands))
-        COMPILED.cache_clear()
+        forget()
+        assert called
+        assert all(name.startswith("twin_") for name in called)
         return result
 
     return run
