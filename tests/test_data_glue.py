@@ -113,6 +113,14 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         data.load("glue/sst2", "nowhere", Tokenization(tmp_path))
 
 
+def test_a_word_that_a_vocabulary_has_no_token_for_is_named(prepared, tmp_path):
+    words = (TINY / "vocab.txt").read_text().replace("[UNK]", "unknown").replace("bad", "other")
+    (tmp_path / "vocab.txt").write_text(words)
+    task = data.load("glue/sst2", "nowhere", Tokenization(tmp_path, 8))
+    with pytest.raises(InputError, match=r"the tokenizer cannot read 'a films'\.\.\.: "):
+        task.test()
+
+
 def test_an_unprepared_task_says_how_to_prepare_it(tmp_path):
     pytest.importorskip("tensorflow_datasets", reason="needs aquant-jax[data]")
     with pytest.raises(InputError, match=r"'glue/qqp' is not prepared.*builder\('glue/qqp'"):

@@ -174,6 +174,22 @@ class TestMetrics:
         zeros = np.zeros((8, 3), np.float32)
         assert self.scores("pearson of cosines", zeros, labels)["pearson of cosines"] == 0
 
+    @pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews"])
+    @pytest.mark.parametrize("label", [-1, 2])
+    def test_a_label_out_of_range_is_named(self, metric, label):
+        labels = np.array([0, 1, label, 1], np.int32)
+        with pytest.raises(InputError, match=f"a label is {label}, not one of 0 to 1"):
+            self.scores(metric, np.eye(2, dtype="f")[[0, 1, 0, 1]], labels)
+
+    def test_f1_without_any_positive_is_zero(self):
+        logits = np.tile(np.float32([[1, 0]]), (4, 1))
+        assert self.scores("f1", logits, np.zeros(4, np.int32))["f1"] == 0
+
+    def test_an_odd_number_of_sentences_is_no_pairs(self):
+        vectors, labels = np.ones((5, 3), np.float32), np.arange(5, dtype=np.float32)
+        with pytest.raises(InputError, match="5 sentences are no pairs"):
+            self.scores("pearson of cosines", vectors, labels)
+
     def test_inputs_may_be_a_pytree(self):
         logits, labels, (tp, tn, _, _) = self.confusion()
         batches = [({"a": logits[i : i + 4]}, labels[i : i + 4]) for i in range(0, 23, 4)]

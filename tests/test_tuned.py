@@ -34,6 +34,7 @@ def fold(case=CASE, outer=64, bits=WEIGHT_BITS, step=0.3, zero=2.0, **changes):
         ({"step": float("nan")}, "step_size is nan, not positive"),
         ({"zero": 16}, "zero_point is 16.0, not an integer of 0 to 15"),
         ({"border": "mine"}, "border 'mine' has no custom call"),
+        ({"bias": np.ones((1,), "f")}, r"bias is float32 \(1,\), not floats \(64,\)"),
         ({"border": "linear"}, "coefficient 'b2' is none of border 'linear'"),
     ],
     ids=str,
