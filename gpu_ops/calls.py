@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 
 from gpu_ops import partition, targets
+
+IMAGES = "n h w c"
 
 
 class Geometry(NamedTuple):
@@ -45,13 +46,19 @@ class Call(NamedTuple):
     masked: bool
     multiplied: bool
 
-    @property
-    def others(self) -> tuple[str, ...]:
-        """Axes of what follows the zero point."""
-        return ("d t c", "e o") if self.multiplied else ("d t c",)
+    images = 2  # x and the mask
 
     @property
-    def result(self) -> str:
+    def others(self) -> str:
+        """Axes of what follows the zero point."""
+        return "d t c, e o" if self.multiplied else "d t c"
+
+    @property
+    def operands(self) -> str:
+        return f"{IMAGES}, {IMAGES if self.masked else 'z'}, , , {self.others}"
+
+    @property
+    def results(self) -> str:
         return "n a b y" if self.multiplied else "n a b t c"
 
     def target(self, results, suffix: str = ""):
@@ -68,9 +75,22 @@ class Call(NamedTuple):
 
 
 class _Pullback(NamedTuple):
-    """The derivatives of a call with respect to x, step size and what follows the zero point."""
+    """The derivatives of a call with respect to x, step size and what follows the zero point.
+
+    They sum over N, so no mapped axis is folded into it.
+    """
 
     forward: Call
+
+    images = 0
+
+    @property
+    def operands(self) -> str:
+        return f"{self.forward.operands}, {self.forward.results}"
+
+    @property
+    def results(self) -> str:
+        return f"{IMAGES}, , {self.forward.others}"
 
     def __call__(self, x, keep, step, zero, *others_and_dy):
         results = [_floats(value.shape) for value in (x, step, *others_and_dy[:-1])]
@@ -81,41 +101,14 @@ def _floats(shape) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-@functools.cache
-def _compiled(call: Call | _Pullback):
-    """`call`, compiled, with a mapped axis folded into N and N sharded where that of x is.
-
-    A derivative sums over N, so it runs one by one over a mapped axis.
-    """
-    forward = call.forward if isinstance(call, _Pullback) else call
-    images = "n h w c"
-    mask = images if forward.masked else "z"
-    taken, given = (images, mask, "", "", *forward.others), (forward.result,)
-    if call is not forward:
-        taken, given = (*taken, *given), (images, "", *forward.others)
-    sharded = partition.on_images(call, ", ".join(taken), ", ".join(given))
-
-    @custom_vmap
-    def run(*operands):
-        return sharded(*operands)
-
-    @run.def_vmap
-    def _(size, batched, *operands):
-        if call is not forward:
-            return partition.one_by_one(run, size, batched, operands)
-        return partition.folded(run, 2, size, batched, operands)
-
-    return jax.jit(run)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def differentiable(call: Call, *operands):
     """The result of `call`, with derivatives in all operands but the mask and the zero point."""
-    return _compiled(call)(*operands)
+    return partition.compiled(call)(*operands)
 
 
 def _backward(call: Call, operands, dy):
-    dx, dstep, *found = _compiled(_Pullback(call))(*operands, dy)
+    dx, dstep, *found = partition.compiled(_Pullback(call))(*operands, dy)
     return dx, None, dstep, jnp.zeros_like(operands[3]), *found
 
 

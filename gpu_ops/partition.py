@@ -20,18 +20,19 @@ IMAGES = "n"
 
 
 class Call(Protocol):
-    """A custom call with one result, hashable.
+    """A custom call, hashable.
 
     Attributes:
       operands, results: see `on_images`.
-      images: how many operands, from the first, hold images.
+      images: how many operands, from the first, hold images that a mapped axis may be folded into;
+        of a call with several results, 0.
     """
 
     operands: str
     results: str
     images: int
 
-    def __call__(self, *operands: jax.Array) -> jax.Array:
+    def __call__(self, *operands: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
         """The custom call on the arrays that `operands` describes."""
         ...
 

@@ -32,7 +32,7 @@ import gpu_ops
 from aquant_jax import columns
 from aquant_jax.numerics import TensorState
 from aquant_jax.window import Window
-from gpu_ops import calls, partition, targets
+from gpu_ops import partition, targets
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the twin's handlers are registered for the CPU"
@@ -46,7 +46,6 @@ HANDLERS = {
 }
 BUILT_IN = {name: case for name, case in CASES.items() if case.phi != "sigmoid"}
 SWEEP = 60  # of the 200 that the CPU and, in test_cuda_device, a GPU run
-COMPILED = (partition.compiled, calls._compiled)  # hold handlers by their first name
 
 
 @pytest.fixture(scope="module")
@@ -81,18 +80,14 @@ def noted(called, ffi_call=jax.ffi.ffi_call):
 def twin(compiled, monkeypatch):
     """Runs a function with the twin's handlers instead of the CPU's."""
 
-    def forget():
-        for compiled in COMPILED:
-            compiled.cache_clear()
-
     def run(function, *operands):
         called = []
         with monkeypatch.context() as patch:
             patch.setattr(targets, "PREFIX", "twin_")
             patch.setattr(jax.ffi, "ffi_call", noted(called))
-            forget()
+            partition.compiled.cache_clear()  # it holds handlers by their first name
             result = jax.block_until_ready(function(*operands))
-        forget()
+        partition.compiled.cache_clear()
         assert called
         assert all(name.startswith("twin_") for name in called)
         return result
