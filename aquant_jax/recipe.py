@@ -8,11 +8,11 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from aquant_jax import border as borders
+from aquant_jax.arithmetic import border as borders
+from aquant_jax.arithmetic.packing import FORMATS
+from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS
 from aquant_jax.errors import InputError
-from aquant_jax.numerics import MAX_BITS, MIN_BITS
-from aquant_jax.packing import FORMATS
-from aquant_jax.sites import RULES
+from aquant_jax.graph.activation_rules import RULES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,14 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax.checks import check_calibration
-from aquant_jax.grids import deployed_weights, float_weights, make_grids, nearest_layers
-from aquant_jax.layer import run_layer
-from aquant_jax.network import prepare
-from aquant_jax.observers import tensor_state
-from aquant_jax.program import root, run, static_inputs
+from aquant_jax.arithmetic.range_search import tensor_state
+from aquant_jax.graph.subgraph import root, run, static_inputs
+from aquant_jax.layers.fake_quant import run_layer
+from aquant_jax.plan.block_program import forward, make_unit
+from aquant_jax.plan.checks import check_calibration
+from aquant_jax.plan.network import prepare
 from aquant_jax.recipe import Recipe
-from aquant_jax.unit import forward, make_unit
+from aquant_jax.reconstruction.weights import (
+    deployed_weights,
+    float_weights,
+    make_grids,
+    nearest_layers,
+)
 
 
 class Sensitivity(NamedTuple):

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from aquant_jax.numerics import MAX_BITS, MIN_BITS, max_code
-from aquant_jax.window import Window
+from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS, max_code
+from aquant_jax.layers.conv_geometry import Window
 from gpu_ops import targets
 
 Padding = str | Sequence[tuple[int, int]]
@@ -120,7 +120,7 @@ def stack(coefficients: Mapping[str, jax.Array], border: str, shape) -> jax.Arra
         known = ["none", *targets.COEFFICIENTS]
         raise ValueError(
             f"border {border!r} has no custom call, only {known} do; the jnp path serves it "
-            "(aquant_jax.columns)"
+            "(aquant_jax.layers.im2col)"
         )
     names = targets.COEFFICIENTS.get(border, ())
     for name, value in coefficients.items():

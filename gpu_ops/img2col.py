@@ -71,7 +71,7 @@ def img2col_border(
 ) -> jax.Array:
     """im2col columns of `x`, each element quantized with its border (Eq. 5, 8, 9).
 
-    The same numbers as `aquant_jax.columns.column_codes`, to the bit on CPU and CUDA, but for
+    The same numbers as `aquant_jax.layers.im2col.column_codes`, to the bit on CPU and CUDA, but for
     subnormal numbers, which count as zero here, as in what XLA compiles for the CPU. Where an
     element's u or border is not a number, its code is 0. Not differentiable:
     `gpu_ops.border_columns` is.
@@ -90,7 +90,7 @@ def img2col_border(
       groups: of the channels; group g has the channels ``[g * C / groups, (g + 1) * C / groups)``.
       bits: 2 to 8.
       border: ``none`` for rounding to nearest, ``ceil(u - 0.5)``, or a border function built into
-        `aquant_jax.border`.
+        `aquant_jax.arithmetic.border`.
       phi: ``identity`` or ``clamp``.
       fused: whether the taps of a channel share their mean border.
       output: ``int8`` for codes q or ``float32`` for the values ``s * (q - z)``. Codes of 8 bits do

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from aquant_jax.numerics import product
+from aquant_jax.arithmetic.uniform import product
 from gpu_ops import arguments
 from gpu_ops.arguments import Padding
 from gpu_ops.img2col import img2col_border

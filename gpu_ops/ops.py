@@ -1,6 +1,6 @@
 """Columns of convolutions with rounding borders for training, as XLA custom calls.
 
-`aquant_jax.columns` is the definition and serves what is not built here: platforms without a
+`aquant_jax.layers.im2col` is the definition and serves what is not built here: platforms without a
 compiled handler, borders that a user registered, the sigmoid, and more than two spatial axes.
 """
 
@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax import border as borders
-from aquant_jax import columns
-from aquant_jax.columns import Rounding
-from aquant_jax.integer import KernelCodes
-from aquant_jax.numerics import TensorState
-from aquant_jax.window import Window
+from aquant_jax.arithmetic import border as borders
+from aquant_jax.arithmetic.uniform import TensorState
+from aquant_jax.layers import im2col
+from aquant_jax.layers.conv_geometry import Window
+from aquant_jax.layers.im2col import Rounding
+from aquant_jax.layers.integer import KernelCodes
 from gpu_ops import arguments, targets
 from gpu_ops.calls import Call, Geometry, differentiable
 from gpu_ops.int8 import conv_border_int8
@@ -43,9 +43,9 @@ class Backend(NamedTuple):
         window: Window,
         rounding: Rounding,
     ) -> jax.Array:
-        """`aquant_jax.columns.convolve`, by a custom call where there is one."""
+        """`aquant_jax.layers.im2col.convolve`, by a custom call where there is one."""
         if not supports(window, rounding):
-            return columns.convolve(x, keep, tensor, coefficients, kernel, window, rounding)
+            return im2col.convolve(x, keep, tensor, coefficients, kernel, window, rounding)
         taps, groups, inner, outer = kernel.shape
         flat = kernel.reshape(taps * groups * inner, -1)
         served = groups == 1 or inner == outer == 1
@@ -55,7 +55,7 @@ class Backend(NamedTuple):
         if groups == 1:
             rows = every.reshape(-1, taps * inner) @ flat
             return rows.reshape(*every.shape[:-2], outer)
-        products = [columns.contract(every[..., t, :], kernel[t]) for t in range(taps)]
+        products = [im2col.contract(every[..., t, :], kernel[t]) for t in range(taps)]
         return functools.reduce(jnp.add, products)
 
     def convolve_codes(
@@ -67,14 +67,14 @@ class Backend(NamedTuple):
         window: Window,
         rounding: Rounding,
     ) -> jax.Array:
-        """What `aquant_jax.integer.run_integer_layer` asks for, by `conv_border_int8`."""
+        """What `aquant_jax.layers.integer.run_integer_layer` asks for, by `conv_border_int8`."""
         phi = borders.get_phi(rounding.phi).deployed
         if not supports(window, rounding) or phi not in PHIS:
             if not coefficients:
                 shape = (len(kernel.codes), x.shape[-1])
                 coefficients, phi = {"b0": jnp.full(shape, 0.5, jnp.float32)}, "identity"
             real, rounding = kernel.real(), rounding._replace(phi=phi)
-            return columns.convolve(x, None, tensor, coefficients, real, window, rounding)
+            return im2col.convolve(x, None, tensor, coefficients, real, window, rounding)
         lift = (1,) * (2 - len(window.kernel))
         _, groups, inner, outer = kernel.codes.shape
         codes = kernel.codes.transpose(0, 2, 1, 3)

@@ -14,11 +14,10 @@ from typing import Any
 from absl import flags
 
 import aquant_jax as aq
-from aquant_jax import plots, workdir
-from aquant_jax.environment import environment
 from aquant_jax.errors import InputError
+from aquant_jax.storage.environment import environment
 from configs import variants
-from launch import cells, common, experiment
+from launch.lib import cells, command_line, experiment, plots, run_directory
 
 ROWS = [*variants.PRESETS[1:], variants.PRESETS[0]]  # ours last
 
@@ -71,10 +70,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-@common.program
+@command_line.program
 def main(argv: list[str]) -> None:
     """Runs every cell that is not finished, then writes the table."""
-    values, overrides = common.parse(argv, define_flags, __doc__)
+    values, overrides = command_line.parse(argv, define_flags, __doc__)
     seeds = cells.parse_seeds(values.seeds)
     wanted = [
         cells.Cell(
@@ -87,7 +86,7 @@ def main(argv: list[str]) -> None:
     if not wanted:
         raise InputError(f"no presets; there are: {', '.join(aq.recipes.PRESETS)}")
     owner = {"program": "compare", "config": values.config, "overrides": overrides}
-    with workdir.claim(values.workdir, owner) as folder:
+    with run_directory.claim(values.workdir, owner) as folder:
         found = cells.run(folder.path, values.data_dir, wanted, seeds)
         rows = [row(name, of_preset) for name, of_preset in found.items()]
         plots.comparison_plots(found, folder.plots)

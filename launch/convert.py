@@ -17,7 +17,7 @@ from absl import flags
 from aquant_jax import models
 from aquant_jax.errors import InputError
 from aquant_jax.models import importers
-from launch import common
+from launch.lib import command_line
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -28,10 +28,10 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.mark_flags_as_required(["model", "from", "to"], flag_values=values)
 
 
-@common.program
+@command_line.program
 def main(argv: list[str]) -> None:
     """Reads, checks and writes; an existing file stays as it is."""
-    values, _ = common.parse(argv, define_flags, __doc__)
+    values, _ = command_line.parse(argv, define_flags, __doc__)
     target = Path(values.to)
     if target.suffix != ".safetensors":
         raise InputError(f"--to={target} must end in .safetensors")

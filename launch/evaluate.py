@@ -8,7 +8,7 @@ import sys
 from absl import flags
 
 import aquant_jax as aq
-from launch import common, experiment
+from launch.lib import command_line, experiment
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -19,11 +19,11 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.mark_flags_as_required(["config", "checkpoint"], flag_values=values)
 
 
-@common.program
+@command_line.program
 def main(argv: list[str]) -> None:
     """Restores, scores and prints."""
-    values, overrides = common.parse(argv, define_flags, __doc__)
-    config = common.load_config(values.config, overrides)
+    values, overrides = command_line.parse(argv, define_flags, __doc__)
+    config = command_line.load_config(values.config, overrides)
     dataset, _ = experiment.open_data(config, values.data_dir)
     quantized = aq.restore(values.checkpoint)
     metrics = experiment.score(quantized, dataset, config, "saved")

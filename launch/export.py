@@ -29,11 +29,12 @@ from ml_collections import ConfigDict
 
 import aquant_jax as aq
 import gpu_ops
-from aquant_jax import exported, onnx_export, store, workdir
-from aquant_jax.environment import environment
+from aquant_jax.deployment import onnx, stablehlo
+from aquant_jax.deployment.quantized import Quantized, traced
 from aquant_jax.errors import InputError
-from aquant_jax.quantized import Quantized, traced
-from launch import common, experiment
+from aquant_jax.storage import archive, json_file
+from aquant_jax.storage.environment import environment
+from launch.lib import command_line, experiment, run_directory
 
 FORMATS = ("orbax", "stablehlo", "onnx")
 REPORT = "report.json"
@@ -103,17 +104,17 @@ def write_stablehlo(folder: Path, network: Quantized, made: Callable, inputs: An
     """Writes the program by XLA's operations, and the one by custom calls."""
     backend = made().with_backend(gpu_ops.backend())
     programs = {
-        "network.stablehlo": exported.self_contained(network),
-        "network_gpu_ops.stablehlo": exported.self_contained(
+        "network.stablehlo": stablehlo.self_contained(network),
+        "network_gpu_ops.stablehlo": stablehlo.self_contained(
             backend, inputs, disabled_checks=gpu_ops.export_checks()
         ),
     }
     runs = {}
     for name, program in programs.items():
-        (folder / name).write_bytes(exported.serialize(program))
+        (folder / name).write_bytes(stablehlo.serialize(program))
         written = jax.export.deserialize(bytearray((folder / name).read_bytes()))
         runs[name] = functools.partial(
-            exported.in_batches, jax.jit(written.call), size=written.in_avals[0].shape[0]
+            stablehlo.in_batches, jax.jit(written.call), size=written.in_avals[0].shape[0]
         )
     return runs
 
@@ -121,8 +122,8 @@ def write_stablehlo(folder: Path, network: Quantized, made: Callable, inputs: An
 def write_onnx(folder: Path, network: Quantized, made: Callable, inputs: Any) -> dict[str, Any]:
     """Writes the network as ONNX, to be run by onnxruntime."""
     path = folder / "network.onnx"
-    path.write_bytes(onnx_export.to_onnx(made(), inputs).SerializeToString())
-    return {path.name: onnx_export.load(path)}
+    path.write_bytes(onnx.to_onnx(made(), inputs).SerializeToString())
+    return {path.name: onnx.load(path)}
 
 
 WRITERS = {"orbax": write_orbax, "stablehlo": write_stablehlo, "onnx": write_onnx}
@@ -138,12 +139,12 @@ def export(values: Any, target: Path) -> dict[str, Any]:
         InputError: the run is not finished, its checkpoint is damaged, its data are not there, or
             an export does something else than the network.
     """
-    run = workdir.finished(values.workdir)
+    run = run_directory.finished(values.workdir)
     if run.get("program") != "quantize":
         raise InputError(f"{values.workdir} holds a run of launch.{run.get('program')}")
-    config: common.Config = ConfigDict(run["config"])
+    config: command_line.Config = ConfigDict(run["config"])
     data_dir = values.data_dir or run["data_dir"]
-    network = aq.restore(Path(values.workdir) / workdir.NETWORK)
+    network = aq.restore(Path(values.workdir) / run_directory.NETWORK)
     dataset, _ = experiment.open_data(config, data_dir)
     limit = values.limit or config.test_limit
 
@@ -174,18 +175,18 @@ def export(values: Any, target: Path) -> dict[str, Any]:
     return report
 
 
-@common.program
+@command_line.program
 def main(argv: list[str]) -> None:
     """Exports into a folder beside, which is renamed when all is compared."""
-    values, _ = common.parse(argv, define_flags, __doc__)
+    values, _ = command_line.parse(argv, define_flags, __doc__)
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of values without a type
-    target = Path(values.workdir) / workdir.EXPORTS / values.format
+    target = Path(values.workdir) / run_directory.EXPORTS / values.format
     partial = target.with_name(f".{values.format}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         report = export(values, partial)
-        sizes = store.sizes(partial)
-        workdir.write_json(partial / REPORT, {"exports": report, "bytes": sizes, **environment()})
+        sizes = archive.sizes(partial)
+        json_file.write_json(partial / REPORT, {"exports": report, "bytes": sizes, **environment()})
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     except OSError as error:

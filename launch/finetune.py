@@ -26,14 +26,15 @@ from absl import flags
 from safetensors import numpy as safetensors
 from tqdm import tqdm
 
-from aquant_jax import data, workdir
+from aquant_jax import data
 from aquant_jax.data import glue
-from aquant_jax.environment import environment
 from aquant_jax.errors import InputError
-from aquant_jax.evaluate import evaluate_batches
 from aquant_jax.models import bert
 from aquant_jax.models.importers import write
-from launch import common
+from aquant_jax.storage import json_file
+from aquant_jax.storage.environment import environment
+from launch.lib import command_line, run_directory
+from launch.lib.metrics import evaluate_batches
 
 EVAL_BATCH = 64
 LENGTHS = 16  # batches are as long as their longest sequence, rounded up to a multiple of this
@@ -115,7 +116,9 @@ def make_optimizer(values: Any, steps: int) -> optax.GradientTransformation:
     )
 
 
-def train(values: Any, model: bert.Bert, variables: Any, task: data.Dataset, folder: workdir.Run):
+def train(
+    values: Any, model: bert.Bert, variables: Any, task: data.Dataset, folder: run_directory.Run
+):
     """Trains what is left of the epochs.
 
     Returns:
@@ -203,22 +206,22 @@ def save(folder: Path, source: Path, variables: Any, labels: int) -> None:
     arrays = bert.to_checkpoint(variables)
     whole = {n if n.startswith("classifier") else f"bert.{n}": a for n, a in arrays.items()}
     write(folder / "model.safetensors", safetensors.save(whole, {"format": "pt"}))
-    workdir.write_json(folder / "config.json", fields)
+    json_file.write_json(folder / "config.json", fields)
 
 
 def _text(score: dict[str, float], metric: str) -> str:
     return f"{metric} {score[metric]:.2f}% of {score['samples']:.0f} samples"
 
 
-@common.program
+@command_line.program
 def main(argv: list[str]) -> None:
     """Trains, writes the checkpoint and scores what was written."""
-    values, _ = common.parse(argv, define_flags, __doc__)
+    values, _ = command_line.parse(argv, define_flags, __doc__)
     source = Path(values.checkpoint).expanduser()
     own = {name: getattr(values, name) for name in values if name not in ("workdir", "data_dir")}
     settings = {name: value for name, value in own.items() if isinstance(value, int | float | str)}
-    whose = {"program": "finetune", **settings, "data_dir": common.absolute(values.data_dir)}
-    with workdir.claim(values.workdir, whose) as folder:
+    whose = {"program": "finetune", **settings, "data_dir": command_line.absolute(values.data_dir)}
+    with run_directory.claim(values.workdir, whose) as folder:
         how = data.Tokenization(source, values.max_length)
         task = data.load(f"glue/{values.task}", values.data_dir, how)
         target = folder.path / "checkpoint"

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from aquant_jax import border, models, recipes
-from aquant_jax.layer import border_shape
+from aquant_jax import models, recipes
+from aquant_jax.arithmetic import border
+from aquant_jax.graph.trace import trace
+from aquant_jax.layers.fake_quant import border_shape
 from aquant_jax.models import bert
-from aquant_jax.plan import make_plan
-from aquant_jax.trace import trace
-from launch import common
+from aquant_jax.plan.assign import make_plan
+from launch.lib import command_line
 
 PAPER = {
     "resnet18": 0.81,
@@ -164,10 +165,10 @@ def _size(weights: int, bits: int, coefficients: int) -> str:
     return f"{before / mib:.2f} -> {(before + added) / mib:.2f} MiB (+{100 * added / before:.1f}%)"
 
 
-@common.program
+@command_line.program
 def main(argv: list[str]) -> None:
     """Prints the table: the paper's networks, then the others."""
-    common.parse(argv, lambda _: None, __doc__)
+    command_line.parse(argv, lambda _: None, __doc__)
     print(HEADER)
     print("| --- " + "| ---: " * (HEADER.count("|") - 2) + "|")
     for name in [*PAPER, *(name for name in models.LINEN if name not in PAPER)]:

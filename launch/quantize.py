@@ -12,8 +12,7 @@ import sys
 
 from absl import flags
 
-from aquant_jax import workdir
-from launch import common, experiment
+from launch.lib import command_line, experiment, run_directory
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -32,15 +31,15 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
 
 
-@common.program
+@command_line.program
 def main(argv: list[str]) -> None:
     """Runs one cell."""
-    values, overrides = common.parse(argv, define_flags, __doc__)
-    config = common.load_config(values.config, overrides)
+    values, overrides = command_line.parse(argv, define_flags, __doc__)
+    config = command_line.load_config(values.config, overrides)
     experiment.recipe_of(config)  # a wrong field ends the run here, before anything is loaded
     identity = experiment.identity(config, values.seed, values.data_dir)
     first = values.restart_from_block
-    with workdir.claim(values.workdir, identity, restart=first is not None) as folder:
+    with run_directory.claim(values.workdir, identity, restart=first is not None) as folder:
         results = folder.stored
         if results is None:
             loaded = experiment.load(config, values.data_dir)

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from aquant_jax.errors import InputError
-from aquant_jax.workdir import claim
 from configs import variants
-from launch import cells, common, paper
+from launch.lib import cells, command_line, paper_tables
+from launch.lib.run_directory import claim
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ABLATION = {
@@ -54,23 +54,23 @@ class Table(NamedTuple):
 
 TABLES = {
     "1": Table(
-        paper.MODELS,
+        paper_tables.MODELS,
         ("w4a4", "w2a4", "w3a3", "w2a2"),
         {name: (name, {}) for name in variants.PRESETS[1:] + variants.PRESETS[:1]},
-        paper.TABLE_1,
+        paper_tables.TABLE_1,
     ),
     "2": Table(
-        paper.TASKS,
+        paper_tables.TASKS,
         ("w4a4",),
         {name: (name, {}) for name in ("adaround", "aquant_bert")},
-        paper.TABLE_2,
+        paper_tables.TABLE_2,
         "glue_bert.py:{model}",
     ),
     "3": Table(
         ("resnet18", "regnetx_600mf"),
         ("w2a2", "w3a3"),
         {name: ("aquant", overrides) for name, overrides in ABLATION.items()},
-        paper.TABLE_3,
+        paper_tables.TABLE_3,
     ),
 }
 
@@ -158,7 +158,10 @@ def markdown(found: list[Entry]) -> str:
     rows = {(entry.bits, entry.row): {} for entry in found}
     for entry in found:
         rows[entry.bits, entry.row][entry.model] = _text(entry.scores, entry.paper)
-    rows = {("", "float"): {m: _text([floats[m]], paper.FLOAT.get(m)) for m in models}, **rows}
+    rows = {
+        ("", "float"): {m: _text([floats[m]], paper_tables.FLOAT.get(m)) for m in models},
+        **rows,
+    }
     head = ["bits", "method", *(f"{model} (paper)" for model in models)]
     lines = [head, ["---"] * len(head)]
     lines += [[*key, *(row.get(model, "") for model in models)] for key, row in rows.items()]
@@ -181,10 +184,10 @@ def _text(values: list[float], stated: float | None) -> str:
     return f"{statistics.fmean(values):.2f}{spread} ({stated if stated else '-'})"
 
 
-@common.program
+@command_line.program
 def main(argv: list[str]) -> None:
     """Runs every cell that is not finished, then writes the table."""
-    values, overrides = common.parse(argv, define_flags, __doc__)
+    values, overrides = command_line.parse(argv, define_flags, __doc__)
     planned = plan(values, overrides)
     owner = {"program": "table", "table": values.table, "overrides": overrides}
     with claim(values.workdir, owner) as folder:

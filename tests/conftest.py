@@ -2,16 +2,14 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import jax
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
-SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+from tests.support.process import SHARED_DATA
+
 COMPILED = pytest.StashKey[str]()
 
 
@@ -29,17 +27,6 @@ def pytest_unconfigure(config):
     """Nothing of it is left."""
     if COMPILED in config.stash:
         shutil.rmtree(config.stash[COMPILED], ignore_errors=True)
-
-
-def run_python(program: str, **environment: str):
-    """Runs a program in a process of its own, on CPUs."""
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=REPOSITORY,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.fixture(autouse=True)

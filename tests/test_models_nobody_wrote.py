@@ -14,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from nets import (
+
+import aquant_jax as aq
+import gpu_ops
+from tests.support.nets import (
     conv,
     conv_bn,
     conv_bn_params,
@@ -25,9 +28,6 @@ from nets import (
     rng_of,
     run_folded,
 )
-
-import aquant_jax as aq
-import gpu_ops
 
 pytestmark = pytest.mark.user_model
 BATCH = 8

@@ -1,7 +1,7 @@
 import pytest
-from nets import images, residual_net
 
 import aquant_jax as aq
+from tests.support.nets import images, residual_net
 
 pytestmark = pytest.mark.user_model
 X = images(0, 16, size=5)

@@ -1,6 +1,6 @@
 // The arithmetic of a rounding border, for one element: the only place that has it in C++.
 //
-// It is that of aquant_jax.numerics and aquant_jax.border in float32, operation by operation, each
+// It is that of aquant_jax.arithmetic.uniform and aquant_jax.arithmetic.border in float32, operation by operation, each
 // rounded on its own: a fused multiply-add changes codes at ties. So -ffp-contract=off on the CPU
 // and, in CUDA, intrinsics that are never contracted. Subnormal numbers count as zero: XLA runs CPU
 // handlers that way, and the CUDA build asks for it (--ftz=true).

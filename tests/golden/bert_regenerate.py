@@ -1,6 +1,6 @@
 """A tiny random BERT by Hugging Face's transformers: its checkpoint, an input and what comes out.
 
-``python tests/golden/bert_regenerate.py`` writes them anew; it needs PyTorch and transformers.
+``python -m tests.golden.bert_regenerate`` writes them anew; it needs PyTorch and transformers.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Golden codes: ``python tests/golden/regenerate.py`` writes them anew.
+"""Golden codes: ``python -m tests.golden.regenerate`` writes them anew.
 
 All inputs are multiples of powers of two, so every intermediate value is exact in float32 and the
 files hold on any machine. A difference means that the meaning of a stored state has changed: bump
@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax.layer import LayerSpec, Weights, input_codes, run_layer
-from aquant_jax.numerics import TensorState
-from aquant_jax.rounding import hard_codes, nearest_codes
-from aquant_jax.trace import trace
+from aquant_jax.arithmetic.adaround import hard_codes, nearest_codes
+from aquant_jax.arithmetic.uniform import TensorState
+from aquant_jax.graph.trace import trace
+from aquant_jax.layers.fake_quant import LayerSpec, Weights, input_codes, run_layer
 
 FOLDER = Path(__file__).parent
 # name -> (kernel size, strides, padding, groups, border, phi, fused)

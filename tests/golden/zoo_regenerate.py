@@ -1,10 +1,9 @@
-"""Golden logits of the zoo: ``python tests/golden/zoo_regenerate.py`` writes ``zoo.npz`` anew.
+"""Golden logits of the zoo: ``python -m tests.golden.zoo_regenerate`` writes ``zoo.npz`` anew.
 
 They are those of the PyTorch networks in ``tests/torch_zoo.py``, with random arrays that depend on
 nothing but the array's name in the public checkpoints, so numpy alone makes the same ones.
 """
 
-import sys
 import zlib
 from pathlib import Path
 
@@ -40,8 +39,7 @@ def stored(logits):
 
 
 def main():
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    import torch_zoo
+    from tests.support import torch_zoo
 
     logits = {n: torch_zoo.logits(n, random_array, images(n))[0] for n in torch_zoo.NETWORKS}
     np.savez_compressed(FILE, **{name: stored(value) for name, value in logits.items()})

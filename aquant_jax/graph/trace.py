@@ -1,0 +1,250 @@
+"""From an inference function to a `Graph`. The only file that touches jaxprs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+
+from aquant_jax.errors import InputError
+from aquant_jax.graph.ir import PAD_WITH_VALUE, STATIC_GATHER, Graph, Layer, Op, path_names
+
+_INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"}
+_CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+_LOOPS = {"scan", "while", "cond"}
+_WEIGHTED = {"conv_general_dilated", "dot_general"}
+
+
+def trace(apply: Callable, variables, x) -> Graph:
+    """Trace ``apply(variables, x)`` into a flat graph.
+
+    Args:
+      apply: any traceable inference function.
+      variables: pytree of arrays; its paths name the weights.
+      x: pytree of arrays or ``ShapeDtypeStruct`` with a leading batch axis.
+
+    Raises:
+      InputError: `apply` cannot be traced with `x`, a weighted op sits in a loop or is of an
+        unsupported form (transposed, batch-grouped, negatively padded), or there is none.
+    """
+    try:
+        closed, out_shape = jax.make_jaxpr(apply, return_shape=True)(variables, x)
+    except Exception as error:  # every framework has exceptions of its own for a wrong shape
+        shapes = [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(x)]
+        raise InputError(f"apply(variables, x) fails for x of {shapes}: {error}") from error
+    return _Flattener(closed, variables, jax.tree.structure(out_shape)).graph()
+
+
+class _Flattener:
+    """Inlines calls, numbers the values and finds the weighted ops."""
+
+    def __init__(self, closed, variables, tree):
+        self.closed, self.tree = closed, tree
+        self.names = path_names(variables)
+        self.avals: dict[int, Any] = {}
+        self.constants: dict[int, Any] = {}
+        self.ops: list[Op] = []
+        self.dynamic: set[int] = set()
+        self.live: set[int] = set()
+        self.scalars: dict[int, Any] = {}
+        self.static_of: dict[int, set[int]] = {}  # static value -> variables it is made of
+        self.used: dict[str, int] = {}
+
+    def graph(self) -> Graph:
+        jaxpr = self.closed.jaxpr
+        constants = [self._new(var.aval) for var in jaxpr.constvars]
+        self.constants.update(zip(constants, self.closed.consts, strict=True))
+        ids = [self._new(var.aval) for var in jaxpr.invars]
+        weights, inputs = ids[: len(self.names)], ids[len(self.names) :]
+        self.variables = dict(zip(weights, self.names, strict=True))
+        self.static_of.update({i: {i} for i in weights})
+        self.dynamic.update(inputs)
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *ids], strict=True))
+        outputs = self._flatten(jaxpr, env)
+        if not any(op.layer for op in self.ops):
+            raise InputError(
+                "the model has no weighted op: no conv or dot takes a weight from `variables` "
+                f"({len(self.names)} leaves) and an operand that depends on x"
+            )
+        return Graph(
+            tuple(self.ops), tuple(inputs), self.variables, self.constants, tuple(outputs),
+            self.avals, frozenset(self.dynamic), frozenset(self.live), self.tree,
+        )  # fmt: skip
+
+    def _new(self, aval) -> int:
+        self.avals[len(self.avals)] = aval
+        return len(self.avals) - 1
+
+    def _flatten(self, jaxpr, env) -> list[Any]:
+        def read(atom):
+            return atom if isinstance(atom, jex.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            inputs = [read(atom) for atom in eqn.invars]
+            inner = _called(eqn)
+            if inner is not None:
+                constants = [self._new(var.aval) for var in inner.jaxpr.constvars]
+                self.constants.update(zip(constants, inner.consts, strict=True))
+                names = [*inner.jaxpr.constvars, *inner.jaxpr.invars]
+                scope = dict(zip(names, [*constants, *inputs], strict=True))
+                outputs = self._flatten(inner.jaxpr, scope)
+            else:
+                outputs = [self._new(var.aval) for var in eqn.outvars]
+                self._append(eqn, tuple(inputs), tuple(outputs))
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _append(self, eqn, inputs, outputs):
+        ids = [i for i in inputs if isinstance(i, int)]
+        made_of = set().union(*(self.static_of.get(i, set()) for i in ids)) if ids else set()
+        dynamic = any(i in self.dynamic for i in ids)
+        layer = self._layer(eqn, inputs) if dynamic else None
+        if dynamic:
+            self.dynamic.update(outputs)
+            if layer or made_of or any(i in self.live for i in ids):
+                self.live.update(outputs)
+            _reject_loop(eqn, inputs, self.static_of)
+        else:
+            self.static_of.update(dict.fromkeys(outputs, made_of))
+        call = _function(eqn, self.closed.jaxpr)
+        params = dict(eqn.params)
+        if layer:
+            params["operand_dtypes"] = tuple(atom.aval.dtype for atom in eqn.invars)
+        name = eqn.primitive.name
+        if name == "pad" and self._scalar(inputs[1]) not in (0, -np.inf):
+            name = PAD_WITH_VALUE
+        if name == "gather" and [i for i in ids if i in self.dynamic] == [inputs[0]]:
+            name = STATIC_GATHER
+        if name == "convert_element_type" and not dynamic:
+            self.scalars[outputs[0]] = self._scalar(inputs[0])
+        self.ops.append(Op(name, params, call, inputs, outputs, layer, _primitives(eqn)))
+
+    def _scalar(self, value) -> Any:
+        """The number that a literal, a constant or a conversion of one is; None if unknown."""
+        if isinstance(value, jex.Literal):
+            return value.val
+        constant = self.constants.get(value)
+        return self.scalars.get(value) if constant is None or np.ndim(constant) else constant
+
+    def _layer(self, eqn, inputs) -> Layer | None:
+        if eqn.primitive.name not in _WEIGHTED:
+            return None
+        weighted = [
+            side for side in (0, 1)
+            if isinstance(inputs[side], int) and self.static_of.get(inputs[side])
+            and inputs[1 - side] in self.dynamic
+        ]  # fmt: skip
+        if not weighted:
+            return None
+        weight = inputs[weighted[0]]
+        path = self._name(weight)
+        shape = tuple(self.avals[weight].shape)
+        if eqn.primitive.name == "conv_general_dilated":
+            if weighted[0] == 0:
+                raise InputError(f"{path}: the weight is the left operand of a convolution")
+            _check_convolution(path, eqn.params)
+            numbers = eqn.params["dimension_numbers"]
+            axes = (numbers.rhs_spec[0],), (numbers.out_spec[1],)
+            return Layer(path, "conv", weight, shape, *axes, x_position=0)
+        axes = _dense_axes(eqn, weighted[0])
+        return Layer(path, "dense", weight, shape, *axes, x_position=1 - weighted[0])
+
+    def _name(self, weight: int) -> str:
+        """Path of the largest variable that the operand is made of, numbered when it is reused."""
+        path = self.variables[max(self.static_of[weight], key=lambda i: self.avals[i].size)]
+        self.used[path] = self.used.get(path, 0) + 1
+        return path if self.used[path] == 1 else f"{path}#{self.used[path]}"
+
+
+def _called(eqn):
+    """The closed jaxpr that an equation calls, when it is to be inlined."""
+    name = eqn.primitive.name
+    if name not in _INLINED and name not in _CUSTOM:
+        return None
+    inner = next(
+        eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params
+    )
+    if not isinstance(inner, jex.ClosedJaxpr):
+        inner = jex.ClosedJaxpr(inner, ())
+    # Inlining a custom rule loses its gradient (relu'(0) would be 0.5), so only where it must be.
+    if name in _CUSTOM and not _contains_weighted(inner.jaxpr):
+        return None
+    return inner
+
+
+def _contains_weighted(jaxpr) -> bool:
+    return any(
+        eqn.primitive.name in _WEIGHTED or any(map(_contains_weighted, _inner_jaxprs(eqn)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _inner_jaxprs(eqn):
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(item, jex.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, jex.Jaxpr):
+                yield item
+
+
+def _primitives(eqn) -> frozenset[str]:
+    """Names of the primitives that an equation is made of."""
+    inner = [_primitives(e) for jaxpr in _inner_jaxprs(eqn) for e in jaxpr.eqns]
+    return frozenset().union(*inner) if inner else frozenset({eqn.primitive.name})
+
+
+def _reject_loop(eqn, inputs, static_of):
+    if eqn.primitive.name not in _LOOPS or not any(map(_contains_weighted, _inner_jaxprs(eqn))):
+        return
+    if any(static_of.get(i) for i in inputs if isinstance(i, int)):
+        raise InputError(
+            f"a weighted op inside `{eqn.primitive.name}` cannot be quantized: unroll the loop "
+            "(flax: scan=False or a Python loop over the layers)"
+        )
+
+
+def _check_convolution(path, params):
+    if any(d != 1 for d in params["lhs_dilation"]):
+        raise InputError(
+            f"{path}: transposed convolutions (lhs_dilation {params['lhs_dilation']}, supported "
+            "is 1) are not supported; leave them out or use a resize and a convolution"
+        )
+    if params["batch_group_count"] != 1:
+        raise InputError(
+            f"{path}: batch_group_count {params['batch_group_count']} is not supported, only 1"
+        )
+    if any(p < 0 for pair in params["padding"] for p in pair):
+        raise InputError(
+            f"{path}: negative padding {params['padding']} is not supported; slice the input"
+        )
+
+
+def _dense_axes(eqn, weight_side):
+    (contract, batch) = eqn.params["dimension_numbers"]
+    shape = eqn.invars[weight_side].aval.shape
+    other = eqn.invars[1 - weight_side].aval.shape
+    free = [a for a in range(len(shape)) if a not in contract[weight_side]]
+    free = [a for a in free if a not in batch[weight_side]]
+    rows = len(other) - len(contract[0]) - len(batch[0])
+    start = len(batch[0]) + (rows if weight_side == 1 else 0)
+    channel_axes = (*batch[weight_side], *free)
+    return tuple(channel_axes), (*range(len(batch[0])), *range(start, start + len(free)))
+
+
+def _function(eqn, template):
+    """The equation as a closed jaxpr of its own, so that custom gradients stay as they are."""
+    variables = list(dict.fromkeys(a for a in eqn.invars if not isinstance(a, jex.Literal)))
+    first = [eqn.invars.index(var) for var in variables]
+    names = tuple(f"x{i}" for i in range(len(variables)))
+    results = tuple(f"y{i}" for i in range(len(eqn.outvars)))
+    info = jex.DebugInfo("equation", eqn.primitive.name, names, results)
+    jaxpr = template.replace(
+        constvars=[], invars=variables, outvars=list(eqn.outvars), eqns=[eqn],
+        effects=eqn.effects, debug_info=info,
+    )  # fmt: skip
+    function = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
+    return lambda *operands: function(*(operands[i] for i in first))

@@ -1,0 +1,185 @@
+"""What a recipe quantizes in a graph: the static part of every layer, and every tensor."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from aquant_jax.errors import InputError
+from aquant_jax.graph.activation_rules import find_sites, weighted_sources
+from aquant_jax.graph.ir import ALIASES, Graph
+from aquant_jax.graph.subgraph import root
+from aquant_jax.layers.fake_quant import LayerSpec
+from aquant_jax.recipe import Override, Recipe
+
+
+class Tensor(NamedTuple):
+    """A quantized activation tensor: its name (see `Plan`), and its bits."""
+
+    key: str
+    bits: int
+
+
+class Plan(NamedTuple):
+    """What of a graph is quantized, and how.
+
+    Attributes:
+      layers: the static part of every weighted op, by weight path.
+      tensors: every quantized activation, by value id: named by the path of its first weighted
+        reader or, where there is none, as its site (see `sites.Site`).
+    """
+
+    layers: dict[str, LayerSpec]
+    tensors: dict[int, Tensor]
+
+
+def make_plan(graph: Graph, recipe: Recipe) -> Plan:
+    """What `recipe` quantizes in a folded graph.
+
+    Raises:
+      InputError: an override or a rule for activations matches nothing, or an override is no
+        regular expression.
+    """
+    producers = graph.producers()
+    sites = find_sites(graph, recipe.activations)
+    keys = [site.key for site in sites]
+    overrides = _match(recipe, [layer.path for layer in graph.layers], keys)
+    layers = _layer_specs(graph, recipe, overrides)
+    _check_act_bits(recipe, layers, overrides)
+    tensors: dict[int, Tensor] = {}
+    for op in graph.ops:
+        if op.layer is not None and (spec := layers[op.layer.path]).tensor is not None:
+            tensors[root(producers, op.x)] = Tensor(spec.tensor, spec.act_bits)
+    rounded = _read_rounded(graph, layers)
+    for value, key in sites:
+        bits = recipe.act_bits
+        for override in overrides[key]:
+            bits = override.act_bits or bits
+        floats = bool(overrides[key]) and overrides[key][-1].keep_float
+        if value in rounded and not floats:
+            tensors.setdefault(value, Tensor(key, bits))
+    return Plan(layers, tensors)
+
+
+def _read_rounded(graph: Graph, layers: dict[str, LayerSpec]) -> frozenset[int]:
+    """Tensors that are not read by layers of float inputs alone, nor given by the network alone."""
+    producers, found = graph.producers(), set()
+    for op in graph.ops:
+        if op.layer is not None:
+            reads = [] if layers[op.layer.path].tensor is None else [op.x]
+        else:
+            reads = [] if op.name in ALIASES else op.reads
+        found.update(root(producers, value) for value in reads)
+    return frozenset(found)
+
+
+def _layer_specs(graph: Graph, recipe: Recipe, overrides) -> dict[str, LayerSpec]:
+    """The static part of every layer, by weight path."""
+    producers = graph.producers()
+    ops = [op for op in graph.ops if op.layer is not None]
+    above = _weighted_ancestors(graph)
+    raw = _raw_values(graph)
+    first = {op.layer.path for op in ops if root(producers, op.x) in raw}
+    last = {op.layer.path for op in ops} - {path for op in ops for path in above[op.layer.path]}
+    specs: dict[str, LayerSpec] = {}
+    owner: dict[int, str] = {}
+    for op in ops:
+        path = op.layer.path
+        value = root(producers, op.x)
+        floats = bool(overrides[path]) and overrides[path][-1].keep_float
+        quantized = not floats and (value not in raw or recipe.quantize_input)
+        tensor = owner.setdefault(value, path) if quantized else None
+        bits = _weight_bits(recipe, path, first, last, overrides[path])
+        specs[path] = LayerSpec(
+            path=path,
+            kind=op.layer.kind,
+            weight_bits=None if floats else bits,
+            tensor=tensor,
+            act_bits=recipe.act_bits,
+            border=recipe.border if tensor else None,
+            phi=recipe.phi,
+            fused=recipe.fused,
+        )
+    return _share_act_bits(recipe, specs, above, first, last, overrides)
+
+
+def _raw_values(graph: Graph) -> frozenset[int]:
+    """The input's own numbers, scaled or shifted perhaps: no weighted op made them.
+
+    What is looked up in a table by the input, such as an embedding, is not among them.
+    """
+    raw = set(graph.inputs)
+    for op in graph.ops:
+        reads = [value for value in op.reads if value in graph.dynamic]
+        table = op.inputs[0] if op.name == "gather" else None
+        looked_up = isinstance(table, int) and table not in graph.dynamic
+        if reads and op.layer is None and not looked_up and raw.issuperset(reads):
+            raw.update(op.outputs)
+    return frozenset(raw)
+
+
+def _check_act_bits(recipe: Recipe, specs, overrides) -> None:
+    for override in recipe.overrides:
+        mine = [path for path, matched in overrides.items() if override in matched]
+        floats = all(name in specs and specs[name].tensor is None for name in mine)
+        if override.act_bits is not None and floats:
+            raise InputError(
+                f"overrides: {override.pattern!r} sets act_bits to {override.act_bits}, but the "
+                f"input of {', '.join(mine)} stays float"
+            )
+
+
+def _match(recipe: Recipe, paths: list[str], sites: list[str]) -> dict[str, list[Override]]:
+    """The overrides of every layer and site; only a pattern with a colon is looked for in sites."""
+    found: dict[str, list[Override]] = {name: [] for name in (*paths, *sites)}
+    for override in recipe.overrides:
+        names = [*paths, *sites] if ":" in override.pattern else paths
+        try:
+            matches = [name for name in names if re.search(override.pattern, name)]
+        except re.error as error:
+            raise InputError(f"overrides: {override.pattern!r}: {error}") from error
+        if not matches:
+            raise InputError(f"overrides: {override.pattern!r} matches none of {names}")
+        for name in matches:
+            found[name].append(override)
+    return found
+
+
+def _weighted_ancestors(graph: Graph) -> dict[str, frozenset[str]]:
+    """The layers that each layer's input comes from, with no other layer between."""
+    sources = weighted_sources(graph)
+    nothing: frozenset[str] = frozenset()
+    return {op.layer.path: sources.get(op.x, nothing) for op in graph.ops if op.layer is not None}
+
+
+def _weight_bits(recipe, path, first, last, overrides) -> int:
+    bits = recipe.weight_bits
+    if path in first and recipe.first_weight_bits is not None:
+        bits = recipe.first_weight_bits
+    if path in last and recipe.last_weight_bits is not None:
+        bits = recipe.last_weight_bits
+    for override in overrides:
+        bits = override.weight_bits or bits
+    return bits
+
+
+def _share_act_bits(recipe, specs, above, first, last, overrides) -> dict[str, LayerSpec]:
+    """Give all readers of a tensor its bits."""
+    bits: dict[str, int] = {}
+    readers: dict[str, list[str]] = {}
+    for path, spec in specs.items():
+        if spec.tensor is not None:
+            readers.setdefault(spec.tensor, []).append(path)
+    for tensor, paths in readers.items():
+        bits[tensor] = recipe.act_bits
+        if recipe.first_output_bits and all(above[p] and above[p] <= first for p in paths):
+            bits[tensor] = recipe.first_output_bits
+        if recipe.last_act_bits and all(path in last for path in paths):
+            bits[tensor] = recipe.last_act_bits
+        for override in recipe.overrides:  # the last match of any reader wins
+            if any(override in overrides[path] for path in paths):
+                bits[tensor] = override.act_bits or bits[tensor]
+    return {
+        path: spec._replace(act_bits=bits[spec.tensor]) if spec.tensor else spec
+        for path, spec in specs.items()
+    }

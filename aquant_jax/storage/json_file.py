@@ -1,0 +1,53 @@
+"""JSON on disk: files that are whole or absent, and values compared field by field."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aquant_jax.errors import InputError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON through a temporary file, so that no reader ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON; an ``InputError`` names a file that is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+
+
+def jsonable(value: Any) -> Any:
+    """Turns numpy values into plain ones, and NaN and infinity, which JSON lacks, into None."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return jsonable(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """A line ``name (old there, new here)`` for every leaf in which two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"{prefix} ({old!r} there, {new!r} here)"]

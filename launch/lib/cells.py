@@ -1,0 +1,64 @@
+"""Cells of a table: runs of one network in folders of their own, never repeated once finished."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aquant_jax as aq
+import gpu_ops
+from aquant_jax.errors import InputError
+from launch.lib import command_line, experiment, run_directory
+
+
+class Cell(NamedTuple):
+    """One row of a table: its name, the config as the user named it, and the config."""
+
+    name: str
+    spec: str
+    config: command_line.Config
+
+
+def parse_seeds(texts: list[str]) -> list[int]:
+    """Reads ``--seeds``; raises ``InputError`` for anything but different whole numbers."""
+    if not texts or not all(text.strip().isdecimal() for text in texts):
+        raise InputError(f"seeds must be whole numbers such as 0,1,2, not {','.join(texts)!r}")
+    return list(dict.fromkeys(int(text) for text in texts))
+
+
+def load_config(spec: str, overrides: dict[str, str], variant: str) -> command_line.Config:
+    """Loads the config of one row; a preset without steps (nearest) stays without any."""
+    plain = command_line.load_config(spec, {}, variant)
+    if plain.recipe.steps == 0:
+        overrides = {field: text for field, text in overrides.items() if field != "recipe.steps"}
+    config = command_line.load_config(spec, overrides, variant)
+    experiment.recipe_of(config)  # says what is wrong before anything is run
+    return config
+
+
+def run(
+    folder: Path, data_dir: str, cells: list[Cell], seeds: list[int]
+) -> dict[str, list[dict[str, Any]]]:
+    """Runs the cells that are not finished.
+
+    Args:
+        folder: each (cell, seed) has the folder ``NAME-sSEED`` in it.
+        data_dir: of the configs.
+        cells: of one network and data set, which are loaded once, and only if needed.
+        seeds: of every cell.
+
+    Returns:
+        The results of all seeds, by the name of the cell.
+    """
+    loaded: experiment.Experiment | None = None
+    found: dict[str, list[dict[str, Any]]] = {cell.name: [] for cell in cells}
+    for name, spec, config in cells:
+        compiler = aq.Compiler(gpu_ops.backend())
+        for seed in seeds:
+            path = folder / f"{name}-s{seed}"
+            with run_directory.claim(path, experiment.identity(config, seed, data_dir)) as own:
+                results = own.stored
+                if results is None:
+                    loaded = loaded or experiment.load(config, data_dir)
+                    results = experiment.run(loaded, config, spec, seed, own, compiler)
+            print(experiment.one_line(results), flush=True)
+            found[name].append(results)
+    return found

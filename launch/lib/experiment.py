@@ -1,0 +1,276 @@
+"""One cell of a table: a config quantized with one seed, and everything written about it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import aquant_jax as aq
+import gpu_ops
+from aquant_jax import data, models
+from aquant_jax.errors import InputError
+from aquant_jax.models import bert
+from aquant_jax.storage import json_file
+from aquant_jax.storage.environment import environment
+from launch.lib import plots, run_directory
+from launch.lib.command_line import Config, absolute
+from launch.lib.metrics import Predict, evaluate_batches
+
+BERT = "bert"
+LENGTHS = ("max_length", "calibration_length")
+METRIC_NAMES = {"top1": "top-1"}  # others are called by their names
+
+
+Check = Callable[[Any], None]
+
+
+def no_check(inputs: Any) -> None:
+    """For networks that take whatever fits their shapes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What all cells of a config share: the float network, its data and its score.
+
+    Attributes:
+        apply: the float network.
+        variables: its weights.
+        dataset: to score on.
+        calibration: to calibrate on, the same unless the config names another.
+        float_metrics: score of the float network.
+        check: raises an ``InputError`` for inputs that the network cannot take.
+    """
+
+    apply: models.Apply
+    variables: models.Variables
+    dataset: data.Dataset
+    calibration: data.Dataset
+    float_metrics: dict[str, float]
+    check: Check = no_check
+
+
+def load(config: Config, data_dir: str) -> Experiment:
+    """Loads the model and the data of a config and scores the float network.
+
+    Raises:
+        InputError: an unknown model or data set, one that is not in ``data_dir``, fewer
+            calibration images than the config asks for, or a size that is no whole number.
+    """
+    for name in ("calibration_size", "eval_batch_size", "test_limit", *LENGTHS):
+        value = config.get(name, 1)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not whole and not (name == "test_limit" and value is None):
+            raise InputError(f"config field {name} is {value!r}; it must be a positive integer")
+    dataset, calibration = open_data(config, data_dir)
+    calibration.check_calibration(config.calibration_size)  # before hours of scoring
+    apply, variables, check = create(config, data_dir, dataset)
+    predict = functools.partial(apply, variables)
+    float_metrics = score(predict, dataset, config, "float", check=check)
+    return Experiment(apply, variables, dataset, calibration, float_metrics, check)
+
+
+def create(config: Config, data_dir: str, dataset: data.Dataset):
+    """The network of a config, its weights, and what checks its inputs.
+
+    Raises:
+        InputError: an unknown model, or weights that do not fit it.
+    """
+    weights = _weights_path(config, data_dir)
+    if config.model != BERT:
+        return *models.create(config.model, weights), no_check
+    model, variables = bert.create(weights, dataset.num_classes or None)
+    return model.apply, variables, functools.partial(bert.check_inputs, model.config)
+
+
+def score(
+    predict: Predict,
+    dataset: data.Dataset,
+    config: Config,
+    name: str,
+    corrupt: list[str] | None = None,
+    check: Check = no_check,
+) -> dict[str, float]:
+    """Scores a network on the test set of a config, with a bar of samples a second on a terminal.
+
+    Args:
+        predict: inputs -> logits.
+        dataset: to score on.
+        config: whose test limit and batch size are used.
+        name: shown before the bar.
+        corrupt: gets the names of the images left out, if the config has ``skip_corrupt``.
+        check: of the inputs.
+
+    Returns:
+        The metrics of ``evaluate_batches``.
+
+    Raises:
+        InputError: as ``evaluate_batches``, or an image cannot be decoded.
+    """
+    skip = on_corrupt(config, [] if corrupt is None else corrupt)
+    batches = dataset.batches(config.eval_batch_size, config.test_limit, skip)
+    total = config.test_limit or dataset.test_size
+    with tqdm(total=total, desc=f"score {name}", unit="", disable=None) as bar:
+
+        def counted():
+            for batch in batches:
+                check(batch.inputs)
+                yield batch
+                bar.update(len(batch.labels))
+
+        return evaluate_batches(predict, counted(), dataset.num_classes, dataset.metric)
+
+
+def recipe_of(config: Config) -> aq.Recipe:
+    """Builds the recipe of a config.
+
+    Raises:
+        InputError: a field has a value that the recipe does not accept.
+    """
+    return aq.recipes.preset(config.preset, **config.recipe.to_dict())
+
+
+def identity(config: Config, seed: int, data_dir: str) -> dict[str, Any]:
+    """What makes two cells the same run."""
+    own = {"config": config.to_dict(), "seed": seed, "data_dir": absolute(data_dir)}
+    return {"program": "quantize", **own}
+
+
+def run(
+    experiment: Experiment,
+    config: Config,
+    spec: str,
+    seed: int,
+    folder: run_directory.Run,
+    compiler: aq.Compiler | None = None,
+    restart_from: int | None = None,
+) -> dict[str, Any]:
+    """Quantizes, scores and writes log, network, plots and results.
+
+    Args:
+        experiment: of ``load``.
+        config: whose preset, recipe and calibration size are used.
+        spec: how the user named the config.
+        seed: of the calibration draw and of the reconstruction.
+        folder: where to write.
+        compiler: shares compiled steps between runs of one recipe.
+        restart_from: the first of the blocks in the folder to learn anew.
+
+    Returns:
+        The results, as written.
+    """
+    recipe = recipe_of(config)
+    corrupt: list[str] = []
+    calibration = experiment.calibration.calibration(
+        config.calibration_size, seed, on_corrupt(config, corrupt)
+    )
+    experiment.check(calibration.inputs)
+    quantized = aq.quantize(
+        experiment.apply,
+        experiment.variables,
+        calibration.inputs,
+        recipe,
+        mask=config.get("mask"),
+        seed=seed,
+        on_start=folder.begin,
+        on_block=lambda report: folder.log(report._asdict()),
+        compiler=compiler or aq.Compiler(gpu_ops.backend()),
+        resume=folder.blocks,
+        restart_from=restart_from,
+    )
+    aq.save(quantized, folder.network(), _test_inputs(experiment.dataset, config))
+    metrics = score(quantized, experiment.dataset, config, "quantized", corrupt, experiment.check)
+    results = {
+        "config": spec,
+        **_description(quantized),
+        "seed": seed,
+        "metric": experiment.dataset.metric,
+        "float": experiment.float_metrics,
+        "quantized": metrics,
+        "seconds": sum(report.seconds for report in quantized.reports),
+        "calibration_samples": len(calibration.labels),
+        "test_samples": metrics["samples"],
+        "corrupt_images": corrupt,
+        **environment(),
+    }
+    reports = [report._asdict() for report in quantized.reports]
+    plots.run_plots(recipe, reports, quantized.summary(), folder.plots)
+    folder.finish(results)
+    return json_file.jsonable(results)
+
+
+def _test_inputs(dataset: data.Dataset, config: Config) -> Any:
+    """The first batch that is scored: the saved program takes inputs of its shapes."""
+    skip = on_corrupt(config, [])
+    return next(iter(dataset.batches(config.eval_batch_size, config.test_limit, skip))).inputs
+
+
+def _description(quantized: aq.Quantized) -> dict[str, Any]:
+    recipe = quantized.recipe
+    return {
+        "preset": recipe.preset,
+        "weight_bits": recipe.weight_bits,
+        "act_bits": recipe.act_bits,
+        "recipe": recipe.to_dict(),
+        "blocks": [block_summary(report._asdict()) for report in quantized.reports],
+    }
+
+
+def block_summary(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without its loss curve, which is in the log."""
+    return {field: value for field, value in report.items() if field != "loss_curve"}
+
+
+def one_line(results: dict[str, Any]) -> str:
+    """The result of a cell in words."""
+    metric = results["metric"]
+    name = METRIC_NAMES.get(metric, metric)
+    return (
+        f"{results['preset']} w{results['weight_bits']}a{results['act_bits']} "
+        f"seed {results['seed']}: {results['quantized'][metric]:.2f}% {name} "
+        f"(float {results['float'][metric]:.2f}%) of {results['test_samples']} samples, "
+        f"{results['seconds']:.0f} s on {results['device']}"
+    )
+
+
+def open_data(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset]:
+    """The data set to score on, and the one to calibrate on.
+
+    Raises:
+        InputError: an unknown data set, or one that is not in ``data_dir``.
+    """
+    fields, how = config.get("preprocessing"), None
+    if config.model == BERT:
+        return _open_sentences(config, data_dir)
+    if fields:
+        how = data.Preprocessing(**fields.to_dict())
+    dataset = data.load(config.dataset, data_dir, how, config.get("test_split"))
+    name = config.get("calibration_dataset") or config.dataset
+    return dataset, dataset if name == config.dataset else data.load(name, data_dir, how)
+
+
+def _open_sentences(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset]:
+    """The task, and what is calibrated on, with shorter sequences that suffice for that."""
+    folder = _weights_path(config, data_dir)
+    lengths = config.max_length, config.calibration_length
+    names = config.dataset, config.get("calibration_dataset") or config.dataset
+    dataset, calibration = (
+        data.load(name, data_dir, data.Tokenization(folder, length, config.apart))
+        for name, length in zip(names, lengths, strict=True)
+    )
+    return dataset, calibration
+
+
+def on_corrupt(config: Config, names: list[str]) -> data.OnCorrupt:
+    """What is told of images that cannot be decoded: nothing, if they are to end the run."""
+    return names.append if config.get("skip_corrupt") else None
+
+
+def _weights_path(config: Config, data_dir: str) -> Path:
+    if config.weights != "embedded":
+        return Path(data_dir).expanduser() / config.weights
+    if config.model in models.EMBEDDED or config.model not in models.MODELS:
+        return models.EMBEDDED.get(config.model, Path())
+    raise InputError(f"no weights of {config.model} come with the package: name a file")

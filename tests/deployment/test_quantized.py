@@ -1,0 +1,117 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import aquant_jax as aq
+import gpu_ops
+from aquant_jax.reconstruction.report import History
+from tests.support.nets import images, relative_error, small_net
+
+pytestmark = pytest.mark.user_model
+X = images(0, 8, size=5)
+COMPILER = aq.Compiler(gpu_ops.backend())  # shared: compilation is what takes time here
+
+
+@functools.cache
+def quantized(preset="aquant", steps=2, bits=3):
+    apply, variables = small_net()
+    steps = 0 if preset == "nearest" else steps
+    recipe = getattr(aq.recipes, preset)(bits, bits, steps=steps, batch_size=8)
+    return aq.quantize(apply, variables, X, recipe, progress=False, compiler=COMPILER)
+
+
+def test_it_can_be_jitted_and_called_on_any_batch():
+    q = quantized()
+    y = q(X)
+    assert y.shape == (8, 5)
+    np.testing.assert_array_equal(jax.jit(q)(X), y)
+    np.testing.assert_array_equal(jax.jit(lambda q, x: q(x))(q, X), y)
+    np.testing.assert_allclose(q(X[:3]), y[:3], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(q(np.concatenate([X, X]))[8:], y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(q(X[:1]), y[:1], rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_a_pytree():
+    q = quantized()
+    leaves, tree = jax.tree.flatten(q)
+    again = jax.tree.unflatten(tree, leaves)
+    np.testing.assert_array_equal(again(X), q(X))
+    assert again.recipe == q.recipe
+    dtypes = {leaf.dtype for leaf in leaves}
+    assert dtypes == {jnp.dtype("uint8"), jnp.dtype("float32")}
+
+
+def test_the_float_weights_are_not_kept():
+    apply, variables = small_net()
+    q = aq.quantize(apply, variables, X, aq.recipes.nearest(3, 3, batch_size=8), progress=False)
+    before = q(X)
+    for leaf in jax.tree.leaves(variables):
+        leaf[...] = np.nan
+    jax.clear_caches()
+    np.testing.assert_array_equal(q(X), before)
+    kernels = sum(np.size(layer.codes) for layer in q.layers.values())
+    floats = sum(leaf.size for leaf in jax.tree.leaves(q) if leaf.dtype == jnp.float32)
+    assert floats < kernels
+
+
+def test_codes_change_the_output():
+    q = quantized()
+    layers = dict(q.layers)
+    path = "block_1/conv1/kernel"
+    layers[path] = layers[path]._replace(codes=jnp.zeros_like(layers[path].codes))
+    other = jax.tree.map(lambda a: a, q)
+    object.__setattr__(other, "layers", layers)
+    assert relative_error(other(X), q(X)) > 1e-3
+
+
+def test_summary_tells_what_is_deployed():
+    summary = {entry.path: entry for entry in quantized().summary()}
+    assert list(summary) == [
+        "stem/kernel", "block_1/conv1/kernel", "block_1/conv2/kernel", "head/kernel",
+    ]  # fmt: skip
+    stem, conv, head = (summary[p] for p in ("stem/kernel", "block_1/conv1/kernel", "head/kernel"))
+    assert (stem.kind, stem.weight_bits, stem.act_bits, stem.step_size) == ("conv", 8, None, None)
+    assert stem.border is None
+    assert (conv.kind, conv.shape, conv.weight_bits, conv.act_bits) == ("conv", (2, 2, 4, 4), 3, 3)
+    assert conv.step_size > 0
+    assert conv.zero_point == 0
+    assert conv.weight_scale.shape == conv.weight_zero_point.shape == (4,)
+    assert {c.shape for c in conv.border.values()} == {(4, 4)}
+    assert (head.kind, head.weight_bits, head.act_bits) == ("dense", 8, 8)
+    assert {c.shape for c in head.border.values()} == {(1, 4)}
+    assert conv.phi in ("identity", "clamp")
+    assert isinstance(conv.fused, bool)
+    assert all(isinstance(entry.codes, np.ndarray) for entry in summary.values())
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_codes_are_in_range(bits):
+    for entry in quantized("qdrop", 2, bits).summary():
+        assert entry.codes.dtype == np.uint8
+        assert entry.codes.max() <= 2**entry.weight_bits - 1
+        assert np.isin(entry.weight_zero_point, np.arange(2**entry.weight_bits)).all()
+
+
+def test_nearest_rounding_has_no_border():
+    assert all(entry.border is None for entry in quantized("nearest", 0).summary())
+
+
+def test_reports_are_no_part_of_what_it_computes():
+    """Two runs that differ in their history share one compilation."""
+    q = quantized()
+    other = jax.tree.map(lambda a: a, q)
+    object.__setattr__(other, "reports", History())
+    assert jax.tree.structure(q) == jax.tree.structure(other)
+    assert len(q.reports) == 3
+    assert History((1,)) == History((2,))
+    assert hash(History((1,))) == hash(History())
+
+
+def test_gradients_flow_through_it():
+    """For adversarial examples or fine-tuning of what comes before."""
+    gradient = jax.grad(lambda x: jnp.sum(quantized("qdrop")(x) ** 2))(jnp.asarray(X))
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient).max() > 0

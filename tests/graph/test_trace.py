@@ -1,0 +1,268 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import aquant_jax as aq
+from aquant_jax.errors import InputError
+from aquant_jax.graph.subgraph import cut, run, static_inputs
+from aquant_jax.graph.trace import trace
+from tests.support.nets import conv, images, mlp, normal, relative_error, residual_net, rng_of
+
+X = images(0, samples=2)
+
+
+def kernels(**shapes):
+    return {name: 0.3 * normal(rng_of(i), *s) for i, (name, s) in enumerate(shapes.items())}
+
+
+def paths(apply, variables, x=X):
+    return [layer.path for layer in trace(apply, variables, x).layers]
+
+
+def replay(apply, variables, x):
+    """The outputs of the flat graph, its weighted ops run as they were traced."""
+    graph = trace(apply, variables, x)
+    program = cut(graph, (), graph.outputs)
+    weights = [op.layer.weight for op in program.weighted]
+    static = static_inputs(graph, program, variables)
+    known = cut(graph, (), tuple(weights))
+    values = run(known, (), (), static_inputs(graph, known, variables), None)
+    by_weight = dict(zip(weights, values, strict=True))
+
+    def weighted(op, value):
+        operands = [value, by_weight[op.layer.weight]]
+        return op.call(*(operands if op.layer.x_position == 0 else operands[::-1]))[0]
+
+    by_id = dict(zip(graph.inputs, jax.tree.leaves(x), strict=True))
+    side = [by_id[i] for i in program.side]
+    return jax.tree.unflatten(graph.tree, run(program, (), side, static, weighted))
+
+
+def test_layers_are_named_by_weight_path_in_order():
+    apply, variables = residual_net(blocks=2)
+    blocks = [f"block_{i}/conv{j}/kernel" for i in (1, 2) for j in (1, 2)]
+    assert paths(apply, variables) == ["stem/kernel", *blocks, "head/kernel"]
+
+
+def test_the_flat_graph_computes_the_network():
+    apply, variables = residual_net()
+    assert relative_error(replay(apply, variables, X), apply(variables, X)) < 1e-6
+
+
+def test_a_reused_weight_is_numbered():
+    variables = kernels(a=(3, 3, 3, 3))
+    assert paths(lambda v, x: conv(conv(x, v["a"]), v["a"]), variables) == ["a", "a#2"]
+
+
+def test_a_weight_behind_casts_and_transposes_keeps_its_path():
+    variables = kernels(small=(3,), a=(4, 3, 3, 3))
+
+    def apply(v, x):
+        kernel = jnp.transpose(v["a"], (2, 3, 1, 0)).astype(jnp.bfloat16)
+        gain = v["small"][None, None, :, None].astype(jnp.bfloat16)
+        return conv(x.astype(jnp.bfloat16), kernel * gain)
+
+    (layer,) = trace(apply, variables, X).layers
+    assert layer.path == "a"
+    assert layer.weight_shape == (3, 3, 3, 4)
+
+
+@jax.custom_jvp
+def gated(x, kernel):
+    return conv(x, kernel)
+
+
+@gated.defjvp
+def _gated_jvp(primals, tangents):
+    return jax.jvp(lambda x, k: 2.0 * conv(x, k), primals, tangents)
+
+
+@jax.custom_vjp
+def reversed_(x, kernel):
+    return conv(x, kernel)
+
+
+reversed_.defvjp(lambda x, k: (conv(x, k), (x, k)), lambda saved, dy: (dy, saved[1]))
+
+WRAPPERS = {
+    "jit": lambda x, k: jax.jit(conv)(x, k),
+    "jit in jit": lambda x, k: jax.jit(lambda x, k: jax.jit(conv)(x, k))(x, k),
+    "remat": jax.checkpoint(conv),
+    "custom_jvp": gated,
+    "custom_vjp": reversed_,
+    "closed_call": lambda x, k: jax.remat(jax.jit(conv))(x, k),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_weighted_ops_inside_calls_are_found(wrap):
+    variables = kernels(a=(3, 3, 3, 4), b=(3, 3, 4, 4))
+
+    def apply(v, x):
+        return conv(jax.nn.relu(wrap(x, v["a"])), v["b"])
+
+    assert paths(apply, variables) == ["a", "b"]
+    assert relative_error(replay(apply, variables, X), apply(variables, X)) < 1e-6
+
+
+def test_custom_gradients_without_weights_stay_as_they_are():
+    """relu'(0) is zero; inlining its custom rule would make it one half."""
+    apply = lambda v, x: jax.nn.relu(x @ v["w"])  # noqa: E731
+    graph = trace(apply, {"w": np.eye(2, dtype=np.float32)}, np.zeros((1, 2), np.float32))
+    names = [op.name for op in graph.ops]
+    (call,) = [op.call for op in graph.ops if op.name == "custom_jvp_call"]
+    assert "dot_general" in names
+    np.testing.assert_array_equal(jax.grad(lambda x: call(x)[0].sum())(jnp.zeros((1, 2))), 0)
+
+
+def test_a_weight_on_either_side_of_a_dot():
+    variables = kernels(right=(3, 5), left=(5, 4))
+    x = normal(rng_of(0), 2, 3)
+
+    def apply(v, x):
+        return jnp.einsum("io,ni->on", v["left"], x @ v["right"])
+
+    right, left = trace(apply, variables, x).layers
+    assert (right.x_position, right.channel_axes) == (0, (1,))
+    assert left.channel_axes == (1,)
+    assert relative_error(replay(apply, variables, x), apply(variables, x)) < 1e-6
+
+
+def test_a_product_of_two_activations_is_no_layer():
+    variables = kernels(w=(3, 3))
+
+    def apply(v, x):
+        y = x @ v["w"]
+        return y @ y.T
+
+    assert paths(apply, variables, normal(rng_of(0), 2, 3)) == ["w"]
+
+
+def test_pytree_inputs_and_outputs():
+    variables = kernels(a=(3, 4), b=(2, 4))
+    x = {"left": normal(rng_of(0), 5, 3), "right": (normal(rng_of(1), 5, 2),)}
+
+    def apply(v, x):
+        return {"sum": x["left"] @ v["a"] + x["right"][0] @ v["b"], "input": x["left"], "one": 1.0}
+
+    assert set(paths(apply, variables, x)) == {"a", "b"}
+    found, expected = replay(apply, variables, x), apply(variables, x)
+    assert found.keys() == expected.keys()
+    assert relative_error(found["sum"], expected["sum"]) < 1e-6
+    assert found["one"] == 1.0
+
+
+def test_constants_that_the_function_closes_over():
+    mean, variables = normal(rng_of(0), 1, 3), kernels(w=(3, 4))
+    apply = lambda v, x: jax.jit(lambda x: x - mean)(x) @ v["w"]  # noqa: E731
+    x = normal(rng_of(1), 2, 3)
+    assert relative_error(replay(apply, variables, x), apply(variables, x)) < 1e-6
+
+
+def loop(v, x):
+    return lax.scan(lambda h, k: (conv(h, k), None), x, v["a"])[0]
+
+
+def until(v, x):
+    step = lambda c: (c[0] + 1, conv(c[1], v["a"][0]))  # noqa: E731
+    return lax.while_loop(lambda c: c[0] < 3, step, (0, x))[1]
+
+
+def branch(v, x):
+    return lax.cond(x.sum() > 0, lambda x: conv(x, v["a"][0]), lambda x: x, x)
+
+
+def nested(v, x):
+    return jax.jit(loop)(v, x)
+
+
+@pytest.mark.parametrize(
+    ("apply", "name"), [(loop, "scan"), (until, "while"), (branch, "cond"), (nested, "scan")]
+)
+def test_a_weighted_op_in_a_loop_is_refused(apply, name):
+    with pytest.raises(InputError, match=rf"weighted op inside `{name}`.*unroll"):
+        trace(apply, kernels(a=(2, 3, 3, 3, 3)), X)
+
+
+def test_a_loop_without_weights_is_no_obstacle():
+    def apply(v, x):
+        h = lax.fori_loop(0, 3, lambda _, h: 0.5 * h, conv(x, v["a"]))
+        return conv(h, v["a"])
+
+    assert paths(apply, kernels(a=(3, 3, 3, 3))) == ["a", "a#2"]
+
+
+def odd_convolution(v, x, **options):
+    arguments = {"window_strides": (1, 1), "padding": ((1, 1), (1, 1)), **options}
+    return lax.conv_general_dilated(
+        x, v["net/w"], dimension_numbers=("NHWC", "HWIO", "NHWC"), **arguments
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lhs_dilation": (2, 2)}, r"net/w: transposed convolutions \(lhs_dilation \(2, 2\)"),
+        ({"batch_group_count": 2}, r"net/w: batch_group_count 2 is not supported, only 1"),
+        ({"padding": ((-1, 0), (0, 0))}, r"net/w: negative padding \(\(-1, 0\)"),
+    ],
+)
+def test_unsupported_convolutions_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        trace(functools.partial(odd_convolution, **options), kernels(**{"net/w": (3, 3, 3, 4)}), X)
+
+
+def test_flax_style_transposed_convolution_is_named():
+    apply = lambda v, x: lax.conv_transpose(x, v["up"], (2, 2), "SAME")  # noqa: E731
+    with pytest.raises(InputError, match="up: transposed convolutions"):
+        trace(apply, kernels(up=(3, 3, 3, 4)), X)
+
+
+def test_a_weight_that_is_convolved_with_a_kernel_is_named():
+    apply = lambda v, x: conv(v["a"], x)  # noqa: E731
+    with pytest.raises(InputError, match="a: the weight is the left operand"):
+        trace(apply, kernels(a=(1, 8, 8, 6)), normal(rng_of(0), 3, 3, 6, 3))
+
+
+def test_no_weighted_op_is_an_error():
+    with pytest.raises(InputError, match="no weighted op"):
+        trace(lambda v, x: x * v["a"], kernels(a=(1, 1)), np.ones((2, 1), np.float32))
+
+
+def test_weights_that_the_function_closes_over_are_no_weights():
+    apply, variables = mlp()
+    closed = lambda v, x: apply(variables, x) * v["scale"]  # noqa: E731
+    with pytest.raises(InputError, match="no conv or dot takes a weight from `variables`"):
+        trace(closed, {"scale": np.float32(1.0)}, normal(rng_of(0), 2, 6))
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (X[0], r"float32\[6, 6, 3\]"),  # rank
+        (X.astype(np.int32), r"int32\[2, 6, 6, 3\]"),  # dtype
+        (X[..., :2], r"float32\[2, 6, 6, 2\]"),  # channels
+    ],
+)
+def test_input_that_does_not_fit_is_quoted(x, text):
+    with pytest.raises(InputError, match=rf"fails for x of \['{text}'\]"):
+        trace(*residual_net(), x)
+
+
+@pytest.mark.user_model
+def test_errors_of_the_users_framework_are_input_errors():
+    nn = pytest.importorskip("flax.linen")
+    model = nn.Dense(3)
+    variables = model.init(jax.random.key(0), np.zeros((1, 4), np.float32))
+    with pytest.raises(InputError, match=r"fails for x of \['float32\[2, 5\]'\]"):
+        trace(model.apply, variables, np.zeros((2, 5), np.float32))
+
+
+def test_calibration_of_the_wrong_shape_is_an_input_error():
+    apply, variables = residual_net()
+    with pytest.raises(InputError, match=r"fails for x of \['float32\[8, 6, 6, 2\]'\]"):
+        aq.quantize(apply, variables, images(0, 8, channels=2), aq.recipes.nearest(batch_size=8))

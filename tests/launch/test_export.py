@@ -1,0 +1,211 @@
+"""What launch.export writes does what the network does, on runtimes of others."""
+
+import collections
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import aquant_jax as aq
+from aquant_jax.deployment import onnx as onnx_export
+from aquant_jax.deployment import stablehlo
+from aquant_jax.errors import InputError
+from aquant_jax.storage import archive
+from launch import export, quantize
+from tests.support.nets import conv, images, normal, residual_net, rng_of
+from tests.support.process import REPOSITORY, run_python
+
+onnx = pytest.importorskip("onnx", reason="needs aquant-jax[onnx]")
+pytest.importorskip("jax2onnx", reason="needs aquant-jax[onnx]")
+pytestmark = [
+    pytest.mark.user_model,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+X = images(0, 8, size=5)
+
+
+def odd_net():
+    """Groups, a depthwise layer with strides and dilation, uneven padding, and two heads."""
+    rng = rng_of(5)
+    variables = {
+        "stem": normal(rng, 2, 2, 3, 8) / 3,
+        "grouped": normal(rng, 3, 2, 4, 8) / 4,
+        "depthwise": normal(rng, 2, 2, 1, 8) / 2,
+        "heads": normal(rng, 8, 2, 3),
+    }
+
+    def apply(v, x):
+        h = jax.nn.relu(conv(x, v["stem"], padding=((1, 0), (0, 1))))
+        h = jax.nn.relu(conv(h, v["grouped"], groups=2, padding=((1, 1), (1, 0))))
+        h = jnp.pad(h, ((0, 0), (1, 0), (0, 0), (0, 0)))
+        h = jax.nn.relu(conv(h, v["depthwise"], (2, 1), ((0, 0), (1, 1)), 8, (1, 2)))
+        heads = jnp.einsum("nc,chd->nhd", jnp.mean(h, (1, 2)), v["heads"])
+        return {"first": heads[:, 0], "both": heads}
+
+    return apply, variables
+
+
+@functools.cache
+def quantized(net, fused=False, bits=2):
+    apply, variables = net()
+    recipe = aq.recipes.aquant(bits, bits, steps=2, batch_size=4, border_lr=0.02, fused=fused)
+    return aq.quantize(apply, variables, X, recipe, progress=False)
+
+
+def assert_same_outputs(found, expected):
+    expected = jax.tree.leaves(expected)
+    assert len(found) == len(expected)
+    for left, right in zip(found, map(np.asarray, expected), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5 * np.abs(right).max())
+
+
+@pytest.mark.parametrize(
+    ("net", "fused", "bits"),
+    [(residual_net, True, 4), (odd_net, False, 3)],
+)
+def test_onnxruntime_gives_the_same_outputs(tmp_path, net, fused, bits):
+    network = quantized(net, fused, bits)
+    model = onnx_export.to_onnx(network)
+    onnx.checker.check_model(model, full_check=True)
+    path = tmp_path / "network.onnx"
+    path.write_bytes(model.SerializeToString())
+    run = onnx_export.load(path)
+    for x in (X, X[:1], np.concatenate([X, X[:3]])):
+        assert_same_outputs(run(x), network(x))
+    counts = collections.Counter(node.op_type for node in model.graph.node)
+    assert counts["DequantizeLinear"] == len(network.layers)
+    assert not counts["QuantizeLinear"]
+    kinds = {t.name: t.data_type for t in model.graph.initializer if t.name.endswith(":codes")}
+    small, whole = onnx.TensorProto.UINT4, onnx.TensorProto.UINT8
+    wide = {spec.path: spec.weight_bits > 4 for spec in network.specs}
+    assert kinds == {f"{path}:codes": whole if wide[path] else small for path in wide}
+
+
+def test_onnx_names_inputs_and_outputs_by_their_paths():
+    model = onnx_export.to_onnx(quantized(odd_net, False, 3))
+    shapes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes == {
+        "input": ["samples", 5, 5, 3],
+        "both": ["samples", 2, 3],
+        "first": ["samples", 3],
+    }
+
+
+def test_a_size_that_must_be_known_is_fixed(tmp_path):
+    kernel = normal(rng_of(0), 75, 4)
+    network = aq.quantize(
+        lambda variables, x: x.reshape(len(x), -1) @ variables["kernel"],
+        {"kernel": kernel}, X, aq.recipes.nearest(batch_size=4), progress=False,
+    )  # fmt: skip
+    path = tmp_path / "network.onnx"
+    path.write_bytes(onnx_export.to_onnx(network).SerializeToString())
+    assert_same_outputs(onnx_export.load(path)(X[:7]), network(X[:7]))
+    program = stablehlo.self_contained(network)
+    np.testing.assert_allclose(program.call(X[:4]), network(X[:4]), rtol=1e-5)
+
+
+def test_what_onnx_lacks_is_one_line():
+    def apply(variables, x):
+        y = x.reshape(x.shape[0], -1) @ variables["kernel"]
+        return jax.lax.linalg.qr(y.reshape(-1, 2, 2))[0].reshape(-1, 4)
+
+    network = aq.quantize(
+        apply, {"kernel": normal(rng_of(0), 75, 4)}, X, aq.recipes.nearest(batch_size=4),
+        progress=False,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"cannot become ONNX: .*qr"):
+        onnx_export.to_onnx(network)
+
+
+def test_a_restored_network_needs_the_code_for_onnx(tmp_path):
+    aq.save(quantized(residual_net), tmp_path / "saved")
+    with pytest.raises(InputError, match="ONNX is made with the model's code"):
+        onnx_export.to_onnx(aq.restore(tmp_path / "saved"))
+    program = stablehlo.self_contained(aq.restore(tmp_path / "saved"))
+    np.testing.assert_array_equal(program.call(X[:3]), quantized(residual_net)(X[:3]))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on the digits."""
+    path = tmp_path_factory.mktemp("export") / "run"
+    arguments = [
+        "--config=configs/digits.py:w2a2", "--config.recipe.steps=5",
+        "--config.calibration_size=64", "--config.recipe.init_samples=64",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        assert quantize.main(["quantize", *arguments, f"--workdir={path}"]) == 0
+    return path
+
+
+@pytest.fixture
+def argv(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    return ["export", f"--workdir={shutil.copytree(run, tmp_path / 'run')}"]
+
+
+@pytest.mark.parametrize("name", export.FORMATS)
+def test_every_format_reproduces_all_predictions(argv, tmp_path, capsys, name):
+    assert export.main([*argv, f"--format={name}"]) == 0
+    folder = tmp_path / "run" / "export" / name
+    report = json.loads((folder / "report.json").read_text())
+    assert report["exports"]
+    for found in report["exports"].values():
+        assert (found["samples"], found["same"]) == (500, 500)
+        assert found["difference"] < 1e-4
+    size = sum(n for path, n in archive.sizes(folder).items() if path != "report.json")
+    assert sum(report["bytes"].values()) == size
+    assert "500 of 500 samples the same" in capsys.readouterr().out
+
+
+def test_stablehlo_runs_in_a_process_of_its_own_and_without_gpu_ops_says_what_is_missing(
+    argv, tmp_path
+):
+    assert export.main([*argv, "--format=stablehlo"]) == 0
+    done = run_python(f"""
+import jax, numpy as np, sys
+x = np.zeros((3, 8, 8, 1), np.float32)
+folder = {str(tmp_path / "run" / "export" / "stablehlo")!r}
+def run(name):
+    return jax.export.deserialize(bytearray(open(f"{{folder}}/{{name}}", "rb").read())).call(x)
+plain = run("network.stablehlo")
+try:
+    run("network_gpu_ops.stablehlo")
+except Exception as error:
+    print("gpu_ops_" in str(error), "aquant_jax" in sys.modules)
+import gpu_ops
+print(np.array_equal(plain, run("network_gpu_ops.stablehlo")))
+""")
+    assert done.stdout == "True False\nTrue\n", done.stderr
+
+
+def test_an_export_that_is_another_network_is_not_kept(argv, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(onnx_export, "load", lambda path: lambda x: [np.eye(10)[[0] * len(x)]])
+    assert export.main([*argv, "--format=onnx"]) == 2
+    assert "network.onnx is not the network: " in capsys.readouterr().err
+    assert list((tmp_path / "run" / "export").iterdir()) == []
+
+
+def test_wrong_folders_are_one_line(argv, tmp_path, capsys):
+    (tmp_path / "run" / "results.json").unlink()
+    assert export.main([*argv, "--format=onnx"]) == 2
+    assert "holds no finished run: there is no results.json" in capsys.readouterr().err
+    assert export.main([*argv, "--format=tflite"]) == 2
+    assert "tflite" in capsys.readouterr().err
+
+
+def test_a_damaged_network_is_named(argv, tmp_path, capsys):
+    program = tmp_path / "run" / "quantized" / "program.stablehlo.z"
+    program.write_bytes(program.read_bytes()[:-1])
+    assert export.main([*argv, "--format=onnx"]) == 2
+    assert f"{program} is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "export").exists()

@@ -1,0 +1,287 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aquant_jax.arithmetic import border as borders
+from aquant_jax.arithmetic.adaround import init_alpha, soft_codes
+from aquant_jax.arithmetic.uniform import TensorState
+from aquant_jax.graph.trace import trace
+from aquant_jax.layers.fake_quant import (
+    LayerSpec,
+    LayerState,
+    Weights,
+    border_shape,
+    channel_rows,
+    dequantize_weight,
+    input_codes,
+    per_channel,
+    run_layer,
+)
+from tests.support import numpy_reference as reference
+from tests.support.nets import conv, normal, rng_of
+
+GRID = TensorState(jnp.float32(0.3), jnp.float32(2.0))
+BITS = 3
+# What a convolution may be: padding, strides, dilation and groups.
+CONVOLUTIONS = {
+    "same": {"padding": ((1, 1), (1, 1))},
+    "valid": {"padding": ((0, 0), (0, 0))},
+    "strided": {"padding": ((1, 0), (0, 1)), "strides": (2, 3)},
+    "dilated": {"padding": ((2, 2), (2, 2)), "dilation": (2, 2)},
+    "grouped": {"padding": ((1, 1), (1, 1)), "groups": 2},
+    "depthwise": {"padding": ((1, 1), (1, 1)), "groups": 4},
+}
+
+
+def op_of(function, kernel, x):
+    (op,) = [op for op in trace(function, {"w": kernel}, x).ops if op.layer]
+    return op
+
+
+def spec_of(op, border="quadratic", phi="clamp", fused=True):
+    return LayerSpec("w", op.layer.kind, 4, "w", BITS, border, phi, fused)
+
+
+def coefficients_of(op, x_shape, border, phi="clamp", seed=0, size=0.1):
+    shape = border_shape(op, x_shape)
+    start = borders.get(border).init(shape, borders.get_phi(phi).half)
+    rng = rng_of(seed)
+    return {name: np.asarray(c) + size * normal(rng, *shape) for name, c in start.items()}
+
+
+def convolution(options, size=3):
+    groups = options.get("groups", 1)
+    x = normal(rng_of(1), 2, 7, 6, 4)
+    kernel = normal(rng_of(2), size, size, 4 // groups, 4)
+    return op_of(lambda v, x: conv(x, v["w"], **options), kernel, x), x, kernel
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "each"])
+@pytest.mark.parametrize("phi", ["clamp", "identity"])
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
+def test_convolution_is_that_of_the_numpy_reference(options, phi, fused):
+    op, x, kernel = convolution(options)
+    spec, bias = spec_of(op, phi=phi, fused=fused), normal(rng_of(3), 4)
+    coefficients = coefficients_of(op, x.shape, "quadratic")
+    keep = rng_of(4).random(x.shape) < 0.5
+    expected, codes = reference.quantized_conv(
+        x, kernel, bias, np.float32(0.3), 2, BITS, coefficients, phi, fused, keep=keep, **options
+    )
+    y = run_layer(op, spec, x, Weights(kernel, bias, coefficients), GRID, jnp.asarray(keep))
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+    found = np.moveaxis(input_codes(op, spec, x, GRID, coefficients), 0, 3)
+    np.testing.assert_array_equal(found, codes)
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
+def test_nearest_convolution_is_that_of_the_numpy_reference(options):
+    op, x, kernel = convolution(options)
+    spec, bias = spec_of(op, border=None), normal(rng_of(3), 4)
+    expected, _ = reference.quantized_conv(
+        x, kernel, bias, np.float32(0.3), 2, BITS, None, **options
+    )
+    np.testing.assert_allclose(
+        run_layer(op, spec, x, Weights(kernel, bias, {}), GRID), expected, atol=2e-5
+    )
+    u = x * (np.float32(1) / np.float32(0.3))
+    codes = np.clip(np.ceil(u - np.float32(0.5)) + 2, 0, 7)
+    np.testing.assert_array_equal(input_codes(op, spec, x, GRID, {}), codes)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "quadratic"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("size", [1, 3, 5, 7])
+def test_border_of_one_half_gives_the_codes_of_nearest(size, fused, name):
+    """Ties included: the input is made of multiples of half a step."""
+    options = {"padding": ((size // 2, size // 2),) * 2}
+    op, x, _ = convolution(options, size)
+    x = np.round(4 * x).astype(np.float32) / 4
+    half = TensorState(jnp.float32(0.5), jnp.float32(2.0))
+    start = coefficients_of(op, x.shape, name, size=0.0)
+    spec = spec_of(op, border=name, fused=fused)
+    nearest = np.asarray(input_codes(op, spec._replace(border=None), x, half, {}))
+    found = np.asarray(input_codes(op, spec, x, half, start))
+    if size == 1:
+        np.testing.assert_array_equal(found, nearest)
+    else:
+        # Padding has the code of zero.
+        shifted = nearest.astype(int) - 2
+        columns = reference.im2col(shifted, (size, size), padding=options["padding"])
+        np.testing.assert_array_equal(np.moveaxis(found, 0, 3), columns + 2)
+
+
+def test_one_dimensional_convolution_equals_the_two_dimensional_one():
+    x, kernel = normal(rng_of(5), 2, 9, 4), normal(rng_of(6), 3, 4, 5)
+
+    def line(v, x):
+        return jax.lax.conv_general_dilated(
+            x, v["w"], (2,), ((1, 1),), dimension_numbers=("NWC", "WIO", "NWC")
+        )
+
+    op = op_of(line, kernel, x)
+    coefficients = coefficients_of(op, x.shape, "linear")
+    y = run_layer(
+        op, spec_of(op, "linear"), x, Weights(kernel, np.zeros(5, "f"), coefficients), GRID
+    )
+    expected, _ = reference.quantized_conv(
+        x[:, None], kernel[None], np.float32(0), np.float32(0.3), 2, BITS, coefficients,
+        strides=(1, 2), padding=((0, 0), (1, 1)),
+    )  # fmt: skip
+    np.testing.assert_allclose(y, expected[:, 0], atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "CHWN"])
+def test_layouts_give_the_same_convolution(layout):
+    options = CONVOLUTIONS["strided"]
+    op, x, kernel = convolution(options)
+    coefficients, bias = coefficients_of(op, x.shape, "quadratic"), normal(rng_of(3), 4)
+    expected = run_layer(op, spec_of(op), x, Weights(kernel, bias, coefficients), GRID)
+    order = ["NHWC".index(axis) for axis in layout]
+    weights = {"NCHW": "OIHW", "CHWN": "IHWO"}[layout]
+    moved = np.transpose(kernel, ["HWIO".index(axis) for axis in weights])
+
+    def other(v, x):
+        return jax.lax.conv_general_dilated(
+            x, v["w"], options["strides"], options["padding"],
+            dimension_numbers=(layout, weights, layout),
+        )  # fmt: skip
+
+    turned = np.transpose(x, order)
+    again = op_of(other, moved, turned)
+    y = run_layer(again, spec_of(again), turned, Weights(moved, bias, coefficients), GRID)
+    np.testing.assert_allclose(y, np.transpose(expected, order), atol=2e-5)
+
+
+def test_dense_layer_has_one_border_an_input_channel():
+    x, kernel, bias = normal(rng_of(7), 5, 6), normal(rng_of(8), 6, 4), normal(rng_of(9), 4)
+    op = op_of(lambda v, x: x @ v["w"], kernel, x)
+    coefficients = coefficients_of(op, x.shape, "quadratic")
+    y = run_layer(op, spec_of(op), x, Weights(kernel, bias, coefficients), GRID)
+    expected, codes = reference.quantized_conv(
+        x[:, None, None], kernel[None, None], bias, np.float32(0.3), 2, BITS, coefficients
+    )
+    np.testing.assert_allclose(y, expected[:, 0, 0], atol=2e-5)
+    found = input_codes(op, spec_of(op), x, GRID, coefficients)
+    np.testing.assert_array_equal(found, codes[:, 0, 0, 0])
+
+
+def test_dense_layer_whose_weight_is_on_the_left():
+    x, kernel, bias = normal(rng_of(7), 5, 6), normal(rng_of(8), 6, 4), normal(rng_of(9), 4)
+    op = op_of(lambda v, x: x @ v["w"], kernel, x)
+    left = op_of(lambda v, x: jnp.einsum("io,ni->on", v["w"], x), kernel, x)
+    coefficients = coefficients_of(op, x.shape, "linear")
+    y = run_layer(op, spec_of(op, "linear"), x, Weights(kernel, bias, coefficients), GRID)
+    other = run_layer(left, spec_of(left, "linear"), x, Weights(kernel, bias, coefficients), GRID)
+    np.testing.assert_allclose(other if other.shape == y.shape else other.T, y, atol=2e-5)
+
+
+def test_two_contracted_axes_are_two_axes_of_column_elements():
+    """The output projection of multi-head attention: [n, t, heads, depth] x [heads, depth, o]."""
+    x, kernel = normal(rng_of(10), 3, 5, 2, 4), normal(rng_of(11), 2, 4, 6)
+    op = op_of(lambda v, x: jnp.einsum("nthd,hdo->nto", x, v["w"]), kernel, x)
+    assert border_shape(op, x.shape) == (1, 8)
+    coefficients, bias = coefficients_of(op, x.shape, "quadratic"), normal(rng_of(12), 6)
+    y = run_layer(op, spec_of(op), x, Weights(kernel, bias, coefficients), GRID)
+    # The elements are numbered in the order of the op's contracted axes.
+    first, second = op.params["dimension_numbers"][0][0]
+    flat = x.transpose(0, 1, first, second).reshape(3, 1, 5, 8)
+    kernel = kernel.transpose(first - 2, second - 2, 2)
+    expected, _ = reference.quantized_conv(
+        flat, kernel.reshape(1, 1, 8, 6), bias, np.float32(0.3), 2, BITS, coefficients
+    )
+    np.testing.assert_allclose(y, expected[:, 0], atol=2e-5)
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
+def test_channel_rows_and_per_channel_number_the_output_channels(options):
+    op, _, kernel = convolution(options)
+    rows = channel_rows(op, kernel)
+    assert rows.shape == (4, kernel.size // 4)
+    for channel in range(4):
+        np.testing.assert_array_equal(rows[channel], kernel[..., channel].ravel())
+    scaled = kernel * per_channel(op, jnp.arange(4.0))
+    np.testing.assert_array_equal(scaled, kernel * np.arange(4.0, dtype=np.float32))
+
+
+def test_dequantized_weights():
+    op, _, kernel = convolution(CONVOLUTIONS["same"])
+    codes = rng_of(13).integers(0, 16, kernel.shape).astype(np.uint8)
+    scale, zero = np.float32([0.5, 1, 2, 0.25]), np.float32([0, 3, 8, 15])
+    state = LayerState(jnp.asarray(codes), jnp.asarray(scale), jnp.asarray(zero), jnp.zeros(4), {})
+    np.testing.assert_array_equal(dequantize_weight(op, state), scale * (codes - zero))
+    floats = LayerState(jnp.asarray(kernel), jnp.zeros(0), jnp.zeros(0), jnp.zeros(4), {})
+    np.testing.assert_array_equal(dequantize_weight(op, floats), kernel)
+
+
+def test_result_has_the_asked_dtype():
+    x, kernel = normal(rng_of(7), 5, 6), normal(rng_of(8), 6, 4)
+    op = op_of(lambda v, x: x @ v["w"], kernel.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
+    coefficients = coefficients_of(op, x.shape, "quadratic")
+    y = run_layer(
+        op, spec_of(op), jnp.asarray(x, jnp.bfloat16),
+        Weights(kernel, np.zeros(4, "f"), coefficients), GRID, dtype=jnp.bfloat16,
+    )  # fmt: skip
+    assert y.dtype == jnp.bfloat16
+
+
+class TestGradients:
+    """Against finite differences of the surrogate whose rounding residual and clips are frozen."""
+
+    @pytest.mark.parametrize("fused", [True, False], ids=["fused", "each"])
+    @pytest.mark.parametrize("phi", ["clamp", "identity"])
+    @pytest.mark.parametrize("options", [CONVOLUTIONS["strided"], CONVOLUTIONS["grouped"]])
+    def test_of_step_size_and_border(self, options, phi, fused):
+        op, x, kernel = convolution(options)
+        spec = spec_of(op, phi=phi, fused=fused)
+        coefficients = coefficients_of(op, x.shape, "quadratic")
+        exact = jax.tree.map(np.float64, coefficients)
+        frozen = reference.Frozen()
+
+        def surrogate(step, coefficients):
+            y, _ = reference.quantized_conv(
+                np.float64(x), np.float64(kernel), 0.0, np.float64(step), 2, BITS, coefficients,
+                phi, fused, quantizer=frozen, **options,
+            )  # fmt: skip
+            return y
+
+        dy = normal(rng_of(14), *surrogate(np.float32(0.3), exact).shape)
+
+        def loss(step, coefficients):
+            grid = GRID._replace(step_size=step)
+            y = run_layer(op, spec, x, Weights(kernel, np.zeros(4, "f"), coefficients), grid)
+            return jnp.sum(dy * y)
+
+        dstep, found = jax.jit(jax.grad(loss, argnums=(0, 1)))(GRID.step_size, coefficients)
+        expected = reference.numerical_gradient(
+            lambda s: np.sum(dy * surrogate(s, exact)), np.float32(0.3)
+        )
+        np.testing.assert_allclose(dstep, expected, rtol=2e-4)
+        for name in coefficients:
+            numeric = reference.numerical_gradient(
+                lambda c, name=name: np.sum(dy * surrogate(np.float32(0.3), {**exact, name: c})),
+                exact[name],
+            )
+            np.testing.assert_allclose(found[name], numeric, atol=2e-4 * np.abs(numeric).max())
+
+    def test_of_alpha(self):
+        weight, scale, zero = normal(rng_of(15), 6, 8), np.float32(0.4), np.float32(3.0)
+        alpha = np.asarray(init_alpha(weight / scale)) + 0.3 * normal(rng_of(16), 6, 8)
+        dy = normal(rng_of(17), 6, 8)
+        top = 2**BITS - 1
+        codes = np.floor(weight / scale) + zero
+        # The straight-through clip: nothing flows where the soft code leaves the range.
+        h = reference.soft_weight(np.float64(weight), scale, 100.0, 8, np.float64(alpha)) / scale
+        inside = (h + zero >= 0) & (h + zero <= top)
+
+        def surrogate(alpha):
+            h = np.clip(1.2 / (1.0 + np.exp(-alpha)) - 0.1, 0.0, 1.0)
+            return np.sum(dy * scale * np.where(inside, codes + h - zero, 0.0))
+
+        def loss(alpha):
+            values = scale * (soft_codes(weight / scale, alpha, zero, BITS) - zero)
+            return jnp.sum(dy * values)
+
+        numeric = reference.numerical_gradient(surrogate, np.float64(alpha))
+        np.testing.assert_allclose(jax.grad(loss)(alpha), numeric, atol=1e-5)
+        assert 0 < inside.sum() < inside.size
