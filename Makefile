@@ -1,5 +1,6 @@
 # make demo   quantize the embedded network by all five methods: table, results, plots
-# make test   lint and all tests;  make lint, type, bench: one thing each
+# make test   lint and all tests
+# make lint   ruff and pyright;  make type, bench: one thing each
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -12,19 +13,20 @@ DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
-	$(RUN) -m launch.compare --config=configs/digits.py:w2a2 --presets=$(DEMO_PRESETS) --workdir=runs/demo
+	$(RUN) -m launch.sweep --config=configs/digits.py:w2a2 --presets=$(DEMO_PRESETS) --workdir=runs/demo
 
 test: lint
 	$(RUN) -m pytest -n 2
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
+	$(MAKE) --no-print-directory type
 
 type: $(VENV)/.test
 	$(RUN) -m pyright
 
 bench: $(VENV)/.test
-	$(RUN) -m launch.bench calibrate
+	$(RUN) -m launch.bench.calibrate
 
 # On a machine with an NVIDIA GPU and nvcc: all that docs/results.md marks as not run there.
 gpu: GPU_OPS_CUDA := ON
@@ -35,17 +37,17 @@ gpu: $(VENV)/.test
 # The same with what is installed already: make gpu-here RUN=python3
 gpu-here:
 	$(RUN) -c 'import jax, sys; jax.default_backend() == "gpu" or sys.exit("JAX finds no GPU")'
-	JAX_PLATFORMS=cpu $(RUN) -m pytest tests/test_cuda_build.py tests/test_cuda_twin.py
-	$(RUN) -m pytest tests/test_cuda_device.py
-	compute-sanitizer --error-exitcode 1 $(RUN) -m pytest tests/test_cuda_device.py
+	JAX_PLATFORMS=cpu $(RUN) -m pytest tests/gpu_ops/test_cuda_build.py tests/gpu_ops/test_cuda_twin.py
+	$(RUN) -m pytest tests/gpu_ops/test_cuda_device.py
+	compute-sanitizer --error-exitcode 1 $(RUN) -m pytest tests/gpu_ops/test_cuda_device.py
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(RUN) -m pytest \
-	  tests/test_cuda_device.py -k tuned
-	$(RUN) -m launch.bench latency --model=resnet18 --batch=32 --rounds=100 \
+	  tests/gpu_ops/test_cuda_device.py -k tuned
+	$(RUN) -m launch.bench.latency --model=resnet18 --batch_size=32 --rounds=100 \
 	  --out=docs/measurements/latency_resnet18_gpu.json
 	-command -v nsys && nsys profile --force-overwrite true --output build/latency_resnet18 \
-	  $(RUN) -m launch.bench latency --model=resnet18 --batch=32 --rounds=10
-	$(RUN) -m launch.bench calibrate --out=docs/measurements/calibrate_gpu.json
-	$(RUN) -m launch.bench calibrate --model=resnet18 \
+	  $(RUN) -m launch.bench.latency --model=resnet18 --batch_size=32 --rounds=10
+	$(RUN) -m launch.bench.calibrate --out=docs/measurements/calibrate_gpu.json
+	$(RUN) -m launch.bench.calibrate --model=resnet18 \
 	  --out=docs/measurements/calibrate_resnet18_gpu.json
 
 clean:

@@ -3,27 +3,41 @@
 from aquant_jax import recipe as recipes
 from aquant_jax.arithmetic.border import register as register_border
 from aquant_jax.deployment.checkpoint import restore, save, summary
+from aquant_jax.deployment.layer_summary import LayerSummary
 from aquant_jax.deployment.quantized import Quantized
 from aquant_jax.errors import InputError, ReconstructionError
+from aquant_jax.layers.backend import Backend
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan.network import describe, prepare
 from aquant_jax.quantize import quantize
-from aquant_jax.recipe import Override, Recipe
-from aquant_jax.reconstruction.report import BlockReport, LayerSummary
+from aquant_jax.recipe import Override, Recipe, Reconstruction
+from aquant_jax.reconstruction.observer import (
+    LogObserver,
+    Observer,
+    Observers,
+    TerminalObserver,
+)
+from aquant_jax.reconstruction.report import BlockReport
 from aquant_jax.sensitivity import Sensitivity, sensitivity
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
+    "Backend",
     "BlockReport",
     "Compiler",
     "InputError",
     "LayerSummary",
+    "LogObserver",
+    "Observer",
+    "Observers",
     "Override",
     "Quantized",
     "Recipe",
+    "Reconstruction",
     "ReconstructionError",
     "Sensitivity",
+    "TerminalObserver",
     "describe",
     "prepare",
     "quantize",

@@ -1,23 +1,23 @@
-"""What is raised, and how an exception of somebody else's is told in one line."""
+"""Exceptions that the library raises, and the text of any exception in one line."""
 
 
 class InputError(ValueError):
-    """What the caller passed cannot be used; the message names the offender and both values.
+    """The caller's input cannot be used; the message names the offender and both values.
 
-    A ``ValueError``, so library users catch it as they would any other; the launchers
-    print it as one line and exit with code 2 instead of showing a traceback.
+    A ``ValueError``, so library users catch it as they would any other; the launchers print it as
+    one line and exit with code 2 instead of showing a traceback.
     """
 
 
 class ReconstructionError(RuntimeError):
-    """Reconstruction of a unit failed; the message names its layers."""
+    """Reconstruction of a block failed; the message names its layers."""
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an exception says, or its name if it says nothing.
+    """The first line of an exception's message, or its type's name if the message is empty.
 
     >>> reason(KeyError()), reason(FileNotFoundError(2, "No such file", "x"))
     ('KeyError', 'No such file')
     """
-    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return said.splitlines()[0]
+    message = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return message.splitlines()[0]

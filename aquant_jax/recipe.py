@@ -1,9 +1,9 @@
-"""Recipes: every knob of post-training quantization in one frozen dataclass, with presets."""
+"""Recipes: how a network is quantized, and how the quantizers are learned, with presets."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +13,19 @@ from aquant_jax.arithmetic.packing import FORMATS
 from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS
 from aquant_jax.errors import InputError
 from aquant_jax.graph.activation_rules import RULES
+from aquant_jax.recipe_checks import check_choice, check_ranges, check_types, field_names, hint
+
+SCHEDULES = ("constant", "cosine")
+GRANULARITIES = ("block", "layer")
+_FRACTIONS = (
+    "input_mixing", "quant_drop_prob", "final_full_quant_fraction", "border_warmup",
+    "rounding_warmup",
+)  # fmt: skip
+_POSITIVE = (
+    "batch_size", "init_samples", "weight_lr", "step_lr", "border_lr", "loss_power",
+    "border_gain", "border_range", "beta_start", "beta_end",
+)  # fmt: skip
+_COUNTS = ("steps", "rounding_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +34,10 @@ class Override:
 
     Attributes:
       pattern: regex searched in the weight path and, if it has a colon, in the names of the
-        activations that ``Recipe.activations`` adds (``encoder/query/kernel:matmul``); matching
-        none is an error. Of several that match, the last one decides on each of those below.
-      weight_bits: bits of the weights, or None to leave the recipe's.
-      act_bits: bits of the tensor that feeds the layer, or None to leave the recipe's.
+        activations that ``Recipe.activations`` adds (``encoder/query/kernel:matmul``). A pattern
+        without a match is an error. Of several that match, the last one that sets a field decides.
+      weight_bits: bits of the weights, or None for the recipe's.
+      act_bits: bits of the layer's input, or None for the recipe's.
       keep_float: leave weights and input of the layer, or the activation, in float.
     """
 
@@ -35,69 +48,38 @@ class Override:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a network is quantized. The defaults are those of the public QDrop code.
+class Reconstruction:
+    """How the quantizers of a block are learned. The defaults are those of the public QDrop code.
+
+    A restart (``quantize(restart_from=...)``) may change these fields.
 
     Attributes:
-      preset: name of the preset it started from.
-      weight_bits, act_bits: 2 to 8.
-      first_weight_bits, last_weight_bits: weights of the layers that read the network's input, and
-        of those that no weighted layer follows; None for ``weight_bits``.
-      last_act_bits: the input of the last layers; None for ``act_bits``.
-      first_output_bits: bits of the first layers' output ("keep the first conv's output at 8
-        bits"); None treats it as any other tensor.
-      quantize_input: also quantize what depends on no weight, such as the input image.
-      unit: "block" or "layer" (see `blocks.partition`).
-      blocks: path regexes that replace the automatic merging of layers into blocks.
-      activations: what is rounded to nearest besides the inputs of weighted ops: names of
-        `sites.RULES`, such as "matmul" for the operands of a product of two activations.
-      overrides: exceptions by path regex; the last match wins.
-      steps: optimisation steps a unit; 0 rounds to nearest without any.
-      batch_size: samples a step.
-      border: name of the border function, or None to round activations to nearest.
-      fused: average the border over the taps of a channel (Eq. 9), as the paper does.
-      phi: see `border.PHIS`.
-      border_format: of the deployed coefficients, see `packing.FORMATS`; what is rounded to it is
-        what is scored and saved.
-      input_mixing: probability that an element of a unit's input is the float network's.
-      drop: probability that an element inside a unit stays unquantized (QDrop).
-      settle: fraction of the steps, at the end, that neither mix nor drop: the borders and step
-        sizes then see what is deployed.
+      steps: optimisation steps per block; 0 rounds to nearest.
+      batch_size: samples per step.
+      input_mixing: probability that an element of a block's input is the float network's.
+      quant_drop_prob: probability that an element inside a block stays unquantized (QDrop).
+      final_full_quant_fraction: fraction of the steps, at the end, without mixing or dropping.
+        Borders and step sizes then see the network that is deployed.
       weight_lr, step_lr, border_lr: Adam learning rates of alpha, step sizes and coefficients.
       step_schedule, border_schedule: "constant" or "cosine" (to zero).
-      border_gain: every coefficient's learning rate is multiplied by it: learning p with
-        B = phi(1/2 + gain * p) is the same thing under Adam.
-      border_range: likewise, as if u ran from 0 to this and not to Qmax: a step of Adam then moves
-        the border by the same share of the tensor's range at every bit-width. None: u as it is.
+      border_gain: factor on the learning rate of every coefficient. Under Adam it is equivalent to
+        learning p with B = phi(1/2 + gain * p).
+      border_range: scales the learning rates as if u ran from 0 to this value instead of Qmax: one
+        step of Adam then moves the border by the same share of the tensor's range at every
+        bit-width. None disables it.
       border_warmup: fraction of the steps before the coefficients start to move.
       rounding_weight: lambda of the rounding loss.
       rounding_warmup: fraction of the steps without rounding loss.
-      beta_start, beta_end: the rounding loss's exponent.
+      beta_start, beta_end: exponent of the rounding loss.
       loss_power: the reconstruction loss is mean ``|error|^loss_power``, summed over channels.
       init_samples: samples for the initial step sizes.
     """
 
-    preset: str = "custom"
-    weight_bits: int = 4
-    act_bits: int = 4
-    first_weight_bits: int | None = 8
-    last_weight_bits: int | None = 8
-    last_act_bits: int | None = 8
-    first_output_bits: int | None = None
-    quantize_input: bool = False
-    unit: str = "block"
-    blocks: tuple[str, ...] = ()
-    activations: tuple[str, ...] = ()
-    overrides: tuple[Override, ...] = ()
     steps: int = 20_000
     batch_size: int = 32
-    border: str | None = None
-    fused: bool = True
-    phi: str = "clamp"
-    border_format: str = "float32"
     input_mixing: float = 0.0
-    drop: float = 0.0
-    settle: float = 0.0
+    quant_drop_prob: float = 0.0
+    final_full_quant_fraction: float = 0.0
     weight_lr: float = 1e-3
     step_lr: float = 4e-5
     border_lr: float = 1e-3
@@ -113,8 +95,59 @@ class Recipe:
     loss_power: float = 2.0
     init_samples: int = 256
 
-    def __post_init__(self):
-        # Lists come from config files and JSON; the recipe must stay hashable.
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("step_schedule", "border_schedule"):
+            check_choice(self, name, SCHEDULES)
+        check_ranges(self, _FRACTIONS, lambda v: 0.0 <= v < 1.0, "in [0, 1)")
+        check_ranges(self, _POSITIVE, lambda v: 0 < v < math.inf, "positive and finite")
+        check_ranges(self, _COUNTS, lambda v: 0 <= v < math.inf, "0 or more, and finite")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a network is quantized: bits, borders, rules and exceptions, and `Reconstruction`.
+
+    Attributes:
+      preset: name of the preset it started from.
+      weight_bits, act_bits: 2 to 8.
+      first_weight_bits, last_weight_bits: weights of the layers that read the network's input, and
+        of those that no weighted layer follows; None for ``weight_bits``.
+      last_act_bits: the input of the last layers; None for ``act_bits``.
+      first_output_bits: bits of the first layers' output; None treats it as any other tensor.
+      quantize_input: also quantize activations that depend on no weight, such as the input image.
+      granularity: "block" or "layer", see `graph.partition.partition`.
+      blocks: path regexes that replace the automatic merging of layers into blocks.
+      activations: activations to round to nearest besides the inputs of weighted ops: names of
+        `activation_rules.RULES`, such as "matmul" for the operands of a product of activations.
+      overrides: exceptions by path regex; the last match decides.
+      border: name of the border function, or None to round activations to nearest.
+      shared_across_taps: average the border over the taps of a channel (Eq. 9), as the paper does.
+      phi: see `border.PHIS`.
+      border_format: of the deployed coefficients, see `packing.FORMATS`; `quantize` rounds to it.
+      reconstruction: how the quantizers are learned.
+    """
+
+    preset: str = "custom"
+    weight_bits: int = 4
+    act_bits: int = 4
+    first_weight_bits: int | None = 8
+    last_weight_bits: int | None = 8
+    last_act_bits: int | None = 8
+    first_output_bits: int | None = None
+    quantize_input: bool = False
+    granularity: str = "block"
+    blocks: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    border: str | None = None
+    shared_across_taps: bool = True
+    phi: str = "clamp"
+    border_format: str = "float32"
+    reconstruction: Reconstruction = Reconstruction()
+
+    def __post_init__(self) -> None:
+        # Lists and dicts come from config files and JSON; the recipe must stay hashable.
         for name in ("blocks", "activations", "overrides"):
             if not isinstance(getattr(self, name), list | tuple):
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be a list or tuple")
@@ -122,133 +155,140 @@ class Recipe:
         object.__setattr__(self, "activations", tuple(self.activations))
         items = (o if isinstance(o, Override) else _override(o) for o in self.overrides)
         object.__setattr__(self, "overrides", tuple(items))
-        _check(self)
+        if not isinstance(self.reconstruction, Reconstruction):
+            object.__setattr__(self, "reconstruction", _reconstruction(self.reconstruction))
+        _check_bits(self)
+        check_types(self)
+        _check_recipe(self)
 
-    def replace(self, **fields) -> Recipe:
-        """A copy with other fields; InputError on an unknown one."""
-        _known_fields(fields)
-        return dataclasses.replace(self, **fields)
+    def replace(self, **fields: Any) -> Recipe:
+        """A copy with other fields of the recipe or of its reconstruction.
+
+        Raises:
+          InputError: an unknown field, or a value out of range.
+        """
+        own, learning = _split(fields)
+        base = own.get("reconstruction", self.reconstruction)
+        if not isinstance(base, Reconstruction):
+            base = _reconstruction(base)
+        own["reconstruction"] = dataclasses.replace(base, **learning)
+        return dataclasses.replace(self, **own)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dict, readable by ``preset(**dict)`` and JSON."""
+        """Nested plain dict, readable by ``preset(**dict)`` and JSON."""
         return dataclasses.asdict(self)
 
 
-_QDROP = {"input_mixing": 0.5, "drop": 0.5}
+_QDROP = {"input_mixing": 0.5, "quant_drop_prob": 0.5}
+_ELEMENTWISE = {"border": "quadratic", "shared_across_taps": False, "phi": "identity"}
 
-# What each row of the paper's tables means; see ../shared/docs/reference_procedures.md.
+# One preset per row of the paper's tables; see docs/design.md.
 PRESETS: dict[str, Mapping[str, Any]] = {
     "nearest": {"steps": 0},
-    "adaround": {"unit": "layer"},
+    "adaround": {"granularity": "layer"},
     "brecq": {},
     "qdrop": _QDROP,
-    "aquant": {**_QDROP, "border": "quadratic", "fused": False, "phi": "identity", "settle": 0.5},
-    "aquant_bert": {"unit": "layer", "border": "quadratic", "fused": False, "phi": "identity"},
+    "aquant": {**_QDROP, **_ELEMENTWISE, "final_full_quant_fraction": 0.5},
+    "aquant_bert": {"granularity": "layer", **_ELEMENTWISE},
 }
 
 
-def preset(name: str, **fields) -> Recipe:
-    """The preset called `name` with some fields replaced.
+def preset(name: str, **fields: Any) -> Recipe:
+    """The preset called `name` with some fields replaced, those of the reconstruction too.
 
-    >>> preset("aquant", weight_bits=2, act_bits=2).border
-    'quadratic'
+    >>> preset("aquant", weight_bits=2, act_bits=2, steps=400).reconstruction.steps
+    400
 
     Raises:
       InputError: unknown preset or field, or a value out of range; it lists what exists.
     """
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
-    _known_fields(fields)
-    recipe = Recipe(**{**PRESETS[name], **fields, "preset": name})
+    recipe = Recipe(preset=name).replace(**PRESETS[name]).replace(**{**fields, "preset": name})
     if recipe.border is not None:  # a restored recipe may name one that nobody registered here
         borders.get(recipe.border)
     return recipe
 
 
-def nearest(weight_bits: int = 4, act_bits: int = 4, **fields) -> Recipe:
+def nearest(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
     """Rounding to nearest, scales by MSE search, nothing learned."""
     return preset("nearest", weight_bits=weight_bits, act_bits=act_bits, **fields)
 
 
-def adaround(weight_bits: int = 4, act_bits: int = 4, **fields) -> Recipe:
+def adaround(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
     """AdaRound (Nagel et al. 2020), layer by layer, with LSQ step sizes."""
     return preset("adaround", weight_bits=weight_bits, act_bits=act_bits, **fields)
 
 
-def brecq(weight_bits: int = 4, act_bits: int = 4, **fields) -> Recipe:
+def brecq(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
     """BRECQ (Li et al. 2020): block reconstruction, with LSQ step sizes."""
     return preset("brecq", weight_bits=weight_bits, act_bits=act_bits, **fields)
 
 
-def qdrop(weight_bits: int = 4, act_bits: int = 4, **fields) -> Recipe:
+def qdrop(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
     """QDrop (Wei et al. 2022): block reconstruction with randomly dropped quantization."""
     return preset("qdrop", weight_bits=weight_bits, act_bits=act_bits, **fields)
 
 
-def aquant(weight_bits: int = 4, act_bits: int = 4, **fields) -> Recipe:
+def aquant(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
     """AQuant (Li et al. 2022): QDrop with learned border functions of the activations."""
     return preset("aquant", weight_bits=weight_bits, act_bits=act_bits, **fields)
 
 
-def aquant_bert(weight_bits: int = 4, act_bits: int = 4, **fields) -> Recipe:
-    """AQuant as the paper has it for BERT: AdaRound, layer by layer, with a border an element."""
+def aquant_bert(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
+    """AQuant as in the paper's BERT experiments: layer by layer, one border per element."""
     return preset("aquant_bert", weight_bits=weight_bits, act_bits=act_bits, **fields)
 
 
-def _override(fields) -> Override:
-    known = [f.name for f in dataclasses.fields(Override)]
+def _split(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of a recipe, and those of its reconstruction; InputError on an unknown one."""
+    own, learning = field_names(Recipe), field_names(Reconstruction)
+    for name in fields:
+        if name not in own and name not in learning:
+            raise InputError(f"unknown recipe field {name!r}; {hint(name, [*own, *learning])}")
+    return (
+        {name: value for name, value in fields.items() if name in own},
+        {name: value for name, value in fields.items() if name in learning},
+    )
+
+
+def _override(fields: Any) -> Override:
+    known = field_names(Override)
     if not isinstance(fields, Mapping):
-        raise InputError(f"overrides: {fields!r} is no dict of {', '.join(known)}")
+        raise InputError(f"overrides: {fields!r} must be a dict of {', '.join(known)}")
     try:
         return Override(**fields)
     except TypeError as error:
         raise InputError(f"overrides: {dict(fields)}: {error}; fields: {known}") from error
 
 
-def _known_fields(fields):
-    known = [f.name for f in dataclasses.fields(Recipe)]
+def _reconstruction(fields: Any) -> Reconstruction:
+    if not isinstance(fields, Mapping):
+        raise InputError(f"reconstruction is {fields!r}; it must be a dict of its fields")
+    known = field_names(Reconstruction)
     for name in fields:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise InputError(f"unknown recipe field {name!r}; {hint}fields: {', '.join(known)}")
+            raise InputError(f"unknown field 'reconstruction.{name}'; {hint(name, known)}")
+    return Reconstruction(**fields)
 
 
-_POSITIVE = (
-    "batch_size", "init_samples", "weight_lr", "step_lr", "border_lr", "loss_power",
-    "border_gain", "border_range", "beta_start", "beta_end",
-)  # fmt: skip
-
-
-def _check(recipe: Recipe):
-    _check_bits(recipe)
-    _check_types(recipe)
-    for name in ("step_schedule", "border_schedule"):
-        _one_of(recipe, name, ("constant", "cosine"))
-    _one_of(recipe, "unit", ("block", "layer"))
-    _one_of(recipe, "border_format", FORMATS)
-    for name in ("input_mixing", "drop", "settle", "border_warmup", "rounding_warmup"):
-        if not 0.0 <= getattr(recipe, name) < 1.0:
-            raise InputError(f"{name} is {getattr(recipe, name)}; it must be in [0, 1)")
-    for name in _POSITIVE:
-        value = getattr(recipe, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"{name} is {value}; it must be positive and finite")
-    for name in ("steps", "rounding_weight"):
-        if not 0 <= getattr(recipe, name) < float("inf"):
-            raise InputError(f"{name} is {getattr(recipe, name)}; it must be 0 or more, and finite")
-    _check_names(recipe)
-
-
-def _check_names(recipe: Recipe):
+def _check_recipe(recipe: Recipe) -> None:
+    check_choice(recipe, "granularity", GRANULARITIES)
+    check_choice(recipe, "border_format", FORMATS)
     for rule in recipe.activations:
         if rule not in RULES:
             raise InputError(f"activations: unknown rule {rule!r}; there are {', '.join(RULES)}")
     borders.get_phi(recipe.phi)
+    for pattern in (*recipe.blocks, *(o.pattern for o in recipe.overrides)):
+        if not isinstance(pattern, str):
+            raise InputError(f"blocks and overrides: {pattern!r} is not a regular expression")
+    for override in recipe.overrides:
+        if not isinstance(override.keep_float, bool):
+            raise InputError(f"overrides: keep_float is {override.keep_float!r}, not True or False")
 
 
-def _check_bits(recipe: Recipe):
-    bits = {f: getattr(recipe, f) for f in vars(recipe) if f.endswith("_bits")}
+def _check_bits(recipe: Recipe) -> None:
+    bits = {name: getattr(recipe, name) for name in field_names(Recipe) if name.endswith("_bits")}
     for override in recipe.overrides:
         bits[f"overrides[{override.pattern!r}].weight_bits"] = override.weight_bits
         bits[f"overrides[{override.pattern!r}].act_bits"] = override.act_bits
@@ -258,27 +298,3 @@ def _check_bits(recipe: Recipe):
         whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         if not whole or value not in range(MIN_BITS, MAX_BITS + 1):
             raise InputError(f"{name} is {value!r}; it must be a whole number of 2 to 8 bits")
-
-
-def _check_types(recipe: Recipe):
-    kinds = {"int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": str}
-    for field in dataclasses.fields(recipe):
-        kind_name, _, optional = str(field.type).partition(" | ")
-        value, kind = getattr(recipe, field.name), kinds.get(kind_name)
-        if kind is None or (optional and value is None):
-            continue
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise InputError(f"{field.name} is {value!r}; it must be of type {field.type}")
-        if value != value:
-            raise InputError(f"{field.name} is {value}")
-    for pattern in (*recipe.blocks, *(o.pattern for o in recipe.overrides)):
-        if not isinstance(pattern, str):
-            raise InputError(f"blocks and overrides: {pattern!r} is no regular expression")
-    for override in recipe.overrides:
-        if not isinstance(override.keep_float, bool):
-            raise InputError(f"overrides: keep_float is {override.keep_float!r}, no yes or no")
-
-
-def _one_of(recipe, name, known):
-    if getattr(recipe, name) not in known:
-        raise InputError(f"{name} is {getattr(recipe, name)!r}; known: {', '.join(known)}")

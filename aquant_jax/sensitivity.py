@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax.arithmetic.range_search import tensor_state
-from aquant_jax.graph.subgraph import root, run, static_inputs
-from aquant_jax.layers.fake_quant import run_layer
-from aquant_jax.plan.block_program import forward, make_unit
+from aquant_jax.graph.ir import Op
+from aquant_jax.graph.subgraph import BlockInputs, constant_inputs, run
+from aquant_jax.layers.fake_quant import LayerInput, run_layer
+from aquant_jax.plan.block_program import BlockProgram, forward, make_block_program
 from aquant_jax.plan.checks import check_calibration
-from aquant_jax.plan.network import prepare
+from aquant_jax.plan.network import Network, prepare
 from aquant_jax.recipe import Recipe
+from aquant_jax.reconstruction.observe_ranges import observe_ranges
 from aquant_jax.reconstruction.weights import (
     deployed_weights,
     float_weights,
-    make_grids,
+    make_weight_quantizers,
     nearest_layers,
 )
 
@@ -31,73 +32,83 @@ class Sensitivity(NamedTuple):
     error: float
 
 
-def sensitivity(apply: Callable, variables, calibration, recipe: Recipe) -> list[Sensitivity]:
+def sensitivity(
+    apply: Callable, variables: Any, calibration: Any, recipe: Recipe
+) -> list[Sensitivity]:
     """Output error of every layer quantized alone (weights and input, to nearest).
 
     Args:
-      apply, variables, calibration: see `quantize`; the first ``recipe.init_samples`` are used.
+      apply, variables, calibration: see `quantize`; the first
+        ``recipe.reconstruction.init_samples`` samples are used.
       recipe: gives bits and exceptions; nothing is learned.
 
     Returns:
-      One entry a layer, the most sensitive first.
+      One entry per layer, the most sensitive first.
 
     Raises:
       InputError: see `quantize`.
     """
     calibration = jax.tree.map(np.asarray, calibration)
     check_calibration(calibration, recipe.replace(steps=0))
-    samples = min(len(jax.tree.leaves(calibration)[0]), recipe.init_samples)
+    samples = min(len(jax.tree.leaves(calibration)[0]), recipe.reconstruction.init_samples)
     calibration = jax.tree.map(lambda leaf: leaf[:samples], calibration)
     net = prepare(apply, variables, calibration, recipe.replace(batch_size=samples, steps=0))
-    unit = make_unit(net.graph, net.plan, (), net.graph.outputs)
-    grids = make_grids(unit, net.folded)
-    exact = float_weights(unit, net.folded)
-    rounded = deployed_weights(unit, nearest_layers(unit, grids))
-    side = _side(net, unit, calibration)
-    static = static_inputs(net.graph, unit.program, net.variables)
-    tensors = _observe(net, unit, exact, calibration)
-    place = {op.layer.path: i for i, op in enumerate(unit.program.weighted)}
+    program = make_block_program(net.graph, net.plan, (), net.graph.outputs)
+    inputs = _inputs(net, program, calibration)
+    exact = float_weights(program, net.folded)
+    layers = nearest_layers(program, make_weight_quantizers(program, net.folded))
+    # Arguments, not constants: XLA would spend minutes folding the float network otherwise.
+    arguments = (deployed_weights(program, layers), exact, _observe(net, program, calibration))
+    outputs = _outputs_with_one_layer(program)
+    reference = outputs(-1, *arguments, inputs)
+    entries = [
+        Sensitivity(spec.path, _error(outputs(i, *arguments, inputs), reference))
+        for i, spec in enumerate(program.specs)
+    ]
+    return sorted(entries, key=lambda entry: -entry.error)
+
+
+def _outputs_with_one_layer(program: BlockProgram) -> Callable[..., tuple[jax.Array, ...]]:
+    """A function of the index of the layer to quantize (-1 for none) and the weights."""
+    index_of = {op.layer.path: i for i, op in enumerate(program.subgraph.weighted)}
 
     @jax.jit
-    def outputs(chosen, rounded, exact, tensors, side, static):
-        def weighted(op, x):
-            i = place[op.layer.path]
-            spec, dtype = unit.specs[i], unit.avals[op.outputs[0]].dtype
-            tensor = tensors[unit.tensor_of[op.x]] if spec.tensor else None
-            alone = run_layer(op, spec, x, rounded[i], tensor, dtype=dtype)
-            whole = run_layer(op, spec, x, exact[i], None, dtype=dtype)
-            return jnp.where(chosen == i, alone, whole)
+    def outputs(chosen, rounded, exact, activations, inputs):
+        def layer_fn(op: Op, x: jax.Array) -> jax.Array:
+            i = index_of[op.layer.path]
+            spec = program.specs[i]
+            quantizer = activations[program.tensor_of[op.x]] if spec.tensor else None
+            alone = run_layer(op, spec, LayerInput(x, quantizer), rounded[i])
+            plain = run_layer(op, spec, LayerInput(x), exact[i])
+            y = jnp.where(chosen == i, alone, plain)
+            return y.astype(program.avals[op.outputs[0]].dtype)
 
-        return run(unit.program, (), side, static, weighted)
+        return run(program.subgraph, inputs, layer_fn)
 
-    # Arguments, not constants: XLA would spend minutes folding the float network otherwise.
-    arguments = (rounded, exact, tensors, side, static)
-    reference = outputs(-1, *arguments)
-    found = [
-        Sensitivity(spec.path, _error(outputs(i, *arguments), reference))
-        for i, spec in enumerate(unit.specs)
-    ]
-    return sorted(found, key=lambda entry: -entry.error)
+    return outputs
 
 
-def _side(net, unit, calibration):
+def _inputs(net: Network, program: BlockProgram, calibration: Any) -> BlockInputs:
     leaves = dict(zip(net.graph.inputs, jax.tree.leaves(calibration), strict=True))
-    return [jnp.asarray(leaves[value]) for value in unit.program.side]
+    return BlockInputs(
+        model=[jnp.asarray(leaves[value]) for value in program.subgraph.model_inputs],
+        constants=constant_inputs(net.graph, program.subgraph, net.variables),
+    )
 
 
-def _observe(net, unit, weights, calibration):
-    """Initial states of all tensors of the network."""
-    roots = {index: root(unit.producers, value) for value, index in unit.tensor_of.items()}
-    seer = make_unit(net.graph, net.plan, (), tuple(roots.values()))
-    order = [spec.path for spec in unit.specs]
-    own = [weights[order.index(spec.path)] for spec in seer.specs]
-    static = static_inputs(net.graph, seer.program, net.variables)
-    see = jax.jit(lambda own, side, static: forward(seer, own, None, (), side, static))
-    values = dict(zip(roots, see(own, _side(net, seer, calibration), static), strict=True))
-    return [tensor_state(np.asarray(values[i]), t.bits) for i, t in enumerate(unit.tensors)]
+def _observe(net: Network, program: BlockProgram, calibration: Any) -> list:
+    """Initial quantizers of the tensors of the network, in the program's order."""
+
+    def run_float(probe: BlockProgram) -> list[tuple[np.ndarray, Sequence[jax.Array]]]:
+        weights, inputs = float_weights(probe, net.folded), _inputs(net, probe, calibration)
+        outputs = jax.jit(lambda weights, inputs: forward(probe, weights, None, inputs))
+        return [(np.arange(net.samples), outputs(weights, inputs))]
+
+    quantizers = observe_ranges(net, [program], run_float)
+    return [quantizers[tensor.key] for tensor in program.tensors]
 
 
-def _error(outputs, reference) -> float:
+def _error(outputs: Sequence[jax.Array], reference: Sequence[jax.Array]) -> float:
     pairs = [
         (np.asarray(a, np.float64), np.asarray(b, np.float64))
         for a, b in zip(outputs, reference, strict=True) if jnp.issubdtype(b.dtype, jnp.floating)

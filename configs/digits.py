@@ -2,7 +2,7 @@
 
 Paper:   none; the network and the data come with the package so that anyone can run it.
 Float:   99.60% top-1 of the 500 held-out images; trained with seed 0 (10 s on two cores) by
-             python -m launch.train --output=aquant_jax/models/digits_cnn.safetensors
+             python -m launch.train_digits --output=aquant_jax/models/digits_cnn.safetensors
 Ours:    w2a2, 250 steps, seed 0: nearest 53.60, adaround 91.00, brecq 92.20, qdrop 82.40,
          aquant 96.80 (make demo; CPU, two cores)
 Cost:    3 s (nearest) to 10 s (aquant), on two free cores

@@ -6,8 +6,8 @@ Ours:    100 steps of 16, seed 0: w8a8 by qdrop 82.31%; w4a4 by nearest 7.08%, b
          by aquant 74.08%
 Cost:    18 min by aquant at w4a4 (CPU, one loaded core)
 Command: python -m launch.quantize --config=configs/efficientnet_lite0.py:w4a4,preset=aquant \
-             --data_dir=../shared/data --workdir=runs/lite0_w4a4 --config.recipe.steps=100 \
-             --config.recipe.batch_size=16
+             --data_dir=../shared/data --workdir=runs/lite0_w4a4 \
+             --config.recipe.reconstruction.steps=100 --config.recipe.reconstruction.batch_size=16
 
 Variants: w8a8, w4a4, w2a4, w3a3, w2a2 (the default), preset=NAME, and
 dataset=imagenet_val_1300 (the default: 1,300 validation images, calibrated on
@@ -32,5 +32,5 @@ def get_config(argument: str = "") -> ConfigDict:
     if "dataset=" not in argument:
         argument = ",".join(filter(None, [argument, "dataset=imagenet_val_1300"]))
     sample = "dataset=imagenet_val_1300" in argument
-    how = SQUASH if sample else data.EFFICIENTNET_LITE
-    return imagenet.config(argument, "efficientnet_lite0", how, light=True)
+    preprocessing = SQUASH if sample else data.EFFICIENTNET_LITE
+    return imagenet.config(argument, "efficientnet_lite0", preprocessing, light=True)

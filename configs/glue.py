@@ -1,4 +1,6 @@
-"""What the configs of transformers share."""
+"""The common part of the configs of transformers."""
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -7,20 +9,24 @@ from configs import variants
 # All intermediate activations, as in Bondarenko et al. (2021); the first rule that finds a tensor
 # names it.
 ACTIVATIONS = ("softmax", "norm", "sum", "activation", "matmul")
-UNITS = {
+BLOCKS = {
     "preset": (),  # the preset's own
     "layers": (),  # of the encoder, whole
     "sub-blocks": (r"layer_\d+/(query|key|value|out)/", r"layer_\d+/(up|down)/"),
 }
 CHOICES = {
     "preset": variants.BERT_PRESETS,
-    "blocks": tuple(UNITS),
+    "blocks": tuple(BLOCKS),
     "sums": ("same", "8"),
 }
 
 
 def config(
-    variant: variants.Variant, task: str, weights: str, overrides: tuple[dict, ...] = (), **fields
+    variant: variants.Variant,
+    task: str,
+    weights: str,
+    overrides: tuple[dict[str, Any], ...] = (),
+    **fields: Any,
 ) -> ConfigDict:
     """The config of an encoder on a task.
 
@@ -49,11 +55,11 @@ def config(
         overrides += ({"pattern": ":sum", "act_bits": int(variant.settings["sums"])},)
     blocks = variant.settings["blocks"]
     if blocks != "preset":
-        fields["unit"] = "block"
+        fields["granularity"] = "block"
     chosen.recipe = variants.recipe(
         variant,
         activations=ACTIVATIONS,
-        blocks=UNITS[blocks],
+        blocks=BLOCKS[blocks],
         overrides=overrides,
         **everywhere,
         **fields,

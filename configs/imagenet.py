@@ -1,6 +1,7 @@
-"""What the configs of the paper's ImageNet networks share."""
+"""The common part of the configs of the paper's ImageNet networks."""
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -20,7 +21,7 @@ def config(
     model: str,
     preprocessing: data.Preprocessing = data.IMAGENET,
     light: bool = False,
-    **fields,
+    **fields: Any,
 ) -> ConfigDict:
     """The config of a network.
 
@@ -29,8 +30,8 @@ def config(
         model: name in the zoo; its weights are ``weights/MODEL.safetensors`` in data_dir, as
             ``launch.convert`` writes them.
         preprocessing: of the checkpoint's authors.
-        light: aquant has linear borders, as the paper uses for networks of depthwise convs; they
-            are fused for all networks, as in the paper.
+        light: aquant has linear borders, as the paper uses for networks of depthwise convs. For
+            all networks, the taps of a channel share a border, as in the paper.
         **fields: of the recipe, where the network differs from the others.
     """
     variant = variants.parse(argument, preset=variants.PRESETS, dataset=DATASETS)
@@ -46,6 +47,6 @@ def config(
     chosen.eval_batch_size = 100
     chosen.preset = variant.settings["preset"]
     if chosen.preset == "aquant":
-        fields |= {"fused": True, "border": "linear" if light else "quadratic"}
+        fields |= {"shared_across_taps": True, "border": "linear" if light else "quadratic"}
     chosen.recipe = variants.recipe(variant, steps=20_000, **fields)
     return chosen

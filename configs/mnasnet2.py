@@ -7,7 +7,7 @@ Paper:   float 76.52; AdaRound / BRECQ / QDrop / AQuant (top-1 %)
     w2a2  - / 13.32 / 28.65 / 30.31
 Float:   not run.
 Ours:    not run (neither ImageNet nor the checkpoint is at hand here).
-Steps:   20,000 a unit, batch 32, as the paper's.
+Steps:   20,000 per block, batch 32, as the paper's.
 Cost:    not measured.
 Command: python -m launch.quantize --config=configs/mnasnet2.py:w2a2,preset=aquant \
              --data_dir=DIR --workdir=runs/mnasnet2_w2a2

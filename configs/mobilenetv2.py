@@ -7,7 +7,7 @@ Paper:   float 72.63; AdaRound / BRECQ / QDrop / AQuant (top-1 %)
     w2a2  - / 7.44 / 11.45 / 14.19
 Float:   not run.
 Ours:    not run (neither ImageNet nor the checkpoint is at hand here).
-Steps:   20,000 a unit, batch 32, as the paper's.
+Steps:   20,000 per block, batch 32, as the paper's.
 Cost:    not measured.
 Command: python -m launch.quantize --config=configs/mobilenetv2.py:w2a2,preset=aquant \
              --data_dir=DIR --workdir=runs/mobilenetv2_w2a2

@@ -7,7 +7,7 @@ Paper:   float 78.45; AdaRound / BRECQ / QDrop / AQuant (top-1 %)
     w2a2  - / 41.88 / 54.61 / 57.48
 Float:   not run.
 Ours:    not run (neither ImageNet nor the checkpoint is at hand here).
-Steps:   20,000 a unit, batch 32, as the paper's.
+Steps:   20,000 per block, batch 32, as the paper's.
 Cost:    not measured.
 Command: python -m launch.quantize --config=configs/regnetx_3200mf.py:w2a2,preset=aquant \
              --data_dir=DIR --workdir=runs/regnetx_3200mf_w2a2

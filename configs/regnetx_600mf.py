@@ -7,7 +7,7 @@ Paper:   float 73.53; AdaRound / BRECQ / QDrop / AQuant (top-1 %)
     w2a2  - / 29.84 / 41.53 / 46.61
 Float:   not run.
 Ours:    not run (neither ImageNet nor the checkpoint is at hand here).
-Steps:   20,000 a unit, batch 32, as the paper's.
+Steps:   20,000 per block, batch 32, as the paper's.
 Cost:    not measured.
 Command: python -m launch.quantize --config=configs/regnetx_600mf.py:w2a2,preset=aquant \
              --data_dir=DIR --workdir=runs/regnetx_600mf_w2a2

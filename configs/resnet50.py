@@ -7,7 +7,7 @@ Paper:   float 76.62; AdaRound / BRECQ / QDrop / AQuant (top-1 %)
     w2a2  - / 51.36 / 57.38 / 60.04
 Float:   not run.
 Ours:    not run (neither ImageNet nor the checkpoint is at hand here).
-Steps:   20,000 a unit, batch 32, as the paper's.
+Steps:   20,000 per block, batch 32, as the paper's.
 Cost:    not measured.
 Command: python -m launch.quantize --config=configs/resnet50.py:w2a2,preset=aquant \
              --data_dir=DIR --workdir=runs/resnet50_w2a2

@@ -1,6 +1,6 @@
 """Reads the variant of a config: ``w2a2,preset=aquant``."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -40,7 +40,7 @@ def parse(argument: str, default: str = "w2a2", **choices: tuple[str, ...]) -> V
     >>> parse("w4a4,preset=qdrop", preset=("aquant", "qdrop"))
     Variant(weight_bits=4, act_bits=4, settings={'preset': 'qdrop'})
     """
-    found: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for part in filter(None, argument.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
@@ -51,18 +51,20 @@ def parse(argument: str, default: str = "w2a2", **choices: tuple[str, ...]) -> V
         if value not in known[key]:
             what = "variant" if key == "bits" else key
             raise InputError(f"unknown {what} {value!r}; there are {', '.join(known[key])}")
-        if key in found:
-            raise InputError(f"{key} is given twice: {found[key]} and {value}")
-        found[key] = value
-    bits = BIT_WIDTHS[found.pop("bits", default)]
-    return Variant(*bits, {key: values[0] for key, values in choices.items()} | found)
+        if key in settings:
+            raise InputError(f"{key} is given twice: {settings[key]} and {value}")
+        settings[key] = value
+    bits = BIT_WIDTHS[settings.pop("bits", default)]
+    return Variant(*bits, {key: values[0] for key, values in choices.items()} | settings)
 
 
-def recipe(variant: Variant, **fields) -> ConfigDict:
+def recipe(variant: Variant, **fields: Any) -> ConfigDict:
     """All fields of the variant's recipe but its name, for flags to override any of them."""
     name = variant.settings["preset"]
     bits = {"weight_bits": variant.weight_bits, "act_bits": variant.act_bits}
-    chosen = aq.recipes.preset(name, **bits)
-    # A preset of zero steps (nearest) is that preset only without any.
-    chosen = chosen.replace(**{k: v for k, v in fields.items() if k != "steps" or chosen.steps})
-    return ConfigDict({k: v for k, v in chosen.to_dict().items() if k != "preset"})
+    preset = aq.recipes.preset(name, **bits)
+    if preset.reconstruction.steps == 0:  # nearest, which is that preset only without any
+        fields = {field: value for field, value in fields.items() if field != "steps"}
+    fields = preset.replace(**fields).to_dict()
+    del fields["preset"]
+    return ConfigDict(fields)

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 IMAGES = "n"
+MeshAxes = str | tuple[str, ...] | None
 
 
 class Call(Protocol):
@@ -38,77 +39,104 @@ class Call(Protocol):
 
 
 @functools.cache
-def compiled(call: Call) -> Callable:
+def compiled(call: Call) -> Callable[..., Any]:
     """`call`, compiled, with a mapped axis of images folded into N and N sharded where it is."""
     sharded = on_images(call, call.operands, call.results)
 
     @custom_vmap
-    def run(*operands):
+    def run(*operands: jax.Array) -> Any:
         return sharded(*operands)
 
     run.def_vmap(lambda size, batched, *o: folded(run, call.images, size, batched, o))
     return jax.jit(run)
 
 
-def on_images(call: Callable, operands: str, results: str) -> Callable:
+def on_images(call: Callable[..., Any], operands: str, results: str) -> Callable[..., Any]:
     """`call`, running on each device's own images.
 
     Args:
       call: takes arrays, and gives one or several.
       operands, results: the axes of each array by name, such as ``"n h w c, , t c"``. Arrays whose
-        first axis is `n` are split as the first operand is; other operands are whole everywhere,
-        and other results are sums over the images, which are added up (images that cannot be split
-        evenly are then whole everywhere).
+        first axis is `n` are split as the first operand is. All other operands are whole
+        everywhere. All other results are sums over the images, which are added up; images that
+        cannot be split evenly are then whole everywhere.
     """
-    taken, given = ([axes.split() for axes in names.split(",")] for names in (operands, results))
-    split = [axes[:1] == [IMAGES] for axes in given]
+    axes = [names.split() for names in f"{operands},{results}".split(",")]
+    count = len(operands.split(","))
+    split = [names[:1] == [IMAGES] for names in axes]
+    layout = _Layout(tuple(split[:count]), tuple(split[count:]))
 
     @custom_partitioning
-    def run(*operands):
+    def run(*operands: jax.Array) -> Any:
         return call(*operands)
 
-    def places(mesh, operands):
-        images = (*operands[0].sharding.spec, None)[0]
-        # Uneven parts are filled up with rubbish, which a sum over the images would count.
-        if not all(split) and operands[0].shape[0] % _devices(mesh, images):
-            images = None
-        own, whole = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((images,), ()))
-        first = (tuple(own if s else whole for s in split)) if len(split) > 1 else own
-        return images, tuple(own if axes[:1] == [IMAGES] else whole for axes in taken), first
+    def infer(mesh: Mesh, operands: Sequence[Any], result: Any) -> Any:
+        return layout.shardings(mesh, layout.mesh_axes(mesh, operands))[1]
 
-    def infer(mesh, operands, result):
-        return places(mesh, operands)[2]
+    def partition(mesh: Mesh, operands: Sequence[Any], result: Any) -> tuple[Any, ...]:
+        images = layout.mesh_axes(mesh, operands)
+        sources, targets = layout.shardings(mesh, images)
+        return mesh, lambda *local: layout.total(call(*local), images), targets, sources
 
-    def partition(mesh, operands, result):
-        images, sources, targets = places(mesh, operands)
-
-        def lower(*local):
-            found = call(*local)
-            if images is None or all(split):
-                return found
-            pairs = zip(found, split, strict=True)
-            return tuple(value if s else jax.lax.psum(value, images) for value, s in pairs)
-
-        return mesh, lower, targets, sources
-
-    factors = dict.fromkeys(axis for axes in (*taken, *given) for axis in axes)
     run.def_partition(
         partition,
         infer_sharding_from_operands=infer,
         sharding_rule=f"{operands} -> {results}",
-        need_replication_factors=tuple(axis for axis in factors if axis != IMAGES),
+        need_replication_factors=_all_but_images(axes),
     )
     return run
 
 
-def _devices(mesh, axes) -> int:
+def _all_but_images(axes: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """The names of all axes but the images, in order, once each."""
+    named = dict.fromkeys(axis for names in axes for axis in names)
+    return tuple(axis for axis in named if axis != IMAGES)
+
+
+class _Layout(NamedTuple):
+    """For each operand and result of a call: whether it is split over the images."""
+
+    operands: tuple[bool, ...]
+    results: tuple[bool, ...]
+
+    def mesh_axes(self, mesh: Mesh, operands: Sequence[Any]) -> MeshAxes:
+        """The axes of the mesh that the images are split over; None for whole images."""
+        images = (*operands[0].sharding.spec, None)[0]
+        # Uneven parts are filled up with garbage, which a sum over the images would count.
+        if not all(self.results) and operands[0].shape[0] % _devices(mesh, images):
+            return None
+        return images
+
+    def shardings(self, mesh: Mesh, images: MeshAxes) -> tuple[tuple[NamedSharding, ...], Any]:
+        """Shardings of the operands and of the result or results."""
+        parts = NamedSharding(mesh, PartitionSpec(images))
+        whole = NamedSharding(mesh, PartitionSpec())
+        operands = tuple(parts if split else whole for split in self.operands)
+        results = tuple(parts if split else whole for split in self.results)
+        return operands, results[0] if len(results) == 1 else results
+
+    def total(self, local: Any, images: MeshAxes) -> Any:
+        """The results, given those of each device's images."""
+        if images is None or all(self.results):
+            return local
+        pairs = zip(local, self.results, strict=True)
+        return tuple(value if split else jax.lax.psum(value, images) for value, split in pairs)
+
+
+def _devices(mesh: Mesh, axes: MeshAxes) -> int:
     """How many devices an axis is split over, by the name or names in its `PartitionSpec`."""
     if axes is None:
         return 1
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
-def folded(run: Callable, images: int, axis_size: int, batched, operands):
+def folded(
+    run: Callable[..., Any],
+    images: int,
+    axis_size: int,
+    batched: Sequence[bool],
+    operands: Sequence[jax.Array],
+) -> tuple[Any, Any]:
     """As `one_by_one`, in one call where only the first `images` operands are mapped.
 
     Their mapped axis becomes part of N; an operand of size 0 stands for none.
@@ -116,22 +144,24 @@ def folded(run: Callable, images: int, axis_size: int, batched, operands):
     if any(batched[images:]) or not batched[0]:
         return one_by_one(run, axis_size, batched, operands)
 
-    def fold(value, mapped):
+    def fold(value: jax.Array, mapped: bool) -> jax.Array:
         if not value.size and not mapped:
             return value
         every = value if mapped else jnp.broadcast_to(value, (axis_size, *value.shape))
         return every.reshape(-1, *every.shape[2:])
 
     first = map(fold, operands[:images], batched[:images])
-    found = run(*first, *operands[images:])
-    return found.reshape(axis_size, -1, *found.shape[1:]), True
+    result = run(*first, *operands[images:])
+    return result.reshape(axis_size, -1, *result.shape[1:]), True
 
 
-def one_by_one(run: Callable, axis_size: int, batched, operands):
-    """What a rule of `custom_vmap` gives that maps `run` over the operands that are `batched`."""
+def one_by_one(
+    run: Callable[..., Any], axis_size: int, batched: Sequence[bool], operands: Sequence[jax.Array]
+) -> tuple[Any, Any]:
+    """The answer of a `custom_vmap` rule that maps `run` over the operands that are `batched`."""
     every = [
         value if mapped else jnp.broadcast_to(value, (axis_size, *jnp.shape(value)))
         for value, mapped in zip(operands, batched, strict=True)
     ]
-    found = jax.lax.map(lambda each: run(*each), every)
-    return found, jax.tree.map(lambda _: True, found)
+    results = jax.lax.map(lambda each: run(*each), every)
+    return results, jax.tree.map(lambda _: True, results)

@@ -1,11 +1,13 @@
-"""Converts a public checkpoint to a safetensors file that needs no PyTorch to be read.
+"""Converts a public checkpoint to a safetensors file, which can be read without PyTorch.
 
-    python -m launch.convert --model=resnet18 --from=resnet18_imagenet.pth.tar --to=r18.safetensors
+--from is a PyTorch checkpoint (.pth, .pth.tar, .pt, .bin; only tensors are read, no code is run) or
+a safetensors file, with the names of the BRECQ and QDrop releases, torchvision or timm. --to holds
+the arrays under the names and in the layout of our own variables (HWIO), for ``config.weights`` and
+``models.create(name, weights=FILE)``.
 
---from: a PyTorch checkpoint (.pth, .pth.tar, .pt, .bin; only tensors are read, no code is run) or
-a safetensors file, with the names of the BRECQ and QDrop releases, torchvision or timm.
---to: holds the arrays under the names and in the layout of our own variables (HWIO), for
-``config.weights`` and ``models.create(name, weights=FILE)``.
+Example:
+
+    python -m launch.convert --model=resnet18 --from=resnet18.pth.tar --to=resnet18.safetensors
 """
 
 import sys
@@ -22,15 +24,15 @@ from launch.lib import command_line
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
-    flags.DEFINE_string("model", None, "name in the zoo", flag_values=values)
-    flags.DEFINE_string("from", None, "checkpoint to read", flag_values=values)
-    flags.DEFINE_string("to", None, "safetensors file to write", flag_values=values)
+    flags.DEFINE_string("model", None, "name in the zoo; required", flag_values=values)
+    flags.DEFINE_string("from", None, "checkpoint to read; required", flag_values=values)
+    flags.DEFINE_string("to", None, "safetensors file to write; required", flag_values=values)
     flags.mark_flags_as_required(["model", "from", "to"], flag_values=values)
 
 
 @command_line.program
 def main(argv: list[str]) -> None:
-    """Reads, checks and writes; an existing file stays as it is."""
+    """Reads, checks and writes; an existing file is never overwritten."""
     values, _ = command_line.parse(argv, define_flags, __doc__)
     target = Path(values.to)
     if target.suffix != ".safetensors":

@@ -1,6 +1,8 @@
 """Scores a saved network on the test set of a config, without the model's code or weights.
 
-python -m launch.evaluate --config=configs/digits.py --checkpoint=runs/x/quantized
+Example:
+
+    python -m launch.evaluate --config=configs/digits.py --checkpoint=runs/x/quantized
 """
 
 import sys
@@ -9,12 +11,14 @@ from absl import flags
 
 import aquant_jax as aq
 from launch.lib import command_line, experiment
+from launch.lib.results import metric_name
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
-    flags.DEFINE_string("config", None, "names the data set, file.py:variant", flag_values=values)
-    flags.DEFINE_string("checkpoint", None, "folder of aq.save", flag_values=values)
+    names = "names the data set, file.py:variant; required"
+    flags.DEFINE_string("config", None, names, flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "folder of aq.save; required", flag_values=values)
     flags.DEFINE_string("data_dir", "~", "holds tensorflow_datasets/", flag_values=values)
     flags.mark_flags_as_required(["config", "checkpoint"], flag_values=values)
 
@@ -27,7 +31,7 @@ def main(argv: list[str]) -> None:
     dataset, _ = experiment.open_data(config, values.data_dir)
     quantized = aq.restore(values.checkpoint)
     metrics = experiment.score(quantized, dataset, config, "saved")
-    name = experiment.METRIC_NAMES.get(dataset.metric, dataset.metric)
+    name = metric_name(dataset.metric)
     samples = metrics["samples"]
     print(f"{values.checkpoint}: {metrics[dataset.metric]:.2f}% {name} of {samples:.0f} samples")
     aq.summary(quantized)

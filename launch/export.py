@@ -1,16 +1,18 @@
 """Exports the network of a finished run of launch.quantize, and compares the export with it.
 
-    python -m launch.export --workdir=runs/x --format=onnx
-
-Formats, each a folder WORKDIR/export/FORMAT with report.json (what was compared) beside:
+Formats, each a folder WORKDIR/export/FORMAT with a report.json of the comparison:
   orbax       the packed checkpoint that aq.restore reads
   stablehlo   network.stablehlo: weights and program in one, plain XLA operations for CPU and CUDA;
               network_gpu_ops.stablehlo: the same by the int8 custom calls of gpu_ops, which the
               process that runs it must import. jax.export.deserialize reads both.
   onnx        network.onnx: integer weights with DequantizeLinear, borders as standard operations
 
-All test samples of the run's config run through both networks. Where more than one in a hundred
-gets another class (or, without classes, another output), nothing is kept.
+All test samples of the run's config run through both networks. If more than one in a hundred gets
+another class (or, without classes, another output), nothing is kept.
+
+Example:
+
+    python -m launch.export --workdir=runs/x --format=onnx
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ from ml_collections import ConfigDict
 
 import aquant_jax as aq
 import gpu_ops
+from aquant_jax import data
 from aquant_jax.deployment import onnx, stablehlo
 from aquant_jax.deployment.quantized import Quantized, traced
 from aquant_jax.errors import InputError
@@ -41,14 +44,15 @@ REPORT = "report.json"
 # Share of samples. Float layers (the first, where the image is not quantized) sum in another order
 # on another runtime, and at 2 bits an activation that is rounded the other way can change a class.
 MAY_DIFFER = 1e-2
-CLOSE = 1e-3  # outputs that are no classes: largest difference, of the largest output
+CLOSE = 1e-3  # outputs that are not classes: largest difference, of the largest output
+Runner = Callable[[Any], Any]
 
 
 class Comparison(NamedTuple):
-    """How an export differs from what it was made of.
+    """How an export differs from the network.
 
     Attributes:
-        samples: that both ran.
+        samples: run by both.
         same: of them, those with the same class, or with outputs that are close.
         difference: the largest of an output.
     """
@@ -58,17 +62,31 @@ class Comparison(NamedTuple):
     difference: float
 
 
+class Source(NamedTuple):
+    """The network that is exported.
+
+    Attributes:
+        network: as restored.
+        traced: the same, with a program traced from the code of the model.
+        inputs: a batch.
+    """
+
+    network: Quantized
+    traced: Callable[[], Quantized]
+    inputs: Any
+
+
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
-    flags.DEFINE_string("workdir", None, "of a finished launch.quantize", flag_values=values)
-    flags.DEFINE_enum("format", None, FORMATS, "what to write", flag_values=values)
+    flags.DEFINE_string("workdir", None, "of launch.quantize; required", flag_values=values)
+    flags.DEFINE_enum("format", None, FORMATS, "to write; required", flag_values=values)
     flags.DEFINE_string("data_dir", None, "if not that of the run", flag_values=values)
     flags.DEFINE_integer("limit", None, "test samples to compare", 1, flag_values=values)
     flags.mark_flags_as_required(["workdir", "format"], flag_values=values)
 
 
 def compare(
-    reference: Callable, other: Callable, batches: Iterator[Any], classes: int = 0
+    reference: Runner, other: Runner, batches: Iterator[data.Split], classes: int = 0
 ) -> Comparison:
     """Runs both on the same inputs; with `classes`, outputs of so many columns are logits."""
     samples = same = 0
@@ -94,35 +112,35 @@ def _error(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.where(same, 0.0, np.nan_to_num(np.abs(left - right), nan=np.inf))
 
 
-def write_orbax(folder: Path, network: Quantized, made: Callable, inputs: Any) -> dict[str, Any]:
+def write_orbax(folder: Path, source: Source) -> dict[str, Runner]:
     """Saves the network once more."""
-    aq.save(network, folder / "network")
+    aq.save(source.network, folder / "network")
     return {"network": aq.restore(folder / "network")}
 
 
-def write_stablehlo(folder: Path, network: Quantized, made: Callable, inputs: Any):
+def write_stablehlo(folder: Path, source: Source) -> dict[str, Runner]:
     """Writes the program by XLA's operations, and the one by custom calls."""
-    backend = made().with_backend(gpu_ops.backend())
+    compiled = source.traced().with_backend(gpu_ops.backend())
     programs = {
-        "network.stablehlo": stablehlo.self_contained(network),
+        "network.stablehlo": stablehlo.self_contained(source.network),
         "network_gpu_ops.stablehlo": stablehlo.self_contained(
-            backend, inputs, disabled_checks=gpu_ops.export_checks()
+            compiled, source.inputs, disabled_checks=gpu_ops.export_checks()
         ),
     }
-    runs = {}
+    runners: dict[str, Runner] = {}
     for name, program in programs.items():
         (folder / name).write_bytes(stablehlo.serialize(program))
         written = jax.export.deserialize(bytearray((folder / name).read_bytes()))
-        runs[name] = functools.partial(
+        runners[name] = functools.partial(
             stablehlo.in_batches, jax.jit(written.call), size=written.in_avals[0].shape[0]
         )
-    return runs
+    return runners
 
 
-def write_onnx(folder: Path, network: Quantized, made: Callable, inputs: Any) -> dict[str, Any]:
+def write_onnx(folder: Path, source: Source) -> dict[str, Runner]:
     """Writes the network as ONNX, to be run by onnxruntime."""
     path = folder / "network.onnx"
-    path.write_bytes(onnx.to_onnx(made(), inputs).SerializeToString())
+    path.write_bytes(onnx.to_onnx(source.traced(), source.inputs).SerializeToString())
     return {path.name: onnx.load(path)}
 
 
@@ -136,8 +154,8 @@ def export(values: Any, target: Path) -> dict[str, Any]:
         The report.
 
     Raises:
-        InputError: the run is not finished, its checkpoint is damaged, its data are not there, or
-            an export does something else than the network.
+        InputError: the run is not finished, its checkpoint is damaged, its data are missing, or
+            an export computes something else than the network.
     """
     run = run_directory.finished(values.workdir)
     if run.get("program") != "quantize":
@@ -148,31 +166,36 @@ def export(values: Any, target: Path) -> dict[str, Any]:
     dataset, _ = experiment.open_data(config, data_dir)
     limit = values.limit or config.test_limit
 
-    def batches():
+    def batches() -> Iterator[data.Split]:
         skip = experiment.on_corrupt(config, [])
         return dataset.batches(config.eval_batch_size, limit, skip)
 
     inputs = next(iter(batches())).inputs
 
-    def made() -> Quantized:
+    def with_trace() -> Quantized:
         apply, variables, _ = experiment.create(config, data_dir, dataset)
         return dataclasses.replace(network, program=traced(apply, variables, inputs))
 
     target.mkdir(parents=True)
     report: dict[str, Any] = {}
-    for name, other in WRITERS[values.format](target, network, made, inputs).items():
-        found = compare(network, other, batches(), dataset.num_classes)
-        if found.samples - found.same > MAY_DIFFER * found.samples:
-            raise InputError(
-                f"{name} is not the network: {found.samples - found.same} of {found.samples} "
-                f"samples differ, outputs by up to {found.difference:.3g}; nothing was kept"
-            )
-        report[name] = found._asdict()
-        print(
-            f"{name}: {found.same} of {found.samples} samples the same, "
-            f"outputs differ by {found.difference:.3g} at most"
-        )
+    source = Source(network, with_trace, inputs)
+    for name, other in WRITERS[values.format](target, source).items():
+        comparison = compare(network, other, batches(), dataset.num_classes)
+        _check(name, comparison)
+        report[name] = comparison._asdict()
     return report
+
+
+def _check(name: str, comparison: Comparison) -> None:
+    """Prints how an export compares, or raises an InputError where it is another network."""
+    samples, same, difference = comparison
+    if samples - same > MAY_DIFFER * samples:
+        raise InputError(
+            f"{name} is not the network: {samples - same} of {samples} samples differ, outputs by "
+            f"up to {difference:.3g}; nothing was kept"
+        )
+    at_most = f"outputs differ by {difference:.3g} at most"
+    print(f"{name}: {same} of {samples} samples the same, {at_most}")
 
 
 @command_line.program

@@ -1,12 +1,13 @@
 """Fine-tunes a pretrained encoder of BERT's family on a GLUE task.
 
-    python -m launch.finetune --task=mrpc --checkpoint=DIR --data_dir=../shared/data \\
-        --workdir=runs/bert-mrpc
-
 AdamW with linear warm-up and decay, as Devlin et al. (2018) did it. After each epoch the state is
-kept in WORKDIR/epochs, where the same command goes on after an interruption, to the same bits.
-WORKDIR/checkpoint is what comes out: config.json, model.safetensors and the tokenizer, as
-`configs/glue_bert.py` (and Hugging Face's transformers) read them.
+kept in WORKDIR/epochs. Rerunning the command after an interruption resumes there, with
+bit-identical results. WORKDIR/checkpoint is the result: config.json, model.safetensors and the
+tokenizer, as configs/glue_bert.py (and Hugging Face's transformers) read them.
+
+Example:
+
+    python -m launch.finetune --task=mrpc --checkpoint=BERT --data_dir=DIR --workdir=runs/mrpc
 """
 
 import functools
@@ -35,15 +36,17 @@ from aquant_jax.storage import json_file
 from aquant_jax.storage.environment import environment
 from launch.lib import command_line, run_directory
 from launch.lib.metrics import evaluate_batches
+from launch.lib.run_directory import RunDirectory
 
 EVAL_BATCH = 64
 LENGTHS = 16  # batches are as long as their longest sequence, rounded up to a multiple of this
 CLIP_NORM = 1.0
+ELSEWHERE = ("workdir", "data_dir")  # flags that are not settings of the training
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
 
 class State(NamedTuple):
-    """What a checkpoint of an epoch holds."""
+    """The contents of a checkpoint of an epoch."""
 
     params: Any
     optimizer: Any
@@ -51,9 +54,9 @@ class State(NamedTuple):
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
-    flags.DEFINE_enum("task", None, list(glue.TASKS), "of GLUE", flag_values=values)
-    flags.DEFINE_string("checkpoint", None, "folder of the encoder", flag_values=values)
-    flags.DEFINE_string("workdir", None, "folder to write into", flag_values=values)
+    flags.DEFINE_enum("task", None, list(glue.TASKS), "of GLUE; required", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "folder of the encoder; required", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder to write into; required", flag_values=values)
     flags.DEFINE_string("data_dir", "~", "holds tensorflow_datasets/", flag_values=values)
     flags.DEFINE_integer("epochs", 3, "passes over the training split", 1, flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "samples a step", 1, flag_values=values)
@@ -81,14 +84,18 @@ def batches(split: data.Split, batch_size: int, seed: int, epoch: int) -> Iterat
 def make_step(model: bert.Bert, optimizer: optax.GradientTransformation) -> Callable:
     """The jitted training step ``(state, inputs, labels, key) -> (state, loss)``."""
 
-    def loss_fn(params, inputs, labels, key):
+    def loss_fn(
+        params: Any, inputs: dict[str, jax.Array], labels: jax.Array, key: jax.Array
+    ) -> jax.Array:
         out: Any = model.apply({"params": params}, inputs, train=True, rngs={"dropout": key})
         if model.labels == 1:
             return jnp.mean((out[:, 0] - labels) ** 2)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(out, labels))
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: State, inputs, labels, key):
+    def step(
+        state: State, inputs: dict[str, jax.Array], labels: jax.Array, key: jax.Array
+    ) -> tuple[State, jax.Array]:
         loss, gradients = jax.value_and_grad(loss_fn)(state.params, inputs, labels, key)
         updates, inner = optimizer.update(gradients, state.optimizer, state.params)
         return State(optax.apply_updates(state.params, updates), inner), loss
@@ -117,72 +124,97 @@ def make_optimizer(values: Any, steps: int) -> optax.GradientTransformation:
 
 
 def train(
-    values: Any, model: bert.Bert, variables: Any, task: data.Dataset, folder: run_directory.Run
-):
-    """Trains what is left of the epochs.
+    values: Any, model: bert.Bert, variables: Any, task: data.Dataset, directory: RunDirectory
+) -> Any:
+    """Trains the epochs that are missing.
 
     Returns:
         The parameters.
     """
-    size = values.train_limit or task.train_size
-    if not task.train_size:
-        raise InputError(f"glue/{values.task} has no training split")
-    split = task.calibration(size, values.seed)
-    for part in (split, *task.batches(EVAL_BATCH)):
-        bert.check_inputs(model.config, part.inputs)
+    split = training_split(values, model, task)
     steps = len(split.labels) // values.batch_size
-    if not steps:
-        raise InputError(
-            f"{len(split.labels)} samples are less than a batch of {values.batch_size}"
-        )
     optimizer = make_optimizer(values, steps * values.epochs)
     step = make_step(model, optimizer)
     params = jax.tree.map(jnp.asarray, variables["params"])
     state = State(params, optimizer.init(params))
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     records: list[dict[str, float]] = []
-    with ocp.CheckpointManager(folder.epochs.absolute(), options=options) as manager:
+    with ocp.CheckpointManager(directory.epochs.absolute(), options=options) as manager:
         if manager.latest_step():
-            state, records = restore(manager, state, folder.epochs)
+            state, records = restore(manager, state, directory.epochs)
         for record in records:
-            folder.log(record)
+            directory.log(record)
         for epoch in range(len(records), values.epochs):
-            key = jax.random.fold_in(jax.random.key(values.seed), epoch)
-            losses = []
-            bar = tqdm(batches(split, values.batch_size, values.seed, epoch), total=steps)
-            for index, batch in enumerate(bar):
-                drop = jax.random.fold_in(key, index)
-                state, loss = step(state, batch.inputs, batch.labels, drop)
-                losses.append(loss)
-            mean = float(np.mean([float(loss) for loss in losses]))
-            if not np.isfinite(mean):
-                raise InputError(f"the loss of epoch {epoch + 1} is {mean}: lower --learning_rate")
+            state, loss = train_epoch(values, step, state, split, epoch)
             score = evaluate(model, {"params": state.params}, task)
-            records.append({"epoch": epoch + 1, "loss": mean, **score})
-            folder.log(records[-1])
-            print(f"epoch {epoch + 1}: loss {mean:.4f}, {_text(score, task.metric)}", flush=True)
+            records.append({"epoch": epoch + 1, "loss": loss, **score})
+            directory.log(records[-1])
+            print(f"epoch {epoch + 1}: loss {loss:.4f}, {_text(score, task.metric)}", flush=True)
             log = ocp.args.JsonSave({"epochs": records})
             parts = ocp.args.Composite(state=ocp.args.StandardSave(state), log=log)
             manager.save(epoch + 1, args=parts)
     return state.params
 
 
-def restore(manager: ocp.CheckpointManager, like: State, folder: Path) -> tuple[State, list]:
+def training_split(values: Any, model: bert.Bert, task: data.Dataset) -> data.Split:
+    """The samples to train on.
+
+    Raises:
+        InputError: none, fewer than a batch, or inputs that the model cannot take, also among
+            those that are scored.
+    """
+    if not task.train_size:
+        raise InputError(f"glue/{values.task} has no training split")
+    split = task.calibration(values.train_limit or task.train_size, values.seed)
+    for part in (split, *task.batches(EVAL_BATCH)):
+        bert.check_inputs(model.config, part.inputs)
+    if len(split.labels) < values.batch_size:
+        raise InputError(
+            f"{len(split.labels)} samples are less than a batch of {values.batch_size}"
+        )
+    return split
+
+
+def train_epoch(
+    values: Any, step: Callable, state: State, split: data.Split, epoch: int
+) -> tuple[State, float]:
+    """One pass over the samples; the state after it and the mean loss.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    key = jax.random.fold_in(jax.random.key(values.seed), epoch)
+    losses = []
+    total = len(split.labels) // values.batch_size
+    bar = tqdm(batches(split, values.batch_size, values.seed, epoch), total=total, disable=None)
+    for index, batch in enumerate(bar):
+        dropout = jax.random.fold_in(key, index)
+        state, loss = step(state, batch.inputs, batch.labels, dropout)
+        losses.append(loss)
+    mean = float(np.mean([float(loss) for loss in losses]))
+    if not np.isfinite(mean):
+        raise InputError(f"the loss of epoch {epoch + 1} is {mean}: lower --learning_rate")
+    return state, mean
+
+
+def restore(
+    manager: ocp.CheckpointManager, like: State, folder: Path
+) -> tuple[State, list[dict[str, float]]]:
     """State and log after the last epoch that was kept.
 
     Raises:
-        InputError: what was kept cannot be read.
+        InputError: it cannot be read.
     """
     read = ocp.args.StandardRestore(like)
     parts = ocp.args.Composite(state=read, log=ocp.args.JsonRestore())
     try:
-        found = manager.restore(manager.latest_step(), args=parts)
-    except Exception as error:  # orbax raises what its parts do
+        kept = manager.restore(manager.latest_step(), args=parts)
+    except Exception as error:  # orbax raises the errors of its parts
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"{folder} is damaged; remove it to train from the start: {reason}"
         ) from error
-    return found["state"], found["log"]["epochs"]
+    return kept["state"], kept["log"]["epochs"]
 
 
 def evaluate(model: bert.Bert, variables: Any, task: data.Dataset) -> dict[str, float]:
@@ -204,8 +236,8 @@ def save(folder: Path, source: Path, variables: Any, labels: int) -> None:
         "label2id": {f"LABEL_{i}": i for i in range(labels)},
     }
     arrays = bert.to_checkpoint(variables)
-    whole = {n if n.startswith("classifier") else f"bert.{n}": a for n, a in arrays.items()}
-    write(folder / "model.safetensors", safetensors.save(whole, {"format": "pt"}))
+    named = {n if n.startswith("classifier") else f"bert.{n}": a for n, a in arrays.items()}
+    write(folder / "model.safetensors", safetensors.save(named, {"format": "pt"}))
     json_file.write_json(folder / "config.json", fields)
 
 
@@ -218,23 +250,24 @@ def main(argv: list[str]) -> None:
     """Trains, writes the checkpoint and scores what was written."""
     values, _ = command_line.parse(argv, define_flags, __doc__)
     source = Path(values.checkpoint).expanduser()
-    own = {name: getattr(values, name) for name in values if name not in ("workdir", "data_dir")}
-    settings = {name: value for name, value in own.items() if isinstance(value, int | float | str)}
-    whose = {"program": "finetune", **settings, "data_dir": command_line.absolute(values.data_dir)}
-    with run_directory.claim(values.workdir, whose) as folder:
-        how = data.Tokenization(source, values.max_length)
-        task = data.load(f"glue/{values.task}", values.data_dir, how)
-        target = folder.path / "checkpoint"
-        if folder.stored is None:
+    flags_of_run = {name: values[name].value for name in values if name not in ELSEWHERE}
+    settings = {name: value for name, value in flags_of_run.items() if value is not None}
+    data_dir = command_line.absolute(values.data_dir)
+    identity = {"program": "finetune", **settings, "data_dir": data_dir}
+    with run_directory.claim(values.workdir, identity) as directory:
+        tokenization = data.Tokenization(source, values.max_length)
+        task = data.load(f"glue/{values.task}", values.data_dir, tokenization)
+        target = directory.path / "checkpoint"
+        if directory.stored is None:
             model, variables = bert.create(source, task.num_classes, values.seed)
-            params = train(values, model, variables, task, folder)
+            params = train(values, model, variables, task, directory)
             save(target, source, {"params": params}, task.num_classes)
             written, variables = bert.create(target, task.num_classes)
             score = evaluate(written, variables, task)
-            folder.finish({**settings, "score": score, **environment()})
-            shutil.rmtree(folder.epochs)
+            directory.finish({**settings, "score": score, **environment()})
+            shutil.rmtree(directory.epochs)
         else:
-            score = folder.stored["score"]
+            score = directory.stored["score"]
         print(f"{values.task}: {_text(score, task.metric)}\nin {target}")
 
 

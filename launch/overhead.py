@@ -1,15 +1,17 @@
 """Prints what the borders add to each network, beside the paper's Sec. 4.3, as Markdown tables.
 
-    python -m launch.overhead
-
 Nothing is loaded or run: the counts come from the shapes of the traced networks. A column element
 is one (tap, input channel) of a conv's im2col row, or one input of a dense layer.
+
+Example:
+
+    python -m launch.overhead
 """
 
 import itertools
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,7 +42,7 @@ HEADER = (
 )
 
 
-class Layer(NamedTuple):
+class LayerCounts(NamedTuple):
     """Counts of one weighted op; `stored` are the coefficients of the aquant preset."""
 
     weights: int
@@ -54,8 +56,8 @@ class Layer(NamedTuple):
         return self.taps * self.channels
 
 
-# What the paper may have counted, the plainest first: coefficients of a layer, and which layers.
-RULES: dict[str, Callable[[Layer], int]] = {
+# Counts that the paper may have made, the plainest first: coefficients of a layer, and layers.
+RULES: dict[str, Callable[[LayerCounts], int]] = {
     "three an element": lambda layer: 3 * layer.elements,
     "two an element": lambda layer: 2 * layer.elements,
     "two an element of depthwise convs, three of other layers": lambda layer: (
@@ -71,14 +73,14 @@ SCOPES = {
 }
 
 
-def count_layers(name: str) -> list[Layer]:
+def count_layers(name: str) -> list[LayerCounts]:
     """The weighted ops of a model of the zoo, in order."""
     apply, variables = models.abstract(name)
     x = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
     return _count(apply, variables, x, recipes.preset("aquant"))
 
 
-def count_bert(config: bert.BertConfig) -> tuple[list[Layer], int]:
+def count_bert(config: bert.BertConfig) -> tuple[list[LayerCounts], int]:
     """The weighted ops of an encoder with its classifier, and the elements of its embeddings."""
     model = bert.Bert(config, labels=2)
     variables = bert.abstract(model)
@@ -93,7 +95,9 @@ def count_bert(config: bert.BertConfig) -> tuple[list[Layer], int]:
     return _count(model.apply, variables, x, recipe), embeddings
 
 
-def _count(apply, variables, x, recipe: recipes.Recipe) -> list[Layer]:
+def _count(
+    apply: models.Apply, variables: Any, x: Any, recipe: recipes.Recipe
+) -> list[LayerCounts]:
     graph = trace(apply, variables, x)
     specs = make_plan(graph, recipe).layers
     layers = []
@@ -102,14 +106,15 @@ def _count(apply, variables, x, recipe: recipes.Recipe) -> list[Layer]:
             continue
         taps, channels = border_shape(op, graph.avals[op.x].shape)
         groups = op.params.get("feature_group_count", 1)
-        kind = specs[op.layer.path].border
-        stored = taps * channels * len(border.get(kind).powers) if kind else 0
+        name = specs[op.layer.path].border
+        stored = taps * channels * len(border.get(name).powers) if name else 0
         weights = int(np.prod(op.layer.weight_shape))
-        layers.append(Layer(weights, taps, channels, 1 < groups == channels, stored))
+        depthwise = 1 < groups == channels
+        layers.append(LayerCounts(weights, taps, channels, depthwise, stored))
     return layers
 
 
-def explanation(layers: list[Layer], paper: float) -> str:
+def explanation(layers: list[LayerCounts], paper: float) -> str:
     """The first count that gives the paper's percentage, or that none does."""
     weights = sum(layer.weights for layer in layers)
     percent = {
@@ -144,7 +149,7 @@ def row(name: str) -> str:
 
 
 def bert_lines() -> list[str]:
-    """What the borders add to BERT-base, beside the paper's 0.75%."""
+    """The cost of the borders in BERT-base, beside the paper's 0.75%."""
     layers, embeddings = count_bert(bert.BertConfig())
     encoder = layers[:-2]  # without pooler and classifier
     weights, stored = (sum(getattr(e, name) for e in encoder) for name in ("weights", "stored"))

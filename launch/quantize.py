@@ -1,11 +1,13 @@
 """Quantizes the network of a config and scores it.
 
-    python -m launch.quantize --config=configs/digits.py:w2a2,preset=aquant --workdir=runs/x
-
 Writes results.json, log.jsonl, plots/, the finished blocks and the network (quantized/, see
-aq.restore) into the workdir. A finished run is not repeated: its result is printed. A killed one
-goes on after its last finished block, to the same bits. Any field of the config can be set:
---config.recipe.steps=100.
+aq.restore) into the workdir. A finished run is not repeated: its result is printed. Rerunning an
+interrupted one resumes after its last finished block, with bit-identical results. Any field of the
+config can be set: --config.recipe.reconstruction.steps=100.
+
+Example:
+
+    python -m launch.quantize --config=configs/digits.py:w2a2,preset=aquant --workdir=runs/x
 """
 
 import sys
@@ -13,20 +15,21 @@ import sys
 from absl import flags
 
 from launch.lib import command_line, experiment, run_directory
+from launch.lib.results import one_line
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
-    flags.DEFINE_string("config", None, "config file, file.py:variant", flag_values=values)
-    flags.DEFINE_string("workdir", None, "folder to write into", flag_values=values)
+    flags.DEFINE_string("config", None, "file.py:variant; required", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder to write into; required", flag_values=values)
     flags.DEFINE_string(
         "data_dir", "~", "holds tensorflow_datasets/ and weights/", flag_values=values
     )
     flags.DEFINE_integer("seed", 0, "of calibration draw and steps", 0, flag_values=values)
     flags.DEFINE_integer(
         "restart_from_block", None,
-        "learn this block of the workdir's run and those after it anew, perhaps by another recipe; "
-        "if that is killed, go on without this flag", 0, flag_values=values,
+        "re-optimise this block and all later ones, perhaps with another recipe.reconstruction; "
+        "if that is interrupted, resume without this flag", 0, flag_values=values,
     )  # fmt: skip
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
 
@@ -39,15 +42,15 @@ def main(argv: list[str]) -> None:
     experiment.recipe_of(config)  # a wrong field ends the run here, before anything is loaded
     identity = experiment.identity(config, values.seed, values.data_dir)
     first = values.restart_from_block
-    with run_directory.claim(values.workdir, identity, restart=first is not None) as folder:
-        results = folder.stored
+    with run_directory.claim(values.workdir, identity, restart=first is not None) as directory:
+        results = directory.stored
         if results is None:
             loaded = experiment.load(config, values.data_dir)
             results = experiment.run(
-                loaded, config, values.config, values.seed, folder, restart_from=first
+                loaded, config, values.config, values.seed, directory, restart_from=first
             )
-        print(experiment.one_line(results))
-        print(f"in {folder.path}")
+        print(one_line(results))
+        print(f"in {directory.path}")
 
 
 if __name__ == "__main__":

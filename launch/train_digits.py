@@ -1,12 +1,16 @@
-"""Trains the float digits network of the demo and writes its checkpoint.
-
-    python -m launch.train --output=aquant_jax/models/digits_cnn.safetensors
+"""Trains the float digits network of the demo, and no other, and writes its checkpoint.
 
 Data augmentation is a shift by up to one pixel; AdamW with a cosine schedule.
+
+Example:
+
+    python -m launch.train_digits --output=aquant_jax/models/digits_cnn.safetensors
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +30,7 @@ from launch.lib.metrics import evaluate
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
-    flags.DEFINE_string("output", None, "safetensors file to write", flag_values=values)
+    flags.DEFINE_string("output", None, "safetensors file to write; required", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of weights, batches and shifts", flag_values=values)
     flags.DEFINE_integer("epochs", 40, "passes over the training split", 1, flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "images a step", 1, 1297, flag_values=values)
@@ -34,7 +38,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.mark_flags_as_required(["output"], flag_values=values)
 
 
-def batches(split: data.Split, epochs: int, batch_size: int, seed: int):
+def batches(
+    split: data.Split, epochs: int, batch_size: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields shuffled batches, every image shifted by -1, 0 or 1 pixel in each direction."""
     rng = np.random.default_rng(seed)
     padded = np.pad(split.inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -48,20 +54,24 @@ def batches(split: data.Split, epochs: int, batch_size: int, seed: int):
             yield images, split.labels[indices]
 
 
-def train(split: data.Split, epochs: int, batch_size: int, learning_rate: float, seed: int):
+def train(
+    split: data.Split, epochs: int, batch_size: int, learning_rate: float, seed: int
+) -> dict[str, Any]:
     """Returns the trained variables (nested dicts of arrays) of a ``DigitsCNN``."""
     graphdef, params, stats = nnx.split(DigitsCNN(rngs=nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
     steps = epochs * (len(split.labels) // batch_size)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
     optimizer = optax.adamw(schedule, weight_decay=1e-2)
 
-    def loss_fn(params, stats, images, labels):
+    def loss_fn(
+        params: Any, stats: Any, images: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, params, stats, copy=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(model(images, True), labels)
         return jnp.mean(losses), nnx.state(model, nnx.BatchStat)
 
     @jax.jit
-    def step(params, stats, opt_state, images, labels):
+    def step(params: Any, stats: Any, opt_state: Any, images: jax.Array, labels: jax.Array) -> Any:
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, stats), grads = grad_fn(params, stats, images, labels)
         updates, opt_state = optimizer.update(grads, opt_state, params)

@@ -8,7 +8,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.support import typecheck
 from tests.support.process import SHARED_DATA
+
+typecheck.install()
 
 COMPILED = pytest.StashKey[str]()
 

@@ -15,7 +15,8 @@ ARROWS: dict[str, set[str]] = {
     "graph": {"errors"},
     "storage": {"arithmetic", "errors"},
     "layers": {"graph", "arithmetic", "errors"},
-    "recipe": {"graph", "arithmetic", "errors"},
+    "recipe_checks": {"errors"},
+    "recipe": {"recipe_checks", "graph", "arithmetic", "errors"},
     "plan": {"layers", "recipe", "graph", "arithmetic", "errors"},
     "reconstruction": {
         "plan", "layers", "recipe", "graph", "arithmetic", "storage", "errors",

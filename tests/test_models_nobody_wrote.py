@@ -386,8 +386,8 @@ def keras_cnn():
     def apply(variables, x):
         return net.stateless_call(*variables, x)[0]
 
-    place = {id(v): i for i, v in enumerate(net.trainable_variables)}
-    kernels = [f"0/{place[id(v)]}" for v in net.trainable_variables if "kernel" in v.path]
+    index_of = {id(v): i for i, v in enumerate(net.trainable_variables)}
+    kernels = [f"0/{index_of[id(v)]}" for v in net.trainable_variables if "kernel" in v.path]
     return Model(apply, (trainable, fixed), images(0, BATCH), [(k,) for k in kernels])
 
 
@@ -423,7 +423,7 @@ def test_folding_changes_nothing(case):
 def test_eight_bits_are_close_to_float(case):
     recipe = aq.recipes.nearest(8, 8, batch_size=BATCH)
     quantized = aq.quantize(
-        case.apply, case.variables, case.x, recipe, progress=False, compiler=COMPILER
+        case.apply, case.variables, case.x, recipe, observer=aq.Observer(), compiler=COMPILER
     )
     found, expected = quantized(case.x), case.apply(case.variables, case.x)
     assert max(errors(found, expected)) < 0.02

@@ -6,9 +6,10 @@ import pytest
 import aquant_jax as aq
 import gpu_ops
 from aquant_jax.arithmetic import border
-from aquant_jax.layers.fake_quant import input_codes
 from tests.support import numpy_reference as reference
+from tests.support.layer_codes import input_codes
 from tests.support.nets import images, normal, relative_error, rng_of, small_net
+from tests.support.observers import Recorder
 
 pytestmark = pytest.mark.user_model
 X = images(0, 16, size=5)
@@ -17,12 +18,12 @@ COMPILER = aq.Compiler(gpu_ops.backend())
 
 
 def quantize(preset, wbits=3, abits=3, net=None, calibration=X, **options):
-    known = {"seed", "progress", "on_block"}
+    known = {"seed", "observer"}
     fields = {"batch_size": 8, **{k: v for k, v in options.items() if k not in known}}
     if preset != "nearest":
         fields = {"steps": 4, **fields}
     recipe = getattr(aq.recipes, preset)(wbits, abits, **fields)
-    keywords = {"progress": False, **{k: v for k, v in options.items() if k in known}}
+    keywords = {"observer": aq.Observer(), **{k: v for k, v in options.items() if k in known}}
     apply, variables = net or small_net()
     return aq.quantize(apply, variables, calibration, recipe, compiler=COMPILER, **keywords)
 
@@ -32,8 +33,10 @@ def pair():
     """A qdrop run, and an aquant run whose borders are kept at one half."""
     common = {"steps": 20, "weight_lr": 2e-2, "step_lr": 1e-3, "seed": 7}
     still = {"border_lr": 1e-30, "border": "quadratic", "phi": "clamp"}
-    defaults = aq.recipes.qdrop()
-    shared = ("input_mixing", "drop", "settle", "rounding_weight")
+    defaults = aq.recipes.qdrop().reconstruction
+    shared = (
+        "input_mixing", "quant_drop_prob", "final_full_quant_fraction", "rounding_weight",
+    )  # fmt: skip
     still |= {name: getattr(defaults, name) for name in shared}
     return quantize("qdrop", **common), quantize("aquant", **common, **still)
 
@@ -57,7 +60,7 @@ class TestAquantIsQdropAtOneHalf:
         assert any((nearest[path] != entry.codes).any() for path, entry in qdrop.items())
 
     def test_step_sizes_are_equal(self, pair):
-        qdrop, aquant = (q.tensors for q in pair)
+        qdrop, aquant = (q.activations for q in pair)
         assert qdrop.keys() == aquant.keys()
         for key, state in qdrop.items():
             np.testing.assert_allclose(state.step_size, aquant[key].step_size, rtol=1e-5)
@@ -73,7 +76,7 @@ class TestAquantIsQdropAtOneHalf:
         for one, two in zip(qdrop.specs, aquant.specs, strict=True):
             if one.tensor is None:
                 continue
-            op, state = ops[one.path], qdrop.tensors[one.tensor]
+            op, state = ops[one.path], qdrop.activations[one.tensor]
             shape = net.graph.avals[op.x].shape
             x = (rng.integers(-3, 20, shape) / 2).astype(np.float32) * np.asarray(state.step_size)
             nearest = np.asarray(input_codes(op, one, x, state, {}))
@@ -99,27 +102,69 @@ def test_eight_bits_are_close_to_float(preset):
     assert relative_error(quantized(X), apply(variables, X)) < 0.02
 
 
-def test_progress_prints_the_blocks_and_the_memory(capsys):
-    quantize("qdrop", steps=1, progress=True)
+def test_a_terminal_shows_the_blocks_and_the_memory(capsys):
+    quantize("qdrop", steps=1, observer=aq.TerminalObserver())
     out, err = capsys.readouterr()
     assert "3 blocks:" in out
     assert "block_1: block_1/conv1/kernel, block_1/conv2/kernel" in out
     assert "cached activations: 0.0 MiB at the peak" in out
     assert "block 3/3 head" in err
-    quantize("qdrop", steps=1, progress=False)
+    quantize("qdrop", steps=1, observer=aq.Observer())
     assert capsys.readouterr() == ("", "")
 
 
+def test_without_a_terminal_the_log_has_a_line_a_block(caplog, capsys):
+    caplog.set_level("INFO", "absl")
+    quantize("qdrop", steps=1, observer=None)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("3 blocks:")
+    assert "cached activations: 0.0 MiB at the peak" in lines[0]
+    names = ("1/3 stem", "2/3 block_1", "3/3 head")
+    for line, name in zip(lines[1:], names, strict=True):
+        assert line.startswith(f"block {name}: error ")
+    assert capsys.readouterr().out == ""
+
+
+def test_several_observers_see_the_same():
+    one, two = Recorder(), Recorder()
+    quantize("qdrop", steps=1, observer=aq.Observers(one, two))
+    assert one.learned == two.learned == [0, 1, 2]
+    assert one.reports == two.reports
+
+
+def test_an_observer_sees_steps_and_the_end_of_a_run_that_fails():
+    class Failing(aq.Observer):
+        def __init__(self):
+            self.steps, self.ended = [], 0
+
+        def on_step(self, index, step, loss):
+            self.steps.append((index, step))
+
+        def on_block_end(self, report):
+            if report.index == 1:
+                raise RuntimeError("stop")
+
+        def on_end(self):
+            self.ended += 1
+
+    observer = Failing()
+    with pytest.raises(RuntimeError, match="stop"):
+        quantize("qdrop", steps=25, observer=observer)
+    assert observer.steps == [(0, 20), (0, 25), (1, 20), (1, 25)]
+    assert observer.ended == 1
+
+
 def test_reports_of_the_blocks():
-    seen = []
-    quantized = quantize("aquant", steps=25, on_block=seen.append)
+    observer = Recorder()
+    quantized = quantize("aquant", steps=25, observer=observer)
+    seen = observer.reports
     assert list(quantized.reports) == seen
     assert [r.name for r in seen] == ["stem", "block_1", "head"]
     assert [r.index for r in seen] == [0, 1, 2]
     assert seen[1].layers == ("block_1/conv1/kernel", "block_1/conv2/kernel")
     for report in seen:
         np.testing.assert_array_equal(report.loss_curve[:, 0], [20, 25])
-        assert np.isfinite(report.loss_curve).all()
+        assert (report.loss_curve[:, 1] >= 0).all()
         assert report.start_error >= report.final_error >= 0
         assert report.seconds > 0
     assert seen[0].propagated.shape == (0, 4)
@@ -131,7 +176,7 @@ def test_nearest_takes_no_steps():
     for report in quantize("nearest").reports:
         assert report.steps == 0
         assert report.start_error == report.final_error
-        assert not report.kept_start
+        assert not report.fell_back_to_nearest
 
 
 def test_first_and_last_layers_and_the_input():
@@ -202,7 +247,9 @@ def test_other_border_functions_go_through():
     aq.register_border("test_wave", init, lambda c, u: c["a"] + c["b"] * jnp.sin(u))
     try:
         for name in ("linear", "test_wave"):
-            quantized = quantize("aquant", border=name, steps=2, fused=name != "linear")
+            quantized = quantize(
+                "aquant", border=name, steps=2, shared_across_taps=name != "linear"
+            )
             entry = quantized.summary()[1]
             assert set(entry.border) == set(border.get(name).init((1, 1), 0.5))
             assert any((c != c.flat[0]).any() for c in entry.border.values())

@@ -7,16 +7,19 @@ import pytest
 import aquant_jax as aq
 from aquant_jax import recipes
 from aquant_jax.errors import InputError
-from aquant_jax.recipe import PRESETS, Override, Recipe, preset
+from aquant_jax.recipe import PRESETS, Override, Recipe, Reconstruction, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_named_frozen_and_hashable(name):
     recipe = getattr(recipes, name)(weight_bits=2, act_bits=3, steps=7)
-    assert (recipe.preset, recipe.weight_bits, recipe.act_bits, recipe.steps) == (name, 2, 3, 7)
+    assert (recipe.preset, recipe.weight_bits, recipe.act_bits) == (name, 2, 3)
+    assert recipe.reconstruction.steps == 7
     assert hash(recipe) == hash(preset(name, weight_bits=2, act_bits=3, steps=7))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        recipe.steps = 1
+        recipe.weight_bits = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.reconstruction.steps = 1
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -28,28 +31,60 @@ def test_a_recipe_survives_json(name):
 
 def test_presets_mean_what_the_papers_rows_mean():
     nearest, adaround, brecq, qdrop, aquant, aquant_bert = (preset(n) for n in PRESETS)
-    assert nearest.steps == 0
-    assert adaround.unit == aquant_bert.unit == "layer"
-    assert {r.unit for r in (brecq, qdrop, aquant)} == {"block"}
-    assert all(r.input_mixing == r.drop == 0 for r in (nearest, adaround, brecq, aquant_bert))
-    assert (qdrop.input_mixing, qdrop.drop) == (aquant.input_mixing, aquant.drop) == (0.5, 0.5)
-    assert aquant.border is not None
-    assert aquant_bert.border is not None
-    assert not aquant_bert.fused
-    assert not aquant.fused  # docs/results.md
+    assert nearest.reconstruction.steps == 0
+    assert adaround.granularity == aquant_bert.granularity == "layer"
+    assert {r.granularity for r in (brecq, qdrop, aquant)} == {"block"}
+    for recipe in (nearest, adaround, brecq, aquant_bert):
+        learning = recipe.reconstruction
+        assert (learning.input_mixing, learning.quant_drop_prob) == (0, 0)
+    for recipe in (qdrop, aquant):
+        learning = recipe.reconstruction
+        assert (learning.input_mixing, learning.quant_drop_prob) == (0.5, 0.5)
+    assert (aquant.border, aquant_bert.border) == ("quadratic", "quadratic")
+    assert not aquant_bert.shared_across_taps
+    assert not aquant.shared_across_taps  # docs/results.md
     assert all(r.border is None for r in (nearest, adaround, brecq, qdrop))
     for r in (adaround, brecq, qdrop, aquant):
         assert (r.first_weight_bits, r.last_weight_bits, r.last_act_bits) == (8, 8, 8)
-        assert (r.rounding_weight, r.beta_start, r.beta_end) == (0.01, 20, 2)
+        learning = r.reconstruction
+        assert (learning.rounding_weight, learning.beta_start, learning.beta_end) == (0.01, 20, 2)
         assert not r.quantize_input
 
 
 def test_replace_gives_another_recipe():
     recipe = recipes.qdrop()
-    other = recipe.replace(steps=3)
-    assert (recipe.steps, other.steps) == (20_000, 3)
+    other = recipe.replace(steps=3, weight_bits=5)
+    assert (recipe.reconstruction.steps, other.reconstruction.steps) == (20_000, 3)
+    assert (recipe.weight_bits, other.weight_bits) == (4, 5)
+    assert other.reconstruction.quant_drop_prob == 0.5
     with pytest.raises(InputError, match=r"unknown recipe field 'stepz'; did you mean 'steps'"):
         recipe.replace(stepz=3)
+
+
+def test_the_reconstruction_may_be_given_as_a_whole():
+    learning = Reconstruction(steps=3, quant_drop_prob=0.25)
+    assert recipes.qdrop(reconstruction=learning).reconstruction == learning
+    assert recipes.qdrop(reconstruction=dataclasses.asdict(learning)).reconstruction == learning
+    mixed = recipes.qdrop(reconstruction=learning, steps=4).reconstruction
+    assert mixed == dataclasses.replace(learning, steps=4)
+    with pytest.raises(InputError, match=r"unknown field 'reconstruction\.weight_bits'"):
+        recipes.qdrop(reconstruction={"weight_bits": 3})
+    with pytest.raises(InputError, match=r"reconstruction is 5; it must be a dict"):
+        recipes.qdrop(reconstruction=5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("unit", "granularity"),
+        ("fused", "shared_across_taps"),
+        ("drop", "reconstruction.quant_drop_prob"),
+        ("settle", "reconstruction.final_full_quant_fraction"),
+    ],
+)
+def test_old_names_of_fields_say_the_new_ones(old, new):
+    with pytest.raises(InputError, match=rf"unknown recipe field '{old}'; '{old}' is now '{new}'"):
+        preset("qdrop", **{old: 0.5})
 
 
 def test_overrides_may_be_dicts():
@@ -94,10 +129,10 @@ def test_optional_bits_may_be_none_and_the_others_may_not():
 
 
 BAD = [
-    ("unit", "stage", "unit is 'stage'; known: block, layer"),
+    ("granularity", "stage", "granularity is 'stage'; known: block, layer"),
     ("step_schedule", "linear", "step_schedule is 'linear'; known: constant, cosine"),
     ("border_schedule", "", "border_schedule is ''"),
-    ("drop", 1.0, r"drop is 1.0; it must be in \[0, 1\)"),
+    ("quant_drop_prob", 1.0, r"quant_drop_prob is 1.0; it must be in \[0, 1\)"),
     ("input_mixing", -0.1, "input_mixing is -0.1"),
     ("rounding_warmup", 1.5, "rounding_warmup is 1.5"),
     ("border_warmup", float("nan"), "border_warmup is nan"),
@@ -123,7 +158,8 @@ def test_values_out_of_range(field, value, message):
 
 
 WRONG_TYPES = [
-    ("steps", "10"), ("steps", 1.5), ("drop", "half"), ("batch_size", 2.5), ("fused", "no"),
+    ("steps", "10"), ("steps", 1.5), ("quant_drop_prob", "half"), ("batch_size", 2.5),
+    ("shared_across_taps", "no"),
     ("blocks", "block_1"), ("overrides", Override("a")), ("rounding_weight", float("nan")),
     ("overrides", ({"pattern": 3},)), ("overrides", (5,)), ("overrides", ("abc",)),
     ("overrides", ({"pattern": "a", "keep_float": "yes"},)), ("border", [1]), ("border", 2),

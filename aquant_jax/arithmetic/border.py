@@ -1,22 +1,26 @@
 """Border functions: the learned replacement of the constant rounding border (paper Eq. 4 to 9).
 
-A border function is a pair ``(init, apply)`` in a table; nothing else in the library knows its
-form. `phi` maps the polynomial to the border that is used. What is stored and deployed is always
-the coefficients and the name of phi.
+A border function is a polynomial of u, given by a pair ``(init, apply)`` in a table; the rest of
+the library never looks inside the pair. A function phi then maps the polynomial to the border.
+Checkpoints store the coefficients, the name of the border function and the name of phi.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
+from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.arithmetic.uniform import clip, product
 from aquant_jax.errors import InputError
 
-Coefficients = Mapping[str, jax.Array]
+# The coefficients of one layer by name; the channels may span several axes.
+Coefficients = Mapping[str, Float[AnyArray, "taps *channels"]]
+CoefficientRows = Mapping[str, list[Float[Array, "..."]]]  # the same, one array per tap
 
 # The largest float32 below one: a border of exactly one would round zero padding down to -1.
 BELOW_ONE = 1.0 - 2.0**-24
@@ -29,17 +33,24 @@ class Border(NamedTuple):
       init: ``init(shape, half) -> coefficients``: a dict of float32 arrays of `shape`
         ``(taps, channels)`` that gives the constant polynomial `half`.
       apply: ``apply(coefficients, u) -> P``, elementwise and broadcasting over `u`.
-      powers: for every coefficient, the power of u that it multiplies; the trainer scales its
-        learning rate accordingly (``Recipe.border_range``), and leaves that of one not listed.
+      powers: the power of u that each coefficient multiplies. The trainer scales the learning rate
+        of a coefficient by it (``Recipe.border_range``); a coefficient that is not listed keeps
+        its learning rate.
     """
 
     init: Callable[[tuple[int, ...], float], dict[str, jax.Array]]
-    apply: Callable[[Coefficients, jax.Array], jax.Array]
+    apply: Callable[[Mapping[str, Any], Any], jax.Array]
     powers: Mapping[str, int]
 
 
 class Phi(NamedTuple):
-    """Map from polynomial to border: `apply`, the preimage of 0.5, and the name it deploys as."""
+    """A map from polynomial to border.
+
+    Attributes:
+      apply: the map, elementwise.
+      half: the polynomial that gives the border 0.5.
+      deployed: name of the function that inference uses.
+    """
 
     apply: Callable[[jax.Array], jax.Array]
     half: float
@@ -47,13 +58,16 @@ class Phi(NamedTuple):
 
 
 def _polynomial(degree: int) -> Border:
+    """``P = b0 + b1 u + ... + b_degree u^degree``, by Horner's rule."""
     names = [f"b{power}" for power in range(degree + 1)]
 
-    def init(shape, half):
+    def init(shape: tuple[int, ...], half: float) -> dict[str, Float[Array, "..."]]:
         rest = {name: jnp.zeros(shape, jnp.float32) for name in names[1:]}
         return {"b0": jnp.full(shape, half, jnp.float32), **rest}
 
-    def apply(coefficients, u):
+    def apply(
+        coefficients: Mapping[str, Float[AnyArray, "..."]], u: Float[AnyArray, "..."]
+    ) -> Float[Array, "..."]:
         value = coefficients[names[-1]]
         for name in reversed(names[:-1]):
             value = product(value, u) + coefficients[name]
@@ -70,12 +84,14 @@ BORDERS: dict[str, Border] = {
 
 
 @jax.custom_jvp
-def _ste_clamp(p: jax.Array) -> jax.Array:
+def _ste_clamp(p: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.clip(p, 0.0, BELOW_ONE)
 
 
 @_ste_clamp.defjvp
-def _ste_clamp_jvp(primals, tangents):
+def _ste_clamp_jvp(
+    primals: tuple[Float[AnyArray, "*shape"]], tangents: tuple[Float[Array, "*shape"]]
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     return _ste_clamp(*primals), tangents[0]
 
 
@@ -89,8 +105,13 @@ PHIS: dict[str, Phi] = {
 }
 
 
-def register(name: str, init, apply, powers: Mapping[str, int] | None = None) -> None:
-    """Add a border function to the table, to be named in ``Recipe(border=name)``.
+def register(
+    name: str,
+    init: Callable[[tuple[int, ...], float], dict[str, jax.Array]],
+    apply: Callable[[Mapping[str, Any], Any], jax.Array],
+    powers: Mapping[str, int] | None = None,
+) -> None:
+    """Add a border function to the table; ``Recipe(border=name)`` then selects it.
 
     Args:
       name: a new name.
@@ -107,38 +128,55 @@ def register(name: str, init, apply, powers: Mapping[str, int] | None = None) ->
 
 
 def get(name: str) -> Border:
-    """The border function called `name`; InputError lists what exists."""
+    """The border function called `name`.
+
+    Raises:
+      InputError: an unknown name; the message lists the known ones.
+    """
     return _lookup("border", BORDERS, name)
 
 
 def get_phi(name: str) -> Phi:
-    """The phi called `name`; InputError lists what exists."""
+    """The phi called `name`.
+
+    Raises:
+      InputError: an unknown name; the message lists the known ones.
+    """
     return _lookup("phi", PHIS, name)
 
 
-def _lookup(kind, table, name):
+_Entry = TypeVar("_Entry")
+
+
+def _lookup(kind: str, table: Mapping[str, _Entry], name: str) -> _Entry:
     if name not in table:
         raise InputError(f"unknown {kind} {name!r}; known: {', '.join(sorted(table))}")
     return table[name]
 
 
 def polynomials(
-    name: str, fused: bool, coefficients: Coefficients, us: Sequence[jax.Array]
-) -> list[jax.Array]:
-    """The polynomial of every tap of an im2col row, before phi.
+    name: str,
+    shared_across_taps: bool,
+    coefficients: Coefficients | CoefficientRows,
+    us: Sequence[Float[AnyArray, "..."]],
+) -> list[Float[Array, "..."]]:
+    """The polynomial of every tap of an im2col row, before phi (Eq. 5, 8).
 
     Args:
       name: border function.
-      fused: average over the taps of one input channel (Eq. 9).
-      coefficients: arrays of shape (taps, channels).
+      shared_across_taps: average over the taps of one input channel (Eq. 9).
+      coefficients: arrays of shape ``(taps, channels)``, or the rows of such arrays.
       us: one array ``[..., channels]`` per tap, in row-major tap order, in units of the step size.
 
     Returns:
-      A list with one array per tap, or with a single one, shared by all taps, when fused.
+      One array per tap, or a single array when the taps share it.
+
+    Raises:
+      InputError: an unknown name.
     """
     apply = get(name).apply
     values = [apply(_of_tap(coefficients, tap, u.ndim), u) for tap, u in enumerate(us)]
-    if not fused:
+    if not shared_across_taps:
         return values
     total = values[0]
     for value in values[1:]:
@@ -146,33 +184,31 @@ def polynomials(
     return [product(total, jnp.float32(1.0 / len(us)))]
 
 
-def _of_tap(coefficients: Coefficients, tap: int, rank: int) -> dict[str, jax.Array]:
+def _of_tap(
+    coefficients: Coefficients | CoefficientRows, tap: int, rank: int
+) -> dict[str, Float[Array, "..."]]:
     """One tap's coefficients, broadcast to the rank of u."""
     rows = {key: c[tap] for key, c in coefficients.items()}
     return {k: jnp.expand_dims(row, range(rank - row.ndim)) for k, row in rows.items()}
 
 
 def borders(
-    name: str, phi: str, fused: bool, coefficients: Coefficients, us: Sequence[jax.Array]
-) -> list[jax.Array]:
-    """The border of every tap: phi of `polynomials` (after the mean)."""
-    return [get_phi(phi).apply(p) for p in polynomials(name, fused, coefficients, us)]
-
-
-def analytic_border(x, weight, weight_error, propagated_error=0.0):
-    """The border that minimises the element-wise error of one product (Eq. 4; Eq. 7 with an error).
-
-    ``B = dw / (w + dw) * x' + w / (w + dw) * e(x') + 1/2``, everything in units of the step sizes.
+    name: str,
+    phi: str,
+    shared_across_taps: bool,
+    coefficients: Coefficients | CoefficientRows,
+    us: Sequence[Float[AnyArray, "..."]],
+) -> list[Float[Array, "..."]]:
+    """The border of every tap: phi of `polynomials`, applied after their mean.
 
     Args:
-      x: the (noised) activation x'.
-      weight: w.
-      weight_error: dw, the quantized weight minus `weight`; ``weight + weight_error`` non-zero.
-      propagated_error: ``e(x') = x' - x``.
+      name: border function.
+      phi: name in `PHIS`.
+      shared_across_taps: see `polynomials`.
+      coefficients: see `polynomials`.
+      us: see `polynomials`.
 
-    Returns:
-      The border, to be used as ``ceil(x' - B)``. It may leave [0, 1]: the best neighbour of the
-      exact product is then further than one step away.
+    Raises:
+      InputError: an unknown name.
     """
-    quantized = weight + weight_error
-    return weight_error / quantized * x + weight / quantized * propagated_error + 0.5
+    return [get_phi(phi).apply(p) for p in polynomials(name, shared_across_taps, coefficients, us)]

@@ -1,7 +1,7 @@
 """Initial scales: the range search that minimises mean ``|x - x_q|^2.4`` (BRECQ's MSE observer).
 
-A hundred shrunken ranges are tried and, where the values have both signs, every zero point (from 7
-bits on those around the best of sixteen).
+The search tries a hundred shrunken ranges. Where the values have both signs, it also tries the zero
+points: all of them up to 6 bits; from 7 bits, sixteen of them and then those around the best.
 """
 
 from __future__ import annotations
@@ -12,29 +12,43 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Real, Shaped
 
-from aquant_jax.arithmetic.uniform import TensorState, max_code
+from aquant_jax.arithmetic.array_types import AnyArray
+from aquant_jax.arithmetic.uniform import ActivationQuantizer, max_code
 
 RANGES = 100
 POWER = 2.4
 BINS = 4096
-FULL_BITS = 6  # up to which every zero point is tried
+FULL_BITS = 6  # every zero point is tried up to this number of bits
 COARSE_ZEROS = 16
 NEAR_RANGES = 3
 
 
-class WeightGrid(NamedTuple):
-    """Per-channel grid: `scale` and `zero_point`, float32 ``[channels]``."""
-
-    scale: jax.Array
-    zero_point: jax.Array
+# Score, fraction of the range and zero point of each row.
+_Scored = tuple[Float[Array, "rows"], Float[Array, "rows"], Float[Array, "rows"]]
 
 
-def _candidates(low: np.ndarray, high: np.ndarray, bits: int) -> list[np.ndarray]:
-    """Fractions of the range, and zero points, to try; one-sided values fix the zero point.
+class WeightRange(NamedTuple):
+    """The quantizers of a weight's output channels.
 
-    From 7 bits on the first round tries every second, fourth or sixteenth... zero point, sixteen in
-    all, and the second what lies around the best of them.
+    Attributes:
+      scale: positive, float32.
+      zero_point: float32, holding an integer code.
+    """
+
+    scale: Float[Array, "channels"]
+    zero_point: Float[Array, "channels"]
+
+
+def _candidates(
+    low: Float[np.ndarray, "rows"], high: Float[np.ndarray, "rows"], bits: int
+) -> list[Float[np.ndarray, "_ 2"]]:
+    """Pairs (fraction of the range, zero point) to try in each round, relative to the last best.
+
+    One-sided values fix the zero point. From 7 bits, the first round tries sixteen evenly spaced
+    zero points and the second round tries those around the best.
     """
     top = int(max_code(bits))
     fractions = np.arange(1, RANGES + 1) / RANGES
@@ -50,13 +64,30 @@ def _candidates(low: np.ndarray, high: np.ndarray, bits: int) -> list[np.ndarray
     return [_pairs(fractions, coarse), _pairs(near, np.arange(-stride, stride + 1))]
 
 
-def _pairs(fractions: np.ndarray, zeros: np.ndarray) -> np.ndarray:
-    grid = np.stack(np.meshgrid(fractions, zeros, indexing="ij"), -1).reshape(-1, 2)
-    return grid.astype(np.float32)
+def _pairs(
+    fractions: Float[np.ndarray, "m"], zeros: Real[np.ndarray, "n"]
+) -> Float[np.ndarray, "m*n 2"]:
+    """Every pair (fraction, zero point), float32."""
+    pairs = np.stack(np.meshgrid(fractions, zeros, indexing="ij"), -1).reshape(-1, 2)
+    return pairs.astype(np.float32)
 
 
-def _search(values, mass, span, rounds: list[np.ndarray], bits: int):
-    """Best (scale, zero point) for each row of `values` [rows, n], weighted by `mass`."""
+def _search(
+    values: Float[np.ndarray, "rows n"],
+    mass: Float[np.ndarray, "#rows #n"],
+    span: Float[np.ndarray, "rows"],
+    rounds: list[Float[np.ndarray, "_ 2"]],
+    bits: int,
+) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
+    """Best scale and zero point of each row.
+
+    Args:
+      values: the values to quantize.
+      mass: weight of each value in the mean.
+      span: range of each row.
+      rounds: see `_candidates`.
+      bits: 2 to 8.
+    """
     best = jnp.zeros((2, values.shape[0]), jnp.float32)
     for offsets in rounds:
         best = _around(values, mass, span, best, offsets, bits)
@@ -64,10 +95,17 @@ def _search(values, mass, span, rounds: list[np.ndarray], bits: int):
 
 
 @functools.partial(jax.jit, static_argnames="bits")
-def _around(values, mass, span, centre, offsets, bits):
-    """The best fraction and zero point of each row ``[2, rows]``, at `offsets` from its centre."""
+def _around(
+    values: Float[Array, "rows n"],
+    mass: Float[Array, "#rows #n"],
+    span: Float[Array, "rows"],
+    centre: Float[Array, "2 rows"],
+    offsets: Float[Array, "candidates 2"],
+    bits: int,
+) -> Float[Array, "2 rows"]:
+    """The best fraction and zero point of each row at `offsets` from its `centre`."""
 
-    def cost(fraction, zero):
+    def cost(fraction: Float[Array, "rows"], zero: Float[Array, "rows"]) -> Float[Array, "rows"]:
         scale = (span * fraction / max_code(bits))[:, None]
         zero = zero[:, None]
         codes = jnp.clip(jnp.ceil(values / scale - 0.5) + zero, 0.0, max_code(bits))
@@ -75,14 +113,14 @@ def _around(values, mass, span, centre, offsets, bits):
         power = jnp.exp2(POWER * jnp.log2(jnp.maximum(error, 1e-30)))
         return jnp.sum(power * mass, axis=1)
 
-    def body(best, offset):
+    def body(best: _Scored, offset: Float[AnyArray, "2"]) -> tuple[_Scored, None]:
         score, fraction, zero = best
         f = jnp.clip(centre[0] + offset[0], np.float32(1 / RANGES), 1.0)
         z = jnp.clip(centre[1] + offset[1], 0.0, max_code(bits))
-        found = cost(f, z)
-        better = found < score
-        pairs = ((found, score), (f, fraction), (z, zero))
-        return tuple(jnp.where(better, new, old) for new, old in pairs), None
+        new_score = cost(f, z)
+        better = new_score < score
+        score = jnp.where(better, new_score, score)
+        return (score, jnp.where(better, f, fraction), jnp.where(better, z, zero)), None
 
     rows = values.shape[0]
     start = (jnp.full(rows, jnp.inf), jnp.ones(rows), jnp.zeros(rows))
@@ -90,11 +128,11 @@ def _around(values, mass, span, centre, offsets, bits):
     return jnp.stack([fraction, zero])
 
 
-def weight_grid(weight: np.ndarray, bits: int) -> WeightGrid:
+def search_weight_range(weight: Float[np.ndarray, "channels elements"], bits: int) -> WeightRange:
     """Scale and zero point of every output channel.
 
     Args:
-      weight: float32 ``[channels, elements]``.
+      weight: float32, one row per output channel.
       bits: 2 to 8.
     """
     low = np.minimum(weight.min(axis=1), 0.0)
@@ -102,23 +140,26 @@ def weight_grid(weight: np.ndarray, bits: int) -> WeightGrid:
     span = np.where(high > low, high - low, 1.0).astype(np.float32)
     rounds = _candidates(low, high, bits)
     scale, zero = _search(weight, np.ones((1, 1), np.float32), span, rounds, bits)
-    return WeightGrid(scale, zero)
+    return WeightRange(scale, zero)
 
 
-def tensor_state(values: np.ndarray, bits: int) -> TensorState:
+def search_activation_range(values: Shaped[ArrayLike, "..."], bits: int) -> ActivationQuantizer:
     """Step size and zero point of an activation tensor.
 
-    The search runs over a histogram of 4,096 bins (each stands for the mean of its values), so its
-    cost does not grow with the number of samples.
+    The search runs over a histogram of 4,096 bins, each represented by the mean of its values, so
+    its cost does not grow with the number of samples.
 
     Args:
-      values: any float array of calibration values.
+      values: calibration values, finite.
       bits: 2 to 8.
+
+    Returns:
+      The quantizer; step size 1 and zero point 0 where every value is zero.
     """
     flat = np.asarray(values, np.float32).ravel()
     low, high = min(float(flat.min()), 0.0), max(float(flat.max()), 0.0)
     if high == low:
-        return TensorState(jnp.float32(1.0), jnp.float32(0.0))
+        return ActivationQuantizer(jnp.float32(1.0), jnp.float32(0.0))
     index = np.minimum(((flat - low) * (BINS / (high - low))).astype(np.int32), BINS - 1)
     count = np.bincount(index, minlength=BINS)
     total = np.bincount(index, weights=flat, minlength=BINS)
@@ -129,4 +170,4 @@ def tensor_state(values: np.ndarray, bits: int) -> TensorState:
     rounds = _candidates(np.array([low]), np.array([high]), bits)
     span = np.array([high - low], np.float32)
     scale, zero = _search(centres[None], mass[None], span, rounds, bits)
-    return TensorState(scale[0], zero[0])
+    return ActivationQuantizer(scale[0], zero[0])

@@ -1,4 +1,4 @@
-"""The arithmetic of uniform quantization: straight-through rounding, grids, quantize, dequantize.
+"""The arithmetic of uniform quantization: straight-through rounding, quantize, dequantize.
 
 Everything is float32 and pure. "Nearest" means ``ceil(u - 0.5)`` everywhere in this library, so
 that a constant border of 0.5 and rounding to nearest agree on ties too.
@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from aquant_jax.arithmetic.array_types import AnyArray
 
 NEAREST = 0.5
 # Above 2^23 every float32 is an integer.
@@ -20,16 +23,16 @@ LOWEST = float(np.finfo(np.float32).min)
 MIN_BITS, MAX_BITS = 2, 8
 
 
-class TensorState(NamedTuple):
-    """Grid of one quantized activation tensor (a pytree).
+class ActivationQuantizer(NamedTuple):
+    """The quantizer of one activation tensor (a pytree).
 
     Attributes:
       step_size: positive float32 scalar, in units of the tensor.
       zero_point: float32 scalar holding an integer code in ``[0, 2^bits - 1]``.
     """
 
-    step_size: jax.Array
-    zero_point: jax.Array
+    step_size: Float[Array, ""]
+    zero_point: Float[Array, ""]
 
 
 def max_code(bits: int) -> float:
@@ -38,52 +41,59 @@ def max_code(bits: int) -> float:
 
 
 @jax.custom_jvp
-def ste_ceil(x: jax.Array) -> jax.Array:
+def ste_ceil(x: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
     """``ceil`` whose gradient is the identity (straight-through estimator, Bengio et al. 2013)."""
     return jnp.ceil(x)
 
 
 @ste_ceil.defjvp
-def _ste_ceil_jvp(primals, tangents):
+def _ste_ceil_jvp(
+    primals: tuple[Float[AnyArray, "*shape"]], tangents: tuple[Float[Array, "*shape"]]
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     return ste_ceil(*primals), tangents[0]
 
 
-def clip_codes(raw: jax.Array, bits: int) -> jax.Array:
-    """Clip to ``[0, 2^bits - 1]``, as `clip` does."""
+def clip_codes(raw: Float[AnyArray, "*shape"], bits: int) -> Float[Array, "*shape"]:
+    """Clip to ``[0, 2^bits - 1]``, with the gradient of `clip`."""
     return clip(raw, 0.0, max_code(bits))
 
 
-def clip(values: jax.Array, low: float, high: float) -> jax.Array:
+def clip(values: Float[AnyArray, "*shape"], low: float, high: float) -> Float[Array, "*shape"]:
     """Clip to ``[low, high]``; the gradient passes inside the range, its ends included.
 
-    Codes sit on the ends all the time, where the derivative of `jnp.clip` is one half.
+    Codes often lie on the ends, where the derivative of `jnp.clip` is one half.
     """
     return jnp.where(values < low, low, jnp.where(values > high, high, values))
 
 
 @jax.custom_jvp
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a * b``, rounded before anything is added to it.
+def product(a: Float[AnyArray, "..."], b: Float[AnyArray, "..."]) -> Float[Array, "..."]:
+    """``a * b`` with broadcasting, rounded to float32 before anything is added to it.
 
-    XLA contracts a product and the addition that follows it to one fused operation where it sees
-    both in one loop. A value within rounding of its border would then get another code under jit
-    than in numpy, or by another backend. A maximum between the two, here with the lowest float32,
-    keeps it from doing so; the gradient is the plain product's.
+    XLA fuses a product and a following addition into one operation with one rounding where both are
+    in one loop. A value close to its border would then get different codes under jit, in numpy and
+    on another backend. The maximum with the lowest float32 between the two operations prevents the
+    fusion. The gradient is that of the plain product.
     """
     return jnp.maximum(a * b, LOWEST)
 
 
 @product.defjvp
-def _product_jvp(primals, tangents):
+def _product_jvp(
+    primals: tuple[Float[AnyArray, "..."], Float[AnyArray, "..."]],
+    tangents: tuple[Float[Array, "..."], Float[Array, "..."]],
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     a, b = primals
     da, db = tangents
     return product(a, b), da * b + a * db
 
 
-def to_units(x: jax.Array, inv_step: ArrayLike) -> jax.Array:
+def to_units(
+    x: Float[AnyArray, "*shape"], inv_step: Float[ArrayLike, "..."]
+) -> Float[Array, "*shape"]:
     """``u = clip(x / s)`` in units of the step size, given ``inv_step = float32(1 / s)``.
 
-    The clip also keeps the product from being contracted, see `product`.
+    The clip also prevents the fusion that `product` describes.
 
     >>> to_units(jnp.float32(3.0), jnp.float32(2.0)).item()
     6.0
@@ -92,8 +102,11 @@ def to_units(x: jax.Array, inv_step: ArrayLike) -> jax.Array:
 
 
 def quantize(
-    u: jax.Array, zero_point: ArrayLike, bits: int, border: ArrayLike = NEAREST
-) -> jax.Array:
+    u: Float[AnyArray, "*shape"],
+    zero_point: Float[ArrayLike, "..."],
+    bits: int,
+    border: Float[ArrayLike, "..."] = NEAREST,
+) -> Float[Array, "*shape"]:
     """Codes of `u`: ``q = clip(ceil(u - B) + z, 0, 2^bits - 1)`` (paper Sec. 2 and Algorithm 1).
 
     Args:
@@ -111,28 +124,52 @@ def quantize(
     return clip_codes(ste_ceil(u - border) + zero_point, bits)
 
 
-def dequantize(codes: jax.Array, step_size: jax.Array, zero_point: jax.Array) -> jax.Array:
-    """``s * (q - z)``, the real values that the codes stand for."""
+def dequantize(
+    codes: Float[AnyArray, "*shape"],
+    step_size: Float[AnyArray, "..."],
+    zero_point: Float[AnyArray, "..."],
+) -> Float[Array, "*shape"]:
+    """``s * (q - z)``, the real values that the codes stand for.
+
+    Args:
+      codes: q, as floats.
+      step_size: s, broadcastable against `codes`.
+      zero_point: z, broadcastable against `codes`.
+    """
     return product(step_size, codes - zero_point)
 
 
 def fake_quantize(
-    x: jax.Array, state: TensorState, bits: int, border: ArrayLike = NEAREST
-) -> jax.Array:
-    """Quantize and dequantize `x` (any float dtype, any shape); float32 out.
+    x: Float[AnyArray, "*shape"],
+    state: ActivationQuantizer,
+    bits: int,
+    border: Float[ArrayLike, "..."] = NEAREST,
+) -> Float[Array, "*shape"]:
+    """Quantize and dequantize an activation.
 
-    Its autodiff is LSQ's: the step size gets ``q - z - u`` inside the range and ``q - z`` outside
-    (Esser et al. 2019, Eq. 3), `x` gets one inside and zero outside.
+    The gradient is that of LSQ (Esser et al. 2019, Eq. 3): the step size gets ``q - z - u`` inside
+    the range and ``q - z`` outside; `x` gets one inside and zero outside.
+
+    Args:
+      x: the activation, of any float dtype.
+      state: its quantizer.
+      bits: static number of bits.
+      border: rounding border, broadcastable against `x`.
+
+    Returns:
+      float32, of the shape of `x`.
     """
     codes = quantize(to_units(x, 1.0 / state.step_size), state.zero_point, bits, border)
     return dequantize(codes, state.step_size, state.zero_point)
 
 
-def scale_gradient(x: jax.Array, factor: ArrayLike) -> jax.Array:
+def scale_gradient(
+    x: Float[Array, "*shape"], factor: Float[ArrayLike, ""]
+) -> Float[Array, "*shape"]:
     """`x` unchanged, its gradient multiplied by `factor` (LSQ's gradient scale)."""
     return x * factor + jax.lax.stop_gradient(x - x * factor)
 
 
 def lsq_gradient_scale(numel: int, bits: int) -> float:
-    """``1 / sqrt(numel * Qmax)``: LSQ's gradient scale for a tensor of `numel` elements a step."""
+    """LSQ's gradient scale ``1 / sqrt(numel * Qmax)`` for a tensor of `numel` elements a step."""
     return float(1.0 / (numel * max_code(bits)) ** 0.5)

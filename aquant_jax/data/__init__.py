@@ -57,7 +57,7 @@ def load(
         return glue.load(name, root / "tensorflow_datasets", preprocessing)
     if isinstance(preprocessing, Tokenization):
         raise InputError(f"{name} is a set of images; a network of sentences cannot read it")
-    how = preprocessing or _PREPROCESSING.get(name, IMAGENET)
+    preprocessing = preprocessing or _PREPROCESSING.get(name, IMAGENET)
     if name.startswith(FOLDER):
-        return folder.load(root / name.removeprefix(FOLDER), how)
-    return tfds.load(name, root / "tensorflow_datasets", how, test_split)
+        return folder.load(root / name.removeprefix(FOLDER), preprocessing)
+    return tfds.load(name, root / "tensorflow_datasets", preprocessing, test_split)

@@ -1,7 +1,7 @@
 """A folder of class folders: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``.
 
 References:
-    torchvision.datasets.ImageFolder: labels are the places of the sorted class names.
+    torchvision.datasets.ImageFolder: labels are the indices of the sorted class names.
 """
 
 from pathlib import Path
@@ -17,15 +17,15 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 ORDER_SEED = 0
 
 
-def load(path: Path, how: Preprocessing) -> Dataset:
+def load(path: Path, preprocessing: Preprocessing) -> Dataset:
     """Opens ``path/train`` and ``path/val``, either of which may be absent.
 
     Args:
         path: the folder.
-        how: the preprocessing of the checkpoint.
+        preprocessing: that of the checkpoint.
 
     Raises:
-        InputError: neither is there, they have not the same classes, or a class has no image.
+        InputError: both are missing, their classes differ, or a class has no image.
     """
     parts = {split: path / split for split in ("train", "val") if (path / split).is_dir()}
     if not parts:
@@ -35,7 +35,7 @@ def load(path: Path, how: Preprocessing) -> Dataset:
     records = {split: _records(part, classes[split]) for split, part in parts.items()}
     number = len(next(iter(classes.values())))
     train, val = (records.get(split, NONE) for split in ("train", "val"))
-    return dataset(f"folder:{path}", number, train, val, how)
+    return dataset(f"folder:{path}", number, train, val, preprocessing)
 
 
 def _classes(part: Path) -> list[str]:
@@ -59,13 +59,14 @@ def _check_same(path: Path, classes: dict[str, list[str]]) -> None:
 def _records(part: Path, classes: list[str]) -> Records:
     files: list[tuple[str, int]] = []
     for label, name in enumerate(classes):
-        found = sorted(
+        images = sorted(
             str(file) for file in (part / name).rglob("*") if file.suffix.lower() in SUFFIXES
         )
-        if not found:
+        if not images:
             raise InputError(f"class folder {part / name} holds no images")
-        files += [(file, label) for file in found]
-    # Class by class on disk: the first so many images would be those of the first classes.
+        files += [(file, label) for file in images]
+    # On disk the classes follow one another: without a permutation, the first images would all be
+    # of the first classes.
     order = np.random.default_rng(ORDER_SEED).permutation(len(files))
 
     def read(index: int) -> Record:

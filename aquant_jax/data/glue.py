@@ -15,12 +15,12 @@ PREFIX = "glue/"
 
 
 class Task(NamedTuple):
-    """A task: its sentences, its metric (see `evaluate.METRICS`), and its labels.
+    """One task of GLUE.
 
     Attributes:
-        sentences: the features that hold them, one or two.
-        metric: as the paper reports it.
-        labels: classes; 1 is a regression.
+        sentences: names of the features that hold its sentences, one or two.
+        metric: the metric that the paper reports, a key of `metrics.METRICS`.
+        labels: number of classes; 1 is a regression.
         validation: the split to score on.
     """
 
@@ -43,13 +43,13 @@ TASKS = {
 
 
 class Tokenization(NamedTuple):
-    """How sentences become arrays.
+    """The tokenization of sentences.
 
     Attributes:
-        folder: holds ``tokenizer.json``, or ``vocab.txt``.
-        max_length: tokens a sequence, padded or cut to exactly this.
-        apart: the two sentences of a pair are two samples, one after the other, for a network that
-            embeds sentences; the score compares the two by their cosine.
+        folder: holds ``tokenizer.json`` or ``vocab.txt``.
+        max_length: tokens per sequence; sequences are padded or cut to this length.
+        apart: the two sentences of a pair become two consecutive samples, for a network that embeds
+            sentences; the score compares the cosine of the two embeddings with the label.
     """
 
     folder: Path
@@ -57,34 +57,30 @@ class Tokenization(NamedTuple):
     apart: bool = False
 
 
-def load(name: str, tfds_dir: Path, how: Tokenization) -> Dataset:
+def load(name: str, tfds_dir: Path, tokenization: Tokenization) -> Dataset:
     """Opens a task.
 
     Args:
         name: ``glue/TASK``, of `TASKS`.
         tfds_dir: the tfds data directory that holds it prepared as array_record.
-        how: the tokenizer of the checkpoint.
+        tokenization: the tokenizer of the checkpoint.
 
     Returns:
-        Samples are dicts of int32 ``[N, max_length]``: ``ids``, ``mask`` (one where no padding)
-        and ``types`` (which sentence a token is of).
+        Samples are dicts of int32 ``[N, max_length]``: ``ids``, ``mask`` (zero at padding) and
+        ``types`` (the sentence that a token belongs to).
 
     Raises:
         InputError: unknown task, a missing package, a task that is not prepared, no tokenizer, or
             single sentences that are to be compared.
     """
-    task = TASKS.get(name.removeprefix(PREFIX))
-    if task is None:
-        raise InputError(f"unknown GLUE task {name!r}; there are {', '.join(TASKS)}")
-    if how.apart and (len(task.sentences) != 2 or task.labels != 1):
-        raise InputError(f"{name} scores no similarity of two sentences, as glue/stsb does")
-    tokenizer = load_tokenizer(how)
+    task = _task(name, tokenization)
+    tokenizer = load_tokenizer(tokenization)
     sources = open_splits(name, tfds_dir)
     splits = {
         "train": sources.get("train", ()),
         "test": sources.get(task.validation, ()),
     }
-    each = 2 if how.apart else 1
+    each = 2 if tokenization.apart else 1
 
     def stream(
         split: str, indices: np.ndarray, seed: int, batch_size: int, on_corrupt: OnCorrupt
@@ -93,17 +89,27 @@ def load(name: str, tfds_dir: Path, how: Tokenization) -> Dataset:
             picked = indices[start : start + batch_size]
             records = [splits[split][int(index) // each] for index in picked]
             labels = np.array([record["label"] for record in records], _label_type(task))
-            sides = picked % each if how.apart else None
+            sides = picked % each if tokenization.apart else None
             yield Split(_encode(tokenizer, task, records, sides), labels)
 
     train_size, test_size = (each * len(splits[split]) for split in ("train", "test"))
-    metric = f"{task.metric} of cosines" if how.apart else task.metric
-    labels = 0 if how.apart else task.labels
+    metric = f"{task.metric} of cosines" if tokenization.apart else task.metric
+    labels = 0 if tokenization.apart else task.labels
     return Dataset(name, labels, train_size, test_size, stream, metric)
 
 
-def load_tokenizer(how: Tokenization) -> Any:
-    """The tokenizer of a checkpoint, which pads or cuts to ``how.max_length``.
+def _task(name: str, tokenization: Tokenization) -> Task:
+    """The task called `name`; InputError if it is unknown or does not fit the tokenization."""
+    task = TASKS.get(name.removeprefix(PREFIX))
+    if task is None:
+        raise InputError(f"unknown GLUE task {name!r}; there are {', '.join(TASKS)}")
+    if tokenization.apart and (len(task.sentences) != 2 or task.labels != 1):
+        raise InputError(f"{name} scores no similarity of two sentences, as glue/stsb does")
+    return task
+
+
+def load_tokenizer(tokenization: Tokenization) -> Any:
+    """The tokenizer of a checkpoint, which pads or cuts to ``tokenization.max_length``.
 
     Raises:
         InputError: tokenizers is not installed, there is no tokenizer, or a length is too short.
@@ -112,26 +118,32 @@ def load_tokenizer(how: Tokenization) -> Any:
         import tokenizers
     except ImportError as error:
         raise InputError("GLUE needs tokenizers: pip install 'aquant-jax[glue]'") from error
-    if how.max_length < 4:  # [CLS] a [SEP] b would lose b
-        raise InputError(f"max_length is {how.max_length}; sequences have 4 tokens or more")
-    if not how.folder.is_dir():
-        raise InputError(f"there is no checkpoint in {how.folder}: no such folder")
-    whole, words = how.folder / "tokenizer.json", how.folder / "vocab.txt"
+    if tokenization.max_length < 4:  # [CLS] a [SEP] b would lose b
+        raise InputError(
+            f"max_length is {tokenization.max_length}; sequences have 4 tokens or more"
+        )
+    if not tokenization.folder.is_dir():
+        raise InputError(f"there is no checkpoint in {tokenization.folder}: no such folder")
+    saved, words = tokenization.folder / "tokenizer.json", tokenization.folder / "vocab.txt"
     try:
-        if whole.is_file():
-            tokenizer: Any = tokenizers.Tokenizer.from_file(str(whole))
+        if saved.is_file():
+            tokenizer: Any = tokenizers.Tokenizer.from_file(str(saved))
         elif words.is_file():
-            lower = _lower_case(how.folder)
+            lower = _lower_case(tokenization.folder)
             tokenizer = tokenizers.BertWordPieceTokenizer(str(words), lowercase=lower)
         else:
-            raise InputError(f"{how.folder} has no tokenizer: no tokenizer.json or vocab.txt in it")
+            raise InputError(
+                f"{tokenization.folder} has no tokenizer: no tokenizer.json or vocab.txt in it"
+            )
     except InputError:
         raise
     except Exception as error:  # tokenizers raises bare exceptions
-        raise InputError(f"the tokenizer in {how.folder} cannot be read: {error}") from error
+        raise InputError(
+            f"the tokenizer in {tokenization.folder} cannot be read: {error}"
+        ) from error
     pad = tokenizer.token_to_id("[PAD]")
-    tokenizer.enable_truncation(how.max_length)
-    tokenizer.enable_padding(length=how.max_length, pad_id=pad or 0)
+    tokenizer.enable_truncation(tokenization.max_length)
+    tokenizer.enable_padding(length=tokenization.max_length, pad_id=pad or 0)
     return tokenizer
 
 
@@ -140,14 +152,14 @@ def _lower_case(folder: Path) -> bool:
     return json.loads(path.read_text()).get("do_lower_case", True) if path.is_file() else True
 
 
-def _label_type(task: Task):
+def _label_type(task: Task) -> type[np.number]:
     return np.float32 if task.labels == 1 else np.int32
 
 
 def _encode(
-    tokenizer, task: Task, records: Sequence[Any], sides: np.ndarray | None
+    tokenizer: Any, task: Task, records: Sequence[Any], sides: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Token arrays; with `sides`, of one sentence of each pair."""
+    """Token arrays of the records; `sides` selects one sentence of each pair."""
     texts = [[record[feature].decode() for feature in task.sentences] for record in records]
     if sides is not None:
         texts = [[pair[side]] for pair, side in zip(texts, sides, strict=True)]

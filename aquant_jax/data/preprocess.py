@@ -1,4 +1,4 @@
-"""From a decoded image to what a network sees: resize, crop, normalise.
+"""Preprocessing of images: resize, crop, normalise.
 
 Resizing is PIL's, which is what torchvision applies to PIL images; sizes and offsets are rounded
 as torchvision rounds them.
@@ -30,19 +30,19 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How the authors of a checkpoint showed images to their network.
+    """The preprocessing that a checkpoint was trained and scored with.
 
     Attributes:
-        size: side of the square that the network sees.
-        resize: what ``size`` is a centre crop of: the short side is resized to it before the
-            crop, or the crop is ``size / resize`` of the short side.
-        interpolation: nearest, bilinear, bicubic or lanczos, of PIL.
+        size: side of the square image that the network takes, in pixels.
+        resize: length of the short side before the centre crop; with ``crop_resize`` the crop is
+            ``size / resize`` of the short side.
+        interpolation: of PIL: nearest, bilinear, bicubic or lanczos.
         geometry: ``resize_crop``: resize the short side, then crop (torchvision);
             ``crop_resize``: crop, then resize (EfficientNet of TensorFlow);
             ``squash``: resize both sides to ``size``, whatever their ratio;
-            ``keep``: leave the image, and the calibration images too, as they are.
-        mean: a channel, subtracted from pixels in [0, 1].
-        std: a channel, divided by afterwards.
+            ``keep``: leave all images unchanged, those for calibration included.
+        mean: per channel, subtracted from pixels in [0, 1].
+        std: per channel, divides the difference.
     """
 
     size: int = 224
@@ -52,7 +52,7 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, value, known in (
             ("interpolation", self.interpolation, INTERPOLATIONS),
             ("geometry", self.geometry, GEOMETRIES),
@@ -77,71 +77,81 @@ EFFICIENTNET_LITE = Preprocessing(
 )
 
 
-def for_evaluation(image: "Image", how: Preprocessing) -> np.ndarray:
-    """Prepares an image [H, W] of PIL in the way that the network is scored on.
+def for_evaluation(image: "Image", preprocessing: Preprocessing) -> np.ndarray:
+    """Prepares an image for evaluation.
 
     Args:
         image: in mode RGB.
-        how: the preprocessing of the checkpoint.
+        preprocessing: that of the checkpoint.
 
     Returns:
         [size, size, 3] float32.
     """
     short = min(image.size)
-    if how.geometry == "resize_crop":
+    if preprocessing.geometry == "resize_crop":
         # torchvision truncates the long side: int(resize * long / short).
-        resized = _resize(image, tuple(int(how.resize * n / short) for n in image.size), how)
-        image = resized.crop(_centre_box(resized.size, how.size))
-    elif how.geometry == "crop_resize":
-        side = int(how.size / how.resize * short)
+        resized = _resize(
+            image, tuple(int(preprocessing.resize * n / short) for n in image.size), preprocessing
+        )
+        image = resized.crop(_centre_box(resized.size, preprocessing.size))
+    elif preprocessing.geometry == "crop_resize":
+        side = int(preprocessing.size / preprocessing.resize * short)
         left, top = ((n - side + 1) // 2 for n in image.size)
-        image = _resize(image.crop((left, top, left + side, top + side)), (how.size,) * 2, how)
-    elif how.geometry == "squash":
-        image = _resize(image, (how.size,) * 2, how)
-    return normalise(np.asarray(image), how)
+        image = _resize(
+            image.crop((left, top, left + side, top + side)),
+            (preprocessing.size,) * 2,
+            preprocessing,
+        )
+    elif preprocessing.geometry == "squash":
+        image = _resize(image, (preprocessing.size,) * 2, preprocessing)
+    return normalise(np.asarray(image), preprocessing)
 
 
-def for_calibration(image: "Image", how: Preprocessing, rng: np.random.Generator) -> np.ndarray:
-    """Takes a random part of an image, flipped half of the time, as training does.
+def for_calibration(
+    image: "Image", preprocessing: Preprocessing, rng: np.random.Generator
+) -> np.ndarray:
+    """Takes a random crop of an image, flipped half of the time, as in training.
 
     Args:
         image: in mode RGB.
-        how: the preprocessing of the checkpoint; ``keep`` is for sets trained without crops.
-        rng: decides on the part and on the flip.
+        preprocessing: that of the checkpoint; ``keep`` is for sets trained without crops.
+        rng: draws the crop and the flip.
 
     Returns:
         [size, size, 3] float32.
     """
     from PIL.Image import Transpose
 
-    if how.geometry != "keep":
-        image = _resize(image.crop(random_box(*image.size, rng)), (how.size,) * 2, how)
+    if preprocessing.geometry != "keep":
+        image = _resize(
+            image.crop(random_box(*image.size, rng)), (preprocessing.size,) * 2, preprocessing
+        )
         if rng.random() < 0.5:
             image = image.transpose(Transpose.FLIP_LEFT_RIGHT)
-    return normalise(np.asarray(image), how)
+    return normalise(np.asarray(image), preprocessing)
 
 
-def normalise(pixels: np.ndarray, how: Preprocessing) -> np.ndarray:
-    """Maps pixels [..., W, 3] in 0..255 to float32, ``(x / 255 - mean) / std`` a channel."""
+def normalise(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """Maps pixels [..., W, 3] in 0..255 to float32: ``(x / 255 - mean) / std`` per channel."""
     width = pixels.shape[-2]
-    # Whole rows at a time: an inner loop over three channels takes numpy eight times as long.
+    # Row by row: an inner loop over three channels takes numpy eight times as long.
     rows = pixels.reshape(*pixels.shape[:-2], width * 3).astype(np.float32)
     rows /= np.float32(255)
-    rows -= np.tile(np.array(how.mean, np.float32), width)
-    rows /= np.tile(np.array(how.std, np.float32), width)
+    rows -= np.tile(np.array(preprocessing.mean, np.float32), width)
+    rows /= np.tile(np.array(preprocessing.std, np.float32), width)
     return rows.reshape(pixels.shape)
 
 
 def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
-    """The part of an image that torchvision's RandomResizedCrop would take.
+    """A random crop, distributed as torchvision's RandomResizedCrop.
 
     Args:
         width: of the image.
         height: of the image.
-        rng: draws the share of the area (0.08 to 1), the ratio (3/4 to 4/3) and the place.
+        rng: draws the share of the area (0.08 to 1), the ratio (3/4 to 4/3) and the position.
 
     Returns:
-        A box within the image: after ten draws that do not fit, the largest centred one of an
+        A box within the image; after ten draws that do not fit, the largest centred box with an
         allowed ratio.
     """
     for _ in range(_CROP_ATTEMPTS):
@@ -158,13 +168,13 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
 
 
 def _centre_box(size: tuple[int, int], side: int) -> Box:
-    # round() takes a half to the even number, as torchvision's CenterCrop does.
+    # round() rounds halves to even, as torchvision's CenterCrop does.
     left, top = (round((n - side) / 2) for n in size)
     return left, top, left + side, top + side
 
 
-def _resize(image: "Image", size: tuple[int, ...], how: Preprocessing) -> "Image":
+def _resize(image: "Image", size: tuple[int, ...], preprocessing: Preprocessing) -> "Image":
     from PIL.Image import Resampling
 
     width, height = size
-    return image.resize((width, height), Resampling[how.interpolation.upper()])
+    return image.resize((width, height), Resampling[preprocessing.interpolation.upper()])

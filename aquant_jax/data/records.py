@@ -13,11 +13,11 @@ from aquant_jax.data.preprocess import Preprocessing, for_calibration, for_evalu
 from aquant_jax.data.source import Dataset, OnCorrupt, Split
 from aquant_jax.errors import InputError
 
-READ_AHEAD = 256  # images that wait decoded, at most
+READ_AHEAD = 256  # decoded images that wait at most
 
 
 class Record(NamedTuple):
-    """An image as it is stored."""
+    """An encoded image and its label."""
 
     name: str
     encoded: bytes
@@ -33,7 +33,7 @@ class Records:
 
 
 class Corrupt(NamedTuple):
-    """An image that cannot be read or decoded, and why."""
+    """An image that cannot be read or decoded, and the reason."""
 
     name: str
     reason: str
@@ -48,7 +48,7 @@ def dataset(
     num_classes: int,
     train: Records,
     test: Records,
-    how: Preprocessing,
+    preprocessing: Preprocessing,
 ) -> Dataset:
     """Makes a data set of encoded images.
 
@@ -57,7 +57,7 @@ def dataset(
         num_classes: number of labels.
         train: to calibrate on, by random crops.
         test: to score on.
-        how: the preprocessing of the checkpoint.
+        preprocessing: that of the checkpoint.
     """
     splits = {"train": train, "test": test}
 
@@ -65,28 +65,31 @@ def dataset(
         split: str, indices: np.ndarray, seed: int, batch_size: int, on_corrupt: OnCorrupt
     ) -> Iterator[Split]:
         def load(index: int) -> Loaded:
-            # A generator an image: what it draws does not depend on who decodes it, or when.
+            # One generator per image: its draws do not depend on the thread that decodes it.
             rng = np.random.default_rng((seed, index)) if split == "train" else None
             try:
                 record = splits[split].read(index)
             except OSError as error:
                 return Corrupt(str(error.filename or index), error.strerror or str(error))
-            return decode(record, how, rng)
+            return decode(record, preprocessing, rng)
 
-        kept = _keep(_ahead(load, indices.tolist(), min(batch_size, READ_AHEAD)), name, on_corrupt)
-        while batch := list(itertools.islice(kept, batch_size)):
+        loaded = _ahead(load, indices.tolist(), min(batch_size, READ_AHEAD))
+        readable = _readable(loaded, name, on_corrupt)
+        while batch := list(itertools.islice(readable, batch_size)):
             images, labels = zip(*batch, strict=True)
             yield Split(_stack(images, name), np.array(labels, np.int32))
 
     return Dataset(name, num_classes, train.size, test.size, stream)
 
 
-def decode(record: Record, how: Preprocessing, rng: np.random.Generator | None = None) -> Loaded:
+def decode(
+    record: Record, preprocessing: Preprocessing, rng: np.random.Generator | None = None
+) -> Loaded:
     """Decodes and preprocesses one image.
 
     Args:
         record: of any format that PIL reads, in any mode.
-        how: the preprocessing.
+        preprocessing: resize, crop and normalisation.
         rng: for a random crop; None for evaluation.
 
     Returns:
@@ -97,19 +100,20 @@ def decode(record: Record, how: Preprocessing, rng: np.random.Generator | None =
     try:
         with Image.open(io.BytesIO(record.encoded)) as file:
             image = file.convert("RGB")
-    # What PIL raises depends on the format and on which of its bytes are wrong.
+    # PIL's exception depends on the format and on the bytes that are wrong.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         return Corrupt(record.name, str(error))
     if rng is None:
-        return for_evaluation(image, how), record.label
-    return for_calibration(image, how, rng), record.label
+        return for_evaluation(image, preprocessing), record.label
+    return for_calibration(image, preprocessing, rng), record.label
 
 
 def _ahead(load: Callable[[int], Loaded], indices: list[int], ahead: int) -> Iterator[Loaded]:
-    """Threads, not processes: PIL lets go of the interpreter lock while it decodes and resizes.
+    """The images at `indices`, loaded by threads ahead of their use.
 
-    With two of each on two cores, threads gave 431 images/s and grain's worker processes, which
-    start in seconds and hand over every float, 262.
+    Threads suffice, because PIL releases the interpreter lock while it decodes and resizes. On two
+    cores, two threads gave 431 images/s and two of grain's worker processes, which start in seconds
+    and copy every float, 262.
     """
     try:
         import grain
@@ -123,9 +127,10 @@ def _ahead(load: Callable[[int], Loaded], indices: list[int], ahead: int) -> Ite
         images.close()
 
 
-def _keep(
+def _readable(
     images: Iterator[Loaded], name: str, on_corrupt: OnCorrupt
 ) -> Iterator[tuple[np.ndarray, int]]:
+    """The images that could be decoded; the others are reported, or are errors."""
     for image in images:
         if not isinstance(image, Corrupt):
             yield image

@@ -1,4 +1,4 @@
-"""A labelled data set that is read in batches, and how to draw from it."""
+"""Labelled data sets that are read in batches."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from aquant_jax.errors import InputError
 
 
 class Split(NamedTuple):
-    """Samples as the model takes them, and their labels [N].
+    """Inputs of the model, and their labels [N].
 
     Images are [N, H, W, C] float32, normalised as the model expects, with int32 labels.
     """
@@ -32,9 +32,10 @@ class Dataset:
         num_classes: number of labels, 1 for a regression, 0 where the score has none.
         train_size: samples in the training split, 0 where there is none.
         test_size: samples in the test split, 0 where there is none.
-        stream: ``("train" | "test", indices, seed, batch_size, on_corrupt)`` to batches of those
-            images, in that order, only the last one smaller; the seed is that of random crops.
-        metric: what it is scored by: a key of `evaluate.METRICS`, or ``top1``.
+        stream: ``stream("train" | "test", indices, seed, batch_size, on_corrupt)`` gives the
+            samples at `indices`, in that order, in batches of which only the last may be smaller;
+            the seed is that of random crops.
+        metric: a key of `metrics.METRICS`, or ``top1``.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Dataset:
     metric: str = "top1"
 
     def check_calibration(self, n: int) -> None:
-        """Says whether ``calibration(n)`` can be had, without reading anything.
+        """Checks the size of ``calibration(n)`` without reading anything.
 
         Raises:
             InputError: ``n`` is not positive or more than the training split has.
@@ -53,13 +54,13 @@ class Dataset:
         _check("calibration", n, self.name, "training", self.train_size)
 
     def calibration(self, n: int, seed: int = 0, on_corrupt: OnCorrupt = None) -> Split:
-        """Draws ``n`` different training images, the same ones for the same seed.
+        """Draws ``n`` different training samples, the same ones for the same seed.
 
         Args:
-            n: how many.
+            n: number of samples.
             seed: of the draw and of random crops.
-            on_corrupt: called with the name of every image that cannot be decoded, which is
-                then left out; without it such an image is an error.
+            on_corrupt: receives the name of every image that cannot be decoded and is left out;
+                None makes such an image an error.
 
         Raises:
             InputError: ``n`` is not positive or more than the training split has, or an image
@@ -67,7 +68,7 @@ class Dataset:
         """
         self.check_calibration(n)
         indices = np.random.default_rng(seed).permutation(self.train_size)[:n]
-        return self._whole("train", indices, seed, on_corrupt)
+        return self._read("train", indices, seed, on_corrupt)
 
     def test(self, limit: int | None = None) -> Split:
         """Reads the test split, or its first ``limit`` images, into memory.
@@ -76,20 +77,20 @@ class Dataset:
             InputError: ``limit`` is not positive or more than the test split has, or an image
                 cannot be read.
         """
-        return self._whole("test", self._test_indices(limit), 0, None)
+        return self._read("test", self._test_indices(limit), 0, None)
 
     def batches(
         self, batch_size: int, limit: int | None = None, on_corrupt: OnCorrupt = None
     ) -> Iterator[Split]:
-        """Reads what ``test`` reads, a batch at a time, the next one while one is used.
+        """Reads the test split in batches; the next batch is read while one is used.
 
         Args:
-            batch_size: images a batch; the last one may have fewer.
-            limit: how many of the first images; all by default.
-            on_corrupt: as ``calibration`` takes it.
+            batch_size: samples per batch; the last one may have fewer.
+            limit: number of the first samples to read; all by default.
+            on_corrupt: see ``calibration``.
 
         Raises:
-            InputError: as ``test``, or ``batch_size`` is not positive.
+            InputError: see ``test``, or ``batch_size`` is not positive.
         """
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}, must be at least 1")
@@ -100,7 +101,7 @@ class Dataset:
         _check("test", n, self.name, "test", self.test_size)
         return np.arange(n)
 
-    def _whole(self, split: str, indices: np.ndarray, seed: int, on_corrupt: OnCorrupt) -> Split:
+    def _read(self, split: str, indices: np.ndarray, seed: int, on_corrupt: OnCorrupt) -> Split:
         for batch in self.stream(split, indices, seed, len(indices), on_corrupt):
             return batch
         raise InputError(f"not one of the {len(indices)} {split} images of {self.name} is readable")

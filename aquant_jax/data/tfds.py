@@ -27,7 +27,7 @@ _MANUAL = {
 def load(
     name: str,
     tfds_dir: Path,
-    how: Preprocessing,
+    preprocessing: Preprocessing,
     test_split: str | None = None,
 ) -> Dataset:
     """Opens any image classification set of tfds, or one that has its format.
@@ -35,14 +35,14 @@ def load(
     Args:
         name: the tfds name, such as imagenet2012 or imagenet_v2/matched-frequency.
         tfds_dir: the tfds data directory that holds it prepared as array_record.
-        how: the preprocessing of the checkpoint.
+        preprocessing: that of the checkpoint.
         test_split: to score on; by default validation, or test where there is none.
 
     Raises:
-        InputError: tfds is not installed, the data set is not prepared there, it has no such
-            split, or its records are no labelled images.
+        InputError: tfds is not installed, the data set is not prepared there or has no such
+            split, or its records are not labelled images.
     """
-    # One decoder for all sets keeps numbers the same: tfds would take OpenCV where it is there.
+    # One decoder for all sets gives the same pixels everywhere: tfds uses OpenCV if installed.
     sources = open_splits(name, tfds_dir, skip=("image",))
     if test_split is not None and test_split not in sources:
         raise InputError(f"{name} has no split {test_split!r}; there are {', '.join(sources)}")
@@ -57,7 +57,7 @@ def load(
         )
     train = _records(sources["train"], "train") if "train" in sources else NONE
     held_out = _records(sources[test], test) if test else NONE
-    return dataset(name, classes, train, held_out, how)
+    return dataset(name, classes, train, held_out, preprocessing)
 
 
 def _records(source: Any, split: str) -> Records:
@@ -89,15 +89,15 @@ def open_splits(name: str, tfds_dir: Path, skip: Sequence[str] = ()) -> dict[str
         ) from error
     base = name.partition("/")[0].partition(":")[0]
     if not (tfds_dir / base).is_dir():
-        # Before tfds is asked, which would log a warning of its own.
+        # Checked before tfds, which would log a warning.
         raise InputError(_not_prepared(name, base, tfds_dir, _in_catalogue(base)))
     decoders = {feature: tfds.decode.SkipDecoding() for feature in skip} or None
     try:
-        # tfds raises a different type for every way in which a data set is not there.
+        # tfds raises various types for a data set that is missing.
         opened = tfds.data_source(name, data_dir=str(tfds_dir), decoders=decoders, download=False)
     except Exception as error:
         raise InputError(_not_prepared(name, base, tfds_dir, _in_catalogue(base))) from error
-    return cast(dict[str, Any], opened)  # all splits, as none was asked for
+    return cast(dict[str, Any], opened)  # without a split, tfds gives a dict of all
 
 
 def _in_catalogue(base: str) -> bool:

@@ -18,32 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from aquant_jax.arithmetic.uniform import TensorState, dequantize, quantize, to_units
+from aquant_jax.arithmetic.uniform import ActivationQuantizer, dequantize, quantize, to_units
+from aquant_jax.deployment.onnx_weights import ReadWeight, dequantize_inputs
 from aquant_jax.deployment.quantized import Quantized, Traced
 from aquant_jax.deployment.stablehlo import batches_of, in_batches
 from aquant_jax.errors import InputError, reason
 from aquant_jax.graph.ir import PAD_WITH_VALUE, Op
-from aquant_jax.graph.subgraph import cut, run, static_inputs
+from aquant_jax.graph.subgraph import BlockInputs, constant_inputs, extract_subgraph, run
 from aquant_jax.graph.trace import trace
-from aquant_jax.layers.conv_geometry import Window
+from aquant_jax.layers.column import Rounding
+from aquant_jax.layers.conv_geometry import ConvGeometry
 from aquant_jax.layers.fake_quant import LayerState
-from aquant_jax.layers.im2col import Rounding
 from aquant_jax.layers.integer import run_deployed_layer
 
 OPSET = 23
-SMALL_BITS = 4  # up to so many bits a code is an uint4, two a byte; more are uint8
-
-
-class _Weight(NamedTuple):
-    """What a DequantizeLinear does to the codes of a layer.
-
-    Attributes:
-      axes: of the codes, that number output channels.
-      scale: float32 ``[channels]``.
-    """
-
-    axes: tuple[int, ...]
-    scale: np.ndarray
 
 
 def to_onnx(quantized: Quantized, inputs: Any = None) -> Any:
@@ -51,10 +39,10 @@ def to_onnx(quantized: Quantized, inputs: Any = None) -> Any:
 
     Weights that meet quantized activations are dequantized to the whole numbers
     ``codes - zero_point``; scales follow the product, as in `integer.run_deployed_layer`, whose
-    sums are exact in any order. So a runtime gives the same outputs but for near-ties.
+    sums are exact in any order. A runtime gives the same outputs except at near-ties.
 
     Args:
-      quantized: what `quantize` made; not one of `restore`, whose program is StableHLO.
+      quantized: from `quantize`; a restored network holds StableHLO only.
       inputs: see `checkpoint.save`.
 
     Returns:
@@ -62,7 +50,7 @@ def to_onnx(quantized: Quantized, inputs: Any = None) -> Any:
       ``output``; the number of samples is symbolic where the network can be traced so.
 
     Raises:
-      InputError: jax2onnx is not installed, or knows no ONNX for something in the network.
+      InputError: jax2onnx is not installed, or cannot convert an operation of the network.
     """
     try:
         import jax2onnx
@@ -70,20 +58,20 @@ def to_onnx(quantized: Quantized, inputs: Any = None) -> Any:
         raise InputError("ONNX needs jax2onnx: pip install 'aquant-jax[onnx]'") from error
     program = quantized.program
     if not isinstance(program, Traced):
-        raise InputError("a restored network is StableHLO; ONNX is made with the model's code")
+        raise InputError("a restored network is StableHLO; the ONNX export needs the model's code")
     shapes = program.inputs if inputs is None else inputs
     problem: Exception | None = None
-    for batch in batches_of(shapes, quantized.recipe.batch_size):
+    for batch in batches_of(shapes, quantized.recipe.reconstruction.batch_size):
         try:
-            function, arguments, names, read = _traced(quantized, program, batch)
+            network = _function(quantized, program, batch)
             model = jax2onnx.to_onnx(
-                function, arguments, opset=OPSET, model_name="aquant",
-                input_names=names[0], output_names=names[1],
+                network.function, network.arguments, opset=OPSET, model_name="aquant",
+                input_names=network.names[0], output_names=network.names[1],
             )  # fmt: skip
         except Exception as error:  # of a network that does anything with a size, or of jax2onnx
             problem = problem or error
             continue
-        _dequantize(model, quantized, read)
+        dequantize_inputs(model, quantized, network.reads)
         return model
     said = problem and reason(problem)
     raise InputError(f"the network cannot become ONNX: {said}") from problem
@@ -109,59 +97,92 @@ def load(path: str | Path) -> Callable:
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has exceptions of its own
-        raise InputError(f"{path} is no ONNX file that onnxruntime reads: {error}") from error
+        raise InputError(f"{path} cannot be read by onnxruntime: {error}") from error
     inputs = session.get_inputs()
 
-    def once(batch):
+    def once(batch: Any) -> Any:
         leaves = map(np.asarray, jax.tree.leaves(batch))
         return session.run(None, {i.name: a for i, a in zip(inputs, leaves, strict=True)})
 
     return lambda batch: in_batches(once, batch, inputs[0].shape[0])
 
 
-def _traced(quantized: Quantized, program: Traced, batch):
-    """A function of weights and batch, its arguments and names, and how each weight is read."""
-    read: dict[str, _Weight] = {}
-    host = jax.tree.map(np.asarray, (quantized.layers, quantized.tensors, quantized.static))
-    specs = {spec.path: spec for spec in quantized.specs}
+class _Function(NamedTuple):
+    """A network as a function that jax2onnx converts.
+
+    Attributes:
+      function: of the weights and the leaves of a batch.
+      arguments: shapes of its arguments.
+      names: of its inputs, and of its outputs.
+      reads: how each weight is dequantized, by path.
+    """
+
+    function: Callable[..., tuple[Any, ...]]
+    arguments: list[jax.ShapeDtypeStruct]
+    names: tuple[list[str], list[str]]
+    reads: dict[str, ReadWeight]
+
+
+def _function(quantized: Quantized, program: Traced, batch: Any) -> _Function:
+    reads: dict[str, ReadWeight] = {}
+    bits = {spec.path: spec.weight_bits for spec in quantized.specs}
     weights = {
         path: jax.ShapeDtypeStruct(quantized.layers[path].codes.shape, jnp.float32)
         for path in sorted(quantized.layers)  # as the leaves of a dict are
-        if specs[path].weight_bits is not None
+        if bits[path] is not None
     }
-    layer = functools.partial(
-        run_deployed_layer,
-        real=functools.partial(_read, read, False),
-        whole=functools.partial(_read, read, True),
-        convolve=_convolve,
-    )
-
-    def apply(weights, x):
-        layers = {p: own._replace(codes=weights.get(p, own.codes)) for p, own in host[0].items()}
-        given = dataclasses.replace(quantized, layers=layers, tensors=host[1], static=host[2])
-        return program.run(given, x, layer)
-
-    graph = trace(apply, weights, batch)
+    graph = trace(_apply_of_weights(quantized, program, reads), weights, batch)
     graph = graph._replace(ops=tuple(map(_plain, graph.ops)))
-    whole = cut(graph, (), graph.outputs)
+    network = extract_subgraph(graph, (), graph.outputs)
 
-    def function(*values):
+    def function(*values: Any) -> tuple[Any, ...]:
         given = dict(zip(weights, values[: len(weights)], strict=True))
-        side = dict(zip(graph.inputs, values[len(weights) :], strict=True))
-        static = static_inputs(graph, whole, given)
-        return run(whole, (), [side[i] for i in whole.side], static, _no_weighted)
+        model = dict(zip(graph.inputs, values[len(weights) :], strict=True))
+        inputs = BlockInputs(
+            model=[model[i] for i in network.model_inputs],
+            constants=constant_inputs(graph, network, given),
+        )
+        return run(network, inputs, _no_layer)
 
     arguments = [*weights.values(), *jax.tree.leaves(batch)]
     outputs = jax.tree.unflatten(graph.tree, range(len(graph.outputs)))
     names = [*weights, *_names(batch, "input")], _names(outputs, "output")
-    return function, arguments, names, read
+    return _Function(function, arguments, names, reads)
 
 
-def _read(read: dict[str, _Weight], whole: bool, op: Op, state: LayerState):
-    """The weight of a layer, noting what its codes become."""
+def _apply_of_weights(
+    quantized: Quantized, program: Traced, reads: dict[str, ReadWeight]
+) -> Callable[[dict[str, Any], Any], Any]:
+    """The network as a function of float weights and a batch; `reads` gets how it reads them."""
+    layers, activations, constants = jax.tree.map(
+        np.asarray, (quantized.layers, quantized.activations, quantized.constants)
+    )
+    layer = functools.partial(
+        run_deployed_layer,
+        real=functools.partial(_read, reads, False),
+        integer=functools.partial(_read, reads, True),
+        convolve=_convolve,
+    )
+
+    def apply(weights: dict[str, Any], x: Any) -> Any:
+        given = {
+            path: state._replace(codes=weights.get(path, state.codes))
+            for path, state in layers.items()
+        }
+        network = dataclasses.replace(
+            quantized, layers=given, activations=activations, constants=constants
+        )
+        return program.run(network, x, layer)
+
+    return apply
+
+
+def _read(reads: dict[str, ReadWeight], integer: bool, op: Op, state: LayerState) -> jax.Array:
+    """The weight of a layer; notes how its codes are dequantized."""
     if state.scale.size:
         scale = np.asarray(state.scale)
-        read[op.layer.path] = _Weight(op.layer.channel_axes, scale**0 if whole else scale)
+        weight = ReadWeight(op.layer.channel_axes, scale**0 if integer else scale)
+        reads[op.layer.path] = weight
     return state.codes
 
 
@@ -172,7 +193,7 @@ def _plain(op: Op) -> Op:
     return op._replace(layer=None, call=functools.partial(_pad, op) if padding else op.call)
 
 
-def _pad(op: Op, x, value):
+def _pad(op: Op, x: jax.Array, value: jax.Array) -> list[jax.Array]:
     sizes = op.params["padding_config"]
     if all(isinstance(size, int) for size in x.shape) or min(min(pair) for pair in sizes) < 0:
         return op.call(x, value)
@@ -187,17 +208,23 @@ def _pad(op: Op, x, value):
 
 
 def _convolve(
-    x, keep, tensor: TensorState, coefficients, kernel, window: Window, rounding: Rounding
-):
-    """`columns.convolve` over columns that a convolution with one-hot kernels writes."""
+    x: jax.Array,
+    keep: None,
+    quantizer: ActivationQuantizer,
+    coefficients: dict[str, jax.Array],
+    kernel: jax.Array,
+    geometry: ConvGeometry,
+    rounding: Rounding,
+) -> jax.Array:
+    """`im2col.convolve` over columns that a convolution with one-hot kernels writes."""
     taps, groups, inner, outer = kernel.shape
-    spatial = "".join(chr(ord("0") + axis) for axis in range(len(window.kernel)))
+    spatial = "".join(chr(ord("0") + axis) for axis in range(len(geometry.kernel)))
     columns = lax.conv_general_dilated_patches(
-        x, window.kernel, window.strides, "VALID", rhs_dilation=window.dilation,
+        x, geometry.kernel, geometry.strides, "VALID", rhs_dilation=geometry.dilation,
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
     )  # fmt: skip
-    units = to_units(columns, 1.0 / tensor.step_size)
-    if rounding.fused:
+    units = to_units(columns, 1.0 / quantizer.step_size)
+    if rounding.shared_across_taps:
         each = units.reshape(*units.shape[:-1], -1, taps)
         shared = rounding.polynomials(coefficients, [each[..., tap] for tap in range(taps)])
         (bound,) = rounding.borders(shared, 1)
@@ -205,8 +232,8 @@ def _convolve(
     else:  # every element of a column is a channel with one tap
         flat = {name: own.T.reshape(1, -1) for name, own in coefficients.items()}
         (bound,) = rounding.borders(rounding.polynomials(flat, [units]), 1)
-    codes = quantize(units, tensor.zero_point, rounding.bits, bound)
-    values = dequantize(codes, tensor.step_size, tensor.zero_point)
+    codes = quantize(units, quantizer.zero_point, rounding.bits, bound)
+    values = dequantize(codes, quantizer.step_size, quantizer.zero_point)
     kernel = kernel.transpose(1, 2, 0, 3).reshape(groups, inner * taps, outer)
     rows = values.reshape(*columns.shape[:-1], groups, inner * taps)
     if groups == 1:
@@ -214,54 +241,11 @@ def _convolve(
     return jnp.einsum("...gk,gko->...go", rows, kernel).reshape(*columns.shape[:-1], -1)
 
 
-def _dequantize(model, quantized: Quantized, read: dict[str, _Weight]) -> None:
-    """Puts codes and a DequantizeLinear in the place of every weight that is an input."""
-    from onnx import helper
-
-    weights = [value for value in model.graph.input if value.name in read]
-    bits = {spec.path: spec.weight_bits or 0 for spec in quantized.specs}
-    nodes = []
-    for value in weights:
-        model.graph.input.remove(value)
-        layer = jax.tree.map(np.asarray, quantized.layers[value.name])
-        made = _weight_nodes(value.name, layer, bits[value.name], read[value.name])
-        nodes += made[0]
-        model.graph.initializer.extend(made[1])
-    rest = list(model.graph.node)
-    del model.graph.node[:]
-    model.graph.node.extend([helper.make_node(*args, **kwargs) for args, kwargs in nodes] + rest)
-
-
-def _weight_nodes(name: str, layer: LayerState, bits: int, weight: _Weight):
-    """Nodes and initializers that make the weight called `name`."""
-    from onnx import numpy_helper
-
-    kind = jnp.uint4 if bits <= SMALL_BITS else jnp.uint8
-    axes, codes = weight.axes, np.asarray(layer.codes)
-    arrays = {"scale": weight.scale, "zero_point": layer.zero_point.astype(kind)}
-    names = [f"{name}:{part}" for part in ("codes", *arrays)]
-    if len(axes) == 1:
-        nodes = [(("DequantizeLinear", names, [name]), {"axis": axes[0]})]
-    else:  # it has one axis of scales
-        moved = np.moveaxis(codes, axes, range(len(axes)))
-        codes = moved.reshape(layer.scale.size, -1)
-        back = np.argsort([*axes, *(a for a in range(moved.ndim) if a not in axes)])
-        arrays["shape"] = np.array(moved.shape, np.int64)
-        rows, shape, shaped = (f"{name}:{part}" for part in ("rows", "shape", "shaped"))
-        nodes = [
-            (("DequantizeLinear", names, [rows]), {"axis": 0}),
-            (("Reshape", [rows, shape], [shaped]), {}),
-            (("Transpose", [shaped], [name]), {"perm": back.tolist()}),
-        ]
-    arrays = {"codes": codes.astype(kind), **arrays}
-    return nodes, [numpy_helper.from_array(a, f"{name}:{part}") for part, a in arrays.items()]
-
-
-def _names(tree, default: str) -> list[str]:
+def _names(tree: Any, default: str) -> list[str]:
     """Names of the leaves of a tree by their paths."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return [jax.tree_util.keystr(path, simple=True, separator="/") or default for path in paths]
 
 
-def _no_weighted(op, x):
+def _no_layer(op: Op, x: Any) -> Any:
     raise AssertionError(f"{op.name} was made plain")

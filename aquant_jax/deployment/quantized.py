@@ -12,29 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.arithmetic import border as borders
-from aquant_jax.arithmetic.uniform import TensorState
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.deployment.layer_summary import LayerSummary
 from aquant_jax.errors import InputError
 from aquant_jax.graph.fold import fold
+from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.graph.trace import trace
+from aquant_jax.layers.backend import Backend
 from aquant_jax.layers.fake_quant import LayerSpec, LayerState
 from aquant_jax.layers.integer import run_deployed_layer, run_integer_layer
 from aquant_jax.plan.assign import make_plan
-from aquant_jax.plan.block_program import Unit, forward, make_unit
+from aquant_jax.plan.block_program import BlockProgram, forward, make_block_program
 from aquant_jax.recipe import Recipe
-from aquant_jax.reconstruction.report import History, LayerSummary
-
-
-class Backend(Protocol):
-    """Integer operations for deployment, such as ``gpu_ops.backend()``; hashable."""
-
-    convolve_codes: Callable[..., jax.Array]
-    """See `integer.run_integer_layer`."""
+from aquant_jax.reconstruction.report import History
 
 
 class Program(Protocol):
-    """What runs a quantized network; hashable, for jit."""
+    """Runs a quantized network; hashable, for jit."""
 
-    def __call__(self, quantized: Quantized, x) -> Any:
+    def __call__(self, quantized: Quantized, x: Any) -> Any:
         """Outputs for a batch of inputs."""
 
 
@@ -59,29 +55,28 @@ class Traced(NamedTuple):
         """Shapes and dtypes of the calibration set."""
         return jax.tree.unflatten(self.input_tree, self.input_shapes)
 
-    def __call__(self, quantized: Quantized, x):
-        layer = run_deployed_layer
+    def __call__(self, quantized: Quantized, x: Any) -> Any:
+        layer: Callable[..., jax.Array] = run_deployed_layer
         if quantized.backend is not None:
             convolve = quantized.backend.convolve_codes
             layer = functools.partial(run_integer_layer, convolve=convolve)
         return self.run(quantized, x, layer)
 
-    def run(self, quantized: Quantized, x, layer: Callable[..., jax.Array]):
+    def run(self, quantized: Quantized, x: Any, layer: Callable[..., jax.Array]) -> Any:
         """Outputs, each layer run by `layer`, which has the arguments of `run_deployed_layer`."""
         graph = fold(trace(self.apply, jax.tree.unflatten(self.treedef, self.shapes), x))
-        unit = make_unit(graph, make_plan(graph, quantized.recipe), (), graph.outputs)
-        _check_same(quantized, unit)
+        program = make_block_program(graph, make_plan(graph, quantized.recipe), (), graph.outputs)
+        _check_same(quantized, program)
         by_id = dict(zip(graph.inputs, jax.tree.leaves(x), strict=True)) | graph.constants
-        by_id |= {i: quantized.static.get(path) for i, path in graph.variables.items()}
-        outputs = forward(
-            unit,
-            [quantized.layers[spec.path] for spec in unit.specs],
-            [quantized.tensors[tensor.key] for tensor in unit.tensors],
-            (),
-            [by_id[i] for i in unit.program.side],
-            [by_id[i] for i in unit.program.static],
-            layer=layer,
+        by_id |= {i: quantized.constants.get(path) for i, path in graph.variables.items()}
+        subgraph = program.subgraph
+        inputs = BlockInputs(
+            model=[by_id[i] for i in subgraph.model_inputs],
+            constants=[by_id[i] for i in subgraph.constants],
         )
+        layers = [quantized.layers[spec.path] for spec in program.specs]
+        activations = [quantized.activations[tensor.key] for tensor in program.tensors]
+        outputs = forward(program, layers, activations, inputs, layer=layer)
         return jax.tree.unflatten(graph.tree, outputs)
 
 
@@ -91,38 +86,39 @@ class Quantized:
 
     Attributes:
       layers: deployed state of every layer, by weight path.
-      tensors: grid of every quantized activation tensor, by the path of its first reader.
-      static: the other leaves of the variables that the folded network still reads, by path.
-      program: what runs it on a batch.
+      activations: quantizer of every quantized activation tensor, by the path of its first reader.
+      constants: the other leaves of the variables that the folded network reads, by path.
+      program: runs the network on a batch.
       specs: static part of every layer.
       recipe: how it was made.
       reports: how the reconstruction of each block went.
-      backend: what runs it; None runs the definition, in float32. See `with_backend`.
+      backend: runs its layers in integers; None runs the reference implementation, in float32.
     """
 
     layers: dict[str, LayerState]
-    tensors: dict[str, TensorState]
-    static: dict[str, jax.Array]
+    activations: dict[str, ActivationQuantizer]
+    constants: dict[str, jax.Array]
     program: Program = dataclasses.field(metadata={"static": True})
     specs: tuple[LayerSpec, ...] = dataclasses.field(metadata={"static": True})
     recipe: Recipe = dataclasses.field(metadata={"static": True})
     reports: History = dataclasses.field(metadata={"static": True}, default=History())
     backend: Backend | None = dataclasses.field(metadata={"static": True}, default=None)
 
-    def __call__(self, x):
-        """Run the network on a batch of any size; same pytree of outputs as the float one."""
+    def __call__(self, x: Any) -> Any:
+        """Run the network on a batch of any size; the same pytree of outputs as the float one."""
         return _run(self, x)
 
     def with_backend(self, backend: Backend | None) -> Quantized:
         """The same network, run by `backend`: the same codes, outputs within float rounding.
 
-        For inference: it need not be differentiable. In float32 the definition sums whole numbers
-        too, exactly below 2^24; in half precision it rounds, and an activation within that of a
-        border may get another code. Where the definition hands not-a-number on, a code is a number.
+        For inference; it need not be differentiable. In float32 the reference implementation sums
+        whole numbers too, exactly below 2^24. In half precision it rounds, and an activation within
+        that rounding of a border may get another code. NaN passes through the reference
+        implementation; a backend gives it a code.
 
         Args:
-          backend: such as ``gpu_ops.backend()``, which multiplies int8 codes; None goes back to
-            the definition.
+          backend: such as ``gpu_ops.backend()``, which multiplies int8 codes; None selects the
+            reference implementation.
         """
         return dataclasses.replace(self, backend=backend)
 
@@ -132,7 +128,7 @@ class Quantized:
 
     def _summarize(self, spec: LayerSpec) -> LayerSummary:
         state = jax.tree.map(np.asarray, self.layers[spec.path])
-        tensor = self.tensors[spec.tensor] if spec.tensor else None
+        tensor = self.activations[spec.tensor] if spec.tensor else None
         exact = spec.weight_bits is None
         return LayerSummary(
             path=spec.path,
@@ -146,25 +142,25 @@ class Quantized:
             weight_zero_point=None if exact else state.zero_point,
             border=dict(state.border) or None,
             phi=borders.get_phi(spec.phi).deployed,
-            fused=spec.fused,
+            shared_across_taps=spec.shared_across_taps,
             codes=state.codes,
         )
 
 
-def traced(apply: Callable, variables, inputs) -> Traced:
+def traced(apply: Callable, variables: Any, inputs: Any) -> Traced:
     """The program of an inference function for variables and inputs of these shapes."""
     return Traced(apply, *_shapes(variables), *_shapes(inputs))
 
 
-def _shapes(tree):
+def _shapes(tree: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, tuple(jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in leaves)
 
 
-def _check_same(quantized: Quantized, unit: Unit) -> None:
+def _check_same(quantized: Quantized, program: BlockProgram) -> None:
     """A network may compute something else for another shape of its input."""
-    found = {spec.path for spec in unit.specs} | {tensor.key for tensor in unit.tensors}
-    differ = found ^ (quantized.layers.keys() | quantized.tensors.keys())
+    names = {spec.path for spec in program.specs} | {tensor.key for tensor in program.tensors}
+    differ = names ^ (quantized.layers.keys() | quantized.activations.keys())
     if differ:
         raise InputError(
             f"for inputs of this shape the network has other layers or activations to quantize "
@@ -176,5 +172,5 @@ jax.tree_util.register_dataclass(Quantized)
 
 
 @jax.jit
-def _run(quantized: Quantized, x):
+def _run(quantized: Quantized, x: Any) -> Any:
     return quantized.program(quantized, x)

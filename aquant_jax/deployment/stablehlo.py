@@ -1,11 +1,11 @@
-"""Quantized networks as StableHLO (`jax.export`): programs that need no code of the model."""
+"""Quantized networks as StableHLO (`jax.export`): programs that do not need the model's code."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from aquant_jax.errors import InputError, reason
 from aquant_jax.storage import archive
 
 PLATFORMS = ("cpu", "cuda")
-# What a program may call outside itself; a callback, say, would run an address of this process.
+# The custom calls that a program may make; a callback would run an address of this process.
 TARGETS = frozenset({"shape_assertion", "Sharding", "mhlo.topk", "cu_threefry2x32_ffi"})
 
 
@@ -42,7 +42,7 @@ class Exported:
         samples = samples_of(self.inputs)
         return samples if isinstance(samples, int) else None
 
-    def __call__(self, quantized: Quantized, x):
+    def __call__(self, quantized: Quantized, x: Any) -> Any:
         if quantized.backend is not None:
             raise InputError(
                 f"a restored network runs the program that it was saved with, "
@@ -56,11 +56,11 @@ class Exported:
             raise InputError(f"the saved program does not take this input: {said}") from error
 
 
-def export_program(quantized: Quantized, inputs: Any = None, **options) -> export.Exported:
+def export_program(quantized: Quantized, inputs: Any = None, **options: Any) -> export.Exported:
     """``(state, batch) -> outputs`` as StableHLO for CPU and CUDA, with any number of samples.
 
     Args:
-      quantized: what `quantize` made.
+      quantized: from `quantize`.
       inputs: see `checkpoint.save`.
       **options: of `jax.export.export`.
 
@@ -73,7 +73,7 @@ def export_program(quantized: Quantized, inputs: Any = None, **options) -> expor
     shapes = program.inputs if inputs is None else inputs
     state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state_of(quantized))
     run = jax.jit(functools.partial(_run, quantized))
-    symbolic, fixed = batches_of(shapes, quantized.recipe.batch_size)
+    symbolic, fixed = batches_of(shapes, quantized.recipe.reconstruction.batch_size)
     try:
         return export.export(run, platforms=PLATFORMS, **options)(state, symbolic)
     except Exception as error:  # a network may do anything with a size
@@ -90,11 +90,11 @@ def export_program(quantized: Quantized, inputs: Any = None, **options) -> expor
     return exported
 
 
-def batches_of(shapes, size: int) -> tuple[Any, Any]:
-    """Inputs of these shapes for a symbolic number of samples, and for so many at most."""
+def batches_of(shapes: Any, size: int) -> tuple[Any, Any]:
+    """Inputs of these shapes for a symbolic number of samples, and for at most `size`."""
     numbers = export.symbolic_shape("samples")[0], min(samples_of(shapes), size)
 
-    def batch(samples):
+    def batch(samples: Any) -> Any:
         return jax.tree.map(
             lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), a.dtype), shapes
         )
@@ -102,15 +102,16 @@ def batches_of(shapes, size: int) -> tuple[Any, Any]:
     return batch(numbers[0]), batch(numbers[1])
 
 
-def samples_of(inputs) -> Any:
+def samples_of(inputs: Any) -> Any:
     """The number of samples of a batch; an integer if it is known."""
     return jax.tree.leaves(inputs)[0].shape[0]
 
 
-def in_batches(run: Callable, x, size: Any):
-    """Outputs for any number of samples of what takes `size` at a time (any, if it is no integer).
+def in_batches(run: Callable, x: Any, size: Any) -> Any:
+    """Outputs for any number of samples of a function that takes `size` at a time.
 
-    The last batch is filled up with samples of the first.
+    The last batch is filled up with the first samples. A `size` that is not an integer (symbolic)
+    takes any number.
     """
     if not isinstance(size, int):
         return run(x)
@@ -122,11 +123,11 @@ def in_batches(run: Callable, x, size: Any):
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *outputs)
 
 
-def self_contained(quantized: Quantized, inputs: Any = None, **options) -> export.Exported:
+def self_contained(quantized: Quantized, inputs: Any = None, **options: Any) -> export.Exported:
     """``batch -> outputs`` as StableHLO that holds the network, weight codes as uint8.
 
     Args:
-      quantized: what `quantize` made or `restore` restored.
+      quantized: from `quantize` or `restore`.
       inputs: see `checkpoint.save`; those of its program for a restored network.
       **options: of `jax.export.export`.
 
@@ -141,16 +142,16 @@ def self_contained(quantized: Quantized, inputs: Any = None, **options) -> expor
 
 
 def check_targets(path: str | Path, program: export.Exported) -> None:
-    """Looks at what a program calls outside itself.
+    """Check the custom calls of a program.
 
     Raises:
-      InputError: anything but `TARGETS`.
+      InputError: it calls anything but `TARGETS`.
     """
     named = re.findall(r'custom_call @(?:"([^"]*)"|([\w.$]+))', program.mlir_module())
     called = {quoted or bare for quoted, bare in named}
     if called - TARGETS:
         raise InputError(
-            f"{path}: the program calls {', '.join(sorted(called - TARGETS))}, which is no "
+            f"{path}: the program calls {', '.join(sorted(called - TARGETS))}, which is not "
             f"part of XLA; nothing of it was run"
         )
 
@@ -168,14 +169,21 @@ def serialize(program: export.Exported) -> bytes:
 
 
 def state_of(quantized: Quantized) -> dict[str, jax.Array]:
-    """The arrays of a network by their places in ``(layers, tensors, static)``."""
+    """The arrays of a network by their paths in ``(layers, activations, constants)``."""
     return archive.flatten(_parts(quantized))
 
 
-def _run(quantized: Quantized, state, batch):
-    layers, tensors, static = archive.fill(_parts(quantized), state)
-    return dataclasses.replace(quantized, layers=layers, tensors=tensors, static=static)(batch)
+def with_state(quantized: Quantized, state: Mapping[str, Any]) -> Quantized:
+    """The network with the arrays of `state`, named as `state_of` names them."""
+    layers, activations, constants = archive.fill(_parts(quantized), state)
+    return dataclasses.replace(
+        quantized, layers=layers, activations=activations, constants=constants
+    )
 
 
-def _parts(quantized: Quantized):
-    return quantized.layers, quantized.tensors, quantized.static
+def _run(quantized: Quantized, state: dict[str, jax.Array], batch: Any) -> Any:
+    return with_state(quantized, state)(batch)
+
+
+def _parts(quantized: Quantized) -> tuple[Any, Any, Any]:
+    return quantized.layers, quantized.activations, quantized.constants

@@ -1,20 +1,20 @@
-"""Activations that no weighted op reads but that may be quantized: where they are in a graph.
+"""Activation rules: they find activations to quantize besides the inputs of weighted ops.
 
-In an attention network these are the operands of the products of two activations, the sums of
-residual branches, and what normalisations, softmax and activation functions give. They are found by
-what is computed, not by names of modules, so any network has them.
+In an attention network these are the operands of products of two activations, the sums of residual
+branches, and the results of normalisations, softmax and activation functions. The rules match the
+computation, not the names of modules, so they apply to any network.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from aquant_jax.graph.ir import STATIC_GATHER, Graph, Op
-from aquant_jax.graph.subgraph import root
+from aquant_jax.graph.subgraph import source_tensor
 
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
 _MOVES = {*_PRODUCTS, "transpose", "rev", "gather", STATIC_GATHER, "sort", "concatenate"}
@@ -27,43 +27,45 @@ _NONLINEAR = {
 }  # fmt: skip
 
 
-class Site(NamedTuple):
-    """A place in a network: the tensor there, and how users name it.
+class ActivationMatch(NamedTuple):
+    """A tensor that a rule matches, and its name.
 
     Attributes:
-      value: id of the tensor that the rule's value is a view of.
-      key: ``PATH:RULE``: the last weighted op that it comes from (``input`` if none), and the rule
-        that found it; with ``#2``, ``#3`` ... when there are several.
+      value: id of the tensor.
+      key: ``PATH:RULE``: the last weighted op that the tensor comes from (``input`` if none) and
+        the rule that matches it; with ``#2``, ``#3`` ... when there are several.
     """
 
     value: int
     key: str
 
 
-def find_sites(graph: Graph, rules: Sequence[str]) -> list[Site]:
-    """The sites of the named rules, in the order of the graph; each tensor once.
+def match_rules(graph: Graph, rules: Sequence[str]) -> list[ActivationMatch]:
+    """The tensors that the named rules match, in the order of the graph; each tensor once.
 
     Args:
       graph: folded or not.
-      rules: names in `RULES`; of a tensor that several find, the first in their order names it.
+      rules: names in `RULES`; where several match a tensor, the first of them names it.
     """
     view = _View(graph)
     order = {op.layer.path: i for i, op in enumerate(graph.ops) if op.layer is not None}
     made = {out: i for i, op in enumerate(graph.ops) for out in op.outputs}
-    found: dict[int, str] = {}
+    rule_of: dict[int, str] = {}
     for rule in rules:
         for value in RULES[rule](view):
-            tensor = root(view.producers, value)
-            if tensor in graph.live and jnp.issubdtype(graph.avals[tensor].dtype, jnp.floating):
-                found.setdefault(tensor, rule)
+            tensor = source_tensor(view.producers, value)
+            if tensor in graph.weight_dependent and jnp.issubdtype(
+                graph.avals[tensor].dtype, jnp.floating
+            ):
+                rule_of.setdefault(tensor, rule)
     used: dict[str, int] = {}
-    sites = []
-    for value in sorted(found, key=lambda v: made.get(v, -1)):
+    matches = []
+    for value in sorted(rule_of, key=lambda v: made.get(v, -1)):
         paths = sorted(view.sources.get(value, ()), key=order.__getitem__)
-        key = f"{paths[-1] if paths else 'input'}:{found[value]}"
+        key = f"{paths[-1] if paths else 'input'}:{rule_of[value]}"
         used[key] = used.get(key, 0) + 1
-        sites.append(Site(value, key if used[key] == 1 else f"{key}#{used[key]}"))
-    return sites
+        matches.append(ActivationMatch(value, key if used[key] == 1 else f"{key}#{used[key]}"))
+    return matches
 
 
 def weighted_sources(graph: Graph) -> dict[int, frozenset[str]]:
@@ -78,36 +80,40 @@ def weighted_sources(graph: Graph) -> dict[int, frozenset[str]]:
 
 
 class _View:
-    """A graph with what the rules ask of it."""
+    """A graph, and the questions that the rules ask about it."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.producers, self.consumers = graph.producers(), graph.consumers()
         self.sources = weighted_sources(graph)
         self.plain = [op for op in graph.ops if op.layer is None]
 
-    def live(self, op: Op) -> list[int]:
-        return [value for value in dict.fromkeys(op.reads) if value in self.graph.live]
+    def operands(self, op: Op) -> list[int]:
+        """The weight-dependent values that `op` reads, each once."""
+        return [value for value in dict.fromkeys(op.reads) if value in self.graph.weight_dependent]
 
-    def shape(self, value: int) -> tuple[int, ...]:
+    def shape(self, value: int) -> tuple[Any, ...]:
         return self.graph.avals[value].shape
 
-    def climbs_to(self, value: int, found: Callable[[Op], bool]) -> bool:
-        """Whether an op that satisfies `found` stands above, each with one live operand."""
+    def climbs_to(self, value: int, matches: Callable[[Op], bool]) -> bool:
+        """Whether `value` comes from an op that `matches`.
+
+        The ops on the way, that op included, have one weight-dependent operand each.
+        """
         while (op := self.producers.get(value)) is not None:
-            live = self.live(op)
-            if op.layer is not None or len(live) != 1:
+            operands = self.operands(op)
+            if op.layer is not None or len(operands) != 1:
                 return False
-            if found(op):
+            if matches(op):
                 return True
-            (value,) = live
+            (value,) = operands
         return False
 
     def follow(self, value: int) -> int:
         """The end of the element-wise computation that `value` is part of.
 
-        It goes on while all that reads a value is one op of its shape, which combines it with
-        weights or with what comes from the same layers.
+        The computation continues while the only reader of a value is one op of the same shape that
+        combines it with weights or with values from the same layers.
         """
         while (step := self._next(value)) is not None:
             (value,) = step.outputs
@@ -120,16 +126,16 @@ class _View:
         (step,) = readers
         if step.layer is not None or step.name in _MOVES or len(step.outputs) != 1:
             return None
-        live = self.live(step)
-        alike = all(self.sources[i] == self.sources[value] for i in live)
-        masked = any(i in self.graph.dynamic for i in step.reads if i not in live)
+        operands = self.operands(step)
+        alike = all(self.sources[i] == self.sources[value] for i in operands)
+        masked = any(i in self.graph.dynamic for i in step.reads if i not in operands)
         same = self.shape(step.outputs[0]) == self.shape(value)
         return step if alike and same and not masked else None
 
     def element_wise(self, op: Op) -> bool:
-        """Whether `op` computes every element from those of weighted ops at the same place.
+        """Whether every element of `op` comes from elements of weighted ops at the same index.
 
-        Statistics of fewer elements may have a part in it, as in a normalisation.
+        Statistics of fewer elements may contribute, as in a normalisation.
         """
         stack, seen = [(op, math.prod(self.shape(op.outputs[0])))], set()
         while stack:
@@ -137,43 +143,43 @@ class _View:
             if step.layer is not None or step.outputs[0] in seen:
                 continue
             seen.add(step.outputs[0])
-            live = self.live(step)
-            if step.name in _PARTS and len(live) == 1:  # a gate and its values from one layer
-                size = math.prod(self.shape(live[0]))
-            whole = [i for i in live if math.prod(self.shape(i)) == size]
-            if not whole or step.name in _MOVES or any(i not in self.producers for i in whole):
+            operands = self.operands(step)
+            if step.name in _PARTS and len(operands) == 1:  # a gate and its values from one layer
+                size = math.prod(self.shape(operands[0]))
+            full = [i for i in operands if math.prod(self.shape(i)) == size]
+            if not full or step.name in _MOVES or any(i not in self.producers for i in full):
                 return False
-            stack.extend((self.producers[i], size) for i in whole)
+            stack.extend((self.producers[i], size) for i in full)
         return True
 
 
 def _matmuls(view: _View) -> Iterator[int]:
     """Both operands of a product of two activations."""
     for op in view.plain:
-        if op.name in _PRODUCTS and all(i in view.graph.live for i in op.inputs):
-            yield from op.inputs
+        if op.name in _PRODUCTS and all(i in view.graph.weight_dependent for i in op.inputs):
+            yield from op.reads
 
 
 def _sums(view: _View) -> Iterator[int]:
-    """Sums of two branches: of tensors that do not come from the same layers."""
+    """Sums of two branches: of tensors that come from different layers."""
     for op in view.plain:
-        live = view.live(op)
-        if op.name in _SUMS and len(live) == 2 and len(set(map(view.shape, live))) == 1:
-            left, right = (view.sources[value] for value in live)
+        operands = view.operands(op)
+        if op.name in _SUMS and len(operands) == 2 and len(set(map(view.shape, operands))) == 1:
+            left, right = (view.sources[value] for value in operands)
             if left != right:
                 yield op.outputs[0]
 
 
 def _softmaxes(view: _View) -> Iterator[int]:
-    """An exponential over its own sum."""
+    """Exponentials divided by their own sum."""
     for op in view.plain:
-        live = view.live(op)
-        if op.name != "div" or len(live) != 2:
+        operands = view.operands(op)
+        if op.name != "div" or len(operands) != 2:
             continue
-        power, total = live
+        power, total = operands
         made = view.producers.get(power)
 
-        def is_sum(above: Op, power=power) -> bool:
+        def is_sum(above: Op, power: int = power) -> bool:
             return above.name == "reduce_sum" and power in above.reads
 
         if made is not None and made.name in _POWERS and view.climbs_to(total, is_sum):
@@ -181,19 +187,21 @@ def _softmaxes(view: _View) -> Iterator[int]:
 
 
 def _norms(view: _View) -> Iterator[int]:
-    """A tensor over a root of what it is measured by, with the scale and offset that follow."""
+    """Tensors divided by the root of a statistic, with the scale and offset that follow."""
     for op in view.plain:
-        live = view.live(op)
-        if op.name in ("mul", "div") and len(live) == 2:
-            rooted = (view.climbs_to(value, lambda above: above.name in _ROOTS) for value in live)
+        operands = view.operands(op)
+        if op.name in ("mul", "div") and len(operands) == 2:
+            rooted = (
+                view.climbs_to(value, lambda above: above.name in _ROOTS) for value in operands
+            )
             if any(rooted):
                 yield view.follow(op.outputs[0])
 
 
 def _activations(view: _View) -> Iterator[int]:
-    """What an activation function gives: a non-linear function of every element."""
+    """Results of activation functions: non-linear functions of every element."""
     for op in view.plain:
-        if op.primitives & _NONLINEAR and view.live(op) and view.element_wise(op):
+        if op.primitives & _NONLINEAR and view.operands(op) and view.element_wise(op):
             yield view.follow(op.outputs[0])
 
 

@@ -1,18 +1,19 @@
 """Fold the affine chain after a conv or dense (batch norm, bias, scale) into its weight and bias.
 
-No pattern of batch norm is matched: the chain is the run of per-channel affine ops, each the only
-reader of the one before, and its slope and offset are computed by following it.
+The fold matches no pattern of batch norm. The chain is the run of per-channel affine ops, each the
+only reader of the one before; following it gives the slope and the offset of every channel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax.graph.ir import Graph, Op
-from aquant_jax.graph.subgraph import static_values
+from aquant_jax.graph.ir import Atom, Graph, Layer, Op
+from aquant_jax.graph.subgraph import constant_values
 
 _AFFINE = {"mul", "add", "sub", "div", "neg", "convert_element_type", "copy", "copy_p"}
 
@@ -30,14 +31,19 @@ class Folded(NamedTuple):
 
 
 class _Chain(NamedTuple):
-    """What follows a weighted op: absorbed ops, and for each the id or literal it combines with."""
+    """The affine ops that follow a weighted op.
+
+    Attributes:
+      ops: their indices in the graph.
+      operands: the other operand of each; None for an op of one operand.
+    """
 
     ops: tuple[int, ...]
-    operands: tuple[Any, ...]
+    operands: tuple[Atom | None, ...]
 
 
 def fold(graph: Graph) -> Graph:
-    """`graph` with every chain absorbed: the weighted op yields the chain's output directly."""
+    """`graph` without its affine chains: each weighted op yields its chain's output directly."""
     consumers, producers = graph.consumers(), graph.producers()
     ops: list[Op | None] = list(graph.ops)
     for index, op in enumerate(graph.ops):
@@ -51,8 +57,13 @@ def fold(graph: Graph) -> Graph:
     return graph._replace(ops=tuple(op for op in ops if op is not None))
 
 
-def folded_weights(graph: Graph, variables) -> dict[str, Folded]:
-    """Weight and bias of every layer of the unfolded `graph`, by weight path."""
+def folded_weights(graph: Graph, variables: Any) -> dict[str, Folded]:
+    """Weight and bias of every layer after folding, by weight path.
+
+    Args:
+      graph: not folded.
+      variables: the variables of the network.
+    """
     consumers, producers = graph.consumers(), graph.producers()
     chains = {
         op.layer.path: (op, _chain(graph, consumers, producers, op))
@@ -60,11 +71,13 @@ def folded_weights(graph: Graph, variables) -> dict[str, Folded]:
     }  # fmt: skip
     ids = {op.layer.weight for op, _ in chains.values()}
     ids |= {i for _, chain in chains.values() for i in chain.operands if isinstance(i, int)}
-    values = static_values(graph, variables, sorted(ids))
+    values = constant_values(graph, variables, sorted(ids))
     return {path: _fold_one(graph, op, chain, values) for path, (op, chain) in chains.items()}
 
 
-def _chain(graph, consumers, producers, op) -> _Chain:
+def _chain(
+    graph: Graph, consumers: Mapping[int, list[int]], producers: Mapping[int, Op], op: Op
+) -> _Chain:
     outputs = {out for out in graph.outputs if isinstance(out, int)}
     absorbed, operands = [], []
     (value,) = op.outputs
@@ -80,7 +93,8 @@ def _chain(graph, consumers, producers, op) -> _Chain:
     return _Chain(tuple(absorbed), tuple(operands))
 
 
-def _is_affine(graph, producers, op, step, value) -> bool:
+def _is_affine(graph: Graph, producers: Mapping[int, Op], op: Op, step: Op, value: int) -> bool:
+    """Whether `step` maps `value` by a slope and an offset per output channel of `op`."""
     if step.name not in _AFFINE or list(step.inputs).count(value) != 1:
         return False
     if not jnp.issubdtype(graph.avals[step.outputs[0]].dtype, jnp.floating):
@@ -93,7 +107,7 @@ def _is_affine(graph, producers, op, step, value) -> bool:
     return all(_per_channel(graph, producers, op.layer, i) for i in others)
 
 
-def _per_channel(graph, producers, layer, atom) -> bool:
+def _per_channel(graph: Graph, producers: Mapping[int, Op], layer: Layer, atom: Atom) -> bool:
     """Whether a static operand varies along the layer's output channels only."""
     if not isinstance(atom, int):
         return np.ndim(atom.val) == 0
@@ -109,7 +123,7 @@ def _per_channel(graph, producers, layer, atom) -> bool:
     return not shape or wide <= set(layer.output_axes)
 
 
-def _fold_one(graph, op, chain, values) -> Folded:
+def _fold_one(graph: Graph, op: Op, chain: _Chain, values: Mapping[int, Any]) -> Folded:
     layer = op.layer
     channels = tuple(layer.weight_shape[axis] for axis in layer.channel_axes)
     slope, offset = np.ones(channels), np.zeros(channels)
@@ -126,8 +140,10 @@ def _fold_one(graph, op, chain, values) -> Folded:
     return Folded(weight.astype(np.float32), offset.astype(np.float32))
 
 
-def _follow(step, operand, slope, offset, value):
-    """Slope and offset of the chain after one more op."""
+def _follow(
+    step: Op, operand: Atom | None, slope: np.ndarray, offset: np.ndarray, value: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slope and offset of the chain after one more op, whose other operand has this value."""
     if step.name == "mul":
         return slope * value, offset * value
     if step.name == "div":
@@ -142,8 +158,10 @@ def _follow(step, operand, slope, offset, value):
     return slope, offset
 
 
-def _vector(layer, operand, values, channels) -> np.ndarray:
-    """A per-channel operand as an array of the channels' shape."""
+def _vector(
+    layer: Layer, operand: Atom, values: Mapping[int, Any], channels: tuple[int, ...]
+) -> np.ndarray:
+    """A per-channel operand as a scalar or as an array of the channels' shape."""
     if not isinstance(operand, int):
         return np.asarray(operand.val, np.float64)
     array = np.asarray(values[operand], np.float64)

@@ -1,10 +1,10 @@
-"""Partition of a network into the units that are reconstructed one after another."""
+"""Partition of a network into blocks, which are reconstructed one after another."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from aquant_jax.errors import InputError
@@ -15,14 +15,14 @@ _POOLS = ("reduce_window", "argmax", "argmin", "cum", "gather", "concatenate")
 
 
 class Block(NamedTuple):
-    """One unit of reconstruction.
+    """One block of a network.
 
     Attributes:
       name: common path of its layers.
       layers: paths of its weighted ops.
-      start: the values that it takes from the block before (none for the first).
-      end: the values that it hands on; the model's output for the last.
-      targets: the values whose error it minimises.
+      start: the values that it takes from the previous block; none for the first block.
+      end: the values that the next block takes; the model's output for the last block.
+      targets: the values whose error reconstruction minimises.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Block(NamedTuple):
 
 def partition(
     graph: Graph,
-    unit: str,
+    granularity: str,
     patterns: Sequence[str] = (),
     sampled: frozenset[int] | None = None,
 ) -> list[Block]:
@@ -45,75 +45,93 @@ def partition(
 
     Args:
       graph: from `fold`.
-      unit: "block" cuts where exactly one activation is live, so a residual block stays whole, and
-        merges the layers of one repeated module (``blocks_3/...``); "layer" cuts after each layer,
-        with its activation function, or the residual sum and normalisation behind it.
-      patterns: path regexes that replace the merging by module: consecutive units whose layers
-        match the same text of the same regex become one.
-      sampled: the values whose first axis numbers the samples: only these can be cached, so only
-        there the network is cut. None means all.
+      granularity: "block" cuts where a single activation crosses, so a residual block stays whole,
+        and merges the layers of one repeated module (``blocks_3/...``). "layer" cuts after each
+        layer and the activation function, or residual sum and normalisation, that follows it.
+      patterns: path regexes that replace the merging by module: consecutive layers that match the
+        same text of the same regex form one block.
+      sampled: the values whose first axis numbers the samples. Only these can be cached, so the
+        network is cut nowhere else. None allows all values.
 
     Raises:
-      InputError: a pattern matches no layer, or is no regular expression.
+      InputError: a pattern matches no layer, or is not a regular expression.
     """
     weighted = [index for index, op in enumerate(graph.ops) if op.layer is not None]
-    live = _live_after(graph)
-    allowed = [sampled is None or sampled.issuperset(values) for values in live]
-    if unit != "layer":
-        # Nor behind a view: its tensor would be quantized in the block that does not consume it.
+    crossing = _crossing(graph)
+    allowed = [sampled is None or sampled.issuperset(values) for values in crossing]
+    if granularity != "layer":
+        # No cut behind a view: its tensor would be quantized in a block that does not consume it.
         views = {out for op in graph.ops if op.name in ALIASES for out in op.outputs}
-        single = [len(values) == 1 and not views.issuperset(values) for values in live]
+        single = [len(values) == 1 and not views.issuperset(values) for values in crossing]
         allowed = [ok and one for ok, one in zip(allowed, single, strict=True)]
-    cuts = [c for c in _cuts(graph, live, weighted, allowed, unit == "layer") if c is not None]
+    cuts = list(_cuts(graph, crossing, weighted, allowed, granularity == "layer"))
     keys = _keys(graph, patterns)
-    if unit != "layer":
+    if granularity != "layer":
         cuts = _merge(graph, weighted, cuts, keys)
-    return _blocks(graph, live, weighted, cuts, sampled, per_layer=unit == "layer")
+    return _blocks(graph, crossing, weighted, cuts, sampled, per_layer=granularity == "layer")
 
 
-def _live_after(graph: Graph) -> list[tuple[int, ...]]:
-    """Values that depend on input and weight, made by ops[:i + 1] and read by an op after."""
+def _crossing(graph: Graph) -> list[tuple[int, ...]]:
+    """For every i, the weight-dependent values that ops[:i + 1] make and later ops read."""
     last_read: dict[int, int] = {}
     for index, op in enumerate(graph.ops):
         for value in op.reads:
             last_read[value] = index
-    alive: dict[int, None] = {}
+    pending: dict[int, None] = {}
     table = []
     for index, op in enumerate(graph.ops):
         for out in op.outputs:
-            if out in graph.live and last_read.get(out, -1) > index:
-                alive[out] = None
-        table.append(tuple(v for v in alive if last_read[v] > index))
+            if out in graph.weight_dependent and last_read.get(out, -1) > index:
+                pending[out] = None
+        table.append(tuple(v for v in pending if last_read[v] > index))
     return table
 
 
-def _cuts(graph, live, weighted, allowed, per_layer):
+def _cuts(
+    graph: Graph,
+    crossing: Sequence[tuple[int, ...]],
+    weighted: Sequence[int],
+    allowed: Sequence[bool],
+    per_layer: bool,
+) -> Iterator[int]:
+    """Indices of the ops after which the network is cut, at most one between two layers."""
     for a, b in itertools.pairwise(weighted):
         first = next((i for i in range(a, b) if allowed[i]), None)
-        yield None if first is None else _advance(graph, live, allowed, first, b, per_layer)
+        if first is not None:
+            yield _advance(graph, crossing, allowed, (first, b), per_layer)
 
 
-def _advance(graph: Graph, live, allowed, first: int, stop: int, per_layer: bool) -> int:
-    """The last cut position that only activation functions and normalisations separate from
-    `first`; behind a normalisation, a single layer hands on nothing but its output."""
-    best, shapes, normalised = first, _shapes(graph, live[first]), False
+def _advance(
+    graph: Graph,
+    crossing: Sequence[tuple[int, ...]],
+    allowed: Sequence[bool],
+    bounds: tuple[int, int],
+    per_layer: bool,
+) -> int:
+    """The last position for a cut in `bounds`.
+
+    Only activation functions and normalisations stand between it and the first position. With
+    `per_layer`, only the layer's output may cross behind a normalisation.
+    """
+    first, stop = bounds
+    best, shapes, normalised = first, _shapes(graph, crossing[first]), False
     for index in range(first + 1, stop):
         op = graph.ops[index]
         if _ends(graph, op, shapes):
             break
         normalised |= _reduces(op)
         wanted = shapes[:1] if per_layer and normalised else shapes
-        if allowed[index] and _shapes(graph, live[index]) == wanted:
+        if allowed[index] and _shapes(graph, crossing[index]) == wanted:
             best = index
     return best
 
 
-def _ends(graph: Graph, op: Op, shapes) -> bool:
-    """Whether an activation of one of the shapes goes no further than `op` as what it is.
+def _ends(graph: Graph, op: Op, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether `op` ends the activations of these shapes: it multiplies, reshapes or pools them.
 
-    A statistic of a normalisation is reduced and reshaped, but comes back to the activation.
+    The statistics of a normalisation have other shapes, so reshaping those ends nothing.
     """
-    reads = [i for i in op.reads if i in graph.live]
+    reads = [i for i in op.reads if i in graph.weight_dependent]
     if not reads or op.name.startswith(_PRODUCTS):
         return bool(reads)
     moves = op.name in ALIASES or op.name.startswith(_POOLS)
@@ -121,27 +139,28 @@ def _ends(graph: Graph, op: Op, shapes) -> bool:
 
 
 def _reduces(op: Op) -> bool:
+    """Whether `op` computes a statistic, as a normalisation does."""
     return op.name.startswith("reduce") and not op.name.startswith(_POOLS)
 
 
-def _shapes(graph, values):
+def _shapes(graph: Graph, values: Sequence[int]) -> list[tuple[int, ...]]:
     return sorted(graph.avals[v].shape for v in values)
 
 
 def _keys(graph: Graph, patterns: Sequence[str]) -> dict[str, str | None]:
-    """The text that layers must share to be merged, by path."""
+    """The text that layers must share to be merged, by path; None keeps a layer apart."""
     paths = [layer.path for layer in graph.layers]
     if not patterns:
         return {path: _module(path, paths) for path in paths}
     keys: dict[str, str | None] = dict.fromkeys(paths)
     for pattern in patterns:
         try:
-            found = {path: match for path in paths if (match := re.search(pattern, path))}
+            matches = {path: match for path in paths if (match := re.search(pattern, path))}
         except re.error as error:
             raise InputError(f"blocks: {pattern!r} is not a regular expression: {error}") from error
-        if not found:
+        if not matches:
             raise InputError(f"blocks: {pattern!r} matches none of the weights {paths}")
-        keys.update({path: f"{pattern}:{match.group()}" for path, match in found.items()})
+        keys.update({path: f"{pattern}:{match.group()}" for path, match in matches.items()})
     return keys
 
 
@@ -154,29 +173,39 @@ def _module(path: str, paths: list[str]) -> str | None:
     return None if all(other.startswith(prefix) for other in paths) else prefix
 
 
-def _merge(graph, weighted, cuts, keys) -> list[int]:
-    """Drop the cuts between layers with one key."""
-    paths = {index: graph.ops[index].layer.path for index in weighted}
+def _merge(
+    graph: Graph, weighted: Sequence[int], cuts: Sequence[int], keys: Mapping[str, str | None]
+) -> list[int]:
+    """The cuts without those between layers of one key."""
     groups: dict[str, list[int]] = {}
     for index in weighted:
-        if keys[paths[index]] is not None:
-            groups.setdefault(keys[paths[index]], []).append(index)
+        key = keys[graph.ops[index].layer.path]
+        if key is not None:
+            groups.setdefault(key, []).append(index)
     inside = [(min(group), max(group)) for group in groups.values()]
     return [c for c in cuts if not any(low <= c < high for low, high in inside)]
 
 
-def _blocks(graph, live, weighted, cuts, sampled, per_layer) -> list[Block]:
+def _blocks(
+    graph: Graph,
+    crossing: Sequence[tuple[int, ...]],
+    weighted: Sequence[int],
+    cuts: Sequence[int],
+    sampled: frozenset[int] | None,
+    per_layer: bool,
+) -> list[Block]:
+    """The blocks between the cuts."""
     made = {out: index for index, op in enumerate(graph.ops) for out in op.outputs}
     ids = dict.fromkeys(out for out in graph.outputs if isinstance(out, int))
-    outputs = tuple(out for out in ids if out in graph.live)
+    outputs = tuple(out for out in ids if out in graph.weight_dependent)
     bounds = [-1, *cuts, len(graph.ops) - 1]
     blocks, start = [], ()
     for low, high in itertools.pairwise(bounds):
         inside = [graph.ops[i] for i in weighted if low < i <= high]
         last = high == bounds[-1]
-        # Finished outputs are handed on to the last block, whose end is the network's output.
-        done = (out for out in outputs if made[out] <= high and out not in live[high])
-        end = (*live[high], *done)
+        # Finished outputs are passed on to the last block, whose end is the network's output.
+        done = (out for out in outputs if made[out] <= high and out not in crossing[high])
+        end = (*crossing[high], *done)
         layers = tuple(op.layer.path for op in inside)
         targets = tuple(value for value in end if value not in start) or end
         between = graph.ops[made[inside[-1].outputs[0]] + 1 : high + 1]
@@ -188,8 +217,8 @@ def _blocks(graph, live, weighted, cuts, sampled, per_layer) -> list[Block]:
     return blocks
 
 
-def _layer_target(graph, op, end) -> tuple[int, ...]:
-    """The layer's output, after the activation function where nothing else reads it before."""
+def _layer_target(graph: Graph, op: Op, end: Sequence[int]) -> tuple[int, ...]:
+    """The layer's output, or that of its activation function if nothing else reads the former."""
     consumers, (value,) = graph.consumers(), op.outputs
     while value not in end and len(consumers.get(value, ())) == 1:
         step = graph.ops[consumers[value][0]]
@@ -203,7 +232,7 @@ def _layer_target(graph, op, end) -> tuple[int, ...]:
 
 
 def _common(paths: tuple[str, ...]) -> str:
-    """The longest common module path, or the layer's own module."""
+    """The longest common module path; of a single layer, the path of its module."""
     split = [path.split("/") for path in paths]
     common: list[str] = []
     for parts in zip(*split, strict=False):

@@ -1,4 +1,4 @@
-"""Runnable slices of a graph: `cut` takes the ops between values, `run` evaluates them."""
+"""Runnable slices of a graph: `extract_subgraph` collects their ops, `run` evaluates them."""
 
 from __future__ import annotations
 
@@ -8,36 +8,59 @@ from typing import Any, NamedTuple
 
 import jax
 
-from aquant_jax.graph.ir import ALIASES, SHAPE_ONLY, Graph, Op
+from aquant_jax.graph.ir import ALIASES, SHAPE_ONLY, Atom, Graph, Op
 
-Weighted = Callable[[Op, Any], Any]
-Read = Callable[[int, Any], Any]
+LayerFn = Callable[[Op, Any], Any]
+ReadFn = Callable[[int, Any], Any]
 
 
-class Program(NamedTuple):
-    """A slice of a graph.
+class Subgraph(NamedTuple):
+    """A runnable slice of a graph.
 
     Attributes:
-      ops: what it evaluates, in order.
-      live: value ids that it takes from the previous program.
-      side: leaves of the model's input that it reads, as value ids.
-      static: leaves of the variables (and constants) that it reads, as value ids.
-      outputs: what it computes: value ids or literals.
+      ops: the equations, in topological order.
+      boundary_inputs: ids of the values that it takes from the previous slice.
+      model_inputs: ids of the leaves of the model's input that it reads.
+      constants: ids of the leaves of the variables, and of the closed-over arrays, that it reads.
+      outputs: value ids or literals.
     """
 
     ops: tuple[Op, ...]
-    live: tuple[int, ...]
-    side: tuple[int, ...]
-    static: tuple[int, ...]
-    outputs: tuple[Any, ...]
+    boundary_inputs: tuple[int, ...]
+    model_inputs: tuple[int, ...]
+    constants: tuple[int, ...]
+    outputs: tuple[Atom, ...]
 
     @property
     def weighted(self) -> tuple[Op, ...]:
+        """The ops that have a weight."""
         return tuple(op for op in self.ops if op.layer is not None)
 
 
-def cut(graph: Graph, live: Sequence[int], outputs: Sequence[Any]) -> Program:
-    """The ops that `outputs` need, given `live` (and the model's input and variables)."""
+class BlockInputs(NamedTuple):
+    """The values that a subgraph reads (a pytree).
+
+    Attributes:
+      boundary: of its boundary inputs, in their order.
+      model: of its model inputs.
+      constants: of its constants.
+    """
+
+    boundary: Sequence[Any] = ()
+    model: Sequence[Any] = ()
+    constants: Sequence[Any] = ()
+
+
+def extract_subgraph(
+    graph: Graph, boundary_inputs: Sequence[int], outputs: Sequence[Atom]
+) -> Subgraph:
+    """The slice that computes some values.
+
+    Args:
+      graph: the network.
+      boundary_inputs: values that are given; their ops are left out.
+      outputs: the values to compute, as ids or literals.
+    """
     producers = graph.producers()
     needed: set[int] = set()
     stack = [out for out in outputs if isinstance(out, int)]
@@ -46,60 +69,59 @@ def cut(graph: Graph, live: Sequence[int], outputs: Sequence[Any]) -> Program:
         if value in needed:
             continue
         needed.add(value)
-        if value not in live and value in producers:
+        if value not in boundary_inputs and value in producers:
             stack.extend(producers[value].reads)
     ops = tuple(
         op for op in graph.ops
-        if any(out in needed and out not in live for out in op.outputs)
+        if any(out in needed and out not in boundary_inputs for out in op.outputs)
     )  # fmt: skip
-    return Program(
+    return Subgraph(
         ops,
-        tuple(live),
-        tuple(i for i in graph.inputs if i in needed and i not in live),
+        tuple(boundary_inputs),
+        tuple(i for i in graph.inputs if i in needed and i not in boundary_inputs),
         tuple(i for i in (*graph.variables, *graph.constants) if i in needed),
         tuple(outputs),
     )
 
 
 def run(
-    program: Program,
-    live: Sequence[Any],
-    side: Sequence[Any],
-    static: Sequence[Any],
-    weighted: Weighted,
-    read: Read = lambda value_id, value: value,
+    subgraph: Subgraph,
+    inputs: BlockInputs,
+    layer_fn: LayerFn,
+    read_fn: ReadFn = lambda value_id, value: value,
 ) -> tuple[Any, ...]:
-    """Evaluate `program`.
+    """Evaluate `subgraph`.
 
     Args:
-      program: what to run.
-      live, side, static: values of ``program.live``, ``.side`` and ``.static``.
-      weighted: computes a weighted op from its (unquantized) activation.
-      read: what every other op sees of a value; ops of `ALIASES` hand values on unread.
+      subgraph: the slice to evaluate.
+      inputs: the values that it reads.
+      layer_fn: ``layer_fn(op, x)`` computes a weighted op from its unquantized activation.
+      read_fn: ``read_fn(value_id, value)`` is the value that any other op reads. Ops of `ALIASES`
+        pass values on without it.
 
     Returns:
-      Values of ``program.outputs``.
+      The values of ``subgraph.outputs``.
     """
-    env = dict(zip(program.live, live, strict=True))
-    env.update(zip(program.side, side, strict=True))
-    env.update(zip(program.static, static, strict=True))
+    env = dict(zip(subgraph.boundary_inputs, inputs.boundary, strict=True))
+    env.update(zip(subgraph.model_inputs, inputs.model, strict=True))
+    env.update(zip(subgraph.constants, inputs.constants, strict=True))
 
-    def value(atom, through=False):
+    def value(atom: Atom, through: bool = False) -> Any:
         if not isinstance(atom, int):
             return atom.val
-        return env[atom] if through else read(atom, env[atom])
+        return env[atom] if through else read_fn(atom, env[atom])
 
-    for op in program.ops:
+    for op in subgraph.ops:
         if op.layer is not None:
-            results = [weighted(op, env[op.x])]
+            results = [layer_fn(op, env[op.x])]
         else:
             results = op.call(*(value(i, op.name in ALIASES) for i in op.inputs))
         env.update(zip(op.outputs, results, strict=True))
-    # A value that the next program takes goes on unread: it is quantized where it is consumed.
-    return tuple(value(out, through=True) for out in program.outputs)
+    # Outputs are not passed through `read_fn`: they are quantized where they are consumed.
+    return tuple(value(out, through=True) for out in subgraph.outputs)
 
 
-def root(producers: dict[int, Op], value: int) -> int:
+def source_tensor(producers: dict[int, Op], value: int) -> int:
     """The tensor that `value` is a reshaped, padded, cast or max-pooled view of."""
     while value in producers:
         op = producers[value]
@@ -110,43 +132,44 @@ def root(producers: dict[int, Op], value: int) -> int:
 
 
 def same_elements(producers: dict[int, Op], value: int) -> Op | None:
-    """The op that `value` is a mere rearrangement by, if it is one."""
+    """The op that made `value` by rearranging the elements of another value, or None."""
     op = producers.get(value)
     return op if op is not None and op.layer is None and op.name in SHAPE_ONLY else None
 
 
-def static_values(graph: Graph, variables, ids: Sequence[int]) -> dict[int, jax.Array]:
-    """Evaluate values that do not depend on the input."""
-    program = cut(graph, (), tuple(ids))
-    values = run(program, (), (), static_inputs(graph, program, variables), _no_weighted)
+def constant_values(graph: Graph, variables: Any, ids: Sequence[int]) -> dict[int, Any]:
+    """The values that `ids` number, none of which depends on the input."""
+    subgraph = extract_subgraph(graph, (), tuple(ids))
+    inputs = BlockInputs(constants=constant_inputs(graph, subgraph, variables))
+    values = run(subgraph, inputs, _no_layer)
     return dict(zip(ids, values, strict=True))
 
 
-def static_inputs(graph: Graph, program: Program, variables) -> list[Any]:
-    """The values of ``program.static``."""
+def constant_inputs(graph: Graph, subgraph: Subgraph, variables: Any) -> list[Any]:
+    """The values of ``subgraph.constants``, given the variables of the network."""
     by_id = dict(zip(graph.variables, jax.tree.leaves(variables), strict=True)) | graph.constants
-    return [by_id[i] for i in program.static]
+    return [by_id[i] for i in subgraph.constants]
 
 
-def _no_weighted(op, x):
-    raise AssertionError(f"{op.layer.path} is not static")
+def _no_layer(op: Op, x: Any) -> Any:
+    raise AssertionError(f"{op.layer.path} depends on the input")
 
 
-def signature(graph: Graph, program: Program) -> str:
-    """A text that is equal for programs that compute the same function of their arguments."""
+def signature(graph: Graph, subgraph: Subgraph) -> str:
+    """A text that is equal for subgraphs that compute the same function of their inputs."""
     local: dict[int, int] = {}
 
-    def name(atom):
+    def name(atom: Atom) -> str:
         if not isinstance(atom, int):
             return f"={atom.val!r}"
         aval = graph.avals[atom]
         return f"v{local.setdefault(atom, len(local))}:{aval.dtype}{aval.shape}"
 
-    lines = [" ".join(map(name, group)) for group in program[1:4]]
-    for op in program.ops:
-        # Function objects print their address; the jaxprs printed beside them tell them apart.
+    lines = [" ".join(map(name, group)) for group in subgraph[1:4]]
+    for op in subgraph.ops:
+        # Addresses of function objects are dropped; the jaxprs printed beside them are unique.
         params = re.sub(r" at 0x[0-9a-f]+|id=\d+", "", str(sorted(op.params.items(), key=str)))
         values = [name(i) for i in op.inputs if not (op.layer and i == op.layer.weight)]
         weight = op.layer and (op.layer.kind, op.layer.weight_shape, op.layer.x_position)
         lines.append(f"{' '.join(map(name, op.outputs))} = {op.name} {values} {weight} {params}")
-    return "\n".join([*lines, " ".join(map(name, program.outputs))])
+    return "\n".join([*lines, " ".join(map(name, subgraph.outputs))])

@@ -1,8 +1,8 @@
-"""From an inference function to a `Graph`. The only file that touches jaxprs."""
+"""Tracing of an inference function into a `Graph`. No other module reads jaxprs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.extend.core as jex
 import numpy as np
 
 from aquant_jax.errors import InputError
-from aquant_jax.graph.ir import PAD_WITH_VALUE, STATIC_GATHER, Graph, Layer, Op, path_names
+from aquant_jax.graph.ir import PAD_WITH_VALUE, STATIC_GATHER, Atom, Graph, Layer, Op, path_names
 
 _INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"}
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
@@ -18,21 +18,21 @@ _LOOPS = {"scan", "while", "cond"}
 _WEIGHTED = {"conv_general_dilated", "dot_general"}
 
 
-def trace(apply: Callable, variables, x) -> Graph:
+def trace(apply: Callable[..., Any], variables: Any, x: Any) -> Graph:
     """Trace ``apply(variables, x)`` into a flat graph.
 
     Args:
-      apply: any traceable inference function.
+      apply: any inference function that JAX can trace.
       variables: pytree of arrays; its paths name the weights.
       x: pytree of arrays or ``ShapeDtypeStruct`` with a leading batch axis.
 
     Raises:
-      InputError: `apply` cannot be traced with `x`, a weighted op sits in a loop or is of an
+      InputError: `apply` cannot be traced with `x`, a weighted op is in a loop or has an
         unsupported form (transposed, batch-grouped, negatively padded), or there is none.
     """
     try:
         closed, out_shape = jax.make_jaxpr(apply, return_shape=True)(variables, x)
-    except Exception as error:  # every framework has exceptions of its own for a wrong shape
+    except Exception as error:  # frameworks raise various types for a wrong shape
         shapes = [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(x)]
         raise InputError(f"apply(variables, x) fails for x of {shapes}: {error}") from error
     return _Flattener(closed, variables, jax.tree.structure(out_shape)).graph()
@@ -41,19 +41,20 @@ def trace(apply: Callable, variables, x) -> Graph:
 class _Flattener:
     """Inlines calls, numbers the values and finds the weighted ops."""
 
-    def __init__(self, closed, variables, tree):
+    def __init__(self, closed: jex.ClosedJaxpr, variables: Any, tree: Any) -> None:
         self.closed, self.tree = closed, tree
         self.names = path_names(variables)
         self.avals: dict[int, Any] = {}
         self.constants: dict[int, Any] = {}
         self.ops: list[Op] = []
         self.dynamic: set[int] = set()
-        self.live: set[int] = set()
+        self.weight_dependent: set[int] = set()
         self.scalars: dict[int, Any] = {}
-        self.static_of: dict[int, set[int]] = {}  # static value -> variables it is made of
+        self.static_of: dict[int, set[int]] = {}  # static value -> the variables it depends on
         self.used: dict[str, int] = {}
 
     def graph(self) -> Graph:
+        """The graph of the traced function."""
         jaxpr = self.closed.jaxpr
         constants = [self._new(var.aval) for var in jaxpr.constvars]
         self.constants.update(zip(constants, self.closed.consts, strict=True))
@@ -62,7 +63,9 @@ class _Flattener:
         self.variables = dict(zip(weights, self.names, strict=True))
         self.static_of.update({i: {i} for i in weights})
         self.dynamic.update(inputs)
-        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *ids], strict=True))
+        env: dict[Any, Atom] = dict(
+            zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *ids], strict=True)
+        )
         outputs = self._flatten(jaxpr, env)
         if not any(op.layer for op in self.ops):
             raise InputError(
@@ -71,15 +74,26 @@ class _Flattener:
             )
         return Graph(
             tuple(self.ops), tuple(inputs), self.variables, self.constants, tuple(outputs),
-            self.avals, frozenset(self.dynamic), frozenset(self.live), self.tree,
+            self.avals, frozenset(self.dynamic), frozenset(self.weight_dependent), self.tree,
         )  # fmt: skip
 
-    def _new(self, aval) -> int:
+    def _new(self, aval: Any) -> int:
+        """The id of a new value."""
         self.avals[len(self.avals)] = aval
         return len(self.avals) - 1
 
-    def _flatten(self, jaxpr, env) -> list[Any]:
-        def read(atom):
+    def _flatten(self, jaxpr: jex.Jaxpr, env: dict[Any, Atom]) -> list[Atom]:
+        """Appends the equations of a jaxpr.
+
+        Args:
+          jaxpr: whose calls are inlined.
+          env: the atom of each of its variables; grows by those of the equations.
+
+        Returns:
+          The atoms of its outputs.
+        """
+
+        def read(atom: Any) -> Atom:
             return atom if isinstance(atom, jex.Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
@@ -97,22 +111,24 @@ class _Flattener:
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _append(self, eqn, inputs, outputs):
+    def _append(self, eqn: jex.JaxprEqn, inputs: tuple[Any, ...], outputs: tuple[int, ...]) -> None:
+        """Appends one equation, and records on what its outputs depend."""
         ids = [i for i in inputs if isinstance(i, int)]
         made_of = set().union(*(self.static_of.get(i, set()) for i in ids)) if ids else set()
         dynamic = any(i in self.dynamic for i in ids)
         layer = self._layer(eqn, inputs) if dynamic else None
         if dynamic:
             self.dynamic.update(outputs)
-            if layer or made_of or any(i in self.live for i in ids):
-                self.live.update(outputs)
+            if layer or made_of or any(i in self.weight_dependent for i in ids):
+                self.weight_dependent.update(outputs)
             _reject_loop(eqn, inputs, self.static_of)
         else:
             self.static_of.update(dict.fromkeys(outputs, made_of))
         call = _function(eqn, self.closed.jaxpr)
         params = dict(eqn.params)
         if layer:
-            params["operand_dtypes"] = tuple(atom.aval.dtype for atom in eqn.invars)
+            avals: list[Any] = [atom.aval for atom in eqn.invars]
+            params["operand_dtypes"] = tuple(aval.dtype for aval in avals)
         name = eqn.primitive.name
         if name == "pad" and self._scalar(inputs[1]) not in (0, -np.inf):
             name = PAD_WITH_VALUE
@@ -122,14 +138,15 @@ class _Flattener:
             self.scalars[outputs[0]] = self._scalar(inputs[0])
         self.ops.append(Op(name, params, call, inputs, outputs, layer, _primitives(eqn)))
 
-    def _scalar(self, value) -> Any:
-        """The number that a literal, a constant or a conversion of one is; None if unknown."""
-        if isinstance(value, jex.Literal):
+    def _scalar(self, value: Atom) -> Any:
+        """The number in a literal, in a constant or in a conversion of one; None if unknown."""
+        if not isinstance(value, int):
             return value.val
         constant = self.constants.get(value)
         return self.scalars.get(value) if constant is None or np.ndim(constant) else constant
 
-    def _layer(self, eqn, inputs) -> Layer | None:
+    def _layer(self, eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> Layer | None:
+        """The layer of a conv or dot with a static operand; None for any other equation."""
         if eqn.primitive.name not in _WEIGHTED:
             return None
         weighted = [
@@ -153,14 +170,14 @@ class _Flattener:
         return Layer(path, "dense", weight, shape, *axes, x_position=1 - weighted[0])
 
     def _name(self, weight: int) -> str:
-        """Path of the largest variable that the operand is made of, numbered when it is reused."""
+        """Path of the largest variable in the operand, numbered when it is reused."""
         path = self.variables[max(self.static_of[weight], key=lambda i: self.avals[i].size)]
         self.used[path] = self.used.get(path, 0) + 1
         return path if self.used[path] == 1 else f"{path}#{self.used[path]}"
 
 
-def _called(eqn):
-    """The closed jaxpr that an equation calls, when it is to be inlined."""
+def _called(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
+    """The closed jaxpr that an equation calls, or None where the call is not inlined."""
     name = eqn.primitive.name
     if name not in _INLINED and name not in _CUSTOM:
         return None
@@ -169,20 +186,21 @@ def _called(eqn):
     )
     if not isinstance(inner, jex.ClosedJaxpr):
         inner = jex.ClosedJaxpr(inner, ())
-    # Inlining a custom rule loses its gradient (relu'(0) would be 0.5), so only where it must be.
+    # Inlining loses a custom gradient (relu'(0) would be 0.5), so only weighted ops justify it.
     if name in _CUSTOM and not _contains_weighted(inner.jaxpr):
         return None
     return inner
 
 
-def _contains_weighted(jaxpr) -> bool:
+def _contains_weighted(jaxpr: jex.Jaxpr) -> bool:
     return any(
         eqn.primitive.name in _WEIGHTED or any(map(_contains_weighted, _inner_jaxprs(eqn)))
         for eqn in jaxpr.eqns
     )
 
 
-def _inner_jaxprs(eqn):
+def _inner_jaxprs(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
+    """The jaxprs in the parameters of an equation."""
     for value in eqn.params.values():
         for item in value if isinstance(value, tuple | list) else [value]:
             if isinstance(item, jex.ClosedJaxpr):
@@ -191,13 +209,16 @@ def _inner_jaxprs(eqn):
                 yield item
 
 
-def _primitives(eqn) -> frozenset[str]:
-    """Names of the primitives that an equation is made of."""
+def _primitives(eqn: jex.JaxprEqn) -> frozenset[str]:
+    """Names of the primitives inside an equation, or of its own where it has no inner jaxprs."""
     inner = [_primitives(e) for jaxpr in _inner_jaxprs(eqn) for e in jaxpr.eqns]
     return frozenset().union(*inner) if inner else frozenset({eqn.primitive.name})
 
 
-def _reject_loop(eqn, inputs, static_of):
+def _reject_loop(
+    eqn: jex.JaxprEqn, inputs: Sequence[Any], static_of: Mapping[int, set[int]]
+) -> None:
+    """InputError for a loop with a weighted op in it."""
     if eqn.primitive.name not in _LOOPS or not any(map(_contains_weighted, _inner_jaxprs(eqn))):
         return
     if any(static_of.get(i) for i in inputs if isinstance(i, int)):
@@ -207,7 +228,8 @@ def _reject_loop(eqn, inputs, static_of):
         )
 
 
-def _check_convolution(path, params):
+def _check_convolution(path: str, params: Mapping[str, Any]) -> None:
+    """InputError for a convolution of an unsupported form."""
     if any(d != 1 for d in params["lhs_dilation"]):
         raise InputError(
             f"{path}: transposed convolutions (lhs_dilation {params['lhs_dilation']}, supported "
@@ -223,10 +245,11 @@ def _check_convolution(path, params):
         )
 
 
-def _dense_axes(eqn, weight_side):
+def _dense_axes(eqn: jex.JaxprEqn, weight_side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Channel axes of the weight of a dot, and the corresponding axes of its output."""
     (contract, batch) = eqn.params["dimension_numbers"]
-    shape = eqn.invars[weight_side].aval.shape
-    other = eqn.invars[1 - weight_side].aval.shape
+    avals: list[Any] = [atom.aval for atom in eqn.invars]
+    shape, other = avals[weight_side].shape, avals[1 - weight_side].shape
     free = [a for a in range(len(shape)) if a not in contract[weight_side]]
     free = [a for a in free if a not in batch[weight_side]]
     rows = len(other) - len(contract[0]) - len(batch[0])
@@ -235,8 +258,13 @@ def _dense_axes(eqn, weight_side):
     return tuple(channel_axes), (*range(len(batch[0])), *range(start, start + len(free)))
 
 
-def _function(eqn, template):
-    """The equation as a closed jaxpr of its own, so that custom gradients stay as they are."""
+def _function(eqn: jex.JaxprEqn, template: jex.Jaxpr) -> Callable[..., list[Any]]:
+    """The equation as a function of its operands; a closed jaxpr keeps its custom gradients.
+
+    Args:
+      eqn: the equation.
+      template: the jaxpr whose other fields the new jaxpr takes over.
+    """
     variables = list(dict.fromkeys(a for a in eqn.invars if not isinstance(a, jex.Literal)))
     first = [eqn.invars.index(var) for var in variables]
     names = tuple(f"x{i}" for i in range(len(variables)))

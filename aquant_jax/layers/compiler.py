@@ -1,39 +1,38 @@
-"""Compiled functions, shared by what they compute."""
+"""Compiled functions, shared by programs that compute the same function."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 
-from aquant_jax.layers import im2col
+from aquant_jax.layers.backend import Backend, ReferenceBackend
 from aquant_jax.layers.fake_quant import run_layer
 
 
-class Backend(Protocol):
-    """Operations that may be replaced by faster ones, such as ``gpu_ops.backend()``."""
-
-    convolve: Callable[..., jax.Array]
-    """Has the contract of `columns.convolve`."""
-
-
 class Compiler:
-    """Jitted functions by what they compute, so that units of one shape share them.
+    """A cache of jitted functions, so that blocks of the same shape share one compilation.
 
     Attributes:
-      name: of the backend.
-      layer: runs a layer, with the backend's convolution over columns.
+      backend: runs convolutions over columns.
+      layer: `fake_quant.run_layer` with the backend's convolution.
     """
 
-    def __init__(self, backend: Backend = im2col):
-        kind = type(backend)
-        self.name = getattr(backend, "__name__", f"{kind.__module__}.{kind.__qualname__}")
+    def __init__(self, backend: Backend = ReferenceBackend()) -> None:  # noqa: B008 - immutable
+        self.backend = backend
         self.layer = functools.partial(run_layer, convolve=backend.convolve)
-        self._functions: dict[Any, Callable] = {}
+        self._functions: dict[Hashable, Callable] = {}
 
-    def get(self, key, build: Callable[[], Callable], **options) -> Callable:
+    def get(self, key: Hashable, build: Callable[[], Callable], **options: Any) -> Callable:
+        """The function jitted under `key`; `build` makes it the first time.
+
+        Args:
+          key: equal for functions that compute the same result.
+          build: returns the function to jit.
+          **options: keyword arguments of `jax.jit`.
+        """
         if key not in self._functions:
             self._functions[key] = jax.jit(build(), **options)
         return self._functions[key]

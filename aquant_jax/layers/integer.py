@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,132 +10,153 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
 
-from aquant_jax.arithmetic.uniform import TensorState, dequantize, product, to_units
+from aquant_jax.arithmetic.array_types import AnyArray
+from aquant_jax.arithmetic.uniform import ActivationQuantizer, dequantize, product, to_units
 from aquant_jax.graph.ir import Op
-from aquant_jax.layers.conv_geometry import Window
+from aquant_jax.layers import im2col
+from aquant_jax.layers.conv_geometry import ConvGeometry
+from aquant_jax.layers.conv_layout import (
+    conv_result,
+    grouped_kernel,
+    padded_input,
+    spatial_kernel,
+)
 from aquant_jax.layers.fake_quant import (
+    LayerInput,
     LayerSpec,
     LayerState,
     Weights,
     add_bias,
     contracted_axes,
-    conv_operands,
-    conv_result,
     dequantize_weight,
     output_channels,
     per_channel,
     rounding_of,
     run_layer,
 )
-from aquant_jax.layers.im2col import convolve
 
 
-class KernelCodes(NamedTuple):
-    """The weights of a convolution over columns: ``scale * (codes - zero_point)``.
+class QuantizedWeights(NamedTuple):
+    """The weights of a convolution over columns: ``scale * (codes - zero_point)`` (a pytree).
 
     Attributes:
-      codes: uint8 ``[taps, groups, C / groups, O / groups]``.
-      scale, zero_point: float32 ``[O]``; zero points are whole numbers.
+      codes: weight codes, with the input channels of one group.
+      scale: one per output channel.
+      zero_point: integer codes, one per output channel.
       bits: of the codes, 2 to 8.
     """
 
-    codes: jax.Array
-    scale: jax.Array
-    zero_point: jax.Array
+    codes: UInt8[Array, "*kernel Cg O"]
+    scale: Float32[Array, "O"]
+    zero_point: Float32[Array, "O"]
     bits: int
 
-    def real(self) -> jax.Array:
-        """The weights as `columns.convolve` takes them."""
-        _, groups, _, outer = self.codes.shape
-        scale, zero = (a.reshape(1, groups, 1, outer) for a in (self.scale, self.zero_point))
-        return dequantize(self.codes.astype(jnp.float32), scale, zero)
+    def dequantized(self, groups: int) -> Float32[Array, "taps {groups} Cg Og"]:
+        """Real weights in the layout of `im2col.convolve`."""
+        codes = grouped_kernel(self.codes, groups)
+        scale, zero = (a.reshape(1, groups, 1, -1) for a in (self.scale, self.zero_point))
+        return dequantize(codes.astype(jnp.float32), scale, zero)
 
 
-def whole_weight(op: Op, state: LayerState) -> jax.Array:
-    """The whole numbers ``codes - zero_point`` of a deployed layer, float32."""
+def integer_weight(op: Op, state: LayerState) -> Float32[Array, "..."]:
+    """The integers ``codes - zero_point`` of a deployed layer, laid out as the op's operand."""
     return state.codes.astype(jnp.float32) - per_channel(op, state.zero_point)
 
 
 def run_deployed_layer(
     op: Op,
     spec: LayerSpec,
-    x: jax.Array,
+    inputs: LayerInput,
     state: LayerState,
-    tensor: TensorState | None,
-    keep: None = None,
-    dtype=jnp.float32,
     *,
     real: Callable[[Op, LayerState], jax.Array] = dequantize_weight,
-    whole: Callable[[Op, LayerState], jax.Array] = whole_weight,
-    convolve: Callable[..., jax.Array] = convolve,
-) -> jax.Array:
-    """`layer.run_layer` of a deployed layer: what it computes by definition.
+    integer: Callable[[Op, LayerState], jax.Array] = integer_weight,
+    convolve: Callable[..., jax.Array] = im2col.convolve,
+) -> Float32[Array, "..."]:
+    """Run a deployed layer in float32: the reference implementation.
 
-    The whole numbers ``q - z`` of both operands are multiplied in float32 and their sum is scaled
-    once. Below 2^24 such sums are exact in any order, so every backend gives the same ones, and so
-    does a GPU that multiplies in TF32. A layer of another dtype multiplies real values.
+    The integers ``q - z`` of both operands are multiplied in float32, and their sum is scaled once:
+    ``y = (sum (q_x - z_x) (q_w - z_w)) s_x s_w + b``. Such sums are exact in any order below 2^24,
+    so every backend gives the same sums, a GPU that multiplies in TF32 included. A layer of another
+    dtype multiplies real values.
 
     Args:
-      op, spec, x, tensor, keep, dtype: as there; nothing is dropped from a deployed layer.
-      state: what is deployed.
-      real, whole: how its weights are had, as values or as whole numbers.
-      convolve: see `layer.run_layer`.
+      op: the weighted op.
+      spec: its static part.
+      inputs: its activation.
+      state: its codes, scales, bias and border.
+      real, integer: read its weights as real values, and as integers ``q - z``.
+      convolve: see `fake_quant.run_layer`.
+
+    Returns:
+      The output, in the layout of the op.
     """
+    quantizer = inputs.quantizer
     single = all(d == jnp.float32 for d in op.params["operand_dtypes"])
-    if tensor is None or spec.weight_bits is None or not single:
-        own = Weights(real(op, state), state.bias, state.border)
-        return run_layer(op, spec, x, own, tensor, keep, dtype, convolve)
-    one, nothing = jnp.float32(1.0), jnp.zeros_like(state.bias)
-    units = to_units(x, 1.0 / tensor.step_size)
-    own = Weights(whole(op, state), nothing, state.border)
-    grid = TensorState(one, tensor.zero_point)
-    total = run_layer(op, spec, units, own, grid, keep, convolve=convolve)
-    scale = output_channels(op, total, tensor.step_size * state.scale)
-    return add_bias(op, product(total, scale), state.bias, dtype)
+    if quantizer is None or spec.weight_bits is None or not single:
+        weights = Weights(real(op, state), state.bias, state.border)
+        return run_layer(op, spec, inputs, weights, convolve)
+    one, no_bias = jnp.float32(1.0), jnp.zeros_like(state.bias)
+    units = to_units(inputs.x, 1.0 / quantizer.step_size)
+    weights = Weights(integer(op, state), no_bias, state.border)
+    unscaled = LayerInput(units, ActivationQuantizer(one, quantizer.zero_point), inputs.keep)
+    total = run_layer(op, spec, unscaled, weights, convolve)
+    scale = output_channels(op, total, quantizer.step_size * state.scale)
+    return add_bias(op, product(total, scale), state.bias)
 
 
 def run_integer_layer(
     op: Op,
     spec: LayerSpec,
-    x: jax.Array,
+    inputs: LayerInput,
     state: LayerState,
-    tensor: TensorState | None,
-    keep: None = None,
-    dtype=jnp.float32,
     *,
     convolve: Callable[..., jax.Array],
-) -> jax.Array:
-    """`layer.run_layer` of a deployed layer, by a convolution of codes.
+) -> Float32[Array, "..."]:
+    """Run a deployed layer by a convolution of codes.
 
-    A layer with a float input or float weights, a dense layer with batch axes, and a layer of an
-    empty batch run by definition.
+    A layer with a float input or float weights, a dense layer with batch axes, and a layer with an
+    empty batch run in the reference implementation.
 
     Args:
-      op, spec, x, tensor, keep, dtype: as there; nothing is dropped from a deployed layer.
-      state: what is deployed.
-      convolve: takes ``(x, tensor, coefficients, kernel, window, rounding)`` with `x` float32
-        ``[N, *padded, C]`` and a `KernelCodes`; no coefficients mean rounding to nearest. Returns
-        what `columns.convolve` does for the dequantized kernel, float32 ``[N, *out, O]``.
+      op, spec, inputs, state: see `run_deployed_layer`; no element may stay unquantized.
+      convolve: has the contract of `backend.Backend.convolve_codes`.
+
+    Returns:
+      The output, in the layout of the op.
     """
+    quantizer = inputs.quantizer
     batched = op.layer.kind == "dense" and op.params["dimension_numbers"][1][op.layer.x_position]
-    if tensor is None or spec.weight_bits is None or batched or not x.size:
-        return run_deployed_layer(op, spec, x, state, tensor, keep, dtype)
-
-    def multiply(columns: jax.Array, codes: jax.Array, window: Window) -> jax.Array:
-        kernel = KernelCodes(codes, state.scale, state.zero_point, spec.weight_bits or 0)
-        return convolve(columns, tensor, state.border, kernel, window, rounding_of(spec))
-
+    if quantizer is None or spec.weight_bits is None or batched or not inputs.x.size:
+        return run_deployed_layer(op, spec, inputs, state)
+    weights = QuantizedWeights(state.codes, state.scale, state.zero_point, spec.weight_bits)
+    multiply = functools.partial(
+        convolve, quantizer=quantizer, coefficients=state.border, rounding=rounding_of(spec)
+    )
     run = _conv if op.layer.kind == "conv" else _dense
-    return add_bias(op, run(op, x.astype(jnp.float32), state.codes, multiply), state.bias, dtype)
+    return add_bias(op, run(op, inputs.x.astype(jnp.float32), weights, multiply), state.bias)
 
 
-def _conv(op: Op, x: jax.Array, codes: jax.Array, multiply) -> jax.Array:
-    return conv_result(op, multiply(*conv_operands(op, x, codes)))
+def _conv(
+    op: Op,
+    x: Float32[AnyArray, "..."],
+    weights: QuantizedWeights,
+    multiply: Callable[..., jax.Array],
+) -> Float[Array, "..."]:
+    padded, geometry = padded_input(op, x)
+    weights = weights._replace(codes=spatial_kernel(op, weights.codes))
+    return conv_result(op, multiply(padded, weights=weights, geometry=geometry))
 
 
-def _dense(op: Op, x: jax.Array, codes: jax.Array, multiply) -> jax.Array:
-    """A dense layer is a convolution with one tap: its first free axis numbers the images."""
+def _dense(
+    op: Op,
+    x: Float32[AnyArray, "..."],
+    weights: QuantizedWeights,
+    multiply: Callable[..., jax.Array],
+) -> Float[Array, "..."]:
+    """A dense layer as a convolution with one tap, whose images the first free axis numbers."""
     contract, _ = op.params["dimension_numbers"]
     axes, weight_axes = contracted_axes(op), contract[1 - op.layer.x_position]
     free = [axis for axis in range(x.ndim) if axis not in axes]
@@ -142,9 +164,9 @@ def _dense(op: Op, x: jax.Array, codes: jax.Array, multiply) -> jax.Array:
     elements = int(np.prod([x.shape[axis] for axis in axes]))
     images, pixels = (*sizes, 1)[0], math.prod(sizes[1:])
     rows = jnp.transpose(x, (*free, *axes)).reshape(images, pixels, 1, elements)
-    kernel = jnp.transpose(codes, (*weight_axes, *op.layer.channel_axes))
-    kernel = kernel.reshape(1, 1, elements, -1)
-    y = multiply(rows, kernel, Window(images, (pixels, 1), (1, 1), (1, 1), (1, 1)))
+    codes = jnp.transpose(weights.codes, (*weight_axes, *op.layer.channel_axes))
+    weights = weights._replace(codes=codes.reshape(1, 1, elements, -1))
+    y = multiply(rows, weights=weights, geometry=ConvGeometry.pointwise(pixels))
     channels = [op.layer.weight_shape[axis] for axis in op.layer.channel_axes]
     y = y.reshape(*sizes, *channels)
     if op.layer.x_position == 1:  # the weight's axes come first

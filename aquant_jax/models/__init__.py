@@ -1,4 +1,4 @@
-"""The model zoo: ordinary Flax models that know nothing of quantization.
+"""The model zoo: ordinary Flax models, independent of quantization.
 
 >>> [name for name in MODELS if name.startswith("res")]
 ['resnet18', 'resnet50', 'resnet20_cifar', 'resnet32_cifar', 'resnet44_cifar', 'resnet56_cifar']
@@ -56,15 +56,15 @@ def abstract(name: str) -> tuple[Apply, Variables]:
         name: a key of ``LINEN``.
     """
     module = LINEN[name][0]()
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)  # the size leaves the weights alone
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)  # weights do not depend on the size
     return module.apply, jax.eval_shape(module.init, jax.random.key(0), image)
 
 
 def _random(shapes: Variables, seed: int) -> Variables:
-    """He initialisation in numpy: compiling that of 50 layers would take a quarter minute."""
+    """He initialisation in numpy: compiling flax's for 50 layers would take 15 seconds."""
     rng = np.random.default_rng(seed)
 
-    def leaf(path, shape):
+    def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
         kind = path[-1].key
         if kind == "kernel":
             deviation = math.sqrt(2 / math.prod(shape.shape[:-1]))

@@ -22,7 +22,7 @@ Batch = Mapping[str, jax.Array]
 INPUTS = ("ids", "mask", "types")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _MASKED = -1e9
-# What a checkpoint may have beside the encoder: heads for other purposes than the one asked for.
+# Prefixes of heads, which a checkpoint may have for other tasks.
 _HEADS = ("cls.", "pooler.", "classifier.")
 _PREFIX = "bert."
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -103,8 +103,8 @@ class Bert(nn.Module):
 
     Attributes:
         config: its sizes.
-        labels: outputs of the classifier or regressor (1) on the pooled first token; None gives
-            the mean of the hidden states that are no padding: the embedding of a sentence.
+        labels: outputs of the classifier or regressor (1) on the pooled first token. None gives
+            sentence embeddings: the mean of the hidden states without padding.
     """
 
     config: BertConfig
@@ -176,7 +176,7 @@ def weights_file(folder: str | Path) -> Path:
 def to_checkpoint(variables: Any) -> dict[str, np.ndarray]:
     """The arrays of a model under the names, and in the layout, of a checkpoint."""
     leaves = zip(map(_name, leaf_paths(variables)), jax.tree.leaves(variables), strict=True)
-    # The other way is the same transposition: of a matrix.
+    # The transposition of a matrix is its own inverse.
     return {name: np.ascontiguousarray(_to_flax(name, np.asarray(leaf))) for name, leaf in leaves}
 
 
@@ -201,9 +201,16 @@ def check_inputs(config: BertConfig, batch: Mapping[str, np.ndarray]) -> None:
             raise InputError(f"{name} holds {odd}; the model has a table of {size} for them")
 
 
-def _with_head(state, shapes, path, labels: int, config: BertConfig, seed: int | None):
-    """The state with the head that is asked for, checked or drawn."""
-    found = state.get("classifier.weight")
+def _with_head(
+    state: dict[str, np.ndarray],
+    shapes: Any,
+    path: Path,
+    labels: int,
+    config: BertConfig,
+    seed: int | None,
+) -> dict[str, np.ndarray]:
+    """The state with a head for `labels`: the checkpoint's, or a new one drawn from `seed`."""
+    classifier = state.get("classifier.weight")
     if seed is not None:
         rng = np.random.default_rng(seed)
         state = {name: a for name, a in state.items() if not name.startswith("classifier.")}
@@ -214,16 +221,17 @@ def _with_head(state, shapes, path, labels: int, config: BertConfig, seed: int |
                 matrix = rng.normal(0, config.initializer_range, (size, config.hidden_size))
                 state[name] = (matrix if name.endswith("weight") else np.zeros(size)).astype("f4")
         return state
-    if found is None:
+    if classifier is None:
         raise InputError(f"{path} has no classifier.weight: fine-tune it first (launch.finetune)")
-    if found.ndim != 2 or len(found) != labels:
-        outputs = len(found) if found.ndim == 2 else f"shape {found.shape} and not of"
+    if classifier.ndim != 2 or len(classifier) != labels:
+        matrix = classifier.ndim == 2
+        outputs = len(classifier) if matrix else f"shape {classifier.shape} and not of"
         raise InputError(f"{path} has a head of {outputs} labels; the task needs {labels}")
     return state
 
 
 def _renamed(name: str) -> str:
-    """A name as it is in a checkpoint of the encoder alone, and of recent releases."""
+    """A name in the form of recent releases, without the encoder's prefix."""
     for old, new in _OLD_NAMES.items():
         name = name.replace(old, new)
     return name.removeprefix(_PREFIX)

@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": nn.gelu,
     "relu": nn.relu,
 }
-# What other architectures have otherwise: the default of a field, and its only supported value.
+# Fields that tell architectures apart: the default of each, and its only supported value.
 _SERVED = {
     "model_type": (None, "bert"),
     "position_embedding_type": ("absolute", "absolute"),
@@ -28,7 +28,7 @@ _SERVED = {
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """The fields of ``config.json`` that matter here, under their names there."""
+    """The fields of ``config.json`` that the encoder and its heads depend on."""
 
     vocab_size: int = 30_522
     hidden_size: int = 768

@@ -1,7 +1,7 @@
 """A small residual CNN for 8x8 grey digits, in Flax NNX.
 
-It is the embedded default: its float checkpoint (``digits_cnn.safetensors``, beside this
-file) comes with the package and was trained by ``launch/train.py``.
+The package contains its float checkpoint (``digits_cnn.safetensors``), which
+``launch/train_digits.py`` trained.
 """
 
 import jax
@@ -12,7 +12,7 @@ from flax import nnx
 class ResidualBlock(nnx.Module):
     """Two 3x3 convolutions; a 1x1 convolution on the shortcut where the shape changes."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs) -> None:
         self.conv1 = nnx.Conv(
             inputs, outputs, (3, 3), strides=stride, padding=1, use_bias=False, rngs=rngs
         )
@@ -33,7 +33,7 @@ class ResidualBlock(nnx.Module):
 class DigitsCNN(nnx.Module):
     """Stem, three residual blocks (the second halves the resolution), pooling, dense head."""
 
-    def __init__(self, num_classes: int = 10, *, rngs: nnx.Rngs):
+    def __init__(self, num_classes: int = 10, *, rngs: nnx.Rngs) -> None:
         self.stem = nnx.Conv(1, 16, (3, 3), padding=1, use_bias=False, rngs=rngs)
         self.stem_bn = nnx.BatchNorm(16, momentum=0.9, rngs=rngs)
         self.block1 = ResidualBlock(16, 16, 1, rngs=rngs)

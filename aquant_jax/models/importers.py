@@ -122,7 +122,7 @@ def serialize(variables: Any) -> bytes:
 
 
 def write(path: str | Path, content: bytes) -> None:
-    """Writes a file whole: what stood there before stays until the new one is complete.
+    """Writes a file, replacing an old one only when the new one is complete.
 
     Raises:
         InputError: the file cannot be written.
@@ -139,24 +139,33 @@ def write(path: str | Path, content: bytes) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _names_message(missing, extra, wanted, state_dict) -> str:
+def _names_message(
+    missing: Sequence[str],
+    extra: Sequence[str],
+    wanted: Mapping[str, tuple[int, ...]],
+    state_dict: Mapping[str, np.ndarray],
+) -> str:
     parts = []
     if missing:
         lacking = ", ".join(f"{name!r} {wanted[name]}" for name in missing[:3])
         parts.append(f"lack {len(missing)} of the model's arrays, such as {lacking}")
     if extra:
-        found = ", ".join(f"{name!r} {state_dict[name].shape}" for name in extra[:3])
-        parts.append(f"hold {len(extra)} the model has no place for, such as {found}")
+        shapes = ", ".join(f"{name!r} {state_dict[name].shape}" for name in extra[:3])
+        parts.append(f"hold {len(extra)} the model has no place for, such as {shapes}")
     return "the weights " + " and ".join(parts)
 
 
-def _shapes_message(wrong, arrays, wanted) -> str:
-    # The head's bias is misshaped too where the classes differ: its kernel tells why.
+def _shapes_message(
+    wrong: Sequence[str],
+    arrays: Mapping[str, np.ndarray],
+    wanted: Mapping[str, tuple[int, ...]],
+) -> str:
+    # Where the classes differ, the head's kernel explains the error better than its bias.
     heads = [n for n in wrong if arrays[n].ndim == 2 and arrays[n].shape[:1] == wanted[n][:1]]
     name = (heads or wrong)[0]
-    found, needed = arrays[name].shape, wanted[name]
-    classes = f": {found[1]} classes, and the model has {needed[1]}" if heads else ""
+    actual, needed = arrays[name].shape, wanted[name]
+    classes = f": {actual[1]} classes, and the model has {needed[1]}" if heads else ""
     return (
-        f"weight {name!r} has shape {found} (in the model's layout), "
+        f"weight {name!r} has shape {actual} (in the model's layout), "
         f"but the model needs {needed}{classes}"
     )

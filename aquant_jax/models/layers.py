@@ -1,4 +1,4 @@
-"""What the networks of the zoo are made of: conv with batch norm, and the head.
+"""Building blocks of the networks of the zoo: conv with batch norm, and the head.
 
 Every conv called ``NAME`` is followed by a batch norm called ``NAME_bn``; the tables of `layouts`
 rely on it.
@@ -15,12 +15,12 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 class ConvStyle(NamedTuple):
-    """What is the same in all conv layers of one network.
+    """Settings that all conv layers of one network share.
 
     Attributes:
         epsilon: of the batch norm.
-        same: pad as TensorFlow's "SAME" does (at stride 2 the larger half is behind the image);
-            otherwise half the kernel on every side, as PyTorch networks do.
+        same: pad as TensorFlow's "SAME" (at stride 2 the larger half is behind the image);
+            otherwise pad by half the kernel on every side, as PyTorch networks do.
     """
 
     epsilon: float = 1e-5

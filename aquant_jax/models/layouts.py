@@ -1,7 +1,7 @@
-"""How public PyTorch checkpoints name the arrays of our networks: one table a family.
+"""Names of the zoo's arrays in public PyTorch checkpoints: one table per family.
 
-A table tells for every module of ours what a release calls it: ``conv: (conv, batch norm)``.
-Modules of a block ``stage2_0`` stand under the release's name of that block.
+A table maps each of our modules to the release's names: ``conv: (conv, batch norm)``. Names of
+modules in a block such as ``stage2_0`` follow the release's name of that block.
 """
 
 import re
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
         expanded = {path[1] for path in paths if "expand" in path}
         return {path: self._name(path, flat, expanded) for path in paths}
 
-    def _name(self, path, flat: dict[str, int], expanded: set[str]) -> str:
+    def _name(self, path: tuple[str, ...], flat: dict[str, int], expanded: set[str]) -> str:
         collection, *owner, module, leaf = path
         table, prefix = self.outside, ""
         if owner:

@@ -1,4 +1,4 @@
-"""Networks of inverted residual blocks: what MobileNetV2, MNASNet and EfficientNet-Lite share.
+"""Networks of inverted residual blocks: MobileNetV2, MNASNet and EfficientNet-Lite.
 
 References:
     Sandler et al., MobileNetV2 (arXiv:1801.04381), Fig. 3 and Table 1.

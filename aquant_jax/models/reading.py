@@ -24,8 +24,8 @@ _REFUSED = re.compile(r"GLOBAL (\S+)")
 def read(path: str | Path) -> dict[str, np.ndarray]:
     """Reads the arrays of a checkpoint.
 
-    A ``state_dict`` or ``model`` entry around them and ``module.`` in front of all names are
-    taken off; the batch counters of batch norm and BERT's table of positions are dropped.
+    An enclosing ``state_dict`` or ``model`` entry and the prefix ``module.`` of all names are
+    removed; the batch counters of batch norm and BERT's table of positions are dropped.
 
     Args:
         path: a PyTorch checkpoint, by its suffix (``.pth``, ``.pth.tar``, ``.pt``, ``.bin``);
@@ -35,20 +35,20 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         Floating-point arrays by name, in the file's layout.
 
     Raises:
-        InputError: no such file, no such format, a truncated file, a pickle that wants to run
-            code, PyTorch missing, or an entry that is no floating-point array.
+        InputError: a missing file, an unknown format, a truncated file, a pickle that would run
+            code, PyTorch missing, or an entry that is not a floating-point array.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"cannot read weights from {path}: there is no such file")
-    found = _read_torch(path) if path.suffix in TORCH_SUFFIXES else _read_safetensors(path)
-    found = {name: a for name, a in found.items() if name.rpartition(".")[2] not in _BUFFERS}
-    if found and all(name.startswith(_DATA_PARALLEL) for name in found):
-        found = {name.removeprefix(_DATA_PARALLEL): array for name, array in found.items()}
-    for name, array in found.items():
+    arrays = _read_torch(path) if path.suffix in TORCH_SUFFIXES else _read_safetensors(path)
+    arrays = {name: a for name, a in arrays.items() if name.rpartition(".")[2] not in _BUFFERS}
+    if arrays and all(name.startswith(_DATA_PARALLEL) for name in arrays):
+        arrays = {name.removeprefix(_DATA_PARALLEL): array for name, array in arrays.items()}
+    for name, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise InputError(f"{path}: {name!r} is of {array.dtype}; weights are floating-point")
-    return found
+    return arrays
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -91,10 +91,10 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 def _unwrap(content: Any) -> Any:
     while isinstance(content, Mapping):
         inner = (content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping))
-        found = next(inner, None)
-        if found is None:
+        unwrapped = next(inner, None)
+        if unwrapped is None:
             break
-        content = found
+        content = unwrapped
     return content
 
 
@@ -115,7 +115,7 @@ def _torch_message(path: Path, error: Exception) -> str:
             f"{path} is refused: it is a pickle that wants to run {refused[1]}, and only plain "
             "tensors are read (save model.state_dict() alone)"
         )
-    # PyTorch's advice is to read the file unsafely: its first sentence is enough.
+    # PyTorch's message continues with the advice to read the file unsafely.
     reason = str(error).strip().partition("\n")[0].partition(". ")[0]
     kind = type(error).__name__
     return f"cannot read weights from {path} as a PyTorch checkpoint: {kind}: {reason}"

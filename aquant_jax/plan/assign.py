@@ -1,32 +1,39 @@
-"""What a recipe quantizes in a graph: the static part of every layer, and every tensor."""
+"""The plan of a recipe for a graph: every layer's static part and every quantized activation."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 from aquant_jax.errors import InputError
-from aquant_jax.graph.activation_rules import find_sites, weighted_sources
+from aquant_jax.graph.activation_rules import match_rules, weighted_sources
 from aquant_jax.graph.ir import ALIASES, Graph
-from aquant_jax.graph.subgraph import root
+from aquant_jax.graph.subgraph import source_tensor
 from aquant_jax.layers.fake_quant import LayerSpec
 from aquant_jax.recipe import Override, Recipe
 
 
 class Tensor(NamedTuple):
-    """A quantized activation tensor: its name (see `Plan`), and its bits."""
+    """A quantized activation tensor.
+
+    Attributes:
+      key: its name, see `Plan`.
+      bits: 2 to 8.
+    """
 
     key: str
     bits: int
 
 
 class Plan(NamedTuple):
-    """What of a graph is quantized, and how.
+    """The quantized layers and activations of a graph.
 
     Attributes:
       layers: the static part of every weighted op, by weight path.
-      tensors: every quantized activation, by value id: named by the path of its first weighted
-        reader or, where there is none, as its site (see `sites.Site`).
+      tensors: every quantized activation, by value id. Its key is the path of its first weighted
+        reader or, if it has none, the key of the rule's match (see
+        `activation_rules.ActivationMatch`).
     """
 
     layers: dict[str, LayerSpec]
@@ -34,24 +41,24 @@ class Plan(NamedTuple):
 
 
 def make_plan(graph: Graph, recipe: Recipe) -> Plan:
-    """What `recipe` quantizes in a folded graph.
+    """The plan of `recipe` for a folded graph.
 
     Raises:
-      InputError: an override or a rule for activations matches nothing, or an override is no
-        regular expression.
+      InputError: an override matches nothing, is not a regular expression, or sets the bits of a
+        float input.
     """
     producers = graph.producers()
-    sites = find_sites(graph, recipe.activations)
-    keys = [site.key for site in sites]
+    matches = match_rules(graph, recipe.activations)
+    keys = [match.key for match in matches]
     overrides = _match(recipe, [layer.path for layer in graph.layers], keys)
     layers = _layer_specs(graph, recipe, overrides)
     _check_act_bits(recipe, layers, overrides)
     tensors: dict[int, Tensor] = {}
     for op in graph.ops:
         if op.layer is not None and (spec := layers[op.layer.path]).tensor is not None:
-            tensors[root(producers, op.x)] = Tensor(spec.tensor, spec.act_bits)
+            tensors[source_tensor(producers, op.x)] = Tensor(spec.tensor, spec.act_bits)
     rounded = _read_rounded(graph, layers)
-    for value, key in sites:
+    for value, key in matches:
         bits = recipe.act_bits
         for override in overrides[key]:
             bits = override.act_bits or bits
@@ -62,30 +69,32 @@ def make_plan(graph: Graph, recipe: Recipe) -> Plan:
 
 
 def _read_rounded(graph: Graph, layers: dict[str, LayerSpec]) -> frozenset[int]:
-    """Tensors that are not read by layers of float inputs alone, nor given by the network alone."""
-    producers, found = graph.producers(), set()
+    """Tensors that a quantized layer or another op reads: not only float layers and the output."""
+    producers, tensors = graph.producers(), set()
     for op in graph.ops:
         if op.layer is not None:
             reads = [] if layers[op.layer.path].tensor is None else [op.x]
         else:
             reads = [] if op.name in ALIASES else op.reads
-        found.update(root(producers, value) for value in reads)
-    return frozenset(found)
+        tensors.update(source_tensor(producers, value) for value in reads)
+    return frozenset(tensors)
 
 
-def _layer_specs(graph: Graph, recipe: Recipe, overrides) -> dict[str, LayerSpec]:
+def _layer_specs(
+    graph: Graph, recipe: Recipe, overrides: Mapping[str, Sequence[Override]]
+) -> dict[str, LayerSpec]:
     """The static part of every layer, by weight path."""
     producers = graph.producers()
     ops = [op for op in graph.ops if op.layer is not None]
     above = _weighted_ancestors(graph)
     raw = _raw_values(graph)
-    first = {op.layer.path for op in ops if root(producers, op.x) in raw}
+    first = {op.layer.path for op in ops if source_tensor(producers, op.x) in raw}
     last = {op.layer.path for op in ops} - {path for op in ops for path in above[op.layer.path]}
     specs: dict[str, LayerSpec] = {}
     owner: dict[int, str] = {}
     for op in ops:
         path = op.layer.path
-        value = root(producers, op.x)
+        value = source_tensor(producers, op.x)
         floats = bool(overrides[path]) and overrides[path][-1].keep_float
         quantized = not floats and (value not in raw or recipe.quantize_input)
         tensor = owner.setdefault(value, path) if quantized else None
@@ -98,15 +107,15 @@ def _layer_specs(graph: Graph, recipe: Recipe, overrides) -> dict[str, LayerSpec
             act_bits=recipe.act_bits,
             border=recipe.border if tensor else None,
             phi=recipe.phi,
-            fused=recipe.fused,
+            shared_across_taps=recipe.shared_across_taps,
         )
     return _share_act_bits(recipe, specs, above, first, last, overrides)
 
 
 def _raw_values(graph: Graph) -> frozenset[int]:
-    """The input's own numbers, scaled or shifted perhaps: no weighted op made them.
+    """The model's input and functions of it that no weighted op computes, such as a scaled input.
 
-    What is looked up in a table by the input, such as an embedding, is not among them.
+    A value that the input looks up in a table, such as an embedding, is not among them.
     """
     raw = set(graph.inputs)
     for op in graph.ops:
@@ -118,22 +127,25 @@ def _raw_values(graph: Graph) -> frozenset[int]:
     return frozenset(raw)
 
 
-def _check_act_bits(recipe: Recipe, specs, overrides) -> None:
+def _check_act_bits(
+    recipe: Recipe, specs: Mapping[str, LayerSpec], overrides: Mapping[str, Sequence[Override]]
+) -> None:
+    """InputError for an override that sets the bits of float inputs only."""
     for override in recipe.overrides:
-        mine = [path for path, matched in overrides.items() if override in matched]
-        floats = all(name in specs and specs[name].tensor is None for name in mine)
+        names = [name for name, matched in overrides.items() if override in matched]
+        floats = all(name in specs and specs[name].tensor is None for name in names)
         if override.act_bits is not None and floats:
             raise InputError(
                 f"overrides: {override.pattern!r} sets act_bits to {override.act_bits}, but the "
-                f"input of {', '.join(mine)} stays float"
+                f"input of {', '.join(names)} stays float"
             )
 
 
-def _match(recipe: Recipe, paths: list[str], sites: list[str]) -> dict[str, list[Override]]:
-    """The overrides of every layer and site; only a pattern with a colon is looked for in sites."""
-    found: dict[str, list[Override]] = {name: [] for name in (*paths, *sites)}
+def _match(recipe: Recipe, paths: Sequence[str], keys: Sequence[str]) -> dict[str, list[Override]]:
+    """The overrides of every layer and activation; only patterns with a colon match activations."""
+    overrides: dict[str, list[Override]] = {name: [] for name in (*paths, *keys)}
     for override in recipe.overrides:
-        names = [*paths, *sites] if ":" in override.pattern else paths
+        names = [*paths, *keys] if ":" in override.pattern else list(paths)
         try:
             matches = [name for name in names if re.search(override.pattern, name)]
         except re.error as error:
@@ -141,18 +153,21 @@ def _match(recipe: Recipe, paths: list[str], sites: list[str]) -> dict[str, list
         if not matches:
             raise InputError(f"overrides: {override.pattern!r} matches none of {names}")
         for name in matches:
-            found[name].append(override)
-    return found
+            overrides[name].append(override)
+    return overrides
 
 
 def _weighted_ancestors(graph: Graph) -> dict[str, frozenset[str]]:
-    """The layers that each layer's input comes from, with no other layer between."""
+    """The layers that each layer's input comes from with no other layer between, by path."""
     sources = weighted_sources(graph)
     nothing: frozenset[str] = frozenset()
     return {op.layer.path: sources.get(op.x, nothing) for op in graph.ops if op.layer is not None}
 
 
-def _weight_bits(recipe, path, first, last, overrides) -> int:
+def _weight_bits(
+    recipe: Recipe, path: str, first: Set[str], last: Set[str], overrides: Sequence[Override]
+) -> int:
+    """The bits of one layer's weights."""
     bits = recipe.weight_bits
     if path in first and recipe.first_weight_bits is not None:
         bits = recipe.first_weight_bits
@@ -163,8 +178,15 @@ def _weight_bits(recipe, path, first, last, overrides) -> int:
     return bits
 
 
-def _share_act_bits(recipe, specs, above, first, last, overrides) -> dict[str, LayerSpec]:
-    """Give all readers of a tensor its bits."""
+def _share_act_bits(
+    recipe: Recipe,
+    specs: Mapping[str, LayerSpec],
+    above: Mapping[str, frozenset[str]],
+    first: Set[str],
+    last: Set[str],
+    overrides: Mapping[str, Sequence[Override]],
+) -> dict[str, LayerSpec]:
+    """The specs, in which all readers of a tensor have the bits of the tensor."""
     bits: dict[str, int] = {}
     readers: dict[str, list[str]] = {}
     for path, spec in specs.items():

@@ -1,4 +1,4 @@
-"""One unit of a network, ready to run: its program, its layers and its quantized tensors."""
+"""Block programs: one block of a network with its layers and its quantized tensors."""
 
 from __future__ import annotations
 
@@ -8,139 +8,161 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Key
 
-from aquant_jax.arithmetic.uniform import TensorState, fake_quantize
-from aquant_jax.graph.ir import Graph
-from aquant_jax.graph.subgraph import Program, cut, root, run, same_elements, signature
-from aquant_jax.layers.fake_quant import LayerSpec, run_layer
+from aquant_jax.arithmetic.array_types import AnyArray
+from aquant_jax.arithmetic.uniform import ActivationQuantizer, fake_quantize
+from aquant_jax.graph.ir import Atom, Graph, Op
+from aquant_jax.graph.subgraph import (
+    BlockInputs,
+    Subgraph,
+    extract_subgraph,
+    run,
+    same_elements,
+    signature,
+    source_tensor,
+)
+from aquant_jax.layers.fake_quant import LayerInput, LayerSpec, run_layer
 from aquant_jax.plan.assign import Plan, Tensor
 
+# (value id, shape) -> mask of the elements that are quantized
+KeepFn = Callable[[int, tuple[Any, ...]], jax.Array]
 
-class Unit(NamedTuple):
+
+class BlockProgram(NamedTuple):
     """A slice of a folded graph with its quantizers.
 
     Attributes:
-      program: what it computes.
-      specs: one per weighted op of the program.
+      subgraph: the ops.
+      specs: the static part of each weighted op.
       tensors: the quantized tensors that it reads.
       tensor_of: index into `tensors` of every value that is a view of one.
       avals: shape and dtype of the graph's values.
-      producers: the graph's ops by output.
-      tokens: the axes of every output that number the positions of a sequence; see `counts`.
-      key: equal for units that compute the same function.
+      producers: the op that makes each of the graph's values.
+      position_axes: the sequence axes of every output; see `valid_elements`.
+      key: text that is equal for programs that compute the same function.
     """
 
-    program: Program
+    subgraph: Subgraph
     specs: tuple[LayerSpec, ...]
     tensors: tuple[Tensor, ...]
     tensor_of: dict[int, int]
     avals: dict[int, Any]
-    producers: dict[int, Any]
-    tokens: tuple[tuple[int, ...], ...]
+    producers: dict[int, Op]
+    position_axes: tuple[tuple[int, ...], ...]
     key: str
 
-
-def make_unit(graph: Graph, plan: Plan, live, outputs) -> Unit:
-    """The unit that computes `outputs` from `live`."""
-    program, producers = cut(graph, live, outputs), graph.producers()
-    own = tuple(plan.layers[op.layer.path] for op in program.weighted)
-    owners = plan.tensors
-    reads = {value: root(producers, value) for op in program.ops for value in op.reads}
-    tensors = tuple(dict.fromkeys(owners[r] for r in reads.values() if r in owners))
-    tensor_of = {v: tensors.index(owners[r]) for v, r in reads.items() if r in owners}
-    local = [s._replace(path="", tensor=s.tensor and "") for s in own]
-    wiring = [tensor_of.get(value) for op in program.ops for value in op.reads]
-    tokens = tuple(graph.tokens.get(v, ()) if isinstance(v, int) else () for v in outputs)
-    key = f"{signature(graph, program)}\n{local}\n{[t.bits for t in tensors]}\n{wiring}\n{tokens}"
-    return Unit(program, own, tensors, tensor_of, graph.avals, producers, tokens, key)
+    def dtypes(self, values: Sequence[Any]) -> list[Any]:
+        """The dtypes of `values`."""
+        return [self.avals[value].dtype for value in values]
 
 
-def counts(counted, axes: tuple[int, ...], rank: int):
-    """Which elements of a value are no padding, shaped to broadcast on it.
+def make_block_program(
+    graph: Graph, plan: Plan, boundary_inputs: Sequence[int], outputs: Sequence[Atom]
+) -> BlockProgram:
+    """The program that computes `outputs` from `boundary_inputs`."""
+    subgraph, producers = extract_subgraph(graph, boundary_inputs, outputs), graph.producers()
+    specs = tuple(plan.layers[op.layer.path] for op in subgraph.weighted)
+    sources = {value: source_tensor(producers, value) for op in subgraph.ops for value in op.reads}
+    quantized = {value: plan.tensors[s] for value, s in sources.items() if s in plan.tensors}
+    tensors = tuple(dict.fromkeys(quantized.values()))
+    tensor_of = {value: tensors.index(tensor) for value, tensor in quantized.items()}
+    axes = tuple(graph.position_axes.get(v, ()) if isinstance(v, int) else () for v in outputs)
+    nameless = [spec._replace(path="", tensor=spec.tensor and "") for spec in specs]
+    wiring = [tensor_of.get(value) for op in subgraph.ops for value in op.reads]
+    bits = [tensor.bits for tensor in tensors]
+    key = f"{signature(graph, subgraph)}\n{nameless}\n{bits}\n{wiring}\n{axes}"
+    return BlockProgram(subgraph, specs, tensors, tensor_of, graph.avals, producers, axes, key)
+
+
+def valid_elements(
+    valid_mask: Bool[AnyArray, "samples positions"], axes: tuple[int, ...], rank: int
+) -> Bool[AnyArray, "samples ..."]:
+    """The elements of a value that are not padding, shaped to broadcast on it.
 
     Args:
-      counted: bool ``[samples, positions]``.
-      axes: of the value, that number positions; an element counts if all of its positions do.
-      rank: of the value, whose first axis numbers the samples.
+      valid_mask: False at padding.
+      axes: the sequence axes of the value, at least one; an element is valid if all of its
+        positions are.
+      rank: number of axes of the value, whose first axis is the sample axis.
     """
-    whole = True
+    valid: Any = True
     for axis in axes:
         shape = [1] * rank
-        shape[0], shape[axis] = counted.shape
-        whole = whole & counted.reshape(shape)
-    return whole
+        shape[0], shape[axis] = valid_mask.shape
+        valid = valid & valid_mask.reshape(shape)
+    return valid
 
 
 def forward(
-    unit: Unit,
+    program: BlockProgram,
     weights: Sequence[Any],
-    tensors: Sequence[TensorState] | None,
-    live: Sequence[jax.Array],
-    side: Sequence[jax.Array],
-    static: Sequence[jax.Array],
-    keep: Callable[[int, tuple[int, ...]], jax.Array] | None = None,
+    quantizers: Sequence[ActivationQuantizer] | None,
+    inputs: BlockInputs,
+    keep: KeepFn | None = None,
     layer: Callable[..., jax.Array] = run_layer,
-) -> tuple[jax.Array, ...]:
-    """Run a unit.
+) -> tuple[Any, ...]:
+    """Run a block and return its outputs.
 
     Args:
-      unit: what to run.
-      weights: one per weighted op, what `layer` takes.
-      tensors: one per quantized tensor; None runs the unit in float.
-      live, side, static: see `program.run`.
-      keep: draws the mask of elements that are quantized, given a value id and a shape.
-      layer: runs one layer, as `layer.run_layer` does.
-
-    Returns:
-      The program's outputs.
+      program: the block.
+      weights: one per weighted op, of the type that `layer` takes.
+      quantizers: one per quantized tensor; None runs the block in float.
+      inputs: the values that it reads.
+      keep: draws the mask of elements that are quantized; None quantizes all.
+      layer: runs one layer; has the contract of `fake_quant.run_layer`.
     """
-    place = {op.layer.path: i for i, op in enumerate(unit.program.weighted)}
-    mask = _masks(unit, keep)
+    index_of = {op.layer.path: i for i, op in enumerate(program.subgraph.weighted)}
+    mask = _masks(program, keep)
 
-    def weighted(op, x):
-        index = place[op.layer.path]
-        spec = unit.specs[index]
-        dtype = unit.avals[op.outputs[0]].dtype
-        tensor = None
-        if tensors is not None and spec.tensor is not None:
-            tensor = tensors[unit.tensor_of[op.x]]
-        kept = mask(op.x, x.shape) if tensor is not None else None
-        return layer(op, spec, x, weights[index], tensor, kept, dtype)
+    def layer_fn(op: Op, x: AnyArray) -> Float[Array, "..."]:
+        index = index_of[op.layer.path]
+        spec, activation = program.specs[index], LayerInput(x)
+        if quantizers is not None and spec.tensor is not None:
+            activation = LayerInput(x, quantizers[program.tensor_of[op.x]], mask(op.x, x.shape))
+        y = layer(op, spec, activation, weights[index])
+        return y.astype(program.avals[op.outputs[0]].dtype)
 
-    def read(value_id, value):
-        if tensors is None or value_id not in unit.tensor_of:
+    def read_fn(value_id: int, value: AnyArray) -> AnyArray:
+        if quantizers is None or value_id not in program.tensor_of:
             return value
-        index = unit.tensor_of[value_id]
-        rounded = fake_quantize(value, tensors[index], unit.tensors[index].bits)
+        index = program.tensor_of[value_id]
+        rounded = fake_quantize(value, quantizers[index], program.tensors[index].bits)
         kept = mask(value_id, value.shape)
-        if kept is not None:
-            rounded = jnp.where(kept, rounded, value.astype(jnp.float32))
+        rounded = rounded if kept is None else jnp.where(kept, rounded, value.astype(jnp.float32))
         return rounded.astype(value.dtype)
 
-    return run(unit.program, live, side, static, weighted, read)
+    return run(program.subgraph, inputs, layer_fn, read_fn)
 
 
-def _masks(unit: Unit, keep):
-    """`keep` drawn once a tensor, whose views then share the draw: (value id, shape) -> mask."""
+def _masks(
+    program: BlockProgram, keep: KeepFn | None
+) -> Callable[[int, tuple[Any, ...]], jax.Array | None]:
+    """`keep`, drawn once per tensor: the views of a tensor share its mask."""
     masks: dict[int, jax.Array] = {}
 
-    def mask(value_id, shape):
+    def mask(value_id: int, shape: tuple[Any, ...]) -> jax.Array | None:
         if keep is None:
             return None
         if value_id not in masks:
-            view = same_elements(unit.producers, value_id)
-            if view is None or value_id in unit.program.live:
+            view = same_elements(program.producers, value_id)
+            if view is None or value_id in program.subgraph.boundary_inputs:
                 masks[value_id] = keep(value_id, shape)
             else:
                 source = view.reads[0]
-                masks[value_id] = view.call(mask(source, unit.avals[source].shape))[0]
+                masks[value_id] = view.call(mask(source, program.avals[source].shape))[0]
         return masks[value_id]
 
     return mask
 
 
-def random_keep(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Array:
-    """Bernoulli mask; for one half, every random bit is used, which is six times faster on CPU."""
+def random_keep(
+    key: Key[Array, ""], probability: float, shape: tuple[Any, ...]
+) -> Bool[Array, "..."]:
+    """A mask of `shape` whose elements are True with `probability`.
+
+    For one half, every random bit gives an element, which is six times faster on CPU.
+    """
     if probability != 0.5:
         return jax.random.bernoulli(key, probability, shape)
     size = int(np.prod(shape))

@@ -1,22 +1,29 @@
-"""Checks of what the user passed, and the memory that a run will need."""
+"""Checks of the arguments of `quantize`, and the memory that a run needs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from aquant_jax.errors import InputError
-from aquant_jax.graph.ir import path_names
+from aquant_jax.graph.ir import Graph, path_names
+from aquant_jax.graph.partition import Block
 from aquant_jax.recipe import Recipe
 
 MIN_SAMPLES = 2
 
 
-def check_variables(variables) -> None:
-    """InputError when a leaf holds NaN or infinity, or there is none."""
+def check_variables(variables: Any) -> None:
+    """Check the variables of a network.
+
+    Raises:
+      InputError: there is no leaf, or a leaf is not an array of numbers or holds NaN or infinity.
+    """
     leaves = jax.tree.leaves(variables)
     if not leaves:
         raise InputError("variables is an empty pytree; the weights must be passed in it")
@@ -28,8 +35,16 @@ def check_variables(variables) -> None:
     _check_finite("variables", variables)
 
 
-def check_calibration(calibration, recipe: Recipe) -> int:
-    """Number of samples; InputError when there are too few, or they do not fit together."""
+def check_calibration(calibration: Any, recipe: Recipe) -> int:
+    """Check a calibration set.
+
+    Returns:
+      The number of samples.
+
+    Raises:
+      InputError: there are fewer samples than the recipe needs, or the leaves have different
+        numbers of samples, an unsupported dtype, or NaN or infinity.
+    """
     leaves, names = jax.tree.leaves(calibration), path_names(calibration)
     if not leaves:
         raise InputError("the calibration set is an empty pytree")
@@ -39,7 +54,8 @@ def check_calibration(calibration, recipe: Recipe) -> int:
     if len(set(counts.values())) > 1:
         raise InputError(f"the calibration leaves have different sample counts: {counts}")
     samples = leaves[0].shape[0]
-    needed = max(MIN_SAMPLES, recipe.batch_size if recipe.steps else MIN_SAMPLES)
+    learning = recipe.reconstruction
+    needed = max(MIN_SAMPLES, learning.batch_size if learning.steps else MIN_SAMPLES)
     if samples < needed:
         raise InputError(
             f"the calibration set has {samples} samples; the recipe needs at least {needed} "
@@ -55,20 +71,24 @@ def check_calibration(calibration, recipe: Recipe) -> int:
     return samples
 
 
-def leaf(tree, name: str) -> Any:
-    """The leaf of that path; InputError when there is none."""
-    found = dict(zip(path_names(tree), jax.tree.leaves(tree), strict=True))
-    if name not in found:
-        raise InputError(f"the calibration set has no leaf {name!r}; there are {', '.join(found)}")
-    return found[name]
-
-
-def check_mask(calibration, name: str) -> np.ndarray:
-    """The leaf `name` of the calibration set as bool ``[samples, positions]``: what is no padding.
+def leaf(calibration: Any, name: str) -> Any:
+    """The leaf of a calibration set at the path `name`.
 
     Raises:
-      InputError: there is none, or it is no mask of sequences of two positions or more, or masks a
-        sample out as a whole.
+      InputError: there is no such leaf.
+    """
+    leaves = dict(zip(path_names(calibration), jax.tree.leaves(calibration), strict=True))
+    if name not in leaves:
+        raise InputError(f"the calibration set has no leaf {name!r}; there are {', '.join(leaves)}")
+    return leaves[name]
+
+
+def check_mask(calibration: Any, name: str) -> Bool[np.ndarray, "samples positions"]:
+    """The mask at the path `name` of a calibration set, False at padding.
+
+    Raises:
+      InputError: there is no such leaf, it is not a mask of sequences of two positions or more, or
+        it leaves no position of a sample.
     """
     mask = np.asarray(leaf(calibration, name))
     if mask.ndim != 2 or mask.shape[1] < 2:
@@ -82,42 +102,53 @@ def check_mask(calibration, name: str) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _holds_numbers(dtype) -> bool:
+def _holds_numbers(dtype: Any) -> bool:
     return dtype == np.bool_ or jnp.issubdtype(dtype, jnp.number)
 
 
-def _check_finite(what: str, tree) -> None:
+def _check_finite(argument: str, tree: Any) -> None:
+    """InputError when a leaf holds NaN or infinity; the message starts with the argument's name."""
     for name, leaf in zip(path_names(tree), jax.tree.leaves(tree), strict=True):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             continue
         bad = int(np.count_nonzero(~np.isfinite(np.asarray(leaf, np.float32))))
         if bad:
-            path = f"{what}/{name}" if name else what
+            path = f"{argument}/{name}" if name else argument
             raise InputError(f"{path} has {bad} of {np.size(leaf)} values that are NaN or infinite")
 
 
-def check_outputs(graph, sampled: frozenset[int], recipe: Recipe) -> None:
-    """InputError when no output can be reconstructed, or one has no sample axis in front."""
+def check_outputs(graph: Graph, sampled: frozenset[int], recipe: Recipe) -> None:
+    """Check the outputs of a network.
+
+    Args:
+      graph: the network.
+      sampled: the values whose first axis, and no other, numbers the samples.
+      recipe: its recipe.
+
+    Raises:
+      InputError: no output can be reconstructed, or one does not have the samples on its first
+        axis only.
+    """
     outputs = [out for out in graph.outputs if isinstance(out, int)]
-    avals = [graph.avals[out] for out in outputs if out in graph.live]
+    avals = [graph.avals[out] for out in outputs if out in graph.weight_dependent]
     floats = any(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in avals)
-    if recipe.steps and avals and not floats:
+    if recipe.reconstruction.steps and avals and not floats:
         raise InputError(
             f"the network returns only {', '.join(sorted({str(aval.dtype) for aval in avals}))}; "
             "an output to reconstruct must be floating-point: return the logits, not their argmax"
         )
     for value in outputs:
-        if value in graph.live and value not in sampled:
+        if value in graph.weight_dependent and value not in sampled:
             raise InputError(
                 f"an output has shape {graph.avals[value].shape}; outputs must have the samples on "
                 "the first axis, and on no other"
             )
 
 
-def cache_bytes(graph, blocks, samples: int) -> int:
+def cache_bytes(graph: Graph, blocks: Sequence[Block], samples: int) -> int:
     """Bytes of the cached activations of the largest block: both inputs, and the targets."""
 
-    def size(values) -> int:
+    def size(values: Sequence[int]) -> int:
         avals = [graph.avals[v] for v in values]
         return sum(int(np.prod(a.shape[1:])) * min(a.dtype.itemsize, 2) for a in avals)
 

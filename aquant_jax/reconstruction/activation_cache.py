@@ -1,4 +1,4 @@
-"""Activations of the calibration set at the border between two units, two bytes a value."""
+"""Activations of the calibration set at the boundary between two blocks, two bytes a value."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Cache(NamedTuple):
     values: jax.Array
     scale: jax.Array
 
-    def take(self, index: Any, dtype) -> jax.Array:
+    def take(self, index: Any, dtype: Any) -> jax.Array:
         """The samples at `index`, in `dtype`."""
         values = self.values[index]
         if self.values.dtype != jnp.float16:
@@ -32,10 +32,15 @@ class Cache(NamedTuple):
         return (values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
+def take(caches: Sequence[Cache], index: Any, dtypes: Sequence[Any]) -> list[jax.Array]:
+    """The samples at `index` of every cache, in these dtypes."""
+    return [cache.take(index, dtype) for cache, dtype in zip(caches, dtypes, strict=True)]
+
+
 def store(batches: Iterable[Sequence[Any]], samples: int) -> tuple[Cache, ...]:
     """Caches of the values that come in `batches` of samples, first axis first.
 
-    The last batch may run over; what is beyond `samples` is dropped.
+    Samples of the last batch beyond `samples` are dropped.
     """
     arrays: list[np.ndarray] = []
     scales: list[float] = []
@@ -56,7 +61,7 @@ def store(batches: Iterable[Sequence[Any]], samples: int) -> tuple[Cache, ...]:
     return tuple(Cache(jnp.asarray(array), jnp.float32(scale)) for array, scale in pairs)
 
 
-def _stored_dtype(value: np.ndarray):
+def _stored_dtype(value: np.ndarray) -> Any:
     return np.float16 if value.dtype == np.float32 else value.dtype
 
 

@@ -1,7 +1,7 @@
-"""Finished blocks of a quantization on disk, from which the same call goes on, to the same bits.
+"""Finished blocks of a quantization on disk, from which the same call resumes bit for bit.
 
-Each block is a folder that is whole or absent (see `store`); ``run.json`` beside them says which
-call they belong to.
+Each block is an archive, whole or absent (see `storage.archive`). ``fingerprint.json`` beside them
+identifies the call that they belong to.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax.arithmetic.uniform import TensorState
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.errors import InputError
-from aquant_jax.graph.subgraph import cut, signature
+from aquant_jax.graph.subgraph import extract_subgraph, signature
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import LayerState, skeletons
 from aquant_jax.plan.network import Network, describe
@@ -26,70 +26,72 @@ from aquant_jax.reconstruction.report import BlockReport
 from aquant_jax.storage import archive
 from aquant_jax.storage.environment import environment
 from aquant_jax.storage.json_file import differences, jsonable, read_json, write_json
-from launch.lib.run_directory import IDENTITY
 
-# Fields of a recipe that change how a block is learned, and nothing about what is learned.
-HOW = (
-    "preset", "steps", "batch_size", "input_mixing", "drop", "settle", "weight_lr", "step_lr",
-    "border_lr", "step_schedule", "border_schedule", "border_gain", "border_range",
-    "border_warmup", "rounding_weight", "rounding_warmup", "beta_start", "beta_end", "loss_power",
-    "init_samples",
-)  # fmt: skip
+FINGERPRINT = "fingerprint.json"
+OLD_FINGERPRINT = "run.json"  # its name in layout 1
+# Fields that a restart may change: how blocks are learned, and the name of the preset.
+LEARNING = ("recipe.reconstruction.", "recipe.preset ")
 CURVES = ("loss_curve", "propagated")  # fields of a report
 NUMBERS = ("start_error", "final_error", "seconds")
 
 
-class Finished(NamedTuple):
-    """What a finished block leaves.
+class BlockResult(NamedTuple):
+    """The result of one block.
 
     Attributes:
       layers: deployed, by weight path.
-      tensors: grids first read in this block, by key.
-      report: how it went.
+      activations: quantizers of the tensors first read in this block, by key.
+      report: how its reconstruction went.
     """
 
     layers: dict[str, LayerState]
-    tensors: dict[str, TensorState]
+    activations: dict[str, ActivationQuantizer]
     report: BlockReport
 
 
-def fingerprint(net: Network, calibration, seed: int, compiler: Compiler) -> dict[str, Any]:
-    """What the bits of a quantization depend on, JSON-able; weights and samples by SHA-256.
+def fingerprint(net: Network, calibration: Any, seed: int, compiler: Compiler) -> dict[str, Any]:
+    """Everything that the bits of a quantization depend on, JSON-able; arrays by SHA-256.
 
-    The network is its units and equations; ``constants`` are arrays that it closes over.
+    ``network`` covers blocks and equations; ``constants`` are the arrays that it closes over.
     """
-    whole = signature(net.graph, cut(net.graph, (), net.graph.outputs))
+    everything = signature(net.graph, extract_subgraph(net.graph, (), net.graph.outputs))
     return jsonable(
         {
-            "network": hashlib.sha256(f"{describe(net)}\n{whole}".encode()).hexdigest(),
+            "layout": archive.LAYOUT,
+            "network": hashlib.sha256(f"{describe(net)}\n{everything}".encode()).hexdigest(),
             "constants": _digest(list(net.graph.constants.values())),
             "weights": _digest(net.variables),
             "calibration": _digest(calibration),
-            "counted": _digest(net.counted),
+            "valid_mask": _digest(net.valid_mask),
             "recipe": net.recipe.to_dict(),
             "seed": seed,
-            "convolution": compiler.name,
+            "backend": compiler.backend.name,
             **environment(),
         }
     )
 
 
-class Blocks:
+class BlockStore:
     """The finished blocks of one call, in a folder.
 
     Args:
-      path: the folder, made if it is not there.
+      path: the folder, created if necessary.
       call: its `fingerprint`.
-      restart_from: forget this block and those after it; the recipe may then differ in `HOW`.
+      restart_from: remove this block and all later ones; the call may then differ in `LEARNING`.
 
     Raises:
       InputError: the folder holds the blocks of another call (it lists the fields that differ),
         fewer blocks than `restart_from`, or cannot be written.
     """
 
-    def __init__(self, path: Path, call: Mapping[str, Any], restart_from: int | None = None):
+    def __init__(
+        self, path: Path, call: Mapping[str, Any], restart_from: int | None = None
+    ) -> None:
         self.path = path
-        known = path / IDENTITY
+        known = path / FINGERPRINT
+        old = path / OLD_FINGERPRINT
+        if old.exists() and "convolution" in read_json(old):
+            raise InputError(f"{path} holds blocks of {archive.written_by(1)}")
         owner = read_json(known) if known.exists() else None
         if owner is not None:
             _check_owner(path, owner, call, restart_from)
@@ -102,7 +104,7 @@ class Blocks:
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
-    def read(self, index: int) -> Finished | None:
+    def read(self, index: int) -> BlockResult | None:
         """The block of that number, if it is finished.
 
         Raises:
@@ -112,31 +114,32 @@ class Blocks:
         if not folder.exists():
             return None
         stored = archive.read(folder)
-        facts, report = stored.facts, stored.facts["report"]
-        layers = skeletons(facts["borders"])
-        tensors = dict.fromkeys(facts["tensors"], TensorState(jnp.zeros(0), jnp.zeros(0)))
+        metadata, report = stored.metadata, stored.metadata["report"]
+        layers = skeletons(metadata["borders"])
+        empty = ActivationQuantizer(jnp.zeros(0), jnp.zeros(0))
+        activations = dict.fromkeys(metadata["activations"], empty)
         curves = {name: stored.arrays[name] for name in CURVES}
         numbers = {name: float(stored.arrays[name]) for name in NUMBERS}
-        layers, tensors = archive.fill((layers, tensors), stored.arrays)
+        layers, activations = archive.fill((layers, activations), stored.arrays)
         report = BlockReport(**report | curves | numbers)
-        return Finished(layers, tensors, report._replace(layers=tuple(report.layers)))
+        return BlockResult(layers, activations, report._replace(layers=tuple(report.layers)))
 
-    def write(self, index: int, block: Finished) -> None:
+    def write(self, index: int, block: BlockResult) -> None:
         """Keeps a block.
 
         Raises:
-          InputError: the folder cannot be written; the blocks before stay as they are.
+          InputError: the folder cannot be written; earlier blocks stay unchanged.
         """
         report = block.report._asdict()
         # As arrays: JSON has neither NaN nor infinity.
         arrays = {name: np.asarray(report.pop(name)) for name in CURVES + NUMBERS}
-        facts = {
+        metadata = {
             "borders": {path: list(layer.border) for path, layer in block.layers.items()},
-            "tensors": list(block.tensors),
+            "activations": list(block.activations),
             "report": report,
         }
-        arrays |= archive.flatten((block.layers, block.tensors))
-        archive.write(self._folder(index), arrays, jsonable(facts))
+        arrays |= archive.flatten((block.layers, block.activations))
+        archive.write(self._folder(index), arrays, jsonable(metadata))
 
     def _folder(self, index: int) -> Path:
         return self.path / f"{index:03d}"
@@ -152,39 +155,40 @@ class Blocks:
             shutil.rmtree(folder)
 
 
-def open_blocks(
+def open_block_store(
     folder: str | Path | None,
     restart_from: int | None,
     net: Network,
-    calibration,
+    calibration: Any,
     seed: int,
     compiler: Compiler,
-) -> Blocks | None:
-    """The finished blocks of a call of `quantize` in its folder; None where it names none.
+) -> BlockStore | None:
+    """The finished blocks of a call of `quantize`; None where it names no folder.
 
     Raises:
-      InputError: see `Blocks`; a restart without a folder.
+      InputError: see `BlockStore`; a restart without a folder.
     """
     if folder is not None:
-        return Blocks(Path(folder), fingerprint(net, calibration, seed, compiler), restart_from)
+        return BlockStore(Path(folder), fingerprint(net, calibration, seed, compiler), restart_from)
     if restart_from is not None:
-        raise InputError(f"restart_from is {restart_from}, and resume names no folder of blocks")
+        raise InputError(f"restart_from is {restart_from}, but resume is None")
     return None
 
 
-def _check_owner(path: Path, owner, call, restart_from: int | None) -> None:
+def _check_owner(
+    path: Path, owner: Mapping[str, Any], call: Mapping[str, Any], restart_from: int | None
+) -> None:
     changed = differences(owner, call)
     if restart_from is not None:
-        fields = {f"recipe.{name}" for name in HOW}
-        changed = [line for line in changed if line.split(" ")[0] not in fields]
+        changed = [line for line in changed if not line.startswith(LEARNING)]
     if changed:
-        may = "" if restart_from is None else " (a restart may change how blocks are learned only)"
+        may = "" if restart_from is None else " (a restart may change recipe.reconstruction only)"
         raise InputError(
             f"{path} holds the blocks of another run, which differs in {', '.join(changed)}{may}"
         )
 
 
-def _digest(tree) -> str:
+def _digest(tree: Any) -> str:
     """SHA-256 of the paths, dtypes, shapes and bytes of the arrays of a pytree."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

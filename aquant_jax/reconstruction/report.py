@@ -1,4 +1,4 @@
-"""What is told about a quantized network: layers, blocks, propagated errors."""
+"""Reports of the reconstruction of blocks, and the propagated error."""
 
 from __future__ import annotations
 
@@ -12,46 +12,18 @@ from aquant_jax.reconstruction.activation_cache import Cache
 CLUSTERS = 16
 
 
-class LayerSummary(NamedTuple):
-    """One quantized layer, in numpy.
-
-    Attributes:
-      path: path of its weight; kind: "conv" or "dense"; shape: of the weight.
-      weight_bits, act_bits: None where float.
-      step_size, zero_point: of its input tensor, or None.
-      weight_scale, weight_zero_point: per output channel, or None.
-      border: coefficients ``(taps, channels)`` by name, or None for nearest rounding.
-      phi: map from the polynomial to the border; fused: averaged over a channel's taps.
-      codes: uint8 weight codes (float weights of a float layer).
-    """
-
-    path: str
-    kind: str
-    shape: tuple[int, ...]
-    weight_bits: int | None
-    act_bits: int | None
-    step_size: float | None
-    zero_point: int | None
-    weight_scale: np.ndarray | None
-    weight_zero_point: np.ndarray | None
-    border: dict[str, np.ndarray] | None
-    phi: str
-    fused: bool
-    codes: np.ndarray
-
-
 class BlockReport(NamedTuple):
-    """How the reconstruction of one unit went.
+    """How the reconstruction of one block went.
 
     Attributes:
-      index, name, layers: which unit.
+      index, name, layers: of the block.
       steps: optimisation steps taken.
       loss_curve: ``[k, 2]``: step, reconstruction loss (mean since the row before).
-      start_error, final_error: loss of the unit on the calibration set, weights rounded, from the
+      start_error, final_error: loss of the block on the calibration set, weights rounded, from the
         quantized prefix's activations: rounded to nearest, and as deployed.
-      kept_start: reconstruction made it worse, so the nearest start was kept.
+      fell_back_to_nearest: reconstruction did not reduce the error, so nearest rounding is used.
       seconds: wall clock.
-      propagated: ``[16, 4]``: clusters of the unit's input by magnitude: mean ``|x'|``, mean and
+      propagated: ``[16, 4]``: clusters of the block's input by magnitude: mean ``|x'|``, mean and
         standard deviation of the propagated error ``x' - x``, count (Fig. 2); empty for the first.
     """
 
@@ -62,24 +34,24 @@ class BlockReport(NamedTuple):
     loss_curve: np.ndarray
     start_error: float
     final_error: float
-    kept_start: bool
+    fell_back_to_nearest: bool
     seconds: float
     propagated: np.ndarray
 
 
 class History(tuple):
-    """Reports of the blocks; equal to any other, since how a network was made is not part of what
-    it computes (and must not make jit compile it again)."""
+    """Reports of the blocks. All histories compare equal: how a network was made does not change
+    what it computes, and must not make jit compile it again."""
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, History)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(History)
 
 
 def propagated_error(quantized: Sequence[Cache], floating: Sequence[Cache]) -> np.ndarray:
-    """``[16, 4]`` for `BlockReport`, from 256 samples of a unit's first input (Fig. 2)."""
+    """``[16, 4]`` for `BlockReport`, from 256 samples of a block's first input (Fig. 2)."""
     if not quantized:
         return np.zeros((0, 4), np.float32)
     noised, exact = (

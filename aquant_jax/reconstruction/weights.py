@@ -1,9 +1,9 @@
-"""The weight side of a unit: grids, what reconstruction starts from, and what is deployed."""
+"""The weight quantizers of a block, and the layers that they deploy."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.adaround import hard_codes, init_alpha, nearest_codes
-from aquant_jax.arithmetic.range_search import weight_grid
+from aquant_jax.arithmetic.range_search import search_weight_range
+from aquant_jax.graph.fold import Folded
+from aquant_jax.graph.ir import Op
 from aquant_jax.layers.fake_quant import (
     LayerState,
     Weights,
@@ -20,11 +22,17 @@ from aquant_jax.layers.fake_quant import (
     dequantize_weight,
     per_channel,
 )
-from aquant_jax.plan.block_program import Unit
+from aquant_jax.plan.block_program import BlockProgram
 
 
-class Grids(NamedTuple):
-    """Fixed weight side of one layer: float weight and bias, and per-channel grid (or None)."""
+class WeightQuantizer(NamedTuple):
+    """The float weights of one layer and their quantizer (a pytree).
+
+    Attributes:
+      weight: float32, the operand of the op.
+      bias: float32, one per output channel.
+      scale, zero_point: float32 ``[channels]``, or None for a float layer.
+    """
 
     weight: jax.Array
     bias: jax.Array
@@ -32,50 +40,56 @@ class Grids(NamedTuple):
     zero_point: jax.Array | None
 
 
-def make_grids(unit: Unit, folded) -> tuple[Grids, ...]:
-    """Weight grids of a unit's layers by MSE search, from the `folded` weights by path."""
-    grids = []
-    for op, spec in zip(unit.program.weighted, unit.specs, strict=True):
+def make_weight_quantizers(
+    program: BlockProgram, folded: Mapping[str, Folded]
+) -> tuple[WeightQuantizer, ...]:
+    """Weight quantizers of a block's layers by MSE search, from the `folded` weights by path."""
+    quantizers = []
+    for op, spec in zip(program.subgraph.weighted, program.specs, strict=True):
         weight, bias = folded[spec.path]
-        found = (None, None)
+        scales = (None, None)
         if spec.weight_bits is not None:
-            found = weight_grid(channel_rows(op, weight), spec.weight_bits)
-        grids.append(Grids(jnp.asarray(weight), jnp.asarray(bias), *found))
-    return tuple(grids)
+            scales = search_weight_range(channel_rows(op, weight), spec.weight_bits)
+        quantizers.append(WeightQuantizer(jnp.asarray(weight), jnp.asarray(bias), *scales))
+    return tuple(quantizers)
 
 
-def nearest_layers(unit: Unit, grids: Sequence[Grids]) -> tuple[LayerState, ...]:
-    """Layers rounded to nearest: what reconstruction starts from, and falls back to."""
-    coefficients = init_borders(unit)
-    return deploy(unit, grids, None, coefficients)
+def nearest_layers(
+    program: BlockProgram, quantizers: Sequence[WeightQuantizer]
+) -> tuple[LayerState, ...]:
+    """Layers rounded to nearest: the start of reconstruction, and its fallback."""
+    return deploy(program, quantizers, None, init_borders(program))
 
 
-def init_borders(unit: Unit) -> list[dict[str, jax.Array]]:
+def init_borders(program: BlockProgram) -> list[dict[str, jax.Array]]:
     """Coefficients of the constant border 0.5 for every layer (empty dict for nearest)."""
-    found = []
-    for op, spec in zip(unit.program.weighted, unit.specs, strict=True):
+    coefficients = []
+    for op, spec in zip(program.subgraph.weighted, program.specs, strict=True):
         if spec.border is None:
-            found.append({})
+            coefficients.append({})
             continue
-        shape = border_shape(op, unit.avals[op.x].shape)
-        found.append(borders.get(spec.border).init(shape, borders.get_phi(spec.phi).half))
-    return found
+        shape = border_shape(op, program.avals[op.x].shape)
+        half = borders.get_phi(spec.phi).half
+        coefficients.append(borders.get(spec.border).init(shape, half))
+    return coefficients
 
 
-def alpha_of(op, grid: Grids) -> jax.Array | None:
+def alpha_of(op: Op, quantizer: WeightQuantizer) -> jax.Array | None:
     """Initial alpha of a layer; None for a float layer."""
-    if grid.scale is None:
+    if quantizer.scale is None:
         return None
-    return _fractions(grid.weight, per_channel(op, grid.scale))
+    return _fractions(quantizer.weight, per_channel(op, quantizer.scale))
 
 
 @jax.jit
-def _fractions(weight, scale):
+def _fractions(weight: jax.Array, scale: jax.Array) -> jax.Array:
     return init_alpha(weight / scale)
 
 
 @functools.partial(jax.jit, static_argnames="bits")
-def _codes(weight, scale, zero_point, alpha, bits: int):
+def _codes(
+    weight: jax.Array, scale: jax.Array, zero_point: jax.Array, alpha: jax.Array | None, bits: int
+) -> jax.Array:
     units = weight / scale
     if alpha is None:
         codes = nearest_codes(units, zero_point, bits)
@@ -84,31 +98,36 @@ def _codes(weight, scale, zero_point, alpha, bits: int):
     return codes.astype(jnp.uint8)
 
 
-def deploy(unit: Unit, grids: Sequence[Grids], alphas, coefficients) -> tuple[LayerState, ...]:
+def deploy(
+    program: BlockProgram,
+    quantizers: Sequence[WeightQuantizer],
+    alphas: Sequence[jax.Array | None] | None,
+    coefficients: Sequence[dict[str, jax.Array]],
+) -> tuple[LayerState, ...]:
     """Deployed layers: codes by hard rounding of `alphas`, or to nearest where that is None."""
     layers = []
-    for i, (op, spec) in enumerate(zip(unit.program.weighted, unit.specs, strict=True)):
-        grid = grids[i]
-        if grid.scale is None or grid.zero_point is None or spec.weight_bits is None:
-            nothing = jnp.zeros(0, jnp.float32)
-            layers.append(LayerState(grid.weight, nothing, nothing, grid.bias, coefficients[i]))
+    for i, (op, spec) in enumerate(zip(program.subgraph.weighted, program.specs, strict=True)):
+        weight, bias, scale, zero_point = quantizers[i]
+        if scale is None or zero_point is None or spec.weight_bits is None:
+            empty = jnp.zeros(0, jnp.float32)
+            layers.append(LayerState(weight, empty, empty, bias, coefficients[i]))
             continue
-        scale, zero = per_channel(op, grid.scale), per_channel(op, grid.zero_point)
+        scales, zeros = per_channel(op, scale), per_channel(op, zero_point)
         alpha = None if alphas is None else alphas[i]
-        codes = _codes(grid.weight, scale, zero, alpha, spec.weight_bits)
-        layers.append(LayerState(codes, grid.scale, grid.zero_point, grid.bias, coefficients[i]))
+        codes = _codes(weight, scales, zeros, alpha, spec.weight_bits)
+        layers.append(LayerState(codes, scale, zero_point, bias, coefficients[i]))
     return tuple(layers)
 
 
-def deployed_weights(unit: Unit, layers: Sequence[LayerState]) -> list[Weights]:
-    """What deployed layers compute with."""
+def deployed_weights(program: BlockProgram, layers: Sequence[LayerState]) -> list[Weights]:
+    """The real weights that deployed layers compute with."""
     return [
         Weights(dequantize_weight(op, layer), layer.bias, layer.border)
-        for op, layer in zip(unit.program.weighted, layers, strict=True)
+        for op, layer in zip(program.subgraph.weighted, layers, strict=True)
     ]
 
 
-def float_weights(unit: Unit, folded) -> list[Weights]:
-    """What the float network computes with, from the `folded` weights by path."""
-    pairs = (folded[spec.path] for spec in unit.specs)
+def float_weights(program: BlockProgram, folded: Mapping[str, Folded]) -> list[Weights]:
+    """The weights of the float network, from the `folded` weights by path."""
+    pairs = (folded[spec.path] for spec in program.specs)
     return [Weights(jnp.asarray(weight), jnp.asarray(bias), {}) for weight, bias in pairs]

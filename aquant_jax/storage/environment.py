@@ -1,4 +1,6 @@
-"""The device and the versions that a result was got with."""
+"""The device and the package versions of this process, recorded beside results."""
+
+from __future__ import annotations
 
 import importlib.metadata
 import platform
@@ -22,7 +24,7 @@ def environment() -> dict[str, Any]:
 
 
 def version(package: str) -> str:
-    """Of an installed package, or "not installed"."""
+    """The version of a package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

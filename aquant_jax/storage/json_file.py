@@ -1,4 +1,6 @@
-"""JSON on disk: files that are whole or absent, and values compared field by field."""
+"""JSON files that are complete or absent, and JSON values compared field by field."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -12,7 +14,7 @@ from aquant_jax.errors import InputError
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON through a temporary file, so that no reader ever sees half of it."""
+    """Write JSON through a temporary file, so that no reader ever sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n")
@@ -22,7 +24,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads JSON; an ``InputError`` names a file that is none."""
+    """Read JSON.
+
+    Raises:
+      InputError: the file is not JSON.
+      OSError: the file cannot be read.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -30,7 +37,11 @@ def read_json(path: Path) -> Any:
 
 
 def jsonable(value: Any) -> Any:
-    """Turns numpy values into plain ones, and NaN and infinity, which JSON lacks, into None."""
+    """The value with NumPy values as plain ones, and NaN and infinity, which JSON lacks, as None.
+
+    >>> jsonable({"loss": np.array([0.5, np.nan])})
+    {'loss': [0.5, None]}
+    """
     if isinstance(value, dict):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -43,7 +54,11 @@ def jsonable(value: Any) -> Any:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """A line ``name (old there, new here)`` for every leaf in which two JSON values differ."""
+    """A line ``name (old there, new here)`` for every leaf in which two JSON values differ.
+
+    >>> differences({"steps": 20, "bits": {"act": 4}}, {"steps": 20, "bits": {"act": 2}})
+    ['bits.act (4 there, 2 here)']
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line

@@ -1,9 +1,9 @@
 // Column elements of a convolution, quantized with their borders, and the derivative, on CPU.
 //
-// One image is one task, and one pixel of the result is what is worked on at a time: its column of
-// K = taps * channels elements stays in the first-level cache, so nothing but the columns that the
-// matmul reads is ever written k*k-fold. Sums over images are added in the order of the images,
-// whatever the number of threads, so results do not depend on it.
+// One image is one task. A task works on one pixel of the result at a time: its column of
+// K = taps * channels elements stays in the first-level cache, and only the columns that the matmul
+// reads are written k*k-fold. Sums over images are added in the order of the images, so results do
+// not depend on the number of threads.
 #include <algorithm>
 #include <cstdint>
 #include <numeric>

@@ -1,9 +1,9 @@
 // A convolution over columns quantized with their borders, and its derivative, on CPU.
 //
-// What border_columns and a matrix product compute, in one pass: a few pixels' columns are made,
-// multiplied and forgotten, so that nothing k*k-fold reaches memory at all. A task has a fixed
-// share of the images and its own sums, which are added in order: results do not depend on the
-// number of threads.
+// The result is that of border_columns and a matrix product, in one pass: the columns of a few
+// pixels are made, multiplied and forgotten, so that k*k-fold columns never reach memory. Each task
+// has a fixed share of the images and separate sums, which are added in order. Results do not
+// depend on the number of threads.
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
@@ -15,7 +15,7 @@
 namespace gpu_ops {
 namespace {
 
-constexpr int64_t kPixels = 24;  // of a block: what the tiles of Multiply divide
+constexpr int64_t kPixels = 24;  // of a block; a multiple of the rows of a tile of Multiply
 constexpr int64_t kTasks = 16;
 
 // The weights [K, outputs], with rows filled up for Multiply, and transposed. Those of a depthwise
@@ -46,7 +46,7 @@ struct Kernel {
   }
 };
 
-// What a block of pixels is computed into.
+// Memory for a block of pixels.
 struct Block {
   int64_t size;  // pixels
   std::vector<Scratch> pixels;

@@ -1,4 +1,4 @@
-// im2col columns on CPU as they are: what the border's cost is compared with.
+// im2col columns on CPU, unquantized: the baseline for the cost of borders.
 #include <cstdint>
 #include <cstring>
 

@@ -38,7 +38,7 @@ BORDER_INLINE Wide Load(const float* from) {
   return value;
 }
 
-// What one call computes; `shift` is subtracted from the codes.
+// The static part of one call; `shift` is subtracted from the codes.
 struct Job {
   Geometry g;
   Grid grid;
@@ -142,7 +142,7 @@ BORDER_INLINE void WideColumn(const Job& job, const float* u, Scratch& s, Out* o
   const int64_t channels = job.g.channels, taps = job.g.Taps();
   const float* at = job.border.coefficients;
   float* border = s.border.data();
-  const bool shared = degree >= 0 && job.border.fused;
+  const bool shared = degree >= 0 && job.border.shared_across_taps;
   if (shared) {
     // The last vector may overlap the one before.
     for (int64_t c = 0; c < channels; c += kWide)
@@ -164,7 +164,8 @@ BORDER_INLINE void NarrowColumn(const Job& job, const float* u, Scratch& s, Out*
   float* column = s.gathered.data();
   for (size_t t = 0; t < s.taps.size(); ++t)
     for (int64_t c = 0; c < channels; ++c) column[t * channels + c] = u[s.taps[t] + c];
-  if (degree < 0 || !job.border.fused) return OwnCodes<degree>(job, column, at, size, out);
+  if (degree < 0 || !job.border.shared_across_taps)
+    return OwnCodes<degree>(job, column, at, size, out);
   float* border = s.border.data();
   EACH(i, size) border[i] = Polynomial(degree, at + i, size, column[i]);
   for (int64_t c = 0; c < channels; ++c) {

@@ -24,7 +24,7 @@ inline int64_t PixelOffset(const Geometry& g, int64_t pixel, int64_t out_width) 
   return (row * g.width + col) * g.channels;
 }
 
-// What one pixel's column is computed into, and where its taps lie.
+// Memory for one pixel's column, and the offsets of its taps.
 struct Scratch {
   std::vector<float> u, border, slope, first, second;
   std::vector<uint8_t> keep;
@@ -69,8 +69,8 @@ BORDER_INLINE void Borders(const Geometry& g, const Grid& grid, const Border& b,
   } else {
     EACH(i, size) border[i] = b0[i];
   }
-  const int64_t own = b.fused ? channels : size;
-  if (b.fused) {
+  const int64_t own = b.shared_across_taps ? channels : size;
+  if (b.shared_across_taps) {
     for (int64_t tap = 1; tap < taps; ++tap)
       EACH(c, channels) border[c] += border[tap * channels + c];
     const float share = 1.0f / static_cast<float>(taps);
@@ -114,8 +114,8 @@ BORDER_INLINE void PixelDerivative(const Geometry& g, const Grid& grid, const Bo
                                    int64_t at, const float* d, float* dx,
                                    float* dcoefficients, float* dstep, Scratch& s) {
   const int64_t size = g.Column(), channels = g.channels;
-  const int64_t own = b.fused ? channels : size;
-  const float share = b.fused ? 1.0f / static_cast<float>(g.Taps()) : 1.0f;
+  const int64_t own = b.shared_across_taps ? channels : size;
+  const float share = b.shared_across_taps ? 1.0f / static_cast<float>(g.Taps()) : 1.0f;
   const float* b1 = b.coefficients + size;
   const float* b2 = b.coefficients + 2 * size;
   float* d0 = dcoefficients;
@@ -137,7 +137,7 @@ BORDER_INLINE void PixelDerivative(const Geometry& g, const Grid& grid, const Bo
     dborder[i] = -grid.step * through;
     lanes[i] += k * d[i] * (Clip(raw, 0.0f, grid.top) - grid.zero) - through * u[i];
   }
-  if (b.fused)
+  if (b.shared_across_taps)
     for (int64_t i = own; i < size; i += own)
       EACH(c, own) dborder[c] += dborder[i + c];
   EACH(i, own) dborder[i] *= slope[i] * share;

@@ -27,8 +27,8 @@ struct Derivative {
   float p;     // with respect to the polynomial
 };
 
-// What all threads of the derivative read; `borders` and `dpolynomials` hold, where the taps share
-// a border, that of every (image, pixel, channel) and the derivative of its polynomial.
+// The operands of all threads of the derivative. Where the taps share a border, `borders` and
+// `dpolynomials` hold that of every (image, pixel, channel) and the derivative of its polynomial.
 struct Pullback {
   GeometryOf<int32_t> g;
   Border border;
@@ -79,7 +79,7 @@ struct Pullback {
     const int32_t at = At(pixel, tap, c), own = tap * g.channels + c;
     const float u = Units(image, at, grid), d_ = Cotangent(image, pixel, tap, c);
     Derivative e;
-    if (border.fused) {
+    if (border.shared_across_taps) {
       const int64_t shared = (image * g.Pixels() + pixel) * g.channels + c;
       e = Fixed(image, at, u, borders[shared], d_, grid);
       e.p = dpolynomials[shared];
@@ -255,7 +255,7 @@ ffi::Error Backward(Device device, Floats x, Mask keep, Floats step, Floats zero
   const Geometry& g = read->geometry;
   Pullback pull{g.As<int32_t>(), read->border, step.typed_data(), zero.typed_data(), a.bits,
                 read->x, read->keep, dcolumns.typed_data(), nullptr, nullptr};
-  if (read->border.fused) {
+  if (read->border.shared_across_taps) {
     const int64_t size = g.images * g.Pixels() * g.channels;
     pull.borders = device.Allocate<float>(size);
     pull.dpolynomials = device.Allocate<float>(size);

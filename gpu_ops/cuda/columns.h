@@ -10,7 +10,7 @@
 namespace gpu_ops {
 
 // One thread: one pixel's columns of `size` neighbouring channels of a group, all taps. In
-// training, not-a-number stays so and what `keep` drops stays as it is.
+// training, not-a-number and elements that `keep` drops stay unchanged.
 template <typename In, typename Out, int size, bool training>
 struct QuantizeColumns {
   GeometryOf<int32_t> g;
@@ -79,7 +79,7 @@ struct QuantizeColumns {
 
   BORDER_INLINE void StoreTap(const Pixel& p, const Grid& grid, int32_t at, int32_t tap,
                               const Vector<float, size>& shared, Out* to) const {
-    const bool own = border.degree < 0 || !border.fused;
+    const bool own = border.degree < 0 || !border.shared_across_taps;
     const auto values = Values(p, at);
     const auto u = Units(grid, values);
     const auto borders = own ? Polynomials(p, tap, u) : shared;
@@ -103,7 +103,7 @@ struct QuantizeColumns {
                   pixel % width * g.stride[1] - g.low[1], c};
     const Grid grid = DeviceGrid(step, zero, bits);
     Vector<float, size> shared{};
-    if (border.degree >= 0 && border.fused) shared = Shared(p, grid);
+    if (border.degree >= 0 && border.shared_across_taps) shared = Shared(p, grid);
     const int32_t first = c % inner;
     Out* row = columns + (image * g.Pixels() + pixel) * g.Row() + c / inner * g.row;
     for (int32_t i = 0, tap = 0; i < g.kernel[0]; ++i)

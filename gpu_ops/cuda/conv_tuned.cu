@@ -19,7 +19,7 @@ namespace gpu_ops {
 struct TunedAttributes {
   Sizes kernel, stride, dilation, padding;
   int64_t bits, degree;
-  bool shared, relu;
+  bool shared_across_taps, relu;
 };
 
 namespace {
@@ -69,7 +69,7 @@ BORDER_INLINE int Swizzle(int row, int byte) {
   return row * kChannels + (byte ^ (row / 4 % 2 * 16));
 }
 
-// What a call is about; codes and weights of `stage_chunks` groups of 32 channels share the memory.
+// The operands of a call; the shared memory holds `stage_chunks` groups of 32 channels.
 struct TunedConvolution {
   GeometryOf<int32_t> g;
   int64_t pixels;  // of all images
@@ -155,7 +155,7 @@ struct ConvTile : TunedConvolution {
     return result;
   }
 
-  // What the codes of a pixel's channels have in common: the border that their taps share.
+  // The common part of the codes of a pixel's channels: the border that their taps share.
   BORDER_INLINE Values Common(const State& s, int32_t channel) const {
     Values sum = Folded(0, 0, channel);
     for (int32_t i = 0, tap = 0; i < g.kernel[0]; ++i)
@@ -271,26 +271,26 @@ int64_t StageChunks(const TunedConvolution& c, int64_t outputs) {
 }
 
 template <int outputs>
-ffi::Error Run(Device& device, const TunedConvolution& c, int64_t degree, bool shared) {
+ffi::Error Run(Device& device, const TunedConvolution& c, int64_t degree, bool shared_border) {
   const auto run = [&](const auto& tile) {
     return LaunchTiles(device, (c.pixels + kPixels - 1) / kPixels, c.outer / outputs,
                        StageBytes(c.g.Taps() * c.stage_chunks, outputs), tile);
   };
-  if (shared)
+  if (shared_border)
     return degree == 1 ? run(ConvTile<outputs, 1, true>(c)) : run(ConvTile<outputs, 2, true>(c));
   return degree == 1 ? run(ConvTile<outputs, 1, false>(c)) : run(ConvTile<outputs, 2, false>(c));
 }
 
 // Wide tiles quantize an activation less often, narrow ones fill the GPU.
-ffi::Error Choose(Device& device, TunedConvolution c, int64_t degree, bool shared) {
+ffi::Error Choose(Device& device, TunedConvolution c, int64_t degree, bool shared_border) {
   const int64_t down = (c.pixels + kPixels - 1) / kPixels, wanted = device.Processors();
   for (int64_t outputs : {256, 128, 64}) {
     c.stage_chunks = static_cast<int32_t>(StageChunks(c, outputs));
     const bool enough = outputs == 64 || down * (c.outer / outputs) >= wanted;
     if (c.outer % outputs != 0 || c.stage_chunks == 0 || !enough) continue;
-    return outputs == 256   ? Run<256>(device, c, degree, shared)
-           : outputs == 128 ? Run<128>(device, c, degree, shared)
-                            : Run<64>(device, c, degree, shared);
+    return outputs == 256   ? Run<256>(device, c, degree, shared_border)
+           : outputs == 128 ? Run<128>(device, c, degree, shared_border)
+                            : Run<64>(device, c, degree, shared_border);
   }
   return Bad("a window of " + std::to_string(c.g.Taps()) + " taps is too large for the tuned path");
 }
@@ -330,7 +330,7 @@ ffi::Error ConvTuned(Device device, ffi::AnyBuffer x, ffi::AnyBuffer weights, Fl
       folded.typed_data(), scale.typed_data(), offset.typed_data(),
       added ? static_cast<const uint16_t*>(residual.untyped_data()) : nullptr,
       static_cast<uint16_t*>(y->untyped_data()), 0};
-  return Choose(device, c, a.degree, a.shared);
+  return Choose(device, c, a.degree, a.shared_across_taps);
 }
 
 }  // namespace
@@ -340,7 +340,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     ::gpu_ops::TunedAttributes, StructMember<::gpu_ops::Sizes>("kernel"),
     StructMember<::gpu_ops::Sizes>("stride"), StructMember<::gpu_ops::Sizes>("dilation"),
     StructMember<::gpu_ops::Sizes>("padding"), StructMember<int64_t>("bits"),
-    StructMember<int64_t>("degree"), StructMember<bool>("shared"), StructMember<bool>("relu"));
+    StructMember<int64_t>("degree"), StructMember<bool>("shared_across_taps"),
+    StructMember<bool>("relu"));
 
 namespace gpu_ops {
 

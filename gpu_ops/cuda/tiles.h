@@ -27,7 +27,7 @@ constexpr int kWarp = 32;
 BORDER_INLINE int Row(int thread) { return thread % kWarp / 4; }
 BORDER_INLINE int Part(int thread) { return thread % 4; }
 
-// What mma.sync.m16n8k32 reads and adds to, of one thread (PTX ISA, "Matrix Fragments"): of A the
+// The fragments of one thread of mma.sync.m16n8k32 (PTX ISA, "Matrix Fragments"): of A the
 // rows Row and Row + 8, elements 4 * Part and 16 + 4 * Part on; of B the same of column Row; of the
 // sums the rows Row and Row + 8, columns 2 * Part and the next.
 using FragmentA = uint32_t[4];

@@ -1,9 +1,9 @@
 // The arithmetic of a rounding border, for one element: the only place that has it in C++.
 //
-// It is that of aquant_jax.arithmetic.uniform and aquant_jax.arithmetic.border in float32, operation by operation, each
-// rounded on its own: a fused multiply-add changes codes at ties. So -ffp-contract=off on the CPU
-// and, in CUDA, intrinsics that are never contracted. Subnormal numbers count as zero: XLA runs CPU
-// handlers that way, and the CUDA build asks for it (--ftz=true).
+// It is that of aquant_jax/arithmetic/uniform.py and border.py in float32, operation by operation,
+// each rounded separately: a fused multiply-add changes codes at ties. Therefore the CPU build has
+// -ffp-contract=off, and CUDA uses intrinsics that are never contracted. Subnormal numbers count as
+// zero: XLA runs CPU handlers that way, and the CUDA build sets --ftz=true.
 #pragma once
 
 #include <cmath>
@@ -62,7 +62,7 @@ enum class Phi { kIdentity = 0, kClamp = 1, kClampStraightThrough = 2 };
 struct Border {
   const float* coefficients;
   int degree;
-  bool fused;
+  bool shared_across_taps;
   Phi phi;
 };
 
@@ -141,7 +141,7 @@ BORDER_INLINE float ToFloat(uint16_t bfloat16) {
 #endif
 }
 
-// What is stored of a code: less `shift`, or dequantized.
+// Stores a code, less `shift` or dequantized.
 BORDER_INLINE void Store(const Grid&, float shift, float code, int8_t* to) {
   *to = static_cast<int8_t>(static_cast<int32_t>(code - shift));
 }

@@ -1,5 +1,5 @@
-// What the handlers are told, checked: Python has checked it too, but a program that was exported
-// or written by hand must get an error, never a crash.
+// Attributes and shapes of the handlers, checked. Python checks them too, but a program that was
+// exported or written by hand must get an error, never a crash.
 #pragma once
 
 #include <cmath>
@@ -29,7 +29,7 @@ struct WindowAttributes {
 struct BorderAttributes {
   Sizes kernel, stride, dilation, padding;
   int64_t groups, bits;
-  bool fused;
+  bool shared_across_taps;
   int64_t phi;
 
   WindowAttributes Window() const { return {kernel, stride, dilation, padding, groups}; }
@@ -104,7 +104,7 @@ inline ffi::ErrorOr<Border> ReadBorder(const Floats& coefficients, int64_t colum
     return ffi::Unexpected(Bad(std::to_string(count) + " coefficients for columns of " +
                                std::to_string(column)));
   const int degree = column == 0 ? -1 : static_cast<int>(count / column) - 1;
-  return Border{coefficients.typed_data(), degree, a.fused, static_cast<Phi>(a.phi)};
+  return Border{coefficients.typed_data(), degree, a.shared_across_taps, static_cast<Phi>(a.phi)};
 }
 
 // Both are single numbers; their values are where the device can read them.
@@ -113,7 +113,7 @@ inline ffi::Error CheckScalars(const Floats& step, const Floats& zero) {
   return Bad("the step size and the zero point are one number each");
 }
 
-// What img2col_border takes and gives: x, step size, zero point and coefficients; the columns.
+// Operands x, step size, zero point and coefficients, and the result, the columns.
 template <typename Context>
 auto Img2colBorderBinding() {
   return ffi::Ffi::Bind()
@@ -139,4 +139,5 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     ::gpu_ops::BorderAttributes, StructMember<::gpu_ops::Sizes>("kernel"),
     StructMember<::gpu_ops::Sizes>("stride"), StructMember<::gpu_ops::Sizes>("dilation"),
     StructMember<::gpu_ops::Sizes>("padding"), StructMember<int64_t>("groups"),
-    StructMember<int64_t>("bits"), StructMember<bool>("fused"), StructMember<int64_t>("phi"));
+    StructMember<int64_t>("bits"), StructMember<bool>("shared_across_taps"),
+    StructMember<int64_t>("phi"));

@@ -26,8 +26,8 @@
 
 namespace gpu_ops {
 
-// To be called before a result is written: XLA allocates it anew for every call, and on fresh
-// memory the faults of small pages cost more than the columns themselves.
+// Call it before a result is written: XLA allocates new memory for every call, and on fresh memory
+// the faults of small pages cost more than the columns themselves.
 inline void WillWrite(void* data, size_t bytes) {
 #ifdef __linux__
   const uintptr_t huge = 1 << 21, begin = reinterpret_cast<uintptr_t>(data);

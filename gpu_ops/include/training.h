@@ -8,7 +8,7 @@
 
 namespace gpu_ops {
 
-// What both handlers are told: x [images, height, width, channels] is padded already, the columns
+// The operands of both handlers: x [images, height, width, channels] is padded already, the columns
 // are [images, out, out, taps, channels].
 struct Training {
   Geometry geometry;
@@ -66,7 +66,7 @@ inline ffi::Error CheckDerivatives(const Floats& x, const Floats& coefficients, 
   return Bad("the derivatives have other sizes than their operands");
 }
 
-// What all handlers of training take first: x, the mask, step size, zero point and coefficients.
+// The first operands of all training handlers: x, mask, step size, zero point, coefficients.
 template <typename Context>
 auto TrainingOperands() {
   return ffi::Ffi::Bind()

@@ -1,19 +1,20 @@
-"""Latency of a network's convolutions: ``python -m launch.bench latency [--model=resnet18]``.
+"""Measures the latency of each convolution of a network.
 
-Every convolution of the network (a dense layer is a 1x1 one), alone, at ``batch_size`` images of
-``size`` x ``size``: as im2col and a matrix product, without and with the quadratic border fused
-into im2col (the paper's comparison, Fig. 3), in float32 as in Caffe and in int8, where "without"
-rounds to nearest in the same kernel; as XLA's own convolution in float32 and bfloat16; and on a GPU
-by the tuned kernel, from bfloat16 to bfloat16 (layers that it does not serve: in int8), without and
-with the border. Figures are medians of ``rounds`` runs, taken in turns; a run calls with other
-inputs each time, 64 MiB of them but at most 16 (the weights stay); on a GPU it is of 20 calls,
-which are waited for together. Layers of one shape are measured once and counted as often as they
-occur.
+A dense layer counts as a 1x1 convolution. Each layer runs alone, as im2col and a matrix product
+with and without the quadratic border (the paper's Fig. 3), in float32 and in int8 ("nearest" is the
+same kernel without borders), as XLA's own convolution in float32 and bfloat16, and on a GPU by the
+tuned kernel. Figures are medians, taken in turns; each run reads other inputs. Layers of one shape
+are measured once and counted as often as they occur. --out also writes a table and a plot.
+
+Example:
+
+    python -m launch.bench.latency --model=resnet18 --batch_size=32 --rounds=100 --out=latency.json
 """
 
 import collections
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,16 +22,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 import gpu_ops
 from aquant_jax import models
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.graph.ir import Op
 from aquant_jax.graph.trace import trace
+from aquant_jax.layers.column import Rounding
+from aquant_jax.layers.conv_geometry import ConvGeometry
+from aquant_jax.layers.conv_layout import conv_geometry
+from aquant_jax.layers.integer import QuantizedWeights
 from aquant_jax.storage.environment import environment
 from launch.bench import timing
-from launch.lib import plots
+from launch.lib import command_line, plots
 
 BITS = 4
-CACHE = 2**26  # bytes
+CACHE = 2**26  # bytes of inputs, so that none of them stays in a cache
 MOST_BUFFERS = 16
 FULL = jax.lax.Precision.HIGHEST  # of float32: a GPU would multiply it in TF32
 REPEAT = {"cpu": 1, "gpu": 20}  # calls a run: waiting for one costs as much as a small kernel
@@ -46,66 +54,60 @@ OVERHEADS = {
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is measured.
+    """The measured workload; its fields are the flags.
 
     Attributes:
-        model: of the zoo.
-        size: side of the input's square.
-        batch_size: images.
+        model, size, batch_size: network of the zoo, side of its input, images.
         rounds: runs of each figure.
-        fused: whether a channel's taps share their border; the paper's latencies are without.
+        shared_across_taps: whether a channel's taps share their border; the paper's do not.
     """
 
     model: str
     size: int
     batch_size: int
     rounds: int
-    fused: bool
+    shared_across_taps: bool
 
 
 class Way(NamedTuple):
     """One way to convolve: a function of x, in its dtype, and of more operands, and those."""
 
-    run: Callable
-    operands: tuple
+    run: Callable[..., jax.Array]
+    operands: tuple[Any, ...]
     dtype: Any = jnp.float32
 
 
-class Convolution(NamedTuple):
-    """Geometry of one convolution: x is [N, H, W, C], the kernel [kh, kw, C / groups, O]."""
+class Layer(NamedTuple):
+    """A convolution: shapes of x ``[N, H, W, C]`` and kernel ``[kh, kw, C / groups, O]``."""
 
     x: tuple[int, ...]
     kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-    groups: int
+    geometry: ConvGeometry
 
-    def window(self) -> dict[str, Any]:
-        return {
-            "kernel": self.kernel[:2], "strides": self.strides, "padding": self.padding,
-            "dilation": self.dilation, "groups": self.groups,
-        }  # fmt: skip
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this program."""
+    flags.DEFINE_string("model", "resnet18", "in the zoo", flag_values=values)
+    flags.DEFINE_integer("size", 224, "side of the network's input", 1, flag_values=values)
+    flags.DEFINE_integer("batch_size", 32, "images", 1, flag_values=values)
+    flags.DEFINE_alias("batch", "batch_size", flag_values=values)
+    flags.DEFINE_integer("rounds", 5, "runs per figure", 1, flag_values=values)
+    flags.DEFINE_boolean("shared_across_taps", False, "one border a channel", flag_values=values)
+    flags.DEFINE_string("out", None, "file to write the JSON to as well", flag_values=values)
 
 
 def measure(work: Workload) -> dict[str, Any]:
-    """Milliseconds of every layer and of all of them.
-
-    Args:
-        work: what to measure.
-
-    Returns:
-        JSON-able.
+    """Milliseconds of every layer and of all of them, JSON-able.
 
     Raises:
         InputError: an unknown model.
     """
     paths = collections.defaultdict(list)
-    for path, convolution in convolutions(work).items():
-        paths[convolution].append(path)
+    for path, layer in convolutions(work).items():
+        paths[layer].append(path)
     layers = [
-        {"layers": names, **convolution._asdict(), "ms": _times(convolution, work)}
-        for convolution, names in paths.items()
+        {"layers": names, **_description(layer), "ms": _times(layer, work)}
+        for layer, names in paths.items()
     ]
     total = {
         way: sum(len(layer["layers"]) * layer["ms"][way]["median"] for layer in layers)
@@ -119,118 +121,131 @@ def measure(work: Workload) -> dict[str, Any]:
         "total_ms": total,
         "overhead_percent": {
             name: 100 * (total[one] / total[other] - 1)
-            for name, (one, other) in OVERHEADS.items()
-            if one in total
+            for name, (one, other) in OVERHEADS.items() if one in total
         },
         "tuned": "run" if "border tuned" in total else "not run: it needs an NVIDIA GPU",
         **environment(),
-    }
+    }  # fmt: skip
 
 
-def convolutions(work: Workload) -> dict[str, Convolution]:
+def _description(layer: Layer) -> dict[str, Any]:
+    geometry = layer.geometry._asdict()
+    names = ("strides", "padding", "dilation", "groups")
+    return {"x": layer.x, "kernel": layer.kernel, **{n: geometry[n] for n in names}}
+
+
+def convolutions(work: Workload) -> dict[str, Layer]:
     """Every weighted op of a network, by weight path."""
     apply, variables = models.create(work.model)
     images = jax.ShapeDtypeStruct((work.batch_size, work.size, work.size, 3), jnp.float32)
     graph = trace(apply, variables, images)
     return {
-        op.layer.path: _convolution(op, graph.avals[op.x].shape)
+        op.layer.path: _layer(op, graph.avals[op.x].shape)
         for op in graph.ops if op.layer is not None
     }  # fmt: skip
 
 
-def _convolution(op, x: tuple[int, ...]) -> Convolution:
-    weight, params = op.layer.weight_shape, op.params
+def _layer(op: Op, x: tuple[int, ...]) -> Layer:
+    weight = op.layer.weight_shape
     if op.layer.kind == "dense":
-        kernel = (1, 1, *weight)
-        return Convolution((x[0], 1, 1, x[-1]), kernel, (1, 1), ((0, 0), (0, 0)), (1, 1), 1)
-    lhs, rhs, _ = params["dimension_numbers"]
+        return Layer((x[0], 1, 1, x[-1]), (1, 1, *weight), ConvGeometry.pointwise(1))
+    lhs, rhs, _ = op.params["dimension_numbers"]
     outer, inner, *spatial = (weight[axis] for axis in rhs)
-    return Convolution(
-        tuple(x[axis] for axis in (lhs[0], *lhs[2:], lhs[1])), (*spatial, inner, outer),
-        tuple(params["window_strides"]), tuple(params["padding"]), tuple(params["rhs_dilation"]),
-        params["feature_group_count"],
-    )  # fmt: skip
+    shape = tuple(x[axis] for axis in (lhs[0], *lhs[2:], lhs[1]))
+    return Layer(shape, (*spatial, inner, outer), conv_geometry(op, x))
 
 
-def _times(convolution: Convolution, work: Workload) -> dict[str, dict[str, float]]:
-    size = 4 * int(np.prod(convolution.x))
+def _times(layer: Layer, work: Workload) -> dict[str, dict[str, float]]:
+    size = 4 * int(np.prod(layer.x))
     number = min(MOST_BUFFERS, 2 + CACHE // size)
     keys = jax.random.split(jax.random.key(0), number)
     calls = {}
-    for name, way in _ways(convolution, work.fused).items():
-        inputs = [jax.random.normal(key, convolution.x, way.dtype) for key in keys]
+    for name, way in ways(layer, work.shared_across_taps).items():
+        inputs = [jax.random.normal(key, layer.x, way.dtype) for key in keys]
         compiled, turns = jax.jit(way.run), itertools.cycle(inputs)
-        calls[name] = lambda run=compiled, own=way.operands, turns=turns: run(next(turns), *own)
-    found = timing.milliseconds(calls, work.rounds, REPEAT[jax.default_backend()])
-    return {name: timing.summary(times) for name, times in found.items()}
+        calls[name] = lambda run=compiled, rest=way.operands, turns=turns: run(next(turns), *rest)
+    times = timing.milliseconds(calls, work.rounds, REPEAT[jax.default_backend()])
+    return {name: timing.summary(values) for name, values in times.items()}
 
 
-def _ways(at: Convolution, fused: bool) -> dict[str, Way]:
-    """What is compared."""
+def ways(layer: Layer, shared_across_taps: bool) -> dict[str, Way]:
+    """The compared ways to run a layer, by name."""
     rng = np.random.default_rng(0)
-    kernel = jnp.asarray(rng.normal(size=at.kernel), jnp.float32)
-    codes = jnp.asarray(rng.integers(0, 2**BITS, at.kernel), jnp.uint8)
-    shape = (int(np.prod(at.kernel[:2])), at.x[-1])
+    kernel = jnp.asarray(rng.normal(size=layer.kernel), jnp.float32)
+    codes = jnp.asarray(rng.integers(0, 2**BITS, layer.kernel), jnp.uint8)
+    shape = (layer.geometry.taps, layer.x[-1])
     borders = {
         name: jnp.asarray(0.1 * rng.normal(size=shape) + (name == "b0") / 2, jnp.float32)
         for name in ("b0", "b1", "b2")
     }
-    step, zero = jnp.float32(0.2), jnp.float32(7)
-    scale = (jnp.ones(at.kernel[-1]), jnp.full(at.kernel[-1], 8.0))
-    quadratic: dict[str, Any] = {"border": "quadratic", "fused": fused, "bits": BITS}
-    own: dict[str, Any] = {
-        key: value for key, value in at.window().items() if key not in ("kernel", "groups")
+    quantizer = ActivationQuantizer(jnp.float32(0.2), jnp.float32(7))
+    outer = layer.kernel[-1]
+    weights = (codes, jnp.ones(outer), jnp.full(outer, 8.0))
+    nearest = Rounding(BITS)
+    rounding = Rounding(BITS, "quadratic", shared_across_taps=shared_across_taps)
+    chosen = {
+        **_float_ways(layer, rounding, kernel, (quantizer, borders)),
+        "nearest int8": _integer(layer, nearest, (quantizer, {}, weights)),
+        "border int8": _integer(layer, rounding, (quantizer, borders, weights)),
     }
+    if jax.default_backend() == "gpu":
+        chosen["nearest tuned"] = tuned(layer, nearest, chosen["nearest int8"])
+        chosen["border tuned"] = tuned(layer, rounding, chosen["border int8"])
+    return chosen
 
-    def plain(x, kernel):
-        return _product(gpu_ops.img2col(x, **at.window()), kernel, at.groups)
 
-    def border(x, kernel, step, zero, borders):
-        how = {**at.window(), **quadratic, "output": "float32"}
-        found = gpu_ops.img2col_border(x, step, zero, borders, **how)
-        return _product(found, kernel, at.groups)
+def _float_ways(
+    layer: Layer, rounding: Rounding, kernel: jax.Array, activation: tuple[Any, ...]
+) -> dict[str, Way]:
+    geometry = layer.geometry
 
-    def integer(how):
-        return lambda x, step, zero, borders, *weights: gpu_ops.conv_border_int8(
-            x, step, zero, borders, *weights, weight_bits=BITS, **own, **how
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _product(gpu_ops.img2col(x, geometry), kernel, geometry.groups)
+
+    def border(x: jax.Array, kernel: jax.Array, quantizer: Any, borders: Any) -> jax.Array:
+        columns = gpu_ops.img2col_border(
+            x, quantizer, borders, rounding, geometry, output="float32"
         )
+        return _product(columns, kernel, geometry.groups)
 
-    def xla(x, kernel):
+    def xla(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(
-            x, kernel, at.strides, at.padding, rhs_dilation=at.dilation,
-            feature_group_count=at.groups, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            x, kernel, geometry.strides, geometry.padding, rhs_dilation=geometry.dilation,
+            feature_group_count=geometry.groups, dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=FULL,
         )  # fmt: skip
 
-    weights = (codes, *scale)
-    nearest = Way(integer({"bits": BITS}), (step, zero, None, *weights))
-    rounded = Way(integer(quadratic), (step, zero, borders, *weights))
-    ways = {
+    return {
         "im2col fp32": Way(plain, (kernel,)),
-        "border fp32": Way(border, (kernel, step, zero, borders)),
-        "nearest int8": nearest,
-        "border int8": rounded,
+        "border fp32": Way(border, (kernel, *activation)),
         "xla fp32": Way(xla, (kernel,)),
         "xla bf16": Way(xla, (kernel.astype(jnp.bfloat16),), jnp.bfloat16),
     }
-    if jax.default_backend() == "gpu":
-        ways["nearest tuned"] = _tuned(own, nearest, {"bits": BITS})
-        ways["border tuned"] = _tuned(own, rounded, quadratic)
-    return ways
 
 
-def _tuned(window: dict[str, Any], integer: Way, how: dict[str, Any]) -> Way:
-    """The tuned kernel or, for a layer that it does not serve, `integer`, from bfloat16 to it."""
+def _integer(layer: Layer, rounding: Rounding, operands: tuple[Any, ...]) -> Way:
+    def run(x: jax.Array, quantizer: Any, borders: Any, weights: tuple[Any, ...]) -> jax.Array:
+        quantized = _quantized(weights)
+        return gpu_ops.conv_border_int8(x, quantizer, borders, quantized, rounding, layer.geometry)
+
+    return Way(run, operands)
+
+
+def _quantized(weights: tuple[Any, ...]) -> QuantizedWeights:
+    codes, scale, zero_point = weights
+    return QuantizedWeights(codes, scale, zero_point, BITS)
+
+
+def tuned(layer: Layer, rounding: Rounding, integer: Way) -> Way:
+    """The tuned kernel, or `integer` for a layer that it does not serve; bfloat16 in and out."""
+    quantizer, borders, weights = integer.operands
     try:
-        layer = gpu_ops.fold_convolution(*integer.operands, weight_bits=BITS, **how)
+        folded = gpu_ops.fold_convolution(quantizer, borders, _quantized(weights), rounding)
     except ValueError:
-        return Way(
-            lambda x, *own: integer.run(x, *own).astype(jnp.bfloat16), integer.operands,
-            jnp.bfloat16,
-        )  # fmt: skip
-    return Way(
-        lambda x, layer: gpu_ops.conv_border_tuned(x, layer, **window), (layer,), jnp.bfloat16
-    )
+        in_half = lambda x, *rest: integer.run(x, *rest).astype(jnp.bfloat16)  # noqa: E731
+        return Way(in_half, integer.operands, jnp.bfloat16)
+    run = lambda x, folded: gpu_ops.conv_border_tuned(x, folded, layer.geometry)  # noqa: E731
+    return Way(run, (folded,), jnp.bfloat16)
 
 
 def _product(columns: jax.Array, kernel: jax.Array, groups: int) -> jax.Array:
@@ -265,3 +280,20 @@ def plot(results: dict[str, Any], path: Path) -> None:
         for layer in results["layers"]
     }
     plots.stacked_bars(ways, parts, f"{results['model']}, {results['device']}: ms", path)
+
+
+@command_line.program
+def main(argv: list[str]) -> None:
+    """Measures, reports, and writes table and plot beside the JSON."""
+    values, _ = command_line.parse(argv, define_flags, __doc__)
+    fields = {field.name: values[field.name].value for field in dataclasses.fields(Workload)}
+    results = measure(Workload(**fields))
+    timing.report(results, values.out)
+    if values.out:
+        out = Path(values.out)
+        out.with_suffix(".md").write_text(table(results) + "\n")
+        plot(results, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,9 +1,13 @@
-"""How fast images are read and scored: ``python -m launch.bench throughput [--model=resnet18]``.
+"""Measures how fast images are read and scored.
 
 JPEGs of ImageNet's size (500x375) are made up in a temporary folder. Every round takes: PIL alone
 (decode, resize, crop, one image after the other), our reading (the same, normalised and batched,
 on all cores), and the score of the network in float and quantized, reading included. Weights are
 random: the arithmetic does not depend on them. Ratios are medians of those within one round.
+
+Example:
+
+    python -m launch.bench.throughput --model=resnet18 --preset=aquant --out=throughput.json
 """
 
 import collections
@@ -11,18 +15,21 @@ import dataclasses
 import io
 import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import flags
 
 import aquant_jax as aq
 from aquant_jax import data, models
 from aquant_jax.storage.environment import environment
 from launch.bench import timing
+from launch.lib import command_line
 from launch.lib.metrics import Predict, evaluate_batches
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
@@ -31,7 +38,7 @@ CALIBRATION = 32
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is measured.
+    """The measured workload; its fields are the flags.
 
     Attributes:
         model: of the zoo, for ImageNet.
@@ -50,6 +57,17 @@ class Workload:
     rounds: int
 
 
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this program."""
+    flags.DEFINE_string("model", "resnet18", "in the zoo, for ImageNet", flag_values=values)
+    flags.DEFINE_string("preset", "aquant", "of the recipe, at 4 bits", flag_values=values)
+    flags.DEFINE_integer("size", 224, "side of the network's input", 1, flag_values=values)
+    flags.DEFINE_integer("images", 128, "images per figure", 1, flag_values=values)
+    flags.DEFINE_integer("batch_size", 32, "images a call of the network", 1, flag_values=values)
+    flags.DEFINE_integer("rounds", 5, "how often every figure is taken", 1, flag_values=values)
+    flags.DEFINE_string("out", None, "file to write the JSON to as well", flag_values=values)
+
+
 def measure(work: Workload) -> dict[str, Any]:
     """Images a second of each part.
 
@@ -62,11 +80,11 @@ def measure(work: Workload) -> dict[str, Any]:
     Raises:
         InputError: an unknown model or preset.
     """
-    how = data.Preprocessing(size=work.size, resize=work.size * 8 // 7)
+    preprocessing = data.Preprocessing(size=work.size, resize=work.size * 8 // 7)
     with tempfile.TemporaryDirectory() as folder:
         files = write_images(Path(folder), work.images)
-        dataset = data.load(f"folder:{folder}", "/", how)
-        timers = _timers(work, dataset, files, how)
+        dataset = data.load(f"folder:{folder}", "/", preprocessing)
+        timers = _timers(work, dataset, files, preprocessing)
         # The round before the first also brings the files into memory.
         times = timing.in_turns(timers, work.rounds)
         rates = {name: [work.images / t for t in values] for name, values in times.items()}
@@ -111,16 +129,16 @@ def write_images(folder: Path, number: int) -> list[Path]:
 
 
 def _timers(
-    work: Workload, dataset: data.Dataset, files: list[Path], how: data.Preprocessing
+    work: Workload, dataset: data.Dataset, files: list[Path], preprocessing: data.Preprocessing
 ) -> dict[str, Callable[[], float]]:
     apply, variables = models.create(work.model)
     calibration = dataset.test(min(CALIBRATION, work.images)).inputs
     fields = {} if work.preset == "nearest" else {"steps": 0}
     recipe = aq.recipes.preset(work.preset, weight_bits=4, act_bits=4, **fields)
-    quantized = aq.quantize(apply, variables, calibration, recipe, progress=False)
+    quantized = aq.quantize(apply, variables, calibration, recipe, observer=aq.Observer())
 
     return {
-        "pil": lambda: _seconds(pil_alone(file, how) for file in files),
+        "pil": lambda: _seconds(pil_alone(file, preprocessing) for file in files),
         "read": lambda: _seconds(dataset.batches(work.batch_size)),
         "float": lambda: _scoring(lambda images: apply(variables, images), work, dataset),
         "quantized": lambda: _scoring(quantized, work, dataset),
@@ -134,10 +152,10 @@ def _seconds(results: Iterable[object]) -> float:
 
 
 def _scoring(predict: Predict, work: Workload, dataset: data.Dataset) -> float:
-    """Seconds from when the first batch is compiled and running: scoring compiles anew."""
+    """Seconds from when the first batch is compiled and running: scoring compiles again."""
     marks: list[float] = []
 
-    def batches():
+    def batches() -> Iterator[data.Split]:
         for batch in dataset.batches(work.batch_size):
             yield batch
             marks.append(time.perf_counter())
@@ -146,17 +164,30 @@ def _scoring(predict: Predict, work: Workload, dataset: data.Dataset) -> float:
     return time.perf_counter() - marks[0]
 
 
-def pil_alone(file: Path, how: data.Preprocessing) -> np.ndarray:
+def pil_alone(file: Path, preprocessing: data.Preprocessing) -> np.ndarray:
     """Decodes, resizes and crops with nothing but PIL, for comparison."""
     from PIL import Image
 
     with Image.open(file) as image:
-        scale = how.resize / min(image.size)
+        size = preprocessing.size
+        scale = preprocessing.resize / min(image.size)
         width, height = (int(n * scale) for n in image.size)
-        left, top = (width - how.size) // 2, (height - how.size) // 2
+        left, top = (width - size) // 2, (height - size) // 2
         resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(resized.crop((left, top, left + how.size, top + how.size)))
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
 def _ratio(upper: list[float], lower: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(upper, lower, strict=True))
+
+
+@command_line.program
+def main(argv: list[str]) -> None:
+    """Measures and reports."""
+    values, _ = command_line.parse(argv, define_flags, __doc__)
+    fields = {field.name: values[field.name].value for field in dataclasses.fields(Workload)}
+    timing.report(measure(Workload(**fields)), values.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

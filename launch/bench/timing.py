@@ -1,38 +1,42 @@
-"""What the benchmarks share: figures of several functions, taken in turns in one run."""
+"""Common parts of the benchmarks: figures of several functions in turns, and their report."""
 
 import functools
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+
+from aquant_jax.errors import InputError
 
 Call = Callable[[], Any]
 
 
 def seconds(call: Call, repeat: int = 1) -> float:
-    """Seconds a call, until its results are there; `repeat` calls are waited for together."""
+    """Seconds per call, until its results are ready; `repeat` calls are awaited together."""
     start = time.perf_counter()
     results = [call() for _ in range(repeat)]
     jax.block_until_ready(results)
     return (time.perf_counter() - start) / repeat
 
 
-def in_turns(timers: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
-    """What every timer gives in every round; one more round before them compiles."""
-    found: dict[str, list[float]] = {name: [] for name in timers}
+def in_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The figure of every timer in every round; one more round before them compiles."""
+    figures: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds + 1):
         for name, timer in timers.items():
-            found[name].append(timer())
-    return {name: values[1:] for name, values in found.items()}
+            figures[name].append(timer())
+    return {name: values[1:] for name, values in figures.items()}
 
 
 def milliseconds(calls: Mapping[str, Call], rounds: int, repeat: int = 1) -> dict[str, list[float]]:
     """Milliseconds of every call in every round, see `in_turns`.
 
-    Each is called once before it is timed, so that what the one before left to be done, such as
-    giving memory back to the kernel, is not counted.
+    Each is called once before it is timed, so that work left over by the call before, such as
+    returning memory to the kernel, is not counted.
     """
 
     def timer(call: Call) -> float:
@@ -48,3 +52,19 @@ def summary(times: list[float]) -> dict[str, float]:
         return {"median": times[0], "iqr": 0.0}
     low, middle, high = statistics.quantiles(times, n=4)
     return {"median": middle, "iqr": high - low}
+
+
+def report(results: Mapping[str, Any], out: str | None) -> None:
+    """Prints the figures of a benchmark as JSON and, with `out`, writes the same text there.
+
+    Raises:
+        InputError: `out` cannot be written.
+    """
+    text = json.dumps(results, indent=2)
+    print(text)
+    if out is None:
+        return
+    try:
+        Path(out).write_text(text + "\n")
+    except OSError as error:
+        raise InputError(f"--out={out} cannot be written: {error.strerror}") from error

@@ -7,6 +7,9 @@ import aquant_jax as aq
 import gpu_ops
 from aquant_jax.errors import InputError
 from launch.lib import command_line, experiment, run_directory
+from launch.lib.results import one_line
+
+STEPS = "recipe.reconstruction.steps"
 
 
 class Cell(NamedTuple):
@@ -27,8 +30,8 @@ def parse_seeds(texts: list[str]) -> list[int]:
 def load_config(spec: str, overrides: dict[str, str], variant: str) -> command_line.Config:
     """Loads the config of one row; a preset without steps (nearest) stays without any."""
     plain = command_line.load_config(spec, {}, variant)
-    if plain.recipe.steps == 0:
-        overrides = {field: text for field, text in overrides.items() if field != "recipe.steps"}
+    if plain.recipe.reconstruction.steps == 0:
+        overrides = {field: text for field, text in overrides.items() if field != STEPS}
     config = command_line.load_config(spec, overrides, variant)
     experiment.recipe_of(config)  # says what is wrong before anything is run
     return config
@@ -42,23 +45,24 @@ def run(
     Args:
         folder: each (cell, seed) has the folder ``NAME-sSEED`` in it.
         data_dir: of the configs.
-        cells: of one network and data set, which are loaded once, and only if needed.
+        cells: of one network and data set, which are loaded once, and only if necessary.
         seeds: of every cell.
 
     Returns:
         The results of all seeds, by the name of the cell.
     """
     loaded: experiment.Experiment | None = None
-    found: dict[str, list[dict[str, Any]]] = {cell.name: [] for cell in cells}
+    results: dict[str, list[dict[str, Any]]] = {cell.name: [] for cell in cells}
     for name, spec, config in cells:
         compiler = aq.Compiler(gpu_ops.backend())
         for seed in seeds:
             path = folder / f"{name}-s{seed}"
-            with run_directory.claim(path, experiment.identity(config, seed, data_dir)) as own:
-                results = own.stored
-                if results is None:
+            identity = experiment.identity(config, seed, data_dir)
+            with run_directory.claim(path, identity) as directory:
+                run_results = directory.stored
+                if run_results is None:
                     loaded = loaded or experiment.load(config, data_dir)
-                    results = experiment.run(loaded, config, spec, seed, own, compiler)
-            print(experiment.one_line(results), flush=True)
-            found[name].append(results)
-    return found
+                    run_results = experiment.run(loaded, config, spec, seed, directory, compiler)
+            print(one_line(run_results), flush=True)
+            results[name].append(run_results)
+    return results

@@ -1,44 +1,57 @@
-"""What the launchers share: flags, config files, and user errors as one line.
+"""Common parts of the launchers: flags, config files, --help, and user errors as one line.
 
-Flags live in a ``FlagValues`` of each call, not in absl's global one, so a test can run a
-whole program in its own process, as often as it likes.
+Flags live in a ``FlagValues`` of each call, not in absl's global one, so a test can run a whole
+program in its own process, as often as it likes.
+
+``config_flags`` of ml_collections parses the fields of a config that flags set. It does not read
+the files: in one process it keeps the module of the first file, so that a second file without
+``get_config`` runs the first one's, and errors of a file arrive late, as tracebacks, or on several
+lines. Nor can it set a field that is None, or set one to None.
 """
 
-import ast
+import dataclasses
+import difflib
 import functools
 import re
 import runpy
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from aquant_jax.errors import InputError, ReconstructionError
-from launch.lib.process import keep_freed_memory
+from aquant_jax.recipe import Reconstruction
+from aquant_jax.recipe_checks import RENAMED, hint
+from launch.lib.process import keep_freed_memory, progress_on_stderr
 
 FAILED_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
+EXAMPLE = "\nExample:"  # the part of a program's docstring that --help prints last
+WIDTH = 100  # of --help
+RECONSTRUCTION = tuple(field.name for field in dataclasses.fields(Reconstruction))
 Config = Any  # a ConfigDict, whose fields no type checker knows
 
 _OVERRIDE = re.compile(r"--?config\.([\w.]+)(?:=(.*))?$", re.DOTALL)
-_WORDS = {"true": True, "false": False, "none": None}
+_HELP = {"--help", "-help", "-h"}
 
 
 def program(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
     """Makes a main that takes ``argv`` return an exit code, and sets the process up for speed.
 
-    An ``InputError`` or a wrong flag is printed as one line and returns 2, a reconstruction
-    that failed 1. Anything else is a bug of ours and keeps its traceback.
+    An ``InputError`` or a wrong flag is printed as one line and returns 2, a reconstruction that
+    failed 1. Anything else is a bug of ours and keeps its traceback.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         keep_freed_memory()
         try:
-            return main(sys.argv if argv is None else argv) or 0
+            with progress_on_stderr():
+                return main(sys.argv if argv is None else argv) or 0
         except (InputError, ReconstructionError, flags.Error) as error:
             message = " ".join(str(error).split())
             print(f"error: {message}", file=sys.stderr)
@@ -56,10 +69,10 @@ def parse(
     Args:
         argv: the program's name and its arguments.
         define: defines the flags of the program.
-        description: printed by --help.
+        description: printed by --help, see `help_text`.
 
     Returns:
-        The flags, and the ``--config.FIELD=VALUE`` overrides as ``{FIELD: VALUE}``.
+        The flags (a ``FlagValues``), and the overrides ``--config.FIELD=VALUE`` as a dict.
 
     Raises:
         flags.Error: an unknown flag or a value of the wrong type.
@@ -68,13 +81,31 @@ def parse(
     rest, overrides = split_overrides(argv)
     values = flags.FlagValues()
     define(values)
-    if {"--help", "-help", "-h"} & set(rest):
-        print(description or "", values.get_help(), sep="\n")
+    if _HELP & set(rest):
+        print(help_text(description or "", values))
         sys.exit(0)
     stray = values(rest)[1:]
     if stray:
         raise InputError(f"unexpected argument {stray[0]!r}; flags look like --name=value")
+    if overrides and "config" not in values:
+        raise InputError(f"unknown flag --config.{next(iter(overrides))}: no config is read here")
     return values, overrides
+
+
+def help_text(description: str, values: flags.FlagValues) -> str:
+    """The text of --help: what the program does, its flags, and the example at the end."""
+    text, mark, example = description.strip().partition(EXAMPLE)
+    lines = [text.rstrip(), ""]
+    for name in sorted(values, key=lambda name: "required" not in values[name].help):
+        default = values[name].default
+        shown = "" if default in (None, "") else f" (default {_shown(default)})"
+        line = f"  --{name}: {values[name].help}{shown}"
+        lines += textwrap.wrap(line, WIDTH, subsequent_indent="      ")
+    return "\n".join([*lines, (mark + example).rstrip()])
+
+
+def _shown(default: object) -> str:
+    return ",".join(map(str, default)) if isinstance(default, list) else str(default)
 
 
 def absolute(folder: str) -> str:
@@ -84,7 +115,8 @@ def absolute(folder: str) -> str:
 
 def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """Takes ``--config.FIELD=VALUE`` and ``--config.FIELD VALUE`` out of ``argv``."""
-    rest, overrides = [], {}
+    rest: list[str] = []
+    overrides: dict[str, str] = {}
     arguments = iter(argv)
     for argument in arguments:
         match = _OVERRIDE.match(argument)
@@ -92,8 +124,9 @@ def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
             rest.append(argument)
             continue
         value = match[2] if match[2] is not None else next(arguments, None)
-        if value is None:
+        if value is None or (match[2] is None and value.startswith("--")):
             raise InputError(f"{argument} lacks a value")
+        overrides.pop(match[1], None)  # the last of several counts, also in their order
         overrides[match[1]] = value
     return rest, overrides
 
@@ -107,10 +140,11 @@ def load_config(spec: str, overrides: dict[str, str], variant: str = "") -> Conf
         variant: appended to the variant of ``spec``, after a comma.
 
     Returns:
-        What its ``get_config(variant)`` returns, with the overrides.
+        What its ``get_config(variant)`` returns, with the overrides; no field can be added to it.
 
     Raises:
-        InputError: no such file, variant or field, or a value of another type.
+        InputError: no such file, variant or field.
+        flags.Error: a value of another type.
     """
     path, _, argument = spec.partition(":")
     if not Path(path).is_file():
@@ -118,45 +152,69 @@ def load_config(spec: str, overrides: dict[str, str], variant: str = "") -> Conf
     try:
         get_config = runpy.run_path(path).get("get_config")
     except SyntaxError as error:
-        raise InputError(f"{path} is no Python file: {error}") from error
+        raise InputError(f"{path} is not a Python file: {error}") from error
     if get_config is None:
         raise InputError(f"{path} defines no get_config(variant)")
     if "preset" in overrides:
         # The other fields would stay those of the preset that the variant names.
         raise InputError(f"name the preset in the variant: {spec},preset={overrides['preset']}")
     config = get_config(",".join(part for part in (argument, variant) if part))
+    override(config, overrides)
+    return config.lock()
+
+
+def override(config: ConfigDict, overrides: dict[str, str]) -> None:
+    """Sets fields of a config, in place.
+
+    Raises:
+        InputError: no such field, or a section that has fields of its own.
+        flags.Error: a value of another type.
+    """
+    typed: list[str] = []
     for field, text in overrides.items():
-        _override(config, field, text)
-    return config
+        section, name = _find(config, field)
+        value = section[name]
+        if text.lower() == "none" and not isinstance(value, str):
+            section[name] = None
+            continue
+        if value is None:
+            section[name] = config_dict.placeholder(object)  # config_flags then takes any literal
+        elif isinstance(value, tuple) and not text.strip():
+            raise InputError(f"config field {field} is a list; it cannot become {text!r}")
+        typed.append(f"--config.{field}={text}")
+    values, argv = flags.FlagValues(), ["", *typed]
+    config_flags.DEFINE_config_dict(
+        "config", config, flag_values=values, lock_config=False, sys_argv=argv
+    )
+    values(argv)
 
 
-def _override(config: ConfigDict, field: str, text: str) -> None:
-    *parents, leaf = field.split(".")
-    node: Any = config
+def _find(config: ConfigDict, field: str) -> tuple[ConfigDict, str]:
+    """The section of a field and its name there; an error lists what exists, or the new name."""
+    *parents, name = field.split(".")
+    section: Any = config
     for parent in parents:
-        node = node[parent] if isinstance(node, ConfigDict) and parent in node else None
-    if not isinstance(node, ConfigDict) or leaf not in node:
-        there = node if isinstance(node, ConfigDict) else config
-        raise InputError(f"config has no field {field!r}; there are {', '.join(sorted(there))}")
-    try:
-        node[leaf] = _value(text, node[leaf])
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"config field {field} is {node[leaf]!r} and cannot become {text!r}: {error}"
-        ) from error
+        section = section[parent] if isinstance(section, ConfigDict) and parent in section else None
+    if not isinstance(section, ConfigDict) or name not in section:
+        known = section if isinstance(section, ConfigDict) else config
+        raise InputError(f"config has no field {field!r}; {_advice(field, list(known))}")
+    value: Any = section[name]
+    if isinstance(value, ConfigDict):
+        fields = ", ".join(f"{field}.{name}" for name in value)
+        raise InputError(f"config field {field} is a section; set its fields: {fields}")
+    return section, name
 
 
-def _value(text: str, old: Any) -> Any:
-    if isinstance(old, str):
-        return text
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    try:
-        value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        value = text
-    if isinstance(old, tuple) and isinstance(value, list):
-        return tuple(value)
-    if isinstance(old, bool) != isinstance(value, bool) and old is not None:
-        raise TypeError("it is a yes or no" if isinstance(old, bool) else "it is no yes or no")
-    return value
+def _advice(field: str, known: list[str]) -> str:
+    """The new name of a field of version 0.1, a close one, and all that exist."""
+    section, _, name = field.rpartition(".")
+    if section.startswith("recipe") and name in RENAMED:
+        return hint(name, known)
+    paths = {name: name for name in known}
+    if section == "recipe":
+        paths |= {name: f"reconstruction.{name}" for name in RECONSTRUCTION}
+    if name in paths:
+        return f"it is now '{section}.{paths[name]}'"
+    close = difflib.get_close_matches(name, paths, 1)
+    start = f"did you mean {paths[close[0]]!r}? " if close else ""
+    return f"{start}there are {', '.join(sorted(paths.values()))}"

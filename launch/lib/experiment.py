@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,27 @@ import gpu_ops
 from aquant_jax import data, models
 from aquant_jax.errors import InputError
 from aquant_jax.models import bert
+from aquant_jax.plan.network import Network
+from aquant_jax.reconstruction.observer import default_observer
 from aquant_jax.storage import json_file
 from aquant_jax.storage.environment import environment
-from launch.lib import plots, run_directory
+from launch.lib import plots, results
 from launch.lib.command_line import Config, absolute
 from launch.lib.metrics import Predict, evaluate_batches
+from launch.lib.run_directory import RunDirectory
 
 BERT = "bert"
 LENGTHS = ("max_length", "calibration_length")
-METRIC_NAMES = {"top1": "top-1"}  # others are called by their names
-
-
 Check = Callable[[Any], None]
 
 
 def no_check(inputs: Any) -> None:
-    """For networks that take whatever fits their shapes."""
+    """For networks that accept all inputs of their shapes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What all cells of a config share: the float network, its data and its score.
+    """The part that all cells of a config share: the float network, its data and its score.
 
     Attributes:
         apply: the float network.
@@ -57,12 +57,12 @@ def load(config: Config, data_dir: str) -> Experiment:
 
     Raises:
         InputError: an unknown model or data set, one that is not in ``data_dir``, fewer
-            calibration images than the config asks for, or a size that is no whole number.
+            calibration images than the config asks for, or a size that is not a whole number.
     """
     for name in ("calibration_size", "eval_batch_size", "test_limit", *LENGTHS):
         value = config.get(name, 1)
-        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        if not whole and not (name == "test_limit" and value is None):
+        positive = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not positive and not (name == "test_limit" and value is None):
             raise InputError(f"config field {name} is {value!r}; it must be a positive integer")
     dataset, calibration = open_data(config, data_dir)
     calibration.check_calibration(config.calibration_size)  # before hours of scoring
@@ -72,8 +72,10 @@ def load(config: Config, data_dir: str) -> Experiment:
     return Experiment(apply, variables, dataset, calibration, float_metrics, check)
 
 
-def create(config: Config, data_dir: str, dataset: data.Dataset):
-    """The network of a config, its weights, and what checks its inputs.
+def create(
+    config: Config, data_dir: str, dataset: data.Dataset
+) -> tuple[models.Apply, models.Variables, Check]:
+    """The network of a config, its weights, and the check of its inputs.
 
     Raises:
         InputError: an unknown model, or weights that do not fit it.
@@ -114,13 +116,13 @@ def score(
     total = config.test_limit or dataset.test_size
     with tqdm(total=total, desc=f"score {name}", unit="", disable=None) as bar:
 
-        def counted():
+        def checked() -> Iterator[data.Split]:
             for batch in batches:
                 check(batch.inputs)
                 yield batch
                 bar.update(len(batch.labels))
 
-        return evaluate_batches(predict, counted(), dataset.num_classes, dataset.metric)
+        return evaluate_batches(predict, checked(), dataset.num_classes, dataset.metric)
 
 
 def recipe_of(config: Config) -> aq.Recipe:
@@ -129,13 +131,32 @@ def recipe_of(config: Config) -> aq.Recipe:
     Raises:
         InputError: a field has a value that the recipe does not accept.
     """
-    return aq.recipes.preset(config.preset, **config.recipe.to_dict())
+    fields = config.recipe.to_dict()
+    learning = fields.pop("reconstruction", {})  # flat, what it lacks stays the preset's
+    return aq.recipes.preset(config.preset, **fields, **learning)
 
 
 def identity(config: Config, seed: int, data_dir: str) -> dict[str, Any]:
-    """What makes two cells the same run."""
-    own = {"config": config.to_dict(), "seed": seed, "data_dir": absolute(data_dir)}
-    return {"program": "quantize", **own}
+    """Two cells are the same run if these are equal."""
+    return {
+        "program": "quantize",
+        "config": config.to_dict(),
+        "seed": seed,
+        "data_dir": absolute(data_dir),
+    }
+
+
+class DirectoryObserver(aq.Observer):
+    """Writes the log of a run directory, which an accepted restart has taken over."""
+
+    def __init__(self, directory: RunDirectory):
+        self.directory = directory
+
+    def on_start(self, net: Network) -> None:
+        self.directory.begin()
+
+    def on_block_end(self, report: aq.BlockReport) -> None:
+        self.directory.log(report._asdict())
 
 
 def run(
@@ -143,7 +164,7 @@ def run(
     config: Config,
     spec: str,
     seed: int,
-    folder: run_directory.Run,
+    directory: RunDirectory,
     compiler: aq.Compiler | None = None,
     restart_from: int | None = None,
 ) -> dict[str, Any]:
@@ -154,9 +175,9 @@ def run(
         config: whose preset, recipe and calibration size are used.
         spec: how the user named the config.
         seed: of the calibration draw and of the reconstruction.
-        folder: where to write.
+        directory: where to write.
         compiler: shares compiled steps between runs of one recipe.
-        restart_from: the first of the blocks in the folder to learn anew.
+        restart_from: the first of the blocks in the directory to learn again.
 
     Returns:
         The results, as written.
@@ -168,37 +189,32 @@ def run(
     )
     experiment.check(calibration.inputs)
     quantized = aq.quantize(
-        experiment.apply,
-        experiment.variables,
-        calibration.inputs,
-        recipe,
-        mask=config.get("mask"),
-        seed=seed,
-        on_start=folder.begin,
-        on_block=lambda report: folder.log(report._asdict()),
+        experiment.apply, experiment.variables, calibration.inputs, recipe,
+        mask=config.get("mask"), seed=seed,
+        observer=aq.Observers(default_observer(), DirectoryObserver(directory)),
         compiler=compiler or aq.Compiler(gpu_ops.backend()),
-        resume=folder.blocks,
-        restart_from=restart_from,
-    )
-    aq.save(quantized, folder.network(), _test_inputs(experiment.dataset, config))
+        resume=directory.blocks, restart_from=restart_from,
+    )  # fmt: skip
+    aq.save(quantized, directory.network(), _test_inputs(experiment.dataset, config))
     metrics = score(quantized, experiment.dataset, config, "quantized", corrupt, experiment.check)
-    results = {
+    content = {
         "config": spec,
-        **_description(quantized),
+        **results.describe(quantized),
         "seed": seed,
-        "metric": experiment.dataset.metric,
-        "float": experiment.float_metrics,
-        "quantized": metrics,
-        "seconds": sum(report.seconds for report in quantized.reports),
+        **_scores(experiment, metrics),
         "calibration_samples": len(calibration.labels),
-        "test_samples": metrics["samples"],
         "corrupt_images": corrupt,
         **environment(),
     }
     reports = [report._asdict() for report in quantized.reports]
-    plots.run_plots(recipe, reports, quantized.summary(), folder.plots)
-    folder.finish(results)
-    return json_file.jsonable(results)
+    plots.run_plots(recipe, reports, quantized.summary(), directory.plots)
+    directory.finish(content)
+    return json_file.jsonable(content)
+
+
+def _scores(experiment: Experiment, metrics: dict[str, float]) -> dict[str, Any]:
+    scores = {"float": experiment.float_metrics, "quantized": metrics}
+    return {"metric": experiment.dataset.metric, **scores, "test_samples": metrics["samples"]}
 
 
 def _test_inputs(dataset: data.Dataset, config: Config) -> Any:
@@ -207,52 +223,25 @@ def _test_inputs(dataset: data.Dataset, config: Config) -> Any:
     return next(iter(dataset.batches(config.eval_batch_size, config.test_limit, skip))).inputs
 
 
-def _description(quantized: aq.Quantized) -> dict[str, Any]:
-    recipe = quantized.recipe
-    return {
-        "preset": recipe.preset,
-        "weight_bits": recipe.weight_bits,
-        "act_bits": recipe.act_bits,
-        "recipe": recipe.to_dict(),
-        "blocks": [block_summary(report._asdict()) for report in quantized.reports],
-    }
-
-
-def block_summary(report: dict[str, Any]) -> dict[str, Any]:
-    """A report without its loss curve, which is in the log."""
-    return {field: value for field, value in report.items() if field != "loss_curve"}
-
-
-def one_line(results: dict[str, Any]) -> str:
-    """The result of a cell in words."""
-    metric = results["metric"]
-    name = METRIC_NAMES.get(metric, metric)
-    return (
-        f"{results['preset']} w{results['weight_bits']}a{results['act_bits']} "
-        f"seed {results['seed']}: {results['quantized'][metric]:.2f}% {name} "
-        f"(float {results['float'][metric]:.2f}%) of {results['test_samples']} samples, "
-        f"{results['seconds']:.0f} s on {results['device']}"
-    )
-
-
 def open_data(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset]:
     """The data set to score on, and the one to calibrate on.
 
     Raises:
         InputError: an unknown data set, or one that is not in ``data_dir``.
     """
-    fields, how = config.get("preprocessing"), None
     if config.model == BERT:
         return _open_sentences(config, data_dir)
-    if fields:
-        how = data.Preprocessing(**fields.to_dict())
-    dataset = data.load(config.dataset, data_dir, how, config.get("test_split"))
+    fields = config.get("preprocessing")
+    preprocessing = data.Preprocessing(**fields.to_dict()) if fields else None
+    dataset = data.load(config.dataset, data_dir, preprocessing, config.get("test_split"))
     name = config.get("calibration_dataset") or config.dataset
-    return dataset, dataset if name == config.dataset else data.load(name, data_dir, how)
+    if name == config.dataset:
+        return dataset, dataset
+    return dataset, data.load(name, data_dir, preprocessing)
 
 
 def _open_sentences(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset]:
-    """The task, and what is calibrated on, with shorter sequences that suffice for that."""
+    """The task, and the set to calibrate on, for which shorter sequences suffice."""
     folder = _weights_path(config, data_dir)
     lengths = config.max_length, config.calibration_length
     names = config.dataset, config.get("calibration_dataset") or config.dataset
@@ -264,7 +253,7 @@ def _open_sentences(config: Config, data_dir: str) -> tuple[data.Dataset, data.D
 
 
 def on_corrupt(config: Config, names: list[str]) -> data.OnCorrupt:
-    """What is told of images that cannot be decoded: nothing, if they are to end the run."""
+    """Receives the names of images that cannot be decoded; None if these end the run."""
     return names.append if config.get("skip_corrupt") else None
 
 

@@ -82,14 +82,19 @@ def evaluate_batches(
     return {**scores, "samples": len(rank)}
 
 
-def _evaluate_metric(predict, batches, num_classes, metric: str) -> dict[str, float]:
+def _evaluate_metric(
+    predict: Predict,
+    batches: Iterable[tuple[Any, np.ndarray]],
+    num_classes: int | None,
+    metric: str,
+) -> dict[str, float]:
     """`evaluate_batches` for a metric that needs all outputs at once."""
     if metric not in METRICS:
         raise InputError(f"unknown metric {metric!r}; there are top1, {', '.join(METRICS)}")
-    found = [(np.asarray(out)[: len(y)], y) for out, y in _predicted(predict, batches)]
-    if not found:
+    predicted = [(np.asarray(out)[: len(y)], y) for out, y in _predicted(predict, batches)]
+    if not predicted:
         raise InputError("cannot score 0 samples")
-    outputs, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    outputs, labels = (np.concatenate(parts) for parts in zip(*predicted, strict=True))
     if num_classes and outputs.shape[1:] != (num_classes,):
         raise InputError(
             f"the network gives {outputs.shape[1:]} values a sample; the data needs {num_classes}"
@@ -116,7 +121,7 @@ def _matthews(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _pearson(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Zero where the outputs are all equal, and tell nothing."""
+    """Zero where the outputs are all equal."""
     if np.ptp(outputs) == 0 or np.ptp(labels) == 0:
         return 0.0
     return float(_library("scipy.stats").pearsonr(outputs[:, 0], labels).statistic)
@@ -189,7 +194,7 @@ def label_ranks(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, int
             f"labels from {labels.min()} to {labels.max()} do not fit {classes} classes"
         )
     logits = logits[: len(labels)].astype(np.float32)
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
-    tied_before = (logits == own) & (np.arange(classes) < labels[:, None])
-    rank = np.sum((logits > own) | tied_before, axis=1)
+    right = np.take_along_axis(logits, labels[:, None], axis=1)
+    tied_before = (logits == right) & (np.arange(classes) < labels[:, None])
+    rank = np.sum((logits > right) | tied_before, axis=1)
     return np.where(np.isnan(logits).any(axis=1), classes, rank), classes

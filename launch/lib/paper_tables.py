@@ -1,4 +1,8 @@
-"""What the paper states: Tables 1 and 3, top-1 % on ImageNet, and Table 2, GLUE."""
+"""The paper's tables: what is in them, and its values. 1 and 3: top-1 % on ImageNet; 2: GLUE."""
+
+from typing import NamedTuple
+
+from configs import variants
 
 MODELS: tuple[str, ...] = (
     "resnet18", "resnet50", "mobilenetv2", "regnetx_600mf", "regnetx_3200mf", "mnasnet2",
@@ -51,4 +55,52 @@ TABLE_3: dict[tuple[str, str, str], float] = {
         ("w3a3", "not fused", (67.76, 66.93)),
     )
     for model, value in zip(("resnet18", "regnetx_600mf"), values, strict=True)
+}
+
+ABLATION = {
+    "aquant": {"recipe.border": "quadratic", "recipe.shared_across_taps": "True"},
+    "linear": {"recipe.border": "linear", "recipe.shared_across_taps": "True"},
+    "not fused": {"recipe.border": "quadratic", "recipe.shared_across_taps": "False"},
+    "linear, not fused": {"recipe.border": "linear", "recipe.shared_across_taps": "False"},
+}
+
+
+class Table(NamedTuple):
+    """A table of the paper.
+
+    Attributes:
+        models: its columns: networks, or tasks of one network.
+        bits: its bit-widths.
+        rows: by name: preset and overrides of the config.
+        paper: the paper's values by (model, bits, row).
+        config: file and start of the variant of a column.
+    """
+
+    models: tuple[str, ...]
+    bits: tuple[str, ...]
+    rows: dict[str, tuple[str, dict[str, str]]]
+    paper: dict[tuple[str, str, str], float]
+    config: str = "{model}.py"
+
+
+TABLES = {
+    "1": Table(
+        MODELS,
+        ("w4a4", "w2a4", "w3a3", "w2a2"),
+        {name: (name, {}) for name in variants.PRESETS[1:] + variants.PRESETS[:1]},
+        TABLE_1,
+    ),
+    "2": Table(
+        TASKS,
+        ("w4a4",),
+        {name: (name, {}) for name in ("adaround", "aquant_bert")},
+        TABLE_2,
+        "glue_bert.py:{model}",
+    ),
+    "3": Table(
+        ("resnet18", "regnetx_600mf"),
+        ("w2a2", "w3a3"),
+        {name: ("aquant", overrides) for name, overrides in ABLATION.items()},
+        TABLE_3,
+    ),
 }

@@ -15,13 +15,14 @@ from aquant_jax.arithmetic import border
 from aquant_jax.errors import InputError
 
 Report = Mapping[str, Any]
+Drawing = tuple[str, Callable[[Any], None]]  # title, draw(axes)
 
 CURVES_PER_LAYER = 8
 GRID_COLUMNS = 4
 CENTRE, MEAN, DEVIATION, COUNT = range(4)
 
 
-def require_matplotlib():
+def require_matplotlib() -> Any:
     """Returns ``matplotlib.pyplot`` drawing to files; InputError if it is not installed."""
     try:
         import matplotlib
@@ -67,7 +68,7 @@ def comparison_plots(cells: Mapping[str, Sequence[Mapping[str, Any]]], folder: P
         InputError: matplotlib is not installed.
     """
     accuracy(cells, folder / "accuracy.png")
-    groups = collections.defaultdict(dict)
+    groups: dict[tuple[str, ...], dict[str, Any]] = collections.defaultdict(dict)
     for preset, of_preset in cells.items():
         blocks = of_preset[0]["blocks"]
         groups[tuple(block["name"] for block in blocks)][preset] = blocks
@@ -106,7 +107,7 @@ def stacked_bars(
         bottom = bottom + np.asarray(heights)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_ylabel(label)
-    figure.legend(*(side[::-1] for side in axes.get_legend_handles_labels()), fontsize=7,
+    figure.legend(*(part[::-1] for part in axes.get_legend_handles_labels()), fontsize=7,
                   loc="outside right upper")  # fmt: skip
     _save(plt, figure, path)
 
@@ -145,7 +146,7 @@ def propagated_errors(reports: Mapping[str, Sequence[Report]], path: Path) -> No
 
 
 def _propagated(clusters: Mapping[str, np.ndarray]) -> Callable[[Any], None]:
-    def draw(axes):
+    def draw(axes: Any) -> None:
         for index, (preset, rows) in enumerate(clusters.items()):
             rows = rows[rows[:, COUNT] > 0]
             axes.plot(rows[:, CENTRE], rows[:, MEAN], ".-", color=f"C{index}", label=preset)
@@ -158,7 +159,7 @@ def _propagated(clusters: Mapping[str, np.ndarray]) -> Callable[[Any], None]:
 
 
 def _loss(curve: Any) -> Callable[[Any], None]:
-    def draw(axes):
+    def draw(axes: Any) -> None:
         steps, losses = np.asarray(curve, np.float64).T
         axes.plot(steps, losses)
         _log_scale(axes, losses)
@@ -169,10 +170,10 @@ def _loss(curve: Any) -> Callable[[Any], None]:
 def _border_curves(layer: Any, recipe: Any) -> Callable[[Any], None]:
     """Draws the borders of a few columns of a layer, those that bend the most."""
 
-    def draw(axes):
+    def draw(axes: Any) -> None:
         zero_point = float(np.ravel(layer.zero_point)[0])
         u = np.linspace(0, 2**layer.act_bits - 1, 101, dtype=np.float32) - np.float32(zero_point)
-        curves = border_values(recipe.border, layer.border, layer.phi, layer.fused, u)
+        curves = border_values(recipe.border, layer.border, layer.phi, layer.shared_across_taps, u)
         bend = np.max(np.abs(curves - 0.5), axis=1)
         for curve in curves[np.argsort(-bend)[:CURVES_PER_LAYER]]:
             axes.plot(u, curve, lw=1)
@@ -182,7 +183,7 @@ def _border_curves(layer: Any, recipe: Any) -> Callable[[Any], None]:
 
 
 def border_values(
-    name: str, coefficients: Mapping[str, Any], phi: str, fused: bool, u: np.ndarray
+    name: str, coefficients: Mapping[str, Any], phi: str, shared_across_taps: bool, u: np.ndarray
 ) -> np.ndarray:
     """Evaluates learned borders where every tap sees the same u.
 
@@ -190,18 +191,19 @@ def border_values(
         name: of the border function.
         coefficients: arrays [taps, channels], as in ``LayerSummary.border``.
         phi: its name.
-        fused: whether the taps of a channel share the mean of their polynomials (Eq. 9).
+        shared_across_taps: whether the taps of a channel share the mean of their polynomials
+            (Eq. 9).
         u: [points].
 
     Returns:
-        [channels, points] if fused, else [taps * channels, points].
+        [channels, points] if shared, else [taps * channels, points].
     """
     rows: Any = {
         key: np.asarray(value, np.float32)[:, None, :] for key, value in coefficients.items()
     }
     taps, _, channels = next(iter(rows.values())).shape
     columns = np.broadcast_to(np.asarray(u, np.float32)[:, None], (len(u), channels))
-    values = border.borders(name, phi, fused, rows, [columns] * taps)
+    values = border.borders(name, phi, shared_across_taps, rows, [columns] * taps)
     return np.concatenate([np.asarray(value).T for value in values])
 
 
@@ -211,8 +213,10 @@ def _log_scale(axes: Any, *values: Any) -> None:
         axes.set_yscale("log")
 
 
-def _grid(path: Path, drawings: Sequence, x_label: str, y_label: str, legend=False) -> None:
-    """Draws (title, draw(axes)) pairs as small multiples; writes nothing if there are none."""
+def _grid(
+    path: Path, drawings: Sequence[Drawing], x_label: str, y_label: str, legend: bool = False
+) -> None:
+    """Draws small multiples; writes nothing if there are no drawings."""
     if not drawings:
         return
     plt = require_matplotlib()

@@ -1,22 +1,32 @@
-"""Process-wide settings that make CPU runs faster; a program calls them, the library never does."""
+"""Process-wide settings of the programs; the library never makes any."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import logging
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import logging as absl_logging
+
+import aquant_jax
+import launch
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_OURS = tuple(str(Path(package.__path__[0]).resolve()) for package in (aquant_jax, launch))
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc's allocator keep freed memory instead of giving it back to the kernel.
+    """Make glibc's allocator keep freed memory instead of returning it to the kernel.
 
-    XLA on CPU allocates the temporaries of a step anew each time; fetching zeroed pages from the
-    kernel costs more than the arithmetic of a small block's step.
+    XLA on CPU allocates the temporaries of every step again. Fetching zeroed pages from the kernel
+    costs more than the arithmetic of a small block's step.
 
     Returns:
-      Whether it applied (Linux with glibc).
+        Whether it applied (Linux with glibc).
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -26,3 +36,26 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28))
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+@contextlib.contextmanager
+def progress_on_stderr() -> Iterator[None]:
+    """Shows our log from INFO on, and that of orbax, which uses absl too, from WARNING on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(absl_logging.PythonFormatter())
+    handler.addFilter(_shown)
+    logger, verbosity = absl_logging.get_absl_logger(), absl_logging.get_verbosity()
+    propagate, logger.propagate = logger.propagate, False  # the root would print all of it again
+    absl_logging.set_verbosity(absl_logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        absl_logging.set_verbosity(verbosity)
+        logger.propagate = propagate
+
+
+def _shown(record: logging.LogRecord) -> bool:
+    ours = str(Path(record.pathname).resolve()).startswith(_OURS)
+    return ours or record.levelno >= logging.WARNING

@@ -1,9 +1,9 @@
-"""The folder of one run: who owns it, and files that are either whole or absent.
+"""The directory of one run: who owns it, and files that are either whole or absent.
 
-``run.json`` says which run a folder belongs to from the start, ``blocks/`` holds the finished
-blocks (see `resume`) or ``epochs/`` the last one of a fine-tuning, ``log.jsonl`` grows by a line a
-block or epoch, ``quantized/`` is the network (see `checkpoint`) and ``results.json`` comes last: a
-folder without it holds an unfinished run, with which the same command goes on after the last
+``run.json`` says which run a directory belongs to from the start, ``blocks/`` holds the finished
+blocks (see `block_store`) or ``epochs/`` the last epoch of a fine-tuning, ``log.jsonl`` grows by a
+line per block or epoch, ``quantized/`` is the network (see `checkpoint`) and ``results.json`` comes
+last. A directory without it holds an unfinished run, which the same command resumes after the last
 finished block or epoch.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aquant_jax.errors import InputError, ReconstructionError
+from aquant_jax.storage import archive
 from aquant_jax.storage.json_file import differences, jsonable, read_json, write_json
 
 IDENTITY = "run.json"
@@ -25,17 +26,27 @@ LOG = "log.jsonl"
 PLOTS = "plots"
 BLOCKS = "blocks"
 EPOCHS = "epochs"
-PROGRESS = (BLOCKS, EPOCHS)  # what an unfinished run goes on from
+PROGRESS = (BLOCKS, EPOCHS)  # from which an unfinished run resumes
 NETWORK = "quantized"
 EXPORTS = "export"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-RESTARTS = ("config.preset ", "config.recipe.")  # what a restart may change
+RESTARTS = ("config.preset ", "config.recipe.reconstruction.")  # what a restart may change
 
 
-class Run:
-    """Writes into a claimed folder; ``stored`` is the result of a finished run, or None."""
+class RunDirectory:
+    """Writes into a claimed directory.
 
-    def __init__(self, path: Path, stored: dict[str, Any] | None, restarts: Any = None):
+    Attributes:
+        path: of the directory.
+        stored: the results of a finished run, or None.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        stored: dict[str, Any] | None,
+        restarts: dict[str, Any] | None = None,
+    ):
         self.path = path
         self.stored = stored
         self._restarts = restarts
@@ -58,7 +69,7 @@ class Run:
         return self.path / EPOCHS
 
     def begin(self) -> None:
-        """To be called when a restart is accepted: the folder is then that of the new run."""
+        """To be called when a restart is accepted: the directory is then that of the new run."""
         if self._restarts is not None:
             with _writable(self.path):
                 _remove_outputs(self.path)
@@ -82,30 +93,32 @@ class Run:
 
 
 @contextlib.contextmanager
-def claim(path: str | Path, identity: dict[str, Any], restart: bool = False) -> Iterator[Run]:
-    """Takes a folder for the run described by ``identity``.
+def claim(
+    path: str | Path, identity: dict[str, Any], restart: bool = False
+) -> Iterator[RunDirectory]:
+    """Takes a directory for the run described by ``identity``.
 
     Args:
-        path: the folder, made if it is not there.
+        path: the directory, created if necessary.
         identity: JSON-able; two runs are the same if these are equal.
-        restart: from blocks of a run, finished or not, whose config may differ in its preset and
-            recipe; what is there stays until `Run.begin`.
+        restart: from blocks of a run, finished or not, whose config may differ in `RESTARTS`; what
+            is there stays until `RunDirectory.begin`.
 
     Yields:
-        A ``Run``. Finished blocks and epochs stay whatever happens. On an error inside the context
-        with none everything written is removed again; on an interruption it stays, for the same
-        command to go on with, and so does the log of a reconstruction that failed.
+        A ``RunDirectory``. On an error inside the context without any finished block or epoch,
+        everything written is removed again. On an interruption, or if a reconstruction failed, it
+        stays.
 
     Raises:
-        InputError: the folder cannot be written, or holds another run.
+        InputError: the directory cannot be written, holds another run, or one of another version.
     """
     path = Path(path)
-    identity = json.loads(json.dumps(jsonable(identity)))
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    identity = json.loads(json.dumps(jsonable({"layout": archive.LAYOUT, **identity})))
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
     stored = _read_owned(path, identity, restart) if path.exists() else None
     if restart:
         with _writable(path, FULL):
-            yield Run(path, None, identity)
+            yield RunDirectory(path, None, identity)
         return
     if stored is None:
         with _writable(path):
@@ -114,35 +127,30 @@ def claim(path: str | Path, identity: dict[str, Any], restart: bool = False) -> 
             write_json(path / IDENTITY, identity)
     try:
         with _writable(path, FULL):
-            yield Run(path, stored)
+            yield RunDirectory(path, stored)
     except ReconstructionError:
         raise
     except Exception:
         if stored is None and not _has_progress(path):
-            _remove_outputs(path)
-            (path / IDENTITY).unlink(missing_ok=True)
-            for name in PROGRESS:
-                shutil.rmtree(path / name, ignore_errors=True)
-            for folder in made:
-                with contextlib.suppress(OSError):  # a finished cell of a comparison stays
-                    folder.rmdir()
+            _withdraw(path, created)
         raise
 
 
 def finished(path: str | Path) -> dict[str, Any]:
-    """The identity of the finished run in a folder.
+    """The identity of the finished run in a directory.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or one of another version.
     """
     path = Path(path)
     for name in (IDENTITY, RESULTS):
         if not (path / name).is_file():
             raise InputError(f"{path} holds no finished run: there is no {name} in it")
-    return read_json(path / IDENTITY)
+    return _read_identity(path)
 
 
 def _read_owned(path: Path, identity: dict[str, Any], restart: bool) -> dict[str, Any] | None:
+    """The results in a directory, if there are any and they are those of this run."""
     with _writable(path):
         if not os.access(path, os.W_OK) or not path.is_dir():
             raise InputError(f"workdir {path} is not a folder that can be written")
@@ -152,23 +160,43 @@ def _read_owned(path: Path, identity: dict[str, Any], restart: bool) -> dict[str
             if taken:
                 raise InputError(f"workdir {path} holds {', '.join(taken)} of unknown origin")
             return None
-        changed = differences(read_json(path / IDENTITY), identity)
+        changed = differences(_read_identity(path), identity)
         if restart:
             changed = [line for line in changed if not line.startswith(RESTARTS)]
         if changed:
+            may = " (a restart may change recipe.reconstruction only)" if restart else ""
             raise InputError(
                 f"workdir {path} holds another run, which differs in "
-                f"{', '.join(changed)}; choose another --workdir"
+                f"{', '.join(changed)}{may}; choose another --workdir"
             )
         return read_json(path / RESULTS) if RESULTS in names else None
 
 
+def _read_identity(path: Path) -> dict[str, Any]:
+    identity = read_json(path / IDENTITY)
+    layout = identity.get("layout", 1) if isinstance(identity, dict) else None
+    if layout != archive.LAYOUT:
+        raise InputError(f"{path} has {archive.written_by(layout)}; choose another --workdir")
+    return identity
+
+
 def _has_progress(path: Path) -> bool:
-    return any(found for name in PROGRESS for found in (path / name).glob("[0-9]*"))
+    return any(match for name in PROGRESS for match in (path / name).glob("[0-9]*"))
+
+
+def _withdraw(path: Path, created: list[Path]) -> None:
+    """Removes everything that a run wrote, and the folders that were created for it."""
+    _remove_outputs(path)
+    (path / IDENTITY).unlink(missing_ok=True)
+    for name in PROGRESS:
+        shutil.rmtree(path / name, ignore_errors=True)
+    for folder in created:
+        with contextlib.suppress(OSError):  # a finished cell of a sweep stays
+            folder.rmdir()
 
 
 def _remove_outputs(path: Path) -> None:
-    """Removes what a run writes, but its blocks and whose it is: a run without owner is lost."""
+    """Removes the outputs of a run, but neither its blocks nor its identity."""
     for name in (PLOTS, NETWORK, EXPORTS):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (LOG, RESULTS):

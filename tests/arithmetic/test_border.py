@@ -8,6 +8,7 @@ from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.uniform import quantize, to_units
 from aquant_jax.errors import InputError
 from tests.support import numpy_reference as reference
+from tests.support.analytic_border import analytic_border
 from tests.support.nets import normal, rng_of
 
 CUSTOM = "test_sawtooth"
@@ -52,46 +53,50 @@ def moved(coefficients, seed, size=0.05):
 
 
 @pytest.mark.parametrize("phi", sorted(borders.PHIS))
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "each"])
+@pytest.mark.parametrize("shared_across_taps", [True, False], ids=["fused", "each"])
 @pytest.mark.parametrize("name", NAMES)
 class TestContract:
     """What every border function owes to the library."""
 
-    def test_init_is_exactly_one_half(self, name, fused, phi):
+    def test_init_is_exactly_one_half(self, name, shared_across_taps, phi):
         for size in SIZES:
             us, coefficients = columns(0, size**2), start(name, phi, size**2)
             assert {c.shape for c in coefficients.values()} == {(size**2, 4)}
             assert {c.dtype for c in coefficients.values()} == {jnp.dtype("float32")}
-            found = borders.borders(name, phi, fused, wide(coefficients, us), us)
-            assert len(found) == (1 if fused else size**2)
+            found = borders.borders(name, phi, shared_across_taps, wide(coefficients, us), us)
+            assert len(found) == (1 if shared_across_taps else size**2)
             for border in found:
                 np.testing.assert_array_equal(border, np.full(us[0].shape, 0.5, np.float32))
 
-    def test_codes_are_those_of_nearest_at_the_start(self, name, fused, phi):
+    def test_codes_are_those_of_nearest_at_the_start(self, name, shared_across_taps, phi):
         for size in SIZES:
             us = [np.round(4 * u) / 4 for u in columns(1, size**2)]  # many ties
-            found = borders.borders(name, phi, fused, wide(start(name, phi, size**2), us), us)
+            found = borders.borders(
+                name, phi, shared_across_taps, wide(start(name, phi, size**2), us), us
+            )
             for tap, u in enumerate(us):
-                bound = found[0 if fused else tap]
+                bound = found[0 if shared_across_taps else tap]
                 np.testing.assert_array_equal(quantize(u, 2.0, 3, bound), quantize(u, 2.0, 3))
 
-    def test_jit_and_vmap_agree_with_eager(self, name, fused, phi):
+    def test_jit_and_vmap_agree_with_eager(self, name, shared_across_taps, phi):
         us = columns(2, 4)
         coefficients = moved(start(name, phi, 4), 3)
 
         def run(us, coefficients):
-            return jnp.stack(borders.borders(name, phi, fused, wide(coefficients, us), us))
+            return jnp.stack(
+                borders.borders(name, phi, shared_across_taps, wide(coefficients, us), us)
+            )
 
         eager = run(us, coefficients)
         np.testing.assert_allclose(jax.jit(run)(us, coefficients), eager, atol=1e-6)
         mapped = jax.vmap(run, in_axes=(0, None), out_axes=1)(us, coefficients)
         np.testing.assert_allclose(mapped, eager, atol=1e-6)
 
-    def test_gradients_are_finite_and_reach_every_coefficient(self, name, fused, phi):
+    def test_gradients_are_finite_and_reach_every_coefficient(self, name, shared_across_taps, phi):
         us, coefficients = columns(4, 4), moved(start(name, phi, 4), 5)
 
         def total(coefficients, us):
-            found = borders.borders(name, phi, fused, wide(coefficients, us), us)
+            found = borders.borders(name, phi, shared_across_taps, wide(coefficients, us), us)
             return sum(jnp.sum(b * jnp.cos(b)) for b in found)
 
         gradients, inputs = jax.jit(jax.grad(total, argnums=(0, 1)))(coefficients, us)
@@ -101,10 +106,10 @@ class TestContract:
             assert (np.abs(gradient) > 0).all()
 
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-    def test_result_is_float32_in_the_range_of_phi(self, name, fused, phi, dtype):
+    def test_result_is_float32_in_the_range_of_phi(self, name, shared_across_taps, phi, dtype):
         us = [to_units(jnp.asarray(u, dtype), jnp.float32(2.0)) for u in columns(6, 4)]
         coefficients = moved(start(name, phi, 4), 7, size=1.0)
-        for border in borders.borders(name, phi, fused, wide(coefficients, us), us):
+        for border in borders.borders(name, phi, shared_across_taps, wide(coefficients, us), us):
             assert border.dtype == jnp.float32
             assert border.shape == us[0].shape
             if phi != "identity":
@@ -112,17 +117,19 @@ class TestContract:
                 assert border.max() <= 1.0 if phi == "sigmoid" else border.max() < 1.0
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("shared_across_taps", [True, False])
 @pytest.mark.parametrize("phi", ["identity", "clamp", "sigmoid"])
 @pytest.mark.parametrize("name", ["constant", "linear", "quadratic"])
-def test_borders_are_those_of_the_numpy_reference(name, phi, fused):
+def test_borders_are_those_of_the_numpy_reference(name, phi, shared_across_taps):
     us, coefficients = columns(8, 9), moved(start(name, phi, 9), 9)
     expected = reference.column_borders(
-        np.stack(us, axis=-2), jax.tree.map(np.asarray, coefficients), phi, fused
+        np.stack(us, axis=-2), jax.tree.map(np.asarray, coefficients), phi, shared_across_taps
     )
-    found = borders.borders(name, phi, fused, wide(coefficients, us), us)
+    found = borders.borders(name, phi, shared_across_taps, wide(coefficients, us), us)
     for tap in range(9):
-        np.testing.assert_allclose(found[0 if fused else tap], expected[..., tap, :], atol=1e-6)
+        np.testing.assert_allclose(
+            found[0 if shared_across_taps else tap], expected[..., tap, :], atol=1e-6
+        )
 
 
 def test_phi_comes_after_the_mean_of_the_taps():
@@ -132,8 +139,8 @@ def test_phi_comes_after_the_mean_of_the_taps():
     assert border.item() == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_jit_gives_numpys_codes_on_dyadic_inputs(fused):
+@pytest.mark.parametrize("shared_across_taps", [True, False])
+def test_jit_gives_numpys_codes_on_dyadic_inputs(shared_across_taps):
     """All intermediate values are exact in float32, so every order of operations agrees."""
     rng = rng_of(10)
     us = [(rng.integers(-64, 65, (50, 8)) / 8).astype(np.float32) for _ in range(4)]
@@ -141,21 +148,25 @@ def test_jit_gives_numpys_codes_on_dyadic_inputs(fused):
         name: (rng.integers(-8, 9, (4, 8)) / scale).astype(np.float32)
         for name, scale in (("b0", 16), ("b1", 64), ("b2", 512))
     }
-    expected_borders = reference.column_borders(np.stack(us, -2), coefficients, "clamp", fused)
+    expected_borders = reference.column_borders(
+        np.stack(us, -2), coefficients, "clamp", shared_across_taps
+    )
     expected = reference.Live.codes(np.stack(us, -2) - expected_borders, 4, 3)
 
     @jax.jit
     def codes(us, coefficients):
-        found = borders.borders("quadratic", "clamp", fused, wide(coefficients, us), us)
-        found = found * (4 if fused else 1)
+        found = borders.borders(
+            "quadratic", "clamp", shared_across_taps, wide(coefficients, us), us
+        )
+        found = found * (4 if shared_across_taps else 1)
         return [quantize(u, 4.0, 3, b) for u, b in zip(us, found, strict=True)]
 
     np.testing.assert_array_equal(np.stack(codes(us, coefficients), -2), expected)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("shared_across_taps", [True, False])
 @pytest.mark.parametrize("name", ["linear", "quadratic"])
-def test_jit_gives_numpys_codes_on_near_ties(name, fused):
+def test_jit_gives_numpys_codes_on_near_ties(name, shared_across_taps):
     """A contraction of any product with the addition behind it gives other codes here."""
     rng, one = rng_of(11), np.float32
     taps = rng.integers(1, 7, (9, 1, 4096)) + rng.uniform(-0.3, 0.3, 4096)
@@ -168,13 +179,13 @@ def test_jit_gives_numpys_codes_on_near_ties(name, fused):
     coefficients = {"b0": (u - np.round(u)) - learned, **polynomials}
     coefficients = {key: c.astype(one) for key, c in coefficients.items()}
     stacked = np.stack(us, -2)
-    v = stacked - reference.column_borders(stacked, coefficients, "identity", fused)
+    v = stacked - reference.column_borders(stacked, coefficients, "identity", shared_across_taps)
     assert 0.02 < (v > np.round(v)).mean() < 0.98
 
     @jax.jit
     def codes(us, coefficients):
-        found = borders.borders(name, "identity", fused, wide(coefficients, us), us)
-        found = found * (9 if fused else 1)
+        found = borders.borders(name, "identity", shared_across_taps, wide(coefficients, us), us)
+        found = found * (9 if shared_across_taps else 1)
         return jnp.stack([quantize(u, 4.0, 4, b) for u, b in zip(us, found, strict=True)], -2)
 
     np.testing.assert_array_equal(codes(us, coefficients), reference.Live.codes(v, 4, 4))
@@ -213,7 +224,7 @@ def test_unknown_names_are_listed_and_taken_names_refused():
     with pytest.raises(InputError, match=r"unknown phi 'tanh'.*clamp, clamp_ste, identity"):
         borders.get_phi("tanh")
     with pytest.raises(InputError, match=r"'linear' is already registered"):
-        register_border("linear", None, None)
+        register_border("linear", *borders.get("linear"))
 
 
 # Eq. 4 and Eq. 7 on scalars, in units of the steps: the exact product is w x, the quantized one
@@ -228,7 +239,7 @@ def product_error(q, x, weight, weight_error):
 @pytest.mark.parametrize(("weight", "weight_error"), SCALARS)
 def test_eq4_minimises_the_elementwise_error(weight, weight_error):
     x = np.linspace(-8.0, 8.0, 4001)
-    border = borders.analytic_border(x, weight, weight_error)
+    border = analytic_border(x, weight, weight_error)
     error = np.abs(product_error(np.ceil(x - border), x, weight, weight_error))
     for candidate in (np.floor(x), np.ceil(x), np.ceil(x - 0.5)):
         other = np.abs(product_error(candidate, x, weight, weight_error))
@@ -247,7 +258,7 @@ def test_eq4_makes_the_mean_error_zero_over_whole_periods(weight, weight_error):
     period = abs((weight + weight_error) / weight)
     for periods in (1, 3, 10):
         x = 0.123 + periods * period * (np.arange(100000) + 0.5) / 100000
-        border = borders.analytic_border(x, weight, weight_error)
+        border = analytic_border(x, weight, weight_error)
         mean = product_error(np.ceil(x - border), x, weight, weight_error).mean()
         assert abs(mean) < 2e-4
     whole = 10.0 * (np.arange(100000) + 0.5) / 100000
@@ -260,11 +271,11 @@ def test_eq7_minimises_the_error_against_the_noiseless_product(weight, weight_er
     x = np.linspace(-4.0, 4.0, 2001)
     propagated = 0.3 * np.sin(5 * x) + 0.2
     noised = x + propagated
-    border = borders.analytic_border(noised, weight, weight_error, propagated)
+    border = analytic_border(noised, weight, weight_error, propagated)
     error = np.abs(product_error(np.ceil(noised - border), x, weight, weight_error))
     every = [np.abs(product_error(float(q), x, weight, weight_error)) for q in range(-12, 13)]
     np.testing.assert_allclose(error, np.min(every, axis=0), atol=1e-9)
-    eq4 = borders.analytic_border(noised, weight, weight_error)
+    eq4 = analytic_border(noised, weight, weight_error)
     worse = np.abs(product_error(np.ceil(noised - eq4), x, weight, weight_error))
     assert worse.mean() > 1.05 * error.mean()
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from aquant_jax.arithmetic.range_search import POWER, tensor_state, weight_grid
+from aquant_jax.arithmetic.range_search import POWER, search_activation_range, search_weight_range
 from tests.support.nets import normal, rng_of
 
 
@@ -22,7 +22,7 @@ def brute_force(values, bits):
 def test_weight_grid_is_the_brute_force_optimum_of_every_channel(bits):
     weight = normal(rng_of(bits), 5, 40) * np.array([[0.01], [1.0], [30.0], [1.0], [1.0]], "f")
     weight[3], weight[4] = np.abs(weight[3]), -np.abs(weight[4])
-    scale, zero = map(np.asarray, weight_grid(weight, bits))
+    scale, zero = map(np.asarray, search_weight_range(weight, bits))
     for row, s, z in zip(weight.astype(np.float64), scale, zero, strict=True):
         # With 8 bits not every zero point is tried.
         tolerance = 1e-4 if bits < 8 else 0.02
@@ -36,7 +36,7 @@ def test_power_is_that_of_the_reference():
 def test_weight_grid_is_positive_integer_and_in_range():
     weight = normal(rng_of(1), 6, 30)
     weight[0] = 0.0
-    scale, zero = map(np.asarray, weight_grid(weight, 3))
+    scale, zero = map(np.asarray, search_weight_range(weight, 3))
     assert (scale > 0).all()
     assert np.isin(zero, np.arange(8)).all()
     assert scale.dtype == zero.dtype == np.float32
@@ -44,15 +44,15 @@ def test_weight_grid_is_positive_integer_and_in_range():
 
 def test_one_sided_channels_get_the_zero_point_of_their_side():
     positive = np.abs(normal(rng_of(2), 3, 30))
-    assert (np.asarray(weight_grid(positive, 4).zero_point) == 0).all()
-    assert (np.asarray(weight_grid(-positive, 4).zero_point) == 15).all()
+    assert (np.asarray(search_weight_range(positive, 4).zero_point) == 0).all()
+    assert (np.asarray(search_weight_range(-positive, 4).zero_point) == 15).all()
 
 
 def test_weights_on_a_grid_are_kept_exactly():
     rng = rng_of(3)
     codes = np.concatenate([rng.integers(0, 16, (4, 60)), [[0, 15]] * 4], 1)
     weight = (0.5 * (codes - np.array([[0], [4], [8], [15]]))).astype(np.float32)
-    scale, zero = map(np.asarray, weight_grid(weight, 4))
+    scale, zero = map(np.asarray, search_weight_range(weight, 4))
     np.testing.assert_allclose(scale, 0.5, rtol=1e-6)
     np.testing.assert_array_equal(zero, [0, 4, 8, 15])
 
@@ -62,7 +62,7 @@ def test_weights_on_a_grid_are_kept_exactly():
 def test_tensor_state_is_as_good_as_brute_force_on_the_values(bits, sign):
     values = 3.0 * normal(rng_of(bits), 2000)
     values = {"relu": np.maximum(values, 0), "both": values, "negative": -np.abs(values)}[sign]
-    state = tensor_state(values.reshape(20, 10, 10), bits)
+    state = search_activation_range(values.reshape(20, 10, 10), bits)
     found = error(values, float(state.step_size), float(state.zero_point), bits)
     assert found == pytest.approx(brute_force(values, bits), rel=5e-3)
     expected = {"relu": 0, "negative": 2**bits - 1}
@@ -71,12 +71,15 @@ def test_tensor_state_is_as_good_as_brute_force_on_the_values(bits, sign):
 
 def test_tensor_state_ignores_the_shape_and_follows_the_scale():
     values = np.maximum(normal(rng_of(4), 4000), 0)
-    one, two = tensor_state(values, 4), tensor_state(4.0 * values.reshape(40, 100), 4)
+    one, two = (
+        search_activation_range(values, 4),
+        search_activation_range(4.0 * values.reshape(40, 100), 4),
+    )
     assert float(two.step_size) == pytest.approx(4.0 * float(one.step_size), rel=1e-5)
 
 
 def test_a_constant_zero_tensor_has_a_positive_step_size():
-    state = tensor_state(np.zeros((3, 4), np.float32), 2)
+    state = search_activation_range(np.zeros((3, 4), np.float32), 2)
     assert (state.step_size, state.zero_point) == (1.0, 0.0)
-    positive = tensor_state(np.full((3, 4), 2.5, np.float32), 2)
+    positive = search_activation_range(np.full((3, 4), 2.5, np.float32), 2)
     assert float(positive.step_size) > 0

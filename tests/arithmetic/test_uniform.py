@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from aquant_jax.arithmetic import uniform
-from aquant_jax.arithmetic.uniform import TensorState, fake_quantize, quantize, to_units
+from aquant_jax.arithmetic.uniform import ActivationQuantizer, fake_quantize, quantize, to_units
 from tests.support.nets import normal, rng_of
 
 BITS = range(uniform.MIN_BITS, uniform.MAX_BITS + 1)
 
 
 def state(step, zero):
-    return TensorState(jnp.float32(step), jnp.float32(zero))
+    return ActivationQuantizer(jnp.float32(step), jnp.float32(zero))
 
 
 def dyadic(rng, shape, denominator, limit):
@@ -120,7 +120,7 @@ def test_gradients_are_those_of_lsq():
     q, inside = np.clip(raw, 0, 7), (raw >= 0) & (raw <= 7)
 
     def one(step, x):
-        return fake_quantize(x, TensorState(step, grid.zero_point), bits)
+        return fake_quantize(x, ActivationQuantizer(step, grid.zero_point), bits)
 
     dstep, dx = jax.vmap(jax.grad(one, argnums=(0, 1)), in_axes=(None, 0))(grid.step_size, x)
     np.testing.assert_allclose(dstep, np.where(inside, q - 3 - u, q - 3), atol=1e-5)

@@ -20,7 +20,7 @@ def quantized(preset="aquant", steps=2, bits=3):
     apply, variables = small_net()
     steps = 0 if preset == "nearest" else steps
     recipe = getattr(aq.recipes, preset)(bits, bits, steps=steps, batch_size=8)
-    return aq.quantize(apply, variables, X, recipe, progress=False, compiler=COMPILER)
+    return aq.quantize(apply, variables, X, recipe, observer=aq.Observer(), compiler=COMPILER)
 
 
 def test_it_can_be_jitted_and_called_on_any_batch():
@@ -46,7 +46,9 @@ def test_it_is_a_pytree():
 
 def test_the_float_weights_are_not_kept():
     apply, variables = small_net()
-    q = aq.quantize(apply, variables, X, aq.recipes.nearest(3, 3, batch_size=8), progress=False)
+    q = aq.quantize(
+        apply, variables, X, aq.recipes.nearest(3, 3, batch_size=8), observer=aq.Observer()
+    )
     before = q(X)
     for leaf in jax.tree.leaves(variables):
         leaf[...] = np.nan
@@ -83,7 +85,7 @@ def test_summary_tells_what_is_deployed():
     assert (head.kind, head.weight_bits, head.act_bits) == ("dense", 8, 8)
     assert {c.shape for c in head.border.values()} == {(1, 4)}
     assert conv.phi in ("identity", "clamp")
-    assert isinstance(conv.fused, bool)
+    assert isinstance(conv.shared_across_taps, bool)
     assert all(isinstance(entry.codes, np.ndarray) for entry in summary.values())
 
 

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.arithmetic.adaround import hard_codes, nearest_codes
-from aquant_jax.arithmetic.uniform import TensorState
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.graph.trace import trace
-from aquant_jax.layers.fake_quant import LayerSpec, Weights, input_codes, run_layer
+from aquant_jax.layers.fake_quant import LayerInput, LayerSpec, Weights, run_layer
+from tests.support.layer_codes import input_codes
 
 FOLDER = Path(__file__).parent
 # name -> (kernel size, strides, padding, groups, border, phi, fused)
@@ -54,7 +55,7 @@ def inputs(name, seed):
 
 def compute(name, given):
     """Codes of the input columns and of the weights, and the layer's output, under jit."""
-    _, strides, padding, groups, border, phi, fused = CASES[name]
+    _, strides, padding, groups, border, phi, shared_across_taps = CASES[name]
 
     def apply(variables, x):
         return jax.lax.conv_general_dilated(
@@ -63,19 +64,18 @@ def compute(name, given):
         )  # fmt: skip
 
     (op,) = trace(apply, {"kernel": given["kernel"]}, given["x"]).ops
-    spec = LayerSpec("kernel", "conv", 4, "kernel", BITS, border, phi, fused)
-    state = TensorState(jnp.float32(STEP), jnp.float32(ZERO))
+    spec = LayerSpec("kernel", "conv", 4, "kernel", BITS, border, phi, shared_across_taps)
+    state = ActivationQuantizer(jnp.float32(STEP), jnp.float32(ZERO))
     coefficients = {name: given[name] for name in POWERS[border]}
     units, zero = given["kernel"] * np.float32(8.0), given["weight_zero"].reshape(1, 1, 1, 4)
     codes = jax.jit(lambda *args: input_codes(op, spec, *args))
     layer = jax.jit(lambda *args: run_layer(op, spec, *args))
+    weights = Weights(given["kernel"], given["bias"], coefficients)
     return {
         "input_codes": np.asarray(codes(given["x"], state, coefficients)),
         "nearest_codes": np.asarray(nearest_codes(units / 2, zero, 4), np.uint8),
         "hard_codes": np.asarray(hard_codes(units / 2, given["alpha"], zero, 4), np.uint8),
-        "output": np.asarray(
-            layer(given["x"], Weights(given["kernel"], given["bias"], coefficients), state)
-        ),
+        "output": np.asarray(layer(LayerInput(given["x"], state), weights)),
     }
 
 

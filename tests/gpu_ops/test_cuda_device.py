@@ -1,4 +1,4 @@
-"""The CUDA operations on a GPU, where one is at hand, against numpy and the definition."""
+"""The CUDA operations on a GPU, where one is at hand, against numpy and the reference."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,16 @@ import pytest
 
 import aquant_jax as aq
 import gpu_ops
-from aquant_jax.layers import im2col
 from gpu_ops import targets
-from tests.gpu_ops import test_int8
-from tests.layers.test_im2col import CASES, assert_close, cotangent, drop_zero, pulled
+from tests.gpu_ops import test_conv_border_int8 as int8
+from tests.layers.test_im2col import (
+    CASES,
+    assert_close,
+    convolve_by_autodiff,
+    cotangent,
+    drop_zero,
+    pulled,
+)
 from tests.support.img2col_reference import (
     Case,
     assert_same,
@@ -53,42 +59,42 @@ def test_plain_columns_are_numpys_bit_for_bit():
     for seed in range(SWEEP):
         case = random_case(seed)
         x = jnp.asarray(case.operands(seed)[0]).astype(case.dtype)
-        found = gpu_ops.img2col(x, **case.geometry())
+        found = gpu_ops.img2col(x, case.geometry(), case.align)
         assert_same(found, by_group(gather(np.asarray(x), case), case))
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "dropped"])
 @pytest.mark.parametrize("case", BUILT_IN.values(), ids=BUILT_IN.keys())
-def test_value_and_gradients_are_those_of_the_definition(case, masked):
+def test_value_and_gradients_are_those_of_the_reference(case, masked):
     arguments, dy = case.arguments(1, masked), cotangent(case, 2)
     with jax.default_matmul_precision("highest"):
         value, found = pulled(gpu_ops.backend().convolve, case, arguments, dy)
         again = pulled(gpu_ops.backend().convolve, case, arguments, dy)[1]
-        expected_value, expected = pulled(im2col.convolve_reference, case, arguments, dy)
+        expected_value, expected = pulled(convolve_by_autodiff, case, arguments, dy)
     assert_close(value, expected_value, 1e-5)
     trees = (jax.tree.leaves(drop_zero(g)) for g in (found, expected, again))
-    for gradient, definition, second in zip(*trees, strict=True):
-        assert_close(gradient, definition, 1e-5)
+    for gradient, autodiff, second in zip(*trees, strict=True):
+        assert_close(gradient, autodiff, 1e-5)
         np.testing.assert_array_equal(np.asarray(gradient), np.asarray(second))
 
 
-@pytest.mark.parametrize("bits", test_int8.WEIGHT_BITS)
+@pytest.mark.parametrize("bits", int8.WEIGHT_BITS)
 def test_the_int8_convolution_sums_exactly(bits):
     for seed in range(30):
         case = random_case(seed)
-        own, weights = case.operands(seed), test_int8.weights_of(case, bits, seed)
-        expected = test_int8.exact(case, own, weights)
-        np.testing.assert_allclose(test_int8.call(case, own, weights, bits), expected, rtol=3e-7)
+        own, weights = case.operands(seed), int8.weights_of(case, bits, seed)
+        expected = int8.exact(case, own, weights)
+        np.testing.assert_allclose(int8.call(case, own, weights), expected, rtol=3e-7)
 
 
-@pytest.mark.user_model
+@pytest.mark.user_model  # optax promotes
 @pytest.mark.parametrize("preset", ["nearest", "aquant"])
-def test_a_deployed_network_gives_the_outputs_of_the_definition(preset):
+def test_a_deployed_network_gives_the_outputs_of_the_reference(preset):
     apply, variables = residual_net()
     x = images(0, 32)
     with jax.default_matmul_precision("highest"):
         recipe = aq.recipes.preset(preset, batch_size=8, steps=0 if preset == "nearest" else 4)
-        quantized = aq.quantize(apply, variables, x, recipe, progress=False)
+        quantized = aq.quantize(apply, variables, x, recipe, observer=aq.Observer())
         deployed, expected = quantized.with_backend(gpu_ops.backend()), quantized(x)
         np.testing.assert_allclose(deployed(x), expected, atol=1e-4 * np.abs(expected).max())
 
@@ -112,7 +118,7 @@ def call(function):
     return function()
 
 
-def test_the_tuned_convolution_has_the_codes_of_the_definition():
+def test_the_tuned_convolution_has_the_codes_of_the_reference():
     assert_exact_codes(call, range(50))
     differ, codes = count_differing_codes(call, range(50))
     assert codes > 900_000

@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 
 import gpu_ops
-from aquant_jax.arithmetic.uniform import TensorState
-from aquant_jax.layers import im2col
-from aquant_jax.layers.conv_geometry import Window
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.layers.column import Rounding
 from gpu_ops import partition, targets
 from tests.layers.test_im2col import CASES, assert_close
 from tests.support.img2col_reference import (
+    FAST_TO_COMPILE,
     Case,
     assert_same,
     by_group,
     contractible,
     gather,
+    plain,
     random_case,
     reference,
+    together,
 )
 from tests.support.process import REPOSITORY
 from tests.support.tuned_reference import (
@@ -45,7 +47,8 @@ HANDLERS = {
     "img2col_border": "Img2colBorderHandler",
 }
 BUILT_IN = {name: case for name, case in CASES.items() if case.phi != "sigmoid"}
-SWEEP = 60  # of the 200 that the CPU and, in test_cuda_device, a GPU run
+# Of the 200 that the CPU and, in test_cuda_device, a GPU run.
+RANDOM = [random_case(seed) for seed in range(60)]
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +99,10 @@ def twin(compiled, monkeypatch):
 
 
 def test_random_calls_are_numpys_bit_for_bit(twin):
-    for seed in range(SWEEP):
-        case = random_case(seed)
-        operands = case.operands(seed, dyadic=seed % 2 == 0)
-        assert_same(twin(case.run, *operands), reference(*operands, case))
+    operands = [case.operands(seed, seed % 2 == 0) for seed, case in enumerate(RANDOM)]
+    columns = twin(together([case.run for case in RANDOM]), operands)
+    for case, own, found in zip(RANDOM, operands, columns, strict=True):
+        assert_same(found, reference(*own, case))
 
 
 def test_products_are_rounded_before_they_are_added(twin):
@@ -108,13 +111,10 @@ def test_products_are_rounded_before_they_are_added(twin):
 
 
 def test_plain_columns_are_numpys_bit_for_bit(twin):
-    for seed in range(SWEEP):
-        case = random_case(seed)
-        x = jnp.asarray(case.operands(seed)[0]).astype(case.dtype)
-        if seed % 3 == 0:
-            x = (x * 10).astype(jnp.int8)
-        found = twin(lambda x, case=case: gpu_ops.img2col(x, **case.geometry()), x)
-        assert_same(found, by_group(gather(np.asarray(x), case), case))
+    calls, arrays = plain(RANDOM)
+    columns = twin(together(calls), [(x,) for x in arrays])
+    for case, x, found in zip(RANDOM, arrays, columns, strict=True):
+        assert_same(found, by_group(gather(x, case), case))
 
 
 @pytest.mark.parametrize("output", ["int8", "float32"])
@@ -128,31 +128,33 @@ def test_not_a_number_has_code_zero(twin, output):
 
 @pytest.mark.parametrize("size", [0.0, -1.0, np.nan, np.inf])
 def test_a_bad_step_size_gives_code_zero_and_no_number(twin, size):
-    case = Case(border="none")
     for output, expected in (("int8", 0), ("float32", np.nan)):
-        options = case.options() | {"output": output}
-        run = jax.jit(lambda s, o=options: gpu_ops.img2col_border(jnp.ones(case.shape), s, **o))
+        case = Case(border=None, output=output)
+        run = jax.jit(lambda s, case=case: case.run(jnp.ones(case.shape), s, 0.0, {}))
         np.testing.assert_array_equal(np.unique(twin(run, jnp.float32(size))), [expected])
 
 
-def pulled(window, rounding, keep, operands, dy):
+def pulled(geometry, rounding, keep, operands, dy):
     """Columns, and derivatives with respect to x, the step size and the coefficients."""
 
     def run(x, step, coefficients):
-        tensor = TensorState(step, jnp.float32(2.0))
-        return gpu_ops.border_columns(x, keep, tensor, coefficients, window, rounding)
+        quantizer = ActivationQuantizer(step, jnp.float32(2.0))
+        return gpu_ops.border_columns(x, keep, quantizer, coefficients, geometry, rounding)
 
-    value, pull = jax.vjp(run, *operands)
-    return value, pull(dy)
+    def both(*operands):
+        value, pull = jax.vjp(run, *operands)
+        return value, pull(dy)
+
+    return jax.jit(both, compiler_options=FAST_TO_COMPILE)(*operands)
 
 
-def assert_trains_alike(twin, window, rounding, arguments, seed):
-    x, keep, tensor, coefficients = arguments
-    operands = (x, tensor.step_size, coefficients)
-    shape = (window.images, *window.out, int(np.prod(window.kernel)), x.shape[-1])
+def assert_trains_alike(twin, geometry, rounding, arguments, seed):
+    x, keep, quantizer, coefficients = arguments
+    operands = (x, quantizer.step_size, coefficients)
+    shape = (x.shape[0], *geometry.out, geometry.taps, x.shape[-1])
     dy = jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
-    expected, gradients = pulled(window, rounding, keep, operands, dy)
-    value, found = twin(pulled, window, rounding, keep, operands, dy)
+    expected, gradients = pulled(geometry, rounding, keep, operands, dy)
+    value, found = twin(pulled, geometry, rounding, keep, operands, dy)
     np.testing.assert_array_equal(np.asarray(value), np.asarray(expected))
     (dx, dstep, dcoefficients), expected = found, gradients
     for one, other in zip(
@@ -167,9 +169,9 @@ def assert_trains_alike(twin, window, rounding, arguments, seed):
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "dropped"])
 @pytest.mark.parametrize("case", BUILT_IN.values(), ids=BUILT_IN.keys())
 def test_training_is_that_of_the_cpu(twin, case, masked):
-    x, keep, tensor, coefficients, _ = case.arguments(1, masked)
-    arguments = (x, keep, tensor, coefficients)
-    assert_trains_alike(twin, case.window(), case.rounding(), arguments, 2)
+    x, keep, quantizer, coefficients, _ = case.arguments(1, masked)
+    arguments = (x, keep, quantizer, coefficients)
+    assert_trains_alike(twin, case.geometry(), case.rounding(), arguments, 2)
 
 
 def test_training_on_random_shapes_is_that_of_the_cpu(twin):
@@ -178,40 +180,41 @@ def test_training_on_random_shapes_is_that_of_the_cpu(twin):
         case = random_case(seed)._replace(border=rng.choice(["constant", "linear", "quadratic"]))
         spans = [(k - 1) * d + 1 for k, d in zip(case.kernel, case.dilation, strict=True)]
         spatial = tuple(span + int(rng.integers(0, 9)) for span in spans)
-        window = Window(case.shape[0], spatial, case.kernel, case.strides, case.dilation)
-        case = case._replace(shape=(case.shape[0], *spatial, case.shape[3]), dtype="float32")
+        shape = (case.shape[0], *spatial, case.shape[3])
+        case = case._replace(shape=shape, padding=((0, 0), (0, 0)), dtype="float32")
         x, step, _, coefficients = case.operands(seed)
         keep = jnp.asarray(rng.random(x.shape) < 0.6) if seed % 2 else None
-        tensor = TensorState(jnp.float32(step), jnp.float32(2.0))
+        quantizer = ActivationQuantizer(jnp.float32(step), jnp.float32(2.0))
         named = {name: jnp.asarray(c) for name, c in coefficients.items()}
         phi = str(rng.choice(["clamp", "identity", "clamp_ste"]))
-        rounding = im2col.Rounding(case.bits, case.border, phi, case.fused)
-        assert_trains_alike(twin, window, rounding, (jnp.asarray(x), keep, tensor, named), seed)
+        rounding = case.rounding()._replace(phi=phi)
+        arguments = (jnp.asarray(x), keep, quantizer, named)
+        assert_trains_alike(twin, case.geometry(), rounding, arguments, seed)
 
 
 def test_many_pixels_are_summed_in_several_chunks(twin):
     case = Case((8, 40, 40, 3), border="quadratic", padding=((0, 0), (0, 0)))
-    window = Window(8, (40, 40), (3, 3), (1, 1), (1, 1))
     x, step, _, coefficients = case.operands(5)
-    tensor = TensorState(jnp.float32(step), jnp.float32(2.0))
+    quantizer = ActivationQuantizer(jnp.float32(step), jnp.float32(2.0))
     named = {name: jnp.asarray(c) for name, c in coefficients.items()}
-    for fused in (True, False):
-        rounding = im2col.Rounding(4, "quadratic", "clamp", fused)
-        assert_trains_alike(twin, window, rounding, (jnp.asarray(x), None, tensor, named), 1)
+    arguments = (jnp.asarray(x), None, quantizer, named)
+    for shared_across_taps in (True, False):
+        rounding = Rounding(4, "quadratic", "clamp", shared_across_taps)
+        assert_trains_alike(twin, case.geometry(), rounding, arguments, 1)
 
 
 def test_training_on_no_images_has_no_slope(twin):
-    window = Window(0, (6, 6), (3, 3), (1, 1), (1, 1))
-    rounding = im2col.Rounding(4, "linear", "clamp", True)
+    geometry = Case(padding=((0, 0), (0, 0)))._replace(shape=(0, 6, 6, 4)).geometry()
+    rounding = Rounding(4, "linear", "clamp", True)
     named = {name: jnp.ones((9, 4)) for name in ("b0", "b1")}
     operands = (jnp.zeros((0, 6, 6, 4)), jnp.float32(0.3), named)
-    value, found = twin(pulled, window, rounding, None, operands, jnp.zeros((0, 4, 4, 9, 4)))
+    value, found = twin(pulled, geometry, rounding, None, operands, jnp.zeros((0, 4, 4, 9, 4)))
     assert value.shape == (0, 4, 4, 9, 4)
     assert all(not np.any(gradient) for gradient in jax.tree.leaves(found))
 
 
 class TestTunedConvolution:
-    def test_codes_are_the_definitions_where_arithmetic_is_exact(self, twin):
+    def test_codes_are_the_references_where_arithmetic_is_exact(self, twin):
         assert_exact_codes(twin, range(12))
 
     def test_elsewhere_few_codes_differ_and_by_one(self, twin):

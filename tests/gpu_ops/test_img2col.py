@@ -6,33 +6,42 @@ import numpy as np
 import pytest
 
 import gpu_ops
-from aquant_jax.arithmetic.uniform import TensorState
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.layers import im2col
-from aquant_jax.layers.conv_geometry import Window
 from tests.support.img2col_reference import (
     Case,
     assert_same,
     by_group,
     contractible,
     gather,
+    plain,
     random_case,
     reference,
+    together,
 )
 from tests.support.process import run_python
 
-SWEEP = 200
+SWEEP, TOGETHER = 200, 50
 CASES = [random_case(seed) for seed in range(SWEEP)]
 
 
+PROGRAMS = {
+    first: together([case.run for case in CASES[first : first + TOGETHER]])
+    for first in range(0, SWEEP, TOGETHER)
+}
+
+
 @pytest.mark.parametrize("dyadic", [True, False], ids=["dyadic", "random"])
-def test_two_hundred_random_calls_are_numpys_bit_for_bit(dyadic):
-    for seed, case in enumerate(CASES):
-        operands = case.operands(seed, dyadic)
-        assert_same(case.run(*operands), reference(*operands, case))
+@pytest.mark.parametrize("first", PROGRAMS)
+def test_two_hundred_random_calls_are_numpys_bit_for_bit(first, dyadic):
+    cases = CASES[first : first + TOGETHER]
+    operands = [case.operands(first + i, dyadic) for i, case in enumerate(cases)]
+    for own, case, found in zip(operands, cases, PROGRAMS[first](operands), strict=True):
+        assert_same(found, reference(*own, case))
 
 
 def test_the_random_calls_cover_what_there_is():
-    seen = {(case.border, case.phi, case.fused, case.output) for case in CASES}
+    seen = {(case.border, case.phi, case.shared_across_taps, case.output) for case in CASES}
     assert len(seen) > 25
     assert {case.bits for case in CASES} == set(range(2, 9))
     assert any(case.groups == case.shape[-1] > 1 for case in CASES)
@@ -44,23 +53,20 @@ def test_products_are_rounded_before_they_are_added():
 
 
 def test_plain_columns_are_numpys_bit_for_bit():
-    for seed, case in enumerate(CASES[:60]):
-        x = jnp.asarray(case.operands(seed)[0]).astype(case.dtype)
-        if seed % 3 == 0:
-            x = (x * 10).astype(jnp.int8)
-        found = gpu_ops.img2col(x, **case.geometry())
-        assert_same(found, by_group(gather(np.asarray(x), case), case))
+    calls, arrays = plain(CASES[:60])
+    columns = together(calls)([(x,) for x in arrays])
+    for case, x, found in zip(CASES, arrays, columns, strict=False):
+        assert_same(found, by_group(gather(x, case), case))
 
 
 @pytest.mark.parametrize("border", ["constant", "linear", "quadratic"])
 def test_the_codes_are_those_of_the_library(border):
     case = Case(border=border, padding=((0, 0), (0, 0)), strides=(2, 1))
     x, step, zero, coefficients = case.operands(1, dyadic=True)
-    window = Window(2, (6, 5), (3, 3), (2, 1), (1, 1))
-    tensor = TensorState(jnp.float32(step), jnp.float32(zero))
+    quantizer = ActivationQuantizer(jnp.float32(step), jnp.float32(zero))
     named = {name: jnp.asarray(c) for name, c in coefficients.items()}
-    how = im2col.Rounding(case.bits, border, case.phi, case.fused)
-    expected = np.stack(im2col.column_codes(jnp.asarray(x), tensor, named, window, how), 3)
+    codes = im2col.column_codes(x, quantizer, named, case.geometry(), case.rounding())
+    expected = np.stack(codes, 3)
     assert_same(case.run(x, step, zero, coefficients), by_group(expected.astype(np.int8), case))
 
 
@@ -70,12 +76,17 @@ def test_a_large_image_is_cut_into_blocks_that_fit_together():
     assert_same(case.run(*operands), reference(*operands, case))
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("shared_across_taps", [True, False])
 @pytest.mark.parametrize("phi", ["clamp", "identity"])
 @pytest.mark.parametrize(("output", "bits"), [("int8", 4), ("int8", 8), ("float32", 4)])
 @pytest.mark.parametrize("channels", [4, 20])
-def test_not_a_number_has_code_zero_and_infinity_the_last_one(fused, phi, output, bits, channels):
-    case = Case((2, 6, 5, channels), fused=fused, phi=phi, output=output, bits=bits)
+def test_not_a_number_has_code_zero_and_infinity_the_last_one(
+    shared_across_taps, phi, output, bits, channels
+):
+    case = Case(
+        (2, 6, 5, channels), bits=bits, phi=phi, shared_across_taps=shared_across_taps,
+        output=output,
+    )  # fmt: skip
     x, step, zero, coefficients = case.operands(3)
     x[0, 2, 2, 1], x[1, 3, 3, 0], x[1, 0, 0, 2] = np.nan, np.inf, -np.inf
     found = case.run(x, step, zero, coefficients)
@@ -85,7 +96,9 @@ def test_not_a_number_has_code_zero_and_infinity_the_last_one(fused, phi, output
 
 
 def test_subnormal_numbers_count_as_zero():
-    case = Case(border="constant", phi="identity", fused=False, padding=((0, 0), (0, 0)))
+    case = Case(
+        border="constant", phi="identity", shared_across_taps=False, padding=((0, 0), (0, 0))
+    )
     x, _, _, coefficients = case.operands(4)
     x[:] = np.float32(1e-40)
     coefficients["b0"][:] = np.float32(0)
@@ -118,13 +131,12 @@ def test_same_padding_is_that_of_lax():
 def test_no_images_give_no_columns():
     case = Case((0, 6, 5, 4))
     assert case.run(*case.operands()).shape == (0, 6, 5, 1, 36)
-    assert gpu_ops.img2col(jnp.zeros((0, 6, 5, 4)), **case.geometry()).shape == (0, 6, 5, 1, 36)
+    assert gpu_ops.img2col(jnp.zeros((0, 6, 5, 4)), case.geometry()).shape == (0, 6, 5, 1, 36)
 
 
 def mapped(case, axes, *operands):
     x, step, zero, coefficients = (jax.tree.map(jnp.asarray, o) for o in operands)
-    run = jax.vmap(lambda *o: gpu_ops.img2col_border(*o, **case.options()), axes)
-    return run(x, step, jnp.float32(zero), coefficients)
+    return jax.vmap(case.run, axes)(x, step, jnp.float32(zero), coefficients)
 
 
 def test_a_mapped_axis_of_x_is_folded_into_the_images():
@@ -159,42 +171,6 @@ def test_a_map_of_a_map_is_one_call():
     expected = [reference(x, step, zero, coefficients, case) for x in xs.reshape(-1, *x.shape)]
     assert_same(run(xs), np.stack(expected).reshape(2, 2, *expected[0].shape))
     assert jax.jit(run).lower(xs).as_text().count("@gpu_ops_img2col_border") == 1
-
-
-PARTITIONED = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-import gpu_ops
-mesh = Mesh(np.array(jax.devices()), ("batch",))
-x = jax.random.normal(jax.random.key(0), (4, 6, 6, 8))
-c = {"b0": jnp.full((9, 8), 0.4), "b1": jnp.full((9, 8), 0.1)}
-def f(x, s, c):
-    return gpu_ops.img2col_border(x, s, 1.0, c, kernel=(3, 3), padding="SAME", bits=4,
-                                  border="linear", phi="clamp")
-def g(x):
-    return gpu_ops.img2col(x, kernel=(3, 3), padding="SAME")
-assert len(jax.devices()) == 2
-whole = f(x, jnp.float32(0.3), c), g(x)
-split = jax.device_put(x, NamedSharding(mesh, P("batch")))
-everywhere = NamedSharding(mesh, P())
-s = jax.device_put(jnp.float32(0.3), everywhere)
-for run, operands, expected in ((f, (split, s, jax.device_put(c, everywhere)), whole[0]),
-                                (g, (split,), whole[1])):
-    text = jax.jit(run).lower(*operands).compile().as_text()
-    assert "all-gather" not in text, text
-    assert [l for l in text.splitlines() if "[2,6,6,1,72]" in l and "custom-call" in l], text
-    for found in (jax.jit(run)(*operands), run(*operands)):
-        assert found.sharding.spec[0] == "batch", found.sharding
-        assert (np.asarray(found) == np.asarray(expected)).all()
-channels = jax.device_put(x, NamedSharding(mesh, P(None, None, None, "batch")))
-assert (np.asarray(jax.jit(g)(channels)) == np.asarray(whole[1])).all()
-print("partitioned")
-"""
-
-
-def test_images_on_two_devices_stay_where_they_are():
-    done = run_python(PARTITIONED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
-    assert done.stdout == "partitioned\n", done.stderr[-3000:]
 
 
 def test_an_exported_program_runs_and_without_us_says_what_is_missing(tmp_path):

@@ -9,6 +9,9 @@ import pytest
 
 import gpu_ops
 from aquant_jax.arithmetic import border as borders
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.layers.conv_geometry import ConvGeometry
+from gpu_ops import targets
 from tests.support.img2col_reference import Case
 
 
@@ -21,7 +24,7 @@ from tests.support.img2col_reference import Case
         ({"b1": None}, "'b1' has shape None, not (9, 4)"),
         ({"b3": np.zeros((9, 4), np.float32)}, "'b3' is none of border 'quadratic'"),
         ({"b2": np.zeros((9, 4), np.float16)}, "'b2' is float16, not float32"),
-        ({"border": "none"}, "'b0' is none of border 'none': []"),
+        ({"border": None}, "'b0' is none of border None: []"),
         ({"border": "mine"}, "border 'mine' has no custom call"),
         ({"phi": "sigmoid"}, "phi is 'sigmoid', not 'identity' or 'clamp'"),
         ({"output": "uint8"}, "output is 'uint8', not one of ['int8', 'float32']"),
@@ -57,56 +60,114 @@ from tests.support.img2col_reference import Case
 def test_what_does_not_fit_is_named(change, words):
     x, step, zero, coefficients = Case().operands()
     known = {"x": x, "step": step, "zero": zero, **coefficients} | change
-    options = Case().options() | {k: v for k, v in change.items() if k in Case._fields}
+    case = Case(**{k: v for k, v in change.items() if k in Case._fields})
     named = {k: jnp.asarray(v) for k, v in known.items() if k[0] == "b" and k[1:].isdigit()
              and v is not None}  # fmt: skip
     with pytest.raises(ValueError, match=re.escape(words)):
         gpu_ops.img2col_border(
-            jnp.asarray(known["x"]), known["step"], known["zero"], named, **options
-        )
+            jnp.asarray(known["x"]), ActivationQuantizer(known["step"], known["zero"]), named,
+            case.rounding(), case.geometry(), output=case.output, align=case.align,
+        )  # fmt: skip
+
+
+def geometry_of(**changes):
+    return Case().geometry()._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "words"),
+    [
+        (geometry_of(spatial=(5, 6)), "x has shape (2, 6, 5, 4), the geometry one or two spatial "
+                                      "axes of sizes (5, 6)"),
+        (ConvGeometry((6,), (3,), (1,), (1,), ((1, 1),)), "axes of sizes (6,)"),
+        (geometry_of(kernel=(9, 3)), "a window of (9, 3) is larger than the padded input, (8, 7)"),
+        (geometry_of(kernel=(3,)), "kernel is (3,), not two positive integers"),
+        (geometry_of(strides=(0, 1)), "strides is (0, 1), not two positive integers"),
+        (geometry_of(dilation=(True, 1)), "dilation is (True, 1), not two positive integers"),
+        (geometry_of(padding="SAME"), "padding is SAME, not two pairs of non-negative integers"),
+        (geometry_of(padding=((0, -1), (1, 1))), "padding is ((0, -1), (1, 1)), not two pairs"),
+        (geometry_of(groups=3), "groups is 3, which does not divide the 4 channels of x"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_geometry_made_by_hand_is_checked_too(geometry, words):
+    x, quantizer = jnp.zeros(Case().shape), ActivationQuantizer(jnp.float32(1), jnp.float32(0))
+    for call in (
+        lambda: gpu_ops.img2col(x, geometry),
+        lambda: gpu_ops.img2col_border(x, quantizer, {}, Case(border=None).rounding(), geometry),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            call()
+
+
+def test_lists_and_numpys_integers_are_sizes():
+    case = Case()
+    geometry = gpu_ops.conv_geometry(
+        list(case.shape), [np.int64(3), 3], strides=[1, 1], padding=[[1, 1], [1, 1]]
+    )
+    assert geometry == case.geometry()
+    unhashable = geometry._replace(kernel=[3, 3], padding=[[1, 1], [1, 1]])
+    x = jnp.asarray(case.operands()[0])
+    np.testing.assert_array_equal(gpu_ops.img2col(x, unhashable), gpu_ops.img2col(x, geometry))
+
+
+def test_the_geometry_is_one_of_four_axes():
+    with pytest.raises(ValueError, match=re.escape("x has shape (2, 6, 4), not four axes")):
+        gpu_ops.conv_geometry((2, 6, 4), (3,), padding="SAME")
 
 
 def test_a_border_that_a_user_registered_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(borders, "BORDERS", dict(borders.BORDERS))
     borders.register("mine", *borders.get("constant")[:2])
-    x, options = jnp.zeros(Case().shape), Case(border="mine").options()
-    with pytest.raises(ValueError, match=r"border 'mine' has no custom call.*the jnp path serves"):
-        gpu_ops.img2col_border(x, 1.0, **options)
+    case = Case(border="mine")
+    words = r"border 'mine' has no custom call.*ReferenceBackend serves it"
+    with pytest.raises(ValueError, match=words):
+        case.run(jnp.zeros(case.shape), 1.0, 0.0, {})
 
 
 def test_too_many_elements_for_the_index_are_refused():
     x = jax.ShapeDtypeStruct((1, 20000, 20000, 1), jnp.float32)
+    geometry = gpu_ops.conv_geometry(x.shape, (3, 3), padding="SAME")
     with pytest.raises(ValueError, match="columns have 3600000000 elements; at most 2147483647"):
-        jax.eval_shape(lambda x: gpu_ops.img2col(x, kernel=(3, 3), padding="SAME"), x)
+        jax.eval_shape(lambda x: gpu_ops.img2col(x, geometry), x)
 
 
 @pytest.mark.parametrize("size", [0.0, -1.0, np.nan, np.inf])
 def test_a_step_size_that_is_known_only_when_run_is_an_error_then(size):
-    case = Case(border="none")
-    x = jnp.zeros(case.shape)
-    run = jax.jit(lambda s: gpu_ops.img2col_border(x, s, **case.options()))
+    case = Case(border=None)
+    run = jax.jit(lambda s: case.run(jnp.zeros(case.shape), s, 0.0, {}))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"the step size is .*not positive"):
         run(jnp.float32(size)).block_until_ready()
 
 
-def raw_call(name="gpu_ops_img2col_border", result=(2, 6, 5, 1, 36), out="int8", x="float32",
-             scalar=(), coefficients=(3, 9, 4), shape=(2, 6, 5, 4), **changed):  # fmt: skip
-    """The custom call without what Python checks."""
-    attributes = {
-        "kernel": (3, 3), "stride": (1, 1), "dilation": (1, 1), "padding": (1, 1, 1, 1),
-        "groups": 1, "bits": 4, "fused": True, "phi": 0,
-    } | changed  # fmt: skip
+ATTRIBUTES = {
+    "kernel": (3, 3), "stride": (1, 1), "dilation": (1, 1), "padding": (1, 1, 1, 1), "groups": 1,
+    "bits": 4, "shared_across_taps": True, "phi": 0,
+}  # fmt: skip
+ARRAYS = {
+    "result": (2, 6, 5, 1, 36), "out": "int8", "x": "float32", "shape": (2, 6, 5, 4), "scalar": (),
+    "coefficients": (3, 9, 4),
+}  # fmt: skip
+OF_THE_ROUNDING = ("bits", "shared_across_taps", "phi")
+
+
+def raw_call(name="gpu_ops_img2col_border", **changed):
+    """The custom call without Python's checks; `changed`: attributes, shapes and dtypes."""
+    attributes = ATTRIBUTES | {k: v for k, v in changed.items() if k in ATTRIBUTES}
+    arrays = ARRAYS | {k: v for k, v in changed.items() if k in ARRAYS}
+    assert changed.keys() <= attributes.keys() | arrays.keys()
     if name == "gpu_ops_img2col":
-        attributes = {k: v for k, v in attributes.items() if k not in ("bits", "fused", "phi")}
-    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(result, out))
+        attributes = {k: v for k, v in attributes.items() if k not in OF_THE_ROUNDING}
+    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(arrays["result"], arrays["out"]))
     converted = {
         k: np.bool_(v) if isinstance(v, bool) else np.asarray(v, np.int64)[()]
         for k, v in attributes.items()
         if v is not None
     }
-    operands = [jnp.zeros(shape, x)]
+    operands = [jnp.zeros(arrays["shape"], arrays["x"])]
     if name != "gpu_ops_img2col":
-        operands += [jnp.full(scalar, 1.0), jnp.zeros(scalar), jnp.zeros(coefficients)]
+        scalar = arrays["scalar"]
+        operands += [jnp.full(scalar, 1.0), jnp.zeros(scalar), jnp.zeros(arrays["coefficients"])]
     return jax.jit(lambda *o: call(*o, **converted))(*operands).block_until_ready()
 
 
@@ -159,7 +220,7 @@ def test_the_handler_checks_again_and_never_crashes(changed, words):
     ],
 )
 def test_an_operation_that_cuda_lacks_says_why(name, words):
-    handler = gpu_ops.targets._cpu.missing()[name]
+    handler = targets.MISSING[name]
     jax.ffi.register_ffi_target(f"{name}_missing", handler, platform="cpu")
     with pytest.raises(jax.errors.JaxRuntimeError, match=words):
         raw_call(f"{name}_missing")

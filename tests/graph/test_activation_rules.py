@@ -11,9 +11,9 @@ from flax import nnx
 
 import aquant_jax as aq
 from aquant_jax.errors import InputError
-from aquant_jax.graph.activation_rules import RULES, find_sites
+from aquant_jax.graph.activation_rules import RULES, match_rules
 from aquant_jax.graph.ir import sample_first
-from aquant_jax.graph.subgraph import root
+from aquant_jax.graph.subgraph import source_tensor
 from aquant_jax.graph.trace import trace
 from aquant_jax.models.bert import Bert, BertConfig
 from tests.support.nets import images, normal, residual_net, rng_of, run_folded
@@ -49,7 +49,7 @@ def recipe(**fields):
 
 
 def keys(apply, variables, x, rules):
-    return [site.key for site in find_sites(trace(apply, variables, x), rules)]
+    return [site.key for site in match_rules(trace(apply, variables, x), rules)]
 
 
 def short(names):
@@ -98,8 +98,10 @@ class TestBert:
     def test_they_are_rounded_to_few_values(self):
         apply, variables = bert()
         x = tokens()
-        quantized = aq.quantize(apply, variables, x, recipe().replace(act_bits=2), progress=False)
-        state = quantized.tensors["params/encoder/layer_1/down/kernel:norm"]
+        quantized = aq.quantize(
+            apply, variables, x, recipe().replace(act_bits=2), observer=aq.Observer()
+        )
+        state = quantized.activations["params/encoder/layer_1/down/kernel:norm"]
         # One token a sample: the embedding is the last normalised tensor itself.
         alone = {**x, "mask": (np.arange(LENGTH) < 1).astype(np.int32)[None].repeat(16, 0)}
         codes = np.asarray(quantized(alone)) / state.step_size + state.zero_point
@@ -109,7 +111,7 @@ class TestBert:
     def test_any_batch_and_length_run_with_the_same_tensors(self):
         apply, variables = bert()
         x = tokens()
-        quantized = aq.quantize(apply, variables, x, recipe(), progress=False)
+        quantized = aq.quantize(apply, variables, x, recipe(), observer=aq.Observer())
         whole = np.asarray(quantized(x))
         part = np.asarray(quantized({name: leaf[:3] for name, leaf in x.items()}))
         np.testing.assert_allclose(part, whole[:3], atol=1e-5)
@@ -126,15 +128,15 @@ class TestBert:
 
         assert layers() == [6, 6]
         assert layers(blocks=halves) == [4, 2, 4, 2]
-        assert layers(unit="layer") == [1] * 12
+        assert layers(granularity="layer") == [1] * 12
 
     def test_a_block_ends_behind_its_normalisation(self):
         apply, variables = bert()
         x = tokens(samples=8)
         net = aq.prepare(apply, variables, x, recipe())
         params = variables["params"]["encoder"]
-        unit = net.graph._replace(outputs=net.blocks[0].end)
-        found = run_folded(net._replace(graph=unit._replace(tree=jax.tree.structure(0))), x)
+        program = net.graph._replace(outputs=net.blocks[0].end)
+        found = run_folded(net._replace(graph=program._replace(tree=jax.tree.structure(0))), x)
         scaled = (np.asarray(found) - params["layer_0"]["norm"]["bias"]) / params["layer_0"][
             "norm"
         ]["scale"]
@@ -186,11 +188,11 @@ def test_an_activation_function_ends_where_its_last_op_does(name):
     variables = {"kernel": normal(rng_of(0), 4, 4)}
     x = normal(rng_of(1), 3, 4)
     graph = trace(lambda v, x: function(x @ v["kernel"]).T, variables, x)
-    (site,) = find_sites(graph, ("activation",))
+    (site,) = match_rules(graph, ("activation",))
     wanted = function(x @ variables["kernel"])
     net = trace(lambda v, x: function(x @ v["kernel"]), variables, x)
     assert graph.avals[site.value].shape == wanted.shape
-    assert site.value == root(net.producers(), net.outputs[0])
+    assert site.value == source_tensor(net.producers(), net.outputs[0])
 
 
 NORMS = {
@@ -213,9 +215,13 @@ def test_a_normalisation_ends_behind_its_offset(name):
         return norm.apply(variables["norm"], x @ variables["kernel"])
 
     graph = trace(apply, variables, x)
-    (site,) = find_sites(graph, ("norm",))
+    (site,) = match_rules(graph, ("norm",))
     assert graph.avals[site.value].shape in ((3, 5, 4), (3, 5, 2, 2))
-    last = [op for op in graph.ops if op.name in ("add", "mul") and op.outputs[0] in graph.live][-1]
+    last = [
+        op
+        for op in graph.ops
+        if op.name in ("add", "mul") and op.outputs[0] in graph.weight_dependent
+    ][-1]
     assert site.value in last.outputs
 
 
@@ -296,7 +302,7 @@ def test_samples_are_known_where_the_sites_are():
     apply, variables = residual_net()
     graph, more = (trace(apply, variables, images(0, n)) for n in (2, 3))
     sampled = sample_first(graph, more, 2)
-    assert all(site.value in sampled for site in find_sites(graph, ALL))
+    assert all(site.value in sampled for site in match_rules(graph, ALL))
 
 
 def linen_attention():

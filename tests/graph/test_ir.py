@@ -42,11 +42,11 @@ def test_a_weighted_op_reads_its_activation_only():
             assert op.layer.weight not in op.reads
 
 
-def test_live_is_what_depends_on_input_and_weight():
+def test_weight_dependent_values_depend_on_input_and_weight():
     g = graph()
     static = {out for op in g.ops for out in op.outputs} - g.dynamic
-    assert g.live <= g.dynamic
-    assert not g.live & set(g.inputs)
+    assert g.weight_dependent <= g.dynamic
+    assert not g.weight_dependent & set(g.inputs)
     assert not g.dynamic & set(g.variables)
     assert static  # the batch norm's rsqrt(var + eps)
-    assert set(g.outputs) <= g.live
+    assert set(g.outputs) <= g.weight_dependent

@@ -6,7 +6,7 @@ from jax import lax
 
 import aquant_jax as aq
 from aquant_jax.errors import InputError
-from aquant_jax.plan.block_program import make_unit
+from aquant_jax.plan.block_program import make_block_program
 from tests.support.nets import conv, images, mlp, normal, relative_error, residual_net, rng_of
 
 X = images(0, 8)
@@ -22,8 +22,8 @@ def layers(net):
 
 def unit_layers(net):
     """The layers that the unit of every block really runs."""
-    units = [make_unit(net.graph, net.plan, b.start, b.targets) for b in net.blocks]
-    return [tuple(spec.path for spec in unit.specs) for unit in units]
+    units = [make_block_program(net.graph, net.plan, b.start, b.targets) for b in net.blocks]
+    return [tuple(spec.path for spec in granularity.specs) for granularity in units]
 
 
 def test_residual_network_splits_into_stem_blocks_and_head():
@@ -64,7 +64,7 @@ def test_cut_comes_after_the_activation_and_before_pooling():
 
 
 def test_layer_units_are_single_layers():
-    net = prepare(*residual_net(), unit="layer")
+    net = prepare(*residual_net(), granularity="layer")
     assert all(len(block.layers) == 1 for block in net.blocks)
     assert len(net.blocks) == 4
     assert layers(net) == unit_layers(net)
@@ -104,7 +104,7 @@ def test_padding_with_a_value_of_its_own_makes_a_new_tensor():
 
     variables = {"a": normal(rng_of(0), 3, 3, 3, 4), "b": normal(rng_of(1), 3, 3, 4, 4)}
     recipe = aq.recipes.nearest(8, 8, batch_size=8)
-    quantized = aq.quantize(apply, variables, X, recipe, progress=False)
+    quantized = aq.quantize(apply, variables, X, recipe, observer=aq.Observer())
     assert relative_error(quantized(X), apply(variables, X)) < 0.02
 
 
@@ -143,7 +143,7 @@ def test_a_network_that_never_cuts_is_one_block():
     assert layers(prepare(apply, variables)) == [("a",), ("b", "c")]
 
 
-def test_masks_do_not_count_as_live():
+def test_masks_do_not_count_as_weight_dependent():
     """Only what depends on a weight does."""
 
     def apply(v, x):
@@ -154,8 +154,8 @@ def test_masks_do_not_count_as_live():
     variables = {"a": normal(rng_of(0), 3, 3, 3, 4), "b": normal(rng_of(1), 3, 3, 4, 4)}
     net = prepare(apply, variables)
     assert layers(net) == [("a",), ("b",)]
-    unit = make_unit(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
-    assert unit.program.side == net.graph.inputs
+    program = make_block_program(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
+    assert program.subgraph.model_inputs == net.graph.inputs
 
 
 class TestOverride:
@@ -205,20 +205,20 @@ class TestSeveralOutputs:
         y = jax.nn.relu(conv(h, v["a"]) + h)
         return aux, jnp.mean(y, (1, 2)) @ v["head"]
 
-    @pytest.mark.parametrize("unit", ["block", "layer"])
+    @pytest.mark.parametrize("granularity", ["block", "layer"])
     @pytest.mark.parametrize("name", ["features", "auxiliary"])
-    def test_every_layer_is_in_one_block(self, name, unit):
-        net = prepare(getattr(self, name), EARLY, unit=unit)
+    def test_every_layer_is_in_one_block(self, name, granularity):
+        net = prepare(getattr(self, name), EARLY, granularity=granularity)
         assert unit_layers(net) == layers(net)
         every = [path for block in layers(net) for path in block]
         assert sorted(every) == sorted(layer.path for layer in net.graph.layers)
 
-    @pytest.mark.parametrize("unit", ["block", "layer"])
+    @pytest.mark.parametrize("granularity", ["block", "layer"])
     @pytest.mark.parametrize("name", ["features", "auxiliary"])
-    def test_it_is_quantized(self, name, unit):
+    def test_it_is_quantized(self, name, granularity):
         apply = getattr(self, name)
-        recipe = aq.recipes.nearest(8, 8, batch_size=8, unit=unit)
-        quantized = aq.quantize(apply, EARLY, X, recipe, progress=False)
+        recipe = aq.recipes.nearest(8, 8, batch_size=8, granularity=granularity)
+        quantized = aq.quantize(apply, EARLY, X, recipe, observer=aq.Observer())
         for found, expected in zip(
             jax.tree.leaves(quantized(X)), jax.tree.leaves(apply(EARLY, X)), strict=True
         ):
@@ -231,7 +231,7 @@ def test_outputs_that_no_weight_touches_are_handed_through():
 
     variables = {"w": normal(rng_of(0), 3, 3, 3, 4)}
     recipe = aq.recipes.nearest(8, 8, batch_size=8)
-    found = aq.quantize(apply, variables, X, recipe, progress=False)(X)
+    found = aq.quantize(apply, variables, X, recipe, observer=aq.Observer())(X)
     np.testing.assert_array_equal(found[1], X)
     assert found[2] == 3.0
     np.testing.assert_array_equal(found[3], variables["w"])
@@ -266,11 +266,11 @@ def test_a_layer_is_reconstructed_with_the_sum_and_the_normalisation_behind_it()
 
     rng = rng_of(0)
     variables = {name: normal(rng, 3, 3) for name in ("a", "b", "c", "head")}
-    net = prepare(apply, variables, normal(rng, 8, 5, 3), unit="layer")
+    net = prepare(apply, variables, normal(rng, 8, 5, 3), granularity="layer")
     assert layers(net) == unit_layers(net) == [("a",), ("b",), ("c",), ("head",)]
     inside = []
     for block in net.blocks:
         assert block.targets
-        ops = make_unit(net.graph, net.plan, block.start, block.targets).program.ops
+        ops = make_block_program(net.graph, net.plan, block.start, block.targets).subgraph.ops
         inside.append({op.name for op in ops} & {"rsqrt", "tanh", "add"})
     assert inside == [{"rsqrt", "add"}, {"tanh"}, {"rsqrt", "add"}, set()]

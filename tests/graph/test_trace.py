@@ -8,7 +8,7 @@ from jax import lax
 
 import aquant_jax as aq
 from aquant_jax.errors import InputError
-from aquant_jax.graph.subgraph import cut, run, static_inputs
+from aquant_jax.graph.subgraph import BlockInputs, constant_inputs, extract_subgraph, run
 from aquant_jax.graph.trace import trace
 from tests.support.nets import conv, images, mlp, normal, relative_error, residual_net, rng_of
 
@@ -26,11 +26,11 @@ def paths(apply, variables, x=X):
 def replay(apply, variables, x):
     """The outputs of the flat graph, its weighted ops run as they were traced."""
     graph = trace(apply, variables, x)
-    program = cut(graph, (), graph.outputs)
+    program = extract_subgraph(graph, (), graph.outputs)
     weights = [op.layer.weight for op in program.weighted]
-    static = static_inputs(graph, program, variables)
-    known = cut(graph, (), tuple(weights))
-    values = run(known, (), (), static_inputs(graph, known, variables), None)
+    known = extract_subgraph(graph, (), tuple(weights))
+    given = BlockInputs(constants=constant_inputs(graph, known, variables))
+    values = run(known, given, lambda op, x: x)  # it has no weighted op
     by_weight = dict(zip(weights, values, strict=True))
 
     def weighted(op, value):
@@ -38,8 +38,11 @@ def replay(apply, variables, x):
         return op.call(*(operands if op.layer.x_position == 0 else operands[::-1]))[0]
 
     by_id = dict(zip(graph.inputs, jax.tree.leaves(x), strict=True))
-    side = [by_id[i] for i in program.side]
-    return jax.tree.unflatten(graph.tree, run(program, (), side, static, weighted))
+    inputs = BlockInputs(
+        model=[by_id[i] for i in program.model_inputs],
+        constants=constant_inputs(graph, program, variables),
+    )
+    return jax.tree.unflatten(graph.tree, run(program, inputs, weighted))
 
 
 def test_layers_are_named_by_weight_path_in_order():

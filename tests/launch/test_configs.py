@@ -1,13 +1,15 @@
+import dataclasses
 import re
 
 import pytest
+from absl import flags
 from ml_collections import ConfigDict
 
 import aquant_jax as aq
 from aquant_jax import data, models
 from aquant_jax.errors import InputError
 from configs import imagenet, variants
-from launch.lib import command_line
+from launch.lib import command_line, experiment
 from tests.support.process import REPOSITORY
 
 CONFIGS = sorted(
@@ -19,14 +21,9 @@ BERT = [path for path in CONFIGS if path.stem in ("glue_bert", "stsb_minilm")]
 CNNS = [path for path in CONFIGS if path not in BERT]
 # Where a network has another recipe, as the paper and reference_procedures.md have it: borders of
 # their own a tap, linear borders, lambda.
-NOT_FUSED = {"cifar10_resnet20", "digits"}
+BORDER_PER_TAP = {"cifar10_resnet20", "digits"}
 LINEAR = {"mobilenetv2", "mnasnet2", "efficientnet_lite0"}
 LAMBDA = {"mobilenetv2": 0.1, "mnasnet2": 0.2}
-
-
-@pytest.fixture(autouse=True)
-def in_checkout(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
 
 
 @pytest.mark.parametrize("path", CNNS, ids=str)
@@ -47,14 +44,14 @@ def test_every_docstring_gives_number_cost_and_command(path):
 
 @pytest.mark.parametrize("preset", ["adaround", "aquant_bert"])
 def test_transformers_are_reconstructed_in_layers_or_their_halves(preset):
-    def units(blocks):
+    def parts(blocks):
         config = command_line.load_config(f"configs/glue_bert.py:rte,preset={preset}{blocks}", {})
-        return config.recipe.get("unit"), config.recipe.blocks
+        return config.recipe.granularity, config.recipe.blocks
 
-    assert units("") == ("layer", ())
-    assert units(",blocks=layers") == ("block", ())
-    unit, halves = units(",blocks=sub-blocks")
-    assert unit == "block"
+    assert parts("") == ("layer", ())
+    assert parts(",blocks=layers") == ("block", ())
+    granularity, halves = parts(",blocks=sub-blocks")
+    assert granularity == "block"
     assert [bool(re.search(half, "layer_0/out/kernel")) for half in halves] == [True, False]
 
 
@@ -67,14 +64,14 @@ def test_a_variant_sets_bits_and_preset(path, preset):
         preset,
         weight_bits=2,
         act_bits=4,
-        steps=recipe.steps,
+        steps=recipe.reconstruction.steps,
         rounding_weight=LAMBDA.get(path.stem, 0.01),
     )
     if preset == "aquant":
         form = "linear" if path.stem in LINEAR else "quadratic"
-        expected = expected.replace(border=form, fused=path.stem not in NOT_FUSED)
+        expected = expected.replace(border=form, shared_across_taps=path.stem not in BORDER_PER_TAP)
     assert recipe == expected
-    assert (recipe.steps == 0) == (preset == "nearest")
+    assert (recipe.reconstruction.steps == 0) == (preset == "nearest")
 
 
 def test_an_empty_part_is_the_default():
@@ -103,28 +100,72 @@ def test_the_cifar_config_takes_the_lossless_set():
 
 
 def test_overrides_reach_any_field():
-    overrides = {"recipe.steps": "7", "test_limit": "100", "eval_batch_size": "50"}
+    steps = "recipe.reconstruction.steps"
+    overrides = {steps: "7", "test_limit": "100", "eval_batch_size": "50"}
     config = command_line.load_config("configs/digits.py", overrides)
-    assert (config.recipe.steps, config.test_limit, config.eval_batch_size) == (7, 100, 50)
-    assert command_line.load_config(
-        "configs/digits.py", {"recipe.border": "linear"}
-    ).recipe.border == ("linear")
+    assert config.recipe.reconstruction.steps == 7
+    assert (config.test_limit, config.eval_batch_size) == (100, 50)
+    overrides = {"recipe.border": "linear", "recipe.reconstruction.border_range": "none"}
+    recipe = command_line.load_config("configs/digits.py", overrides).recipe
+    assert (recipe.border, recipe.reconstruction.border_range) == ("linear", None)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"recipe.stesp": "7"}, r"no field 'recipe.stesp'; there are .*steps"),
+        ({"recipe.phii": "clamp"}, r"no field 'recipe.phii'; did you mean 'phi'\? there are act_"),
+        ({"recipe.stesp": "7"}, r"no field 'recipe.stesp'; did you mean 'reconstruction.steps'"),
         ({"recipes.steps": "7"}, r"no field 'recipes.steps'; there are .*recipe"),
-        ({"recipe.steps": "many"}, r"recipe.steps is .* cannot become 'many'"),
-        ({"recipe.fused": "3"}, r"recipe.fused is .* cannot become '3'"),
-        ({"recipe.blocks": "3"}, r"recipe.blocks is .* cannot become '3'"),
+        ({"recipe": "7"}, r"recipe is a section; set its fields: recipe.act_bits"),
+        ({"recipe.blocks": ""}, r"recipe.blocks is a list; it cannot become ''"),
         ({"preset": "qdrop"}, r"name the preset in the variant"),
     ],
 )
 def test_wrong_overrides_name_the_field(overrides, message):
     with pytest.raises(InputError, match=message):
         command_line.load_config("configs/digits.py", overrides)
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("recipe.reconstruction.steps", "many"),
+        ("recipe.reconstruction.steps", "2.5"),
+        ("recipe.reconstruction.weight_lr", "fast"),
+        ("recipe.shared_across_taps", "3"),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(field, text):
+    with pytest.raises(flags.Error, match=f"flag --config.{field}={text}: .*{text}"):
+        command_line.load_config("configs/digits.py", {field: text})
+
+
+def test_a_list_of_no_regular_expressions():
+    config = command_line.load_config("configs/digits.py", {"recipe.blocks": "3"})
+    with pytest.raises(InputError, match="3 is not a regular expression"):
+        experiment.recipe_of(config)
+
+
+RENAMED = {
+    "unit": "granularity",
+    "fused": "shared_across_taps",
+    "drop": "reconstruction.quant_drop_prob",
+    "settle": "reconstruction.final_full_quant_fraction",
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_an_old_name_of_a_field_gives_the_new_one(name):
+    message = f"no field 'recipe.{name}'; '{name}' is now '{RENAMED[name]}'"
+    with pytest.raises(InputError, match=message):
+        command_line.load_config("configs/digits.py", {f"recipe.{name}": "1"})
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(aq.Reconstruction), ids=lambda f: f.name)
+def test_a_field_that_moved_says_where_it_is(field):
+    message = f"no field 'recipe.{field.name}'; it is now 'recipe.reconstruction.{field.name}'"
+    with pytest.raises(InputError, match=message):
+        command_line.load_config("configs/digits.py", {f"recipe.{field.name}": "1"})
 
 
 def test_rules_are_written_as_a_list():
@@ -135,10 +176,19 @@ def test_rules_are_written_as_a_list():
 
 
 def test_none_fields_take_a_value_and_values_take_none():
-    config = ConfigDict({"a": None, "b": 3, "flag": True, "text": "x", "rate": 1.0})
-    for field, text in {"a": "5", "flag": "false", "text": "12", "rate": "2"}.items():
-        command_line._override(config, field, text)
-    assert config.to_dict() == {"a": 5, "b": 3, "flag": False, "text": "12", "rate": 2.0}
+    config = ConfigDict({"a": None, "b": 3, "flag": True, "text": "x", "rate": 1.0, "c": 4})
+    given = {"a": "5", "flag": "false", "text": "12", "rate": "2", "c": "None"}
+    command_line.override(config, given)
+    found = {"a": 5, "b": 3, "flag": False, "text": "12", "rate": 2.0, "c": None}
+    assert config.to_dict() == found
+    command_line.override(config, {"a": "none", "text": "none", "c": "[1, 2]"})
+    assert config.to_dict() == found | {"a": None, "text": "none", "c": [1, 2]}
+
+
+def test_a_config_takes_no_new_field():
+    config = command_line.load_config("configs/digits.py", {})
+    with pytest.raises(AttributeError, match="test_limits"):
+        config.test_limits = 3
 
 
 def test_split_overrides_takes_both_spellings():
@@ -147,11 +197,32 @@ def test_split_overrides_takes_both_spellings():
         ["prog", "--config=c.py", "--seed=3"],
         {"a.b": "1", "c": "2"},
     )
+    with pytest.raises(InputError, match=r"--config\.a lacks a value"):
+        command_line.split_overrides(["prog", "--config.a", "--seed=3"])
+
+
+def test_the_last_of_several_values_of_a_field_counts():
+    argv = ["prog", "--config.a=1", "--config.b=2", "--config.a=3"]
+    assert command_line.split_overrides(argv)[1] == {"b": "2", "a": "3"}
 
 
 def test_missing_config_file():
     with pytest.raises(InputError, match=r"no config file 'configs/nothing\.py'"):
         command_line.load_config("configs/nothing.py:w2a2", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", "is not a Python file: invalid syntax"),
+        ("x = 1", "defines no get_config"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path, text, message):
+    command_line.load_config("configs/digits.py", {})  # whose get_config is not that of the next
+    (tmp_path / "config.py").write_text(text)
+    with pytest.raises(InputError, match=rf"config\.py {message}"):
+        command_line.load_config(str(tmp_path / "config.py"), {})
 
 
 def test_a_set_without_training_images_is_calibrated_on_another_one():

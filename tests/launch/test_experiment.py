@@ -13,9 +13,6 @@ from aquant_jax import data, models
 from launch import quantize
 from launch.lib import command_line, experiment, run_directory
 from tests.data.test_folder import picture
-from tests.support.process import REPOSITORY
-
-pytestmark = pytest.mark.user_model
 
 
 @pytest.fixture
@@ -45,7 +42,7 @@ def config():
             "test_limit": None,
             "eval_batch_size": 8,
             "preset": "nearest",
-            "recipe": {"weight_bits": 2, "act_bits": 2, "init_samples": 8},
+            "recipe": {"weight_bits": 2, "act_bits": 2, "reconstruction": {"init_samples": 8}},
         }
     )
 
@@ -53,11 +50,10 @@ def config():
 @pytest.fixture
 def argv(config, root, monkeypatch):
     """A command line whose config file is ``config`` as the test leaves it."""
-    monkeypatch.chdir(REPOSITORY)
     weights = np.random.default_rng(0).normal(size=(16 * 16 * 3, 10)).astype(np.float32)
     network = (lambda weights, x: x.reshape(len(x), -1) @ weights, weights)
     monkeypatch.setattr(models, "create", lambda name, weights: network)
-    monkeypatch.setattr(quantize.common, "load_config", lambda spec, overrides: config)
+    monkeypatch.setattr(command_line, "load_config", lambda spec, overrides: config)
     return ["quantize", "--config=x", f"--data_dir={root}", f"--workdir={root / 'run'}"]
 
 
@@ -141,7 +137,7 @@ def test_another_calibration_draw_changes_nothing_but_the_seed(config, root, mon
     monkeypatch.setattr(aq, "quantize", lambda *given, **_: drawn.append(given[2]) or 1 / 0)
     calibration = data.load("folder:more", root, data.Preprocessing(size=16, resize=20))
     made = experiment.Experiment(lambda v, x: x, None, calibration, calibration, {})
-    folder = run_directory.Run(root, None)
+    folder = run_directory.RunDirectory(root, None)
     for seed in (5, 5, 6):
         with pytest.raises(ZeroDivisionError):
             experiment.run(made, config, "x", seed, folder)

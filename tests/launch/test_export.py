@@ -1,6 +1,7 @@
-"""What launch.export writes does what the network does, on runtimes of others."""
+"""An export by launch.export computes what the network computes, on other runtimes."""
 
 import collections
+import dataclasses
 import functools
 import json
 import shutil
@@ -15,14 +16,13 @@ from aquant_jax.deployment import onnx as onnx_export
 from aquant_jax.deployment import stablehlo
 from aquant_jax.errors import InputError
 from aquant_jax.storage import archive
-from launch import export, quantize
-from tests.support.nets import conv, images, normal, residual_net, rng_of
-from tests.support.process import REPOSITORY, run_python
+from launch import export
+from tests.support.nets import conv, images, normal, rng_of, small_net
+from tests.support.process import run_python
 
 onnx = pytest.importorskip("onnx", reason="needs aquant-jax[onnx]")
 pytest.importorskip("jax2onnx", reason="needs aquant-jax[onnx]")
 pytestmark = [
-    pytest.mark.user_model,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -51,10 +51,21 @@ def odd_net():
 
 
 @functools.cache
-def quantized(net, fused=False, bits=2):
+def quantized(net, shared_across_taps=False, bits=2):
+    """Rounded to nearest, then with borders as if they were learned."""
     apply, variables = net()
-    recipe = aq.recipes.aquant(bits, bits, steps=2, batch_size=4, border_lr=0.02, fused=fused)
-    return aq.quantize(apply, variables, X, recipe, progress=False)
+    recipe = aq.recipes.aquant(
+        bits, bits, steps=0, batch_size=4, shared_across_taps=shared_across_taps
+    )
+    network = aq.quantize(apply, variables, X, recipe, observer=aq.Observer())
+    rng, layers = rng_of(7), {}
+    for path, layer in network.layers.items():
+        border = {
+            name: value + np.float32(0.1 / 4**power) * normal(rng, *value.shape)
+            for power, (name, value) in enumerate(layer.border.items())
+        }
+        layers[path] = layer._replace(border=border)
+    return dataclasses.replace(network, layers=layers)
 
 
 def assert_same_outputs(found, expected):
@@ -65,11 +76,11 @@ def assert_same_outputs(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("net", "fused", "bits"),
-    [(residual_net, True, 4), (odd_net, False, 3)],
+    ("net", "shared_across_taps", "bits"),
+    [(small_net, True, 4), (odd_net, False, 3)],
 )
-def test_onnxruntime_gives_the_same_outputs(tmp_path, net, fused, bits):
-    network = quantized(net, fused, bits)
+def test_onnxruntime_gives_the_same_outputs(tmp_path, net, shared_across_taps, bits):
+    network = quantized(net, shared_across_taps, bits)
     model = onnx_export.to_onnx(network)
     onnx.checker.check_model(model, full_check=True)
     path = tmp_path / "network.onnx"
@@ -103,7 +114,7 @@ def test_a_size_that_must_be_known_is_fixed(tmp_path):
     kernel = normal(rng_of(0), 75, 4)
     network = aq.quantize(
         lambda variables, x: x.reshape(len(x), -1) @ variables["kernel"],
-        {"kernel": kernel}, X, aq.recipes.nearest(batch_size=4), progress=False,
+        {"kernel": kernel}, X, aq.recipes.nearest(batch_size=4), observer=aq.Observer(),
     )  # fmt: skip
     path = tmp_path / "network.onnx"
     path.write_bytes(onnx_export.to_onnx(network).SerializeToString())
@@ -119,38 +130,23 @@ def test_what_onnx_lacks_is_one_line():
 
     network = aq.quantize(
         apply, {"kernel": normal(rng_of(0), 75, 4)}, X, aq.recipes.nearest(batch_size=4),
-        progress=False,
+        observer=aq.Observer(),
     )  # fmt: skip
     with pytest.raises(InputError, match=r"cannot become ONNX: .*qr"):
         onnx_export.to_onnx(network)
 
 
 def test_a_restored_network_needs_the_code_for_onnx(tmp_path):
-    aq.save(quantized(residual_net), tmp_path / "saved")
-    with pytest.raises(InputError, match="ONNX is made with the model's code"):
+    aq.save(quantized(small_net, True, 4), tmp_path / "saved")
+    with pytest.raises(InputError, match="the ONNX export needs the model's code"):
         onnx_export.to_onnx(aq.restore(tmp_path / "saved"))
     program = stablehlo.self_contained(aq.restore(tmp_path / "saved"))
-    np.testing.assert_array_equal(program.call(X[:3]), quantized(residual_net)(X[:3]))
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run on the digits."""
-    path = tmp_path_factory.mktemp("export") / "run"
-    arguments = [
-        "--config=configs/digits.py:w2a2", "--config.recipe.steps=5",
-        "--config.calibration_size=64", "--config.recipe.init_samples=64",
-    ]  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(REPOSITORY)
-        assert quantize.main(["quantize", *arguments, f"--workdir={path}"]) == 0
-    return path
+    np.testing.assert_array_equal(program.call(X[:3]), quantized(small_net, True, 4)(X[:3]))
 
 
 @pytest.fixture
-def argv(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    return ["export", f"--workdir={shutil.copytree(run, tmp_path / 'run')}"]
+def argv(finished_run, tmp_path):
+    return ["export", f"--workdir={shutil.copytree(finished_run, tmp_path / 'run')}"]
 
 
 @pytest.mark.parametrize("name", export.FORMATS)

@@ -10,9 +10,9 @@ from safetensors.numpy import load_file
 from aquant_jax.data import glue
 from aquant_jax.data.glue import TASKS
 from launch import finetune, quantize
+from launch.lib import plots
+from tests.launch.conftest import OPTAX
 from tests.models.test_bert import TINY
-
-pytestmark = pytest.mark.user_model
 
 
 def sentence(rng, good):
@@ -28,9 +28,9 @@ def prepared():
         task, rng = TASKS[name.removeprefix(glue.PREFIX)], np.random.default_rng(0)
         rows = [
             {**{key: sentence(rng, i % 2) for key in task.sentences}, "label": i % 2}
-            for i in range(96)
+            for i in range(160)
         ]
-        return {"train": rows[:64], task.validation: rows[64:]}
+        return {"train": rows[:128], task.validation: rows[128:]}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(glue, "open_splits", records)
@@ -39,7 +39,13 @@ def prepared():
 
 def command(workdir, *flags, task="sst2", checkpoint=TINY):
     """A fine-tuning run."""
-    own = ["--learning_rate=0.004", "--batch_size=4", "--epochs=8", "--max_length=12"]
+    own = [
+        "--learning_rate=0.006",
+        "--warmup=0.3",
+        "--batch_size=4",
+        "--epochs=4",
+        "--max_length=12",
+    ]
     where = [f"--workdir={workdir}", f"--checkpoint={checkpoint}"]
     return ["finetune", f"--task={task}", *where, *own, *flags]
 
@@ -65,7 +71,7 @@ def weights(folder):
 def test_a_task_is_learnt_and_written_as_a_checkpoint(run, capsys):
     assert json.loads((run / "results.json").read_text())["score"]["accuracy"] == 100
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [line["epoch"] for line in log] == [1, 2, 3, 4]
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
     assert not (run / "epochs").exists()
     assert (run / "checkpoint" / "vocab.txt").read_text() == (TINY / "vocab.txt").read_text()
@@ -91,6 +97,7 @@ def interrupt(monkeypatch, argv):
     monkeypatch.setattr(finetune, "evaluate", evaluate)
 
 
+@OPTAX
 def test_an_interrupted_run_goes_on_to_the_same_bits(run, argv, tmp_path, monkeypatch):
     interrupt(monkeypatch, argv)
     trained = []
@@ -98,13 +105,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(run, argv, tmp_path, monkey
         finetune, "batches", lambda *a, old=finetune.batches: trained.append(a[-1]) or old(*a)
     )
     assert finetune.main(argv()) == 0
-    assert trained == [2, 3, 4, 5, 6, 7]
+    assert trained == [2, 3]
     one, two = (weights(folder) for folder in (run, tmp_path / "run"))
     for name, array in one.items():
         np.testing.assert_array_equal(array, two[name])
     assert (tmp_path / "run/log.jsonl").read_text() == (run / "log.jsonl").read_text()
 
 
+@OPTAX
 def test_no_other_run_goes_on_with_the_epochs_of_one(argv, tmp_path, monkeypatch, capsys):
     interrupt(monkeypatch, argv)
     folder = tmp_path / "run"
@@ -124,14 +132,16 @@ def test_no_other_run_goes_on_with_the_epochs_of_one(argv, tmp_path, monkeypatch
     assert (folder / "run.json").exists()
 
 
-def test_the_checkpoint_is_quantized_by_its_config(run, tmp_path):
+@OPTAX
+def test_the_checkpoint_is_quantized_by_its_config(run, tmp_path, monkeypatch):
     out = tmp_path / "quantized"
     argv = [
         "quantize", "--config=configs/glue_bert.py:sst2,w8a8,preset=adaround", f"--workdir={out}",
-        f"--config.weights={run / 'checkpoint'}", "--config.recipe.steps=2",
+        f"--config.weights={run / 'checkpoint'}", "--config.recipe.reconstruction.steps=2",
         "--config.calibration_size=32", "--config.max_length=12", "--config.calibration_length=12",
         "--config.eval_batch_size=16", "--config.calibration_dataset=glue/rte",
     ]  # fmt: skip
+    monkeypatch.setattr(plots, "run_plots", lambda *_: None)
     assert quantize.main(argv) == 0
     results = json.loads((out / "results.json").read_text())
     assert results["metric"] == "accuracy"
@@ -141,26 +151,24 @@ def test_the_checkpoint_is_quantized_by_its_config(run, tmp_path):
     assert len(names) == 14  # six layers twice, pooler and classifier
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"task": "stsb"}, None),
-        ({"checkpoint": "/nowhere"}, "no checkpoint in /nowhere"),
-    ],
-)
-def test_regression_runs_and_no_checkpoint_is_one_line(argv, capsys, change, message):
-    code = finetune.main(argv("--epochs=1", **change))
-    err = capsys.readouterr().err
-    assert code == (2 if message else 0)
-    assert message is None or (message in err and "Traceback" not in err)
+@OPTAX
+def test_a_regression_runs(argv, tmp_path):
+    assert finetune.main(argv("--epochs=1", task="stsb")) == 0
+    score = json.loads((tmp_path / "run" / "results.json").read_text())["score"]
+    logged = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    # The checkpoint that was written scores as the network that was trained.
+    assert score == {"pearson": pytest.approx(logged["pearson"]), "samples": 32}
+    assert score["pearson"] != 0  # as it were if all outputs were equal
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--max_length=13"], "sequences of 13 tokens do not fit the 12 positions"),
-        (["--batch_size=65"], "64 samples are less than a batch of 65"),
+        (["--batch_size=129"], "128 samples are less than a batch of 129"),
         (["--task=wnli"], "wnli"),
+        (["--checkpoint=/nowhere"], "no checkpoint in /nowhere"),
+        (["--config.seed=1"], "unknown flag --config.seed: no config is read here"),
     ],
 )
 def test_wrong_flags_are_one_line_and_leave_nothing(argv, tmp_path, capsys, flags, message):

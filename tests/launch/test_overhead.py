@@ -11,16 +11,20 @@ import aquant_jax as aq
 from aquant_jax import models
 from launch import overhead
 
-pytestmark = pytest.mark.user_model
-
 
 @pytest.fixture(scope="module")
-def table():
-    """Cells of the printed table, by network."""
+def printed():
+    """The text that the program prints."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert overhead.main(["overhead"]) == 0
-    cnns, _, _ = out.getvalue().partition("\nSizes:")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def table(printed):
+    """Cells of the printed table, by network."""
+    cnns, _, _ = printed.partition("\nSizes:")
     lines = [line for line in cnns.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     header, rule, *body = rows
@@ -102,7 +106,7 @@ def test_what_the_preset_stores_is_what_a_quantized_network_holds(monkeypatch):
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, leaf.dtype), shapes)
     images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
     recipe = aq.recipes.aquant(steps=0, batch_size=4)
-    quantized = aq.quantize(apply, variables, images, recipe, progress=False)
+    quantized = aq.quantize(apply, variables, images, recipe, observer=aq.Observer())
     counted = {x.taps: x.stored for x in overhead.count_layers("tiny")}
     held = {
         path.split("/")[1]: sum(leaf.size for leaf in jax.tree.leaves(layer.border))
@@ -112,12 +116,9 @@ def test_what_the_preset_stores_is_what_a_quantized_network_holds(monkeypatch):
     assert held == {"stem": 0, "depthwise": 3 * 3 * 4, "head": 3 * 4}
 
 
-def test_bert_base_from_its_shapes():
+def test_bert_base_from_its_shapes(printed):
     """Twelve layers of four 768 x 768 and two 768 x 3072 matrices; three coefficients an input."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        overhead.main(["overhead"])
-    (row,) = [line for line in out.getvalue().splitlines() if line.startswith("| BERT-base")]
+    (row,) = [line for line in printed.splitlines() if line.startswith("| BERT-base")]
     weights = 12 * (4 * 768**2 + 2 * 768 * 3072)
     coefficients = 12 * 3 * (5 * 768 + 3072)
     embeddings = (30_522 + 512 + 2) * 768

@@ -43,7 +43,7 @@ def test_fused_border_is_phi_of_the_mean_over_taps():
 def test_nothing_learned_draws_neither_losses_nor_borders(tmp_path):
     layer = SimpleNamespace(path="stem", border=None)
     reports = [report("stem", 0.0), report("head", 0.0)]
-    recipe = SimpleNamespace(preset="nearest", border=None, fused=True)
+    recipe = SimpleNamespace(preset="nearest", border=None, shared_across_taps=True)
     plots.run_plots(recipe, reports, [layer], tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["block_error.png", "propagated_error.png"]

@@ -1,12 +1,17 @@
 import errno
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from aquant_jax.errors import InputError, ReconstructionError
 from aquant_jax.storage import json_file
+from launch import export, quantize
 from launch.lib import run_directory
+from tests.support.process import REPOSITORY
+
+OLD = REPOSITORY / "tests" / "golden" / "layout_1" / "run_directory"
 
 
 def files(path):
@@ -35,7 +40,7 @@ def test_results_come_last_and_are_read_back(tmp_path):
 
 def test_a_full_disk_is_told_and_finished_blocks_stay(tmp_path):
     (tmp_path / "run" / "blocks" / "000").mkdir(parents=True)
-    json_file.write_json(tmp_path / "run" / "run.json", {"seed": 0})
+    json_file.write_json(tmp_path / "run" / "run.json", {"layout": 2, "seed": 0})
     with pytest.raises(InputError, match=r"run cannot be written: No space left on device"):
         fail(tmp_path / "run", {"seed": 0}, OSError(errno.ENOSPC, "No space left on device"))
     assert (tmp_path / "run" / "blocks" / "000").exists()
@@ -43,7 +48,7 @@ def test_a_full_disk_is_told_and_finished_blocks_stay(tmp_path):
 
 def test_blocks_are_used_after_a_full_disk_while_the_folder_is_claimed(tmp_path, monkeypatch):
     (tmp_path / "blocks" / "000").mkdir(parents=True)
-    json_file.write_json(tmp_path / "run.json", {"seed": 0})
+    json_file.write_json(tmp_path / "run.json", {"layout": 2, "seed": 0})
 
     def full(path, value):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -132,3 +137,55 @@ def test_a_damaged_owner_file(tmp_path):
         run_directory.claim(tmp_path, {}),
     ):
         pass
+
+
+def test_a_directory_says_its_layout(tmp_path):
+    with run_directory.claim(tmp_path, {"seed": 0}):
+        assert json_file.read_json(tmp_path / "run.json") == {"layout": 2, "seed": 0}
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_directory_of_version_0_1_is_refused_and_left_alone(tmp_path, restart):
+    path = shutil.copytree(OLD, tmp_path / "run")
+    before = {file: file.read_bytes() for file in path.iterdir()}
+    identity = json_file.read_json(OLD / "run.json")
+    message = "run has layout 1, written by aquant-jax 0.1.0; this version reads layout 2"
+    with pytest.raises(InputError, match=message), run_directory.claim(path, identity, restart):
+        pass
+    assert {file: file.read_bytes() for file in path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("program", "argv"),
+    [(quantize, ["--config=configs/digits.py:w2a2"]), (export, ["--format=onnx"])],
+    ids=["quantize", "export"],
+)
+def test_programs_refuse_it_in_one_line(program, argv, tmp_path, capsys):
+    path = shutil.copytree(OLD, tmp_path / "run")
+    assert program.main(["program", *argv, f"--workdir={path}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{path} has layout 1, written by aquant-jax 0.1.0" in error
+    assert files(path) == ["log.jsonl", "results.json", "run.json"]
+
+
+def test_a_restart_may_change_how_blocks_are_learned_and_nothing_else(tmp_path):
+    def identity(preset="aquant", bits=2, steps=10):
+        recipe = {"weight_bits": bits, "reconstruction": {"steps": steps}}
+        return {"config": {"preset": preset, "recipe": recipe}, "seed": 0}
+
+    with run_directory.claim(tmp_path, identity()) as run:
+        run.log({"block": 0})
+        run.finish({"top1": 1.0})
+    message = r"recipe\.weight_bits \(2 there, 3 here\) \(a restart may change recipe\.reconstruc"
+    with (
+        pytest.raises(InputError, match=message),
+        run_directory.claim(tmp_path, identity(bits=3, steps=20), restart=True),
+    ):
+        pass
+    with run_directory.claim(tmp_path, identity("qdrop", steps=20), restart=True) as run:
+        assert run.stored is None
+        assert files(tmp_path) == ["log.jsonl", "results.json", "run.json"]
+        run.begin()
+        assert files(tmp_path) == ["run.json"]
+    assert json_file.read_json(tmp_path / "run.json") == {"layout": 2, **identity("qdrop", 2, 20)}

@@ -1,16 +1,13 @@
 import gc
-import importlib
-import weakref
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 import aquant_jax as aq
-from aquant_jax.layers import im2col
+from aquant_jax.layers.backend import ReferenceBackend
 from aquant_jax.layers.compiler import Compiler
 from tests.support.nets import images, small_net
-
-spine = importlib.import_module("aquant_jax.quantize")
 
 
 def test_a_function_is_built_once_a_key():
@@ -27,40 +24,36 @@ def test_a_function_is_built_once_a_key():
     assert built == [2.0, 5.0]
 
 
-@pytest.mark.user_model
-def test_a_shared_compiler_keeps_no_run_alive(monkeypatch):
-    """Nor its cached activations, which can be gigabytes."""
-    runs = []
-
-    class Run(spine._Run):
-        """Remembered weakly."""
-
-        def __init__(self, *args):
-            super().__init__(*args)
-            runs.append(weakref.ref(self))
-
-    monkeypatch.setattr(spine, "_Run", Run)
+@pytest.mark.user_model  # optax
+def test_a_shared_compiler_keeps_no_calibration_set_alive():
+    """Nor the cached activations, which can be gigabytes."""
     compiler = Compiler()
-    aq.quantize(*small_net(), images(0, 8, size=5), aq.recipes.nearest(batch_size=8),
-                progress=False, compiler=compiler)  # fmt: skip
+    before = {id(array) for array in jax.live_arrays()}
+    x = images(0, 64, size=5)
+    quantized = aq.quantize(
+        *small_net(), x, aq.recipes.nearest(batch_size=8),
+        observer=aq.Observer(), compiler=compiler,
+    )  # fmt: skip
+    kept = {id(leaf) for leaf in jax.tree.leaves(quantized)} | before
     gc.collect()
-    assert len(runs) == 1
-    assert runs[0]() is None
+    left = [array for array in jax.live_arrays() if id(array) not in kept]
+    assert all(array.shape[:1] != (len(x),) for array in left)
 
 
-@pytest.mark.user_model
+@pytest.mark.user_model  # optax
 def test_quantizing_runs_on_the_operations_of_the_compilers_backend():
     calls = []
 
-    class Backend:
-        """The definition, counted."""
+    class Counted(ReferenceBackend):
+        """The reference implementation, counted."""
 
-        @staticmethod
-        def convolve(*args):
+        def convolve(self, *args):
             calls.append(args)
-            return im2col.convolve(*args)
+            return super().convolve(*args)
 
     recipe = aq.recipes.aquant(weight_bits=2, act_bits=2, border="constant", steps=1, batch_size=8)
-    aq.quantize(*small_net(), images(0, 8, size=5), recipe, progress=False,
-                compiler=Compiler(Backend))  # fmt: skip
+    aq.quantize(
+        *small_net(), images(0, 8, size=5), recipe,
+        observer=aq.Observer(), compiler=Compiler(Counted()),
+    )  # fmt: skip
     assert calls

@@ -5,23 +5,24 @@ import pytest
 
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.adaround import init_alpha, soft_codes
-from aquant_jax.arithmetic.uniform import TensorState
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.graph.trace import trace
 from aquant_jax.layers.fake_quant import (
+    LayerInput,
     LayerSpec,
     LayerState,
     Weights,
     border_shape,
     channel_rows,
     dequantize_weight,
-    input_codes,
     per_channel,
     run_layer,
 )
 from tests.support import numpy_reference as reference
+from tests.support.layer_codes import input_codes
 from tests.support.nets import conv, normal, rng_of
 
-GRID = TensorState(jnp.float32(0.3), jnp.float32(2.0))
+GRID = ActivationQuantizer(jnp.float32(0.3), jnp.float32(2.0))
 BITS = 3
 # What a convolution may be: padding, strides, dilation and groups.
 CONVOLUTIONS = {
@@ -39,8 +40,8 @@ def op_of(function, kernel, x):
     return op
 
 
-def spec_of(op, border="quadratic", phi="clamp", fused=True):
-    return LayerSpec("w", op.layer.kind, 4, "w", BITS, border, phi, fused)
+def spec_of(op, border="quadratic", phi="clamp", shared_across_taps=True):
+    return LayerSpec("w", op.layer.kind, 4, "w", BITS, border, phi, shared_across_taps)
 
 
 def coefficients_of(op, x_shape, border, phi="clamp", seed=0, size=0.1):
@@ -57,18 +58,30 @@ def convolution(options, size=3):
     return op_of(lambda v, x: conv(x, v["w"], **options), kernel, x), x, kernel
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "each"])
+@pytest.mark.parametrize("shared_across_taps", [True, False], ids=["fused", "each"])
 @pytest.mark.parametrize("phi", ["clamp", "identity"])
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
-def test_convolution_is_that_of_the_numpy_reference(options, phi, fused):
+def test_convolution_is_that_of_the_numpy_reference(options, phi, shared_across_taps):
     op, x, kernel = convolution(options)
-    spec, bias = spec_of(op, phi=phi, fused=fused), normal(rng_of(3), 4)
+    spec, bias = spec_of(op, phi=phi, shared_across_taps=shared_across_taps), normal(rng_of(3), 4)
     coefficients = coefficients_of(op, x.shape, "quadratic")
     keep = rng_of(4).random(x.shape) < 0.5
     expected, codes = reference.quantized_conv(
-        x, kernel, bias, np.float32(0.3), 2, BITS, coefficients, phi, fused, keep=keep, **options
+        x,
+        kernel,
+        bias,
+        np.float32(0.3),
+        2,
+        BITS,
+        coefficients,
+        phi,
+        shared_across_taps,
+        keep=keep,
+        **options,
     )
-    y = run_layer(op, spec, x, Weights(kernel, bias, coefficients), GRID, jnp.asarray(keep))
+    y = run_layer(
+        op, spec, LayerInput(x, GRID, jnp.asarray(keep)), Weights(kernel, bias, coefficients)
+    )
     np.testing.assert_allclose(y, expected, atol=2e-5)
     found = np.moveaxis(input_codes(op, spec, x, GRID, coefficients), 0, 3)
     np.testing.assert_array_equal(found, codes)
@@ -82,7 +95,7 @@ def test_nearest_convolution_is_that_of_the_numpy_reference(options):
         x, kernel, bias, np.float32(0.3), 2, BITS, None, **options
     )
     np.testing.assert_allclose(
-        run_layer(op, spec, x, Weights(kernel, bias, {}), GRID), expected, atol=2e-5
+        run_layer(op, spec, LayerInput(x, GRID), Weights(kernel, bias, {})), expected, atol=2e-5
     )
     u = x * (np.float32(1) / np.float32(0.3))
     codes = np.clip(np.ceil(u - np.float32(0.5)) + 2, 0, 7)
@@ -90,16 +103,16 @@ def test_nearest_convolution_is_that_of_the_numpy_reference(options):
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "quadratic"])
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("shared_across_taps", [True, False])
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
-def test_border_of_one_half_gives_the_codes_of_nearest(size, fused, name):
+def test_border_of_one_half_gives_the_codes_of_nearest(size, shared_across_taps, name):
     """Ties included: the input is made of multiples of half a step."""
     options = {"padding": ((size // 2, size // 2),) * 2}
     op, x, _ = convolution(options, size)
     x = np.round(4 * x).astype(np.float32) / 4
-    half = TensorState(jnp.float32(0.5), jnp.float32(2.0))
+    half = ActivationQuantizer(jnp.float32(0.5), jnp.float32(2.0))
     start = coefficients_of(op, x.shape, name, size=0.0)
-    spec = spec_of(op, border=name, fused=fused)
+    spec = spec_of(op, border=name, shared_across_taps=shared_across_taps)
     nearest = np.asarray(input_codes(op, spec._replace(border=None), x, half, {}))
     found = np.asarray(input_codes(op, spec, x, half, start))
     if size == 1:
@@ -122,7 +135,10 @@ def test_one_dimensional_convolution_equals_the_two_dimensional_one():
     op = op_of(line, kernel, x)
     coefficients = coefficients_of(op, x.shape, "linear")
     y = run_layer(
-        op, spec_of(op, "linear"), x, Weights(kernel, np.zeros(5, "f"), coefficients), GRID
+        op,
+        spec_of(op, "linear"),
+        LayerInput(x, GRID),
+        Weights(kernel, np.zeros(5, "f"), coefficients),
     )
     expected, _ = reference.quantized_conv(
         x[:, None], kernel[None], np.float32(0), np.float32(0.3), 2, BITS, coefficients,
@@ -136,7 +152,7 @@ def test_layouts_give_the_same_convolution(layout):
     options = CONVOLUTIONS["strided"]
     op, x, kernel = convolution(options)
     coefficients, bias = coefficients_of(op, x.shape, "quadratic"), normal(rng_of(3), 4)
-    expected = run_layer(op, spec_of(op), x, Weights(kernel, bias, coefficients), GRID)
+    expected = run_layer(op, spec_of(op), LayerInput(x, GRID), Weights(kernel, bias, coefficients))
     order = ["NHWC".index(axis) for axis in layout]
     weights = {"NCHW": "OIHW", "CHWN": "IHWO"}[layout]
     moved = np.transpose(kernel, ["HWIO".index(axis) for axis in weights])
@@ -149,7 +165,9 @@ def test_layouts_give_the_same_convolution(layout):
 
     turned = np.transpose(x, order)
     again = op_of(other, moved, turned)
-    y = run_layer(again, spec_of(again), turned, Weights(moved, bias, coefficients), GRID)
+    y = run_layer(
+        again, spec_of(again), LayerInput(turned, GRID), Weights(moved, bias, coefficients)
+    )
     np.testing.assert_allclose(y, np.transpose(expected, order), atol=2e-5)
 
 
@@ -157,7 +175,7 @@ def test_dense_layer_has_one_border_an_input_channel():
     x, kernel, bias = normal(rng_of(7), 5, 6), normal(rng_of(8), 6, 4), normal(rng_of(9), 4)
     op = op_of(lambda v, x: x @ v["w"], kernel, x)
     coefficients = coefficients_of(op, x.shape, "quadratic")
-    y = run_layer(op, spec_of(op), x, Weights(kernel, bias, coefficients), GRID)
+    y = run_layer(op, spec_of(op), LayerInput(x, GRID), Weights(kernel, bias, coefficients))
     expected, codes = reference.quantized_conv(
         x[:, None, None], kernel[None, None], bias, np.float32(0.3), 2, BITS, coefficients
     )
@@ -171,8 +189,12 @@ def test_dense_layer_whose_weight_is_on_the_left():
     op = op_of(lambda v, x: x @ v["w"], kernel, x)
     left = op_of(lambda v, x: jnp.einsum("io,ni->on", v["w"], x), kernel, x)
     coefficients = coefficients_of(op, x.shape, "linear")
-    y = run_layer(op, spec_of(op, "linear"), x, Weights(kernel, bias, coefficients), GRID)
-    other = run_layer(left, spec_of(left, "linear"), x, Weights(kernel, bias, coefficients), GRID)
+    y = run_layer(
+        op, spec_of(op, "linear"), LayerInput(x, GRID), Weights(kernel, bias, coefficients)
+    )
+    other = run_layer(
+        left, spec_of(left, "linear"), LayerInput(x, GRID), Weights(kernel, bias, coefficients)
+    )
     np.testing.assert_allclose(other if other.shape == y.shape else other.T, y, atol=2e-5)
 
 
@@ -182,7 +204,7 @@ def test_two_contracted_axes_are_two_axes_of_column_elements():
     op = op_of(lambda v, x: jnp.einsum("nthd,hdo->nto", x, v["w"]), kernel, x)
     assert border_shape(op, x.shape) == (1, 8)
     coefficients, bias = coefficients_of(op, x.shape, "quadratic"), normal(rng_of(12), 6)
-    y = run_layer(op, spec_of(op), x, Weights(kernel, bias, coefficients), GRID)
+    y = run_layer(op, spec_of(op), LayerInput(x, GRID), Weights(kernel, bias, coefficients))
     # The elements are numbered in the order of the op's contracted axes.
     first, second = op.params["dimension_numbers"][0][0]
     flat = x.transpose(0, 1, first, second).reshape(3, 1, 5, 8)
@@ -214,26 +236,24 @@ def test_dequantized_weights():
     np.testing.assert_array_equal(dequantize_weight(op, floats), kernel)
 
 
-def test_result_has_the_asked_dtype():
+def test_half_precision_operands_give_a_float32_result():
     x, kernel = normal(rng_of(7), 5, 6), normal(rng_of(8), 6, 4)
     op = op_of(lambda v, x: x @ v["w"], kernel.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
     coefficients = coefficients_of(op, x.shape, "quadratic")
-    y = run_layer(
-        op, spec_of(op), jnp.asarray(x, jnp.bfloat16),
-        Weights(kernel, np.zeros(4, "f"), coefficients), GRID, dtype=jnp.bfloat16,
-    )  # fmt: skip
-    assert y.dtype == jnp.bfloat16
+    weights = Weights(kernel, np.zeros(4, "f"), coefficients)
+    y = run_layer(op, spec_of(op), LayerInput(jnp.asarray(x, jnp.bfloat16), GRID), weights)
+    assert y.dtype == jnp.float32
 
 
 class TestGradients:
     """Against finite differences of the surrogate whose rounding residual and clips are frozen."""
 
-    @pytest.mark.parametrize("fused", [True, False], ids=["fused", "each"])
+    @pytest.mark.parametrize("shared_across_taps", [True, False], ids=["fused", "each"])
     @pytest.mark.parametrize("phi", ["clamp", "identity"])
     @pytest.mark.parametrize("options", [CONVOLUTIONS["strided"], CONVOLUTIONS["grouped"]])
-    def test_of_step_size_and_border(self, options, phi, fused):
+    def test_of_step_size_and_border(self, options, phi, shared_across_taps):
         op, x, kernel = convolution(options)
-        spec = spec_of(op, phi=phi, fused=fused)
+        spec = spec_of(op, phi=phi, shared_across_taps=shared_across_taps)
         coefficients = coefficients_of(op, x.shape, "quadratic")
         exact = jax.tree.map(np.float64, coefficients)
         frozen = reference.Frozen()
@@ -241,7 +261,7 @@ class TestGradients:
         def surrogate(step, coefficients):
             y, _ = reference.quantized_conv(
                 np.float64(x), np.float64(kernel), 0.0, np.float64(step), 2, BITS, coefficients,
-                phi, fused, quantizer=frozen, **options,
+                phi, shared_across_taps, quantizer=frozen, **options,
             )  # fmt: skip
             return y
 
@@ -249,7 +269,8 @@ class TestGradients:
 
         def loss(step, coefficients):
             grid = GRID._replace(step_size=step)
-            y = run_layer(op, spec, x, Weights(kernel, np.zeros(4, "f"), coefficients), grid)
+            weights = Weights(kernel, np.zeros(4, "f"), coefficients)
+            y = run_layer(op, spec, LayerInput(x, grid), weights)
             return jnp.sum(dy * y)
 
         dstep, found = jax.jit(jax.grad(loss, argnums=(0, 1)))(GRID.step_size, coefficients)

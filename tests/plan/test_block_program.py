@@ -8,11 +8,11 @@ from jax import lax
 
 import aquant_jax as aq
 from aquant_jax.arithmetic.adaround import soft_codes
-from aquant_jax.arithmetic.uniform import TensorState
-from aquant_jax.graph.subgraph import static_inputs
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.graph.subgraph import BlockInputs, constant_inputs
 from aquant_jax.layers.fake_quant import Weights, per_channel
-from aquant_jax.plan.block_program import forward, make_unit, random_keep
-from aquant_jax.reconstruction.weights import alpha_of, init_borders, make_grids
+from aquant_jax.plan.block_program import forward, make_block_program, random_keep
+from aquant_jax.reconstruction.weights import alpha_of, init_borders, make_weight_quantizers
 from tests.support import numpy_reference as reference
 from tests.support.nets import conv, images, normal, residual_net, rng_of
 
@@ -20,35 +20,37 @@ BITS = 3
 
 
 @functools.cache
-def block(fused=True, preset="aquant"):
-    """The residual block of a small network as a unit, with its float weights."""
+def block(shared_across_taps=True, preset="aquant"):
+    """The residual block of a small network as a program, with its float weights."""
     apply, variables = residual_net(seed=3)
     recipe = getattr(aq.recipes, preset)(4, BITS, batch_size=4)
     if preset == "aquant":
-        recipe = recipe.replace(fused=fused, border="quadratic", phi="clamp")
+        recipe = recipe.replace(
+            shared_across_taps=shared_across_taps, border="quadratic", phi="clamp"
+        )
     net = aq.prepare(apply, variables, images(0, 8, size=5), recipe)
-    unit = make_unit(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
-    grids = make_grids(unit, net.folded)
-    assert static_inputs(net.graph, unit.program, variables) == []
-    return unit, grids
+    program = make_block_program(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
+    quantizers = make_weight_quantizers(program, net.folded)
+    assert constant_inputs(net.graph, program.subgraph, variables) == []
+    return program, quantizers
 
 
-def borders_of(unit, seed=5):
+def borders_of(program, seed=5):
     rng = rng_of(seed)
     return [
         {name: np.asarray(c) + np.float32(0.05) * normal(rng, *c.shape) for name, c in own.items()}
-        for own in init_borders(unit)
+        for own in init_borders(program)
     ]
 
 
 GRIDS = ((np.float32(0.21), 0.0), (np.float32(0.33), 0.0))
-TENSORS = [TensorState(jnp.float32(s), jnp.float32(z)) for s, z in GRIDS]
+TENSORS = [ActivationQuantizer(jnp.float32(s), jnp.float32(z)) for s, z in GRIDS]
 
 
-def soft(unit, grids, alphas):
+def soft(program, quantizers, alphas):
     """Real values of softly rounded weights."""
     found = []
-    for op, grid, alpha in zip(unit.program.weighted, grids, alphas, strict=True):
+    for op, grid, alpha in zip(program.subgraph.weighted, quantizers, alphas, strict=True):
         scale, zero = per_channel(op, grid.scale), per_channel(op, grid.zero_point)
         found.append(scale * (soft_codes(grid.weight / scale, alpha, zero, 4) - zero))
     return found
@@ -56,59 +58,71 @@ def soft(unit, grids, alphas):
 
 @pytest.fixture(params=[True, False], ids=["fused", "each"])
 def case(request):
-    unit, grids = block(request.param)
-    ops = unit.program.weighted
-    alphas = [alpha_of(op, g) for op, g in zip(ops, grids, strict=True)]
+    program, quantizers = block(request.param)
+    ops = program.subgraph.weighted
+    alphas = [alpha_of(op, g) for op, g in zip(ops, quantizers, strict=True)]
     x = np.maximum(normal(rng_of(6), 4, 5, 5, 4), 0)
-    return request.param, unit, grids, [np.asarray(a) for a in alphas], borders_of(unit), x
+    return (
+        request.param,
+        program,
+        quantizers,
+        [np.asarray(a) for a in alphas],
+        borders_of(program),
+        x,
+    )
 
 
-def run(unit, grids, weights, tensors, coefficients, x, keep=None):
-    own = [Weights(w, g.bias, c) for w, g, c in zip(weights, grids, coefficients, strict=True)]
-    (y,) = forward(unit, own, tensors, [x], [], [], keep)
+def run(program, quantizers, weights, tensors, coefficients, x, keep=None):
+    own = [Weights(w, g.bias, c) for w, g, c in zip(weights, quantizers, coefficients, strict=True)]
+    (y,) = forward(program, own, tensors, BlockInputs([x]), keep)
     return y
 
 
-def numpy_weights(grids, alphas):
+def numpy_weights(quantizers, alphas):
     return [
         reference.soft_weight(
             np.float64(g.weight), np.float64(g.scale), np.float64(g.zero_point), 4, np.float64(a)
         )
-        for g, a in zip(grids, alphas, strict=True)
+        for g, a in zip(quantizers, alphas, strict=True)
     ]
 
 
 def test_a_residual_block_is_that_of_the_numpy_reference(case):
-    fused, unit, grids, alphas, coefficients, x = case
-    found = run(unit, grids, soft(unit, grids, alphas), TENSORS, coefficients, x)
-    single = [np.float32(w) for w in numpy_weights(grids, alphas)]
-    biases = [np.asarray(g.bias) for g in grids]
-    live = [reference.Live] * 3
-    expected = reference.residual_block(x, single, biases, GRIDS, BITS, coefficients, fused, live)
+    shared_across_taps, program, quantizers, alphas, coefficients, x = case
+    found = run(program, quantizers, soft(program, quantizers, alphas), TENSORS, coefficients, x)
+    single = [np.float32(w) for w in numpy_weights(quantizers, alphas)]
+    biases = [np.asarray(g.bias) for g in quantizers]
+    boundary_inputs = [reference.Live] * 3
+    expected = reference.residual_block(
+        x, single, biases, GRIDS, BITS, coefficients, shared_across_taps, boundary_inputs
+    )
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     # The skip sees the tensor rounded to nearest, and not the float one.
-    floating = run(unit, grids, soft(unit, grids, alphas), None, coefficients, x)
+    floating = run(program, quantizers, soft(program, quantizers, alphas), None, coefficients, x)
     assert np.abs(found - floating).max() > 0.05
 
 
 def test_gradients_of_a_residual_block_are_those_of_the_frozen_surrogate(case):
     """Step sizes, border coefficients and alpha, by finite differences in numpy."""
-    fused, unit, grids, alphas, coefficients, x = case
+    shared_across_taps, program, quantizers, alphas, coefficients, x = case
     dy = normal(rng_of(7), 4, 5, 5, 4)
-    biases = [np.float64(g.bias) for g in grids]
+    biases = [np.float64(g.bias) for g in quantizers]
     frozen = [reference.Frozen() for _ in range(3)]
 
     def surrogate(steps, coefficients, alphas):
         pairs = [(s, z) for s, (_, z) in zip(steps, GRIDS, strict=True)]
         y = reference.residual_block(
-            np.float64(x), numpy_weights(grids, alphas), biases, pairs, BITS, coefficients, fused,
-            frozen,
+            np.float64(x), numpy_weights(quantizers, alphas), biases, pairs, BITS, coefficients,
+            shared_across_taps, frozen,
         )  # fmt: skip
         return np.sum(dy * y)
 
     def loss(steps, coefficients, alphas):
         tensors = [t._replace(step_size=s) for t, s in zip(TENSORS, steps, strict=True)]
-        return jnp.sum(dy * run(unit, grids, soft(unit, grids, alphas), tensors, coefficients, x))
+        return jnp.sum(
+            dy
+            * run(program, quantizers, soft(program, quantizers, alphas), tensors, coefficients, x)
+        )
 
     steps = [t.step_size for t in TENSORS]
     dsteps, dborders, dalphas = jax.jit(
@@ -149,19 +163,19 @@ def some_differences(function, value, count=6, epsilon=1e-6):
     """Central differences at a few places spread over `value`: place -> derivative."""
     found = {}
     for flat in np.linspace(0, value.size - 1, count).astype(int):
-        place = np.unravel_index(flat, value.shape)
+        index_of = np.unravel_index(flat, value.shape)
         high, low = value.copy(), value.copy()
-        high[place] += epsilon
-        low[place] -= epsilon
-        found[place] = (function(high) - function(low)) / (2 * epsilon)
+        high[index_of] += epsilon
+        low[index_of] -= epsilon
+        found[index_of] = (function(high) - function(low)) / (2 * epsilon)
     return found
 
 
 def agree(gradient, numeric):
     top = max(map(abs, numeric.values()))
     assert top > 0
-    for place, value in numeric.items():
-        assert abs(gradient[place] - value) < 2e-3 * top
+    for index_of, value in numeric.items():
+        assert abs(gradient[index_of] - value) < 2e-3 * top
 
 
 def test_border_of_one_half_is_the_qdrop_block():
@@ -169,15 +183,15 @@ def test_border_of_one_half_is_the_qdrop_block():
     x = np.maximum(normal(rng_of(6), 4, 5, 5, 4), 0)
     outputs = []
     for preset in ("qdrop", "aquant"):
-        unit, grids = block(preset=preset)
-        weights = [g.weight for g in grids]
-        outputs.append(run(unit, grids, weights, TENSORS, init_borders(unit), x))
+        program, quantizers = block(preset=preset)
+        weights = [g.weight for g in quantizers]
+        outputs.append(run(program, quantizers, weights, TENSORS, init_borders(program), x))
     np.testing.assert_allclose(*outputs, atol=1e-5)
 
 
 class TestDrop:
     def test_a_mask_is_shared_by_the_consumers_of_a_tensor(self):
-        unit, grids = block(preset="qdrop")
+        program, quantizers = block(preset="qdrop")
         seen = []
 
         def keep(value_id, shape):
@@ -185,21 +199,21 @@ class TestDrop:
             return jnp.zeros(shape, bool)
 
         x = np.maximum(normal(rng_of(6), 4, 5, 5, 4), 0)
-        weights = [g.weight for g in grids]
-        dropped = run(unit, grids, weights, TENSORS, [{}, {}], x, keep)
+        weights = [g.weight for g in quantizers]
+        dropped = run(program, quantizers, weights, TENSORS, [{}, {}], x, keep)
         assert len(seen) == len(set(seen)) == 2
-        floating = run(unit, grids, weights, None, [{}, {}], x)
+        floating = run(program, quantizers, weights, None, [{}, {}], x)
         np.testing.assert_allclose(dropped, floating, atol=1e-5)
 
     @pytest.mark.parametrize("preset", ["qdrop", "aquant"])
     def test_keeping_everything_is_keeping_no_mask(self, preset):
-        unit, grids = block(preset=preset)
+        program, quantizers = block(preset=preset)
         x = np.maximum(normal(rng_of(6), 4, 5, 5, 4), 0)
-        weights = [g.weight for g in grids]
+        weights = [g.weight for g in quantizers]
         ones = lambda value, shape: jnp.ones(shape, bool)  # noqa: E731
-        own = borders_of(unit)
-        kept = run(unit, grids, weights, TENSORS, own, x, ones)
-        np.testing.assert_array_equal(kept, run(unit, grids, weights, TENSORS, own, x))
+        own = borders_of(program)
+        kept = run(program, quantizers, weights, TENSORS, own, x, ones)
+        np.testing.assert_array_equal(kept, run(program, quantizers, weights, TENSORS, own, x))
 
     def test_views_of_a_tensor_see_the_same_mask(self):
         """A transposed and a plain reader of one tensor drop the same elements."""
@@ -211,13 +225,16 @@ class TestDrop:
         variables = {n: normal(rng_of(i), 4, 4) for i, n in enumerate(("stem", "a", "b"))}
         x = normal(rng_of(3), 8, 4)
         net = aq.prepare(apply, variables, x, aq.recipes.qdrop(8, 2, batch_size=8, last_act_bits=2))
-        unit = make_unit(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
-        assert len(unit.tensors) == 1
-        own = [Weights(*map(jnp.asarray, net.folded[s.path]), {}) for s in unit.specs]
+        program = make_block_program(
+            net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets
+        )
+        assert len(program.tensors) == 1
+        own = [Weights(*map(jnp.asarray, net.folded[s.path]), {}) for s in program.specs]
         h = np.maximum(x @ variables["stem"], 0)
         mask = rng_of(4).random((8, 4)) < 0.5
-        state = TensorState(jnp.float32(0.7), jnp.float32(0))
-        (y,) = forward(unit, own, [state], [h], [], [], lambda v, shape: jnp.asarray(mask))
+        state = ActivationQuantizer(jnp.float32(0.7), jnp.float32(0))
+        keep = lambda value, shape: jnp.asarray(mask)  # noqa: E731
+        (y,) = forward(program, own, [state], BlockInputs([h]), keep)
         noised = np.where(mask, reference.quantize_activation(h, np.float32(0.7), 0, 2), h)
         np.testing.assert_allclose(y, noised @ (variables["a"] + variables["b"]), atol=1e-4)
 

@@ -15,7 +15,7 @@ def quantize(variables=None, calibration=None, recipe=NEAREST, net=None):
     apply, own = net or residual_net()
     calibration = images(0, 8) if calibration is None else calibration
     return aq.quantize(apply, own if variables is None else variables, calibration, recipe,
-                       progress=False)  # fmt: skip
+                       observer=aq.Observer())  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -87,7 +87,7 @@ def test_what_holds_no_numbers_is_named(values):
 
 def test_a_seed_below_zero_is_an_error():
     with pytest.raises(InputError, match="seed is -1"):
-        aq.quantize(*residual_net(), images(0, 8), NEAREST, seed=-1, progress=False)
+        aq.quantize(*residual_net(), images(0, 8), NEAREST, seed=-1, observer=aq.Observer())
 
 
 @pytest.mark.user_model

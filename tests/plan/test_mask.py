@@ -21,17 +21,22 @@ def padded_with(x, token):
 def quantize(x, mask, **fields):
     apply, variables = bert(layers=1)
     chosen = recipe(**STEPS | fields)
-    return aq.quantize(apply, variables, x, chosen, mask=mask, progress=False, compiler=COMPILER)
+    return aq.quantize(
+        apply, variables, x, chosen, mask=mask, observer=aq.Observer(), compiler=COMPILER
+    )
 
 
 def state(quantized):
-    return jax.tree.leaves((quantized.layers, quantized.tensors))
+    return jax.tree.leaves((quantized.layers, quantized.activations))
 
 
-@pytest.mark.parametrize("unit", ["layer", "block"])
-def test_what_stands_in_the_padding_has_no_influence(unit):
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_what_stands_in_the_padding_has_no_influence(granularity):
     x = tokens()
-    one, two = (quantize(padded_with(x, t), "mask", unit=unit, border="quadratic") for t in (0, 29))
+    one, two = (
+        quantize(padded_with(x, t), "mask", granularity=granularity, border="quadratic")
+        for t in (0, 29)
+    )
     for a, b in zip(state(one), state(two), strict=True):
         np.testing.assert_array_equal(a, b)
     errors = [[report.final_error for report in q.reports] for q in (one, two)]

@@ -1,7 +1,6 @@
-"""A quantization that was interrupted goes on after its last finished block, to the same bits."""
+"""An interrupted quantization resumes after its last finished block, bit for bit."""
 
 import functools
-import importlib
 import json
 import shutil
 
@@ -13,28 +12,29 @@ import aquant_jax as aq
 from aquant_jax.errors import InputError
 from aquant_jax.storage import archive
 from tests.support.nets import images, residual_net
+from tests.support.observers import Recorder
+from tests.support.process import REPOSITORY
 
 pytestmark = pytest.mark.user_model  # optax promotes
 X = images(0, 12, size=5)
 COMPILER = aq.Compiler()
 RECIPE = aq.recipes.aquant(3, 3, steps=3, batch_size=4)
 
-spine = importlib.import_module("aquant_jax.quantize")
-
 
 class StopHereError(Exception):
     pass
 
 
-def quantize(recipe=RECIPE, x=X, seed=0, **more):
+def quantize(recipe=RECIPE, x=X, seed=0, observer=None, **more):
     apply, variables = residual_net()
+    observer = observer or aq.Observer()
     return aq.quantize(
-        apply, variables, x, recipe, seed=seed, progress=False, compiler=COMPILER, **more
+        apply, variables, x, recipe, seed=seed, observer=observer, compiler=COMPILER, **more
     )
 
 
 @functools.cache
-def whole():
+def uninterrupted():
     return quantize()
 
 
@@ -44,46 +44,34 @@ def interrupt_after(count, folder, **more):
             raise StopHereError
 
     with pytest.raises(StopHereError):
-        quantize(resume=folder, on_block=stop, **more)
+        quantize(resume=folder, observer=Recorder(stop), **more)
 
 
 def assert_same(one, two):
-    for name in ("layers", "tensors", "static"):
+    for name in ("layers", "activations", "constants"):
         jax.tree.map(np.testing.assert_array_equal, getattr(one, name), getattr(two, name))
 
 
-@pytest.fixture
-def learned(monkeypatch):
-    """The numbers of the blocks that were learned."""
-    numbers = []
-    learn = spine._Run._learn
-    monkeypatch.setattr(
-        spine._Run, "_learn", lambda self, i, *rest: numbers.append(i) or learn(self, i, *rest)
-    )
-    return numbers
-
-
 @pytest.mark.parametrize("count", [1, 2])
-def test_goes_on_to_the_same_bits(tmp_path, learned, count):
+def test_resumes_to_the_same_bits(tmp_path, count):
     interrupt_after(count, tmp_path)
-    learned.clear()
-    reports = []
-    again = quantize(resume=tmp_path, on_block=reports.append)
-    assert learned == list(range(count, 3))
-    assert_same(again, whole())
-    assert [r.index for r in reports] == [0, 1, 2]
-    for one, two in zip(again.reports, whole().reports, strict=True):
+    observer = Recorder()
+    again = quantize(resume=tmp_path, observer=observer)
+    assert observer.learned == list(range(count, 3))
+    assert_same(again, uninterrupted())
+    assert [r.index for r in observer.reports] == [0, 1, 2]
+    for one, two in zip(again.reports, uninterrupted().reports, strict=True):
         assert (one.name, one.layers, one.steps) == (two.name, two.layers, two.steps)
         assert (one.start_error, one.final_error) == (two.start_error, two.final_error)
         np.testing.assert_array_equal(one.loss_curve, two.loss_curve)
         np.testing.assert_array_equal(one.propagated, two.propagated)
 
 
-def test_a_finished_one_learns_nothing(tmp_path, learned):
+def test_a_finished_one_learns_nothing(tmp_path):
     quantize(resume=tmp_path)
-    learned.clear()
-    assert_same(quantize(resume=tmp_path), whole())
-    assert learned == []
+    observer = Recorder()
+    assert_same(quantize(resume=tmp_path, observer=observer), uninterrupted())
+    assert observer.learned == []
 
 
 @pytest.mark.parametrize(
@@ -91,10 +79,10 @@ def test_a_finished_one_learns_nothing(tmp_path, learned):
     [
         ({"x": X + 1}, r"calibration \('"),
         ({"seed": 1}, r"seed \(0 there, 1 here\)"),
-        ({"recipe": RECIPE.replace(steps=4)}, r"recipe\.steps \(3 there, 4 here\)"),
+        ({"recipe": RECIPE.replace(steps=4)}, r"recipe\.reconstruction\.steps \(3 there, 4 here\)"),
         (
-            {"recipe": RECIPE.replace(steps=4, drop=0.0), "seed": 2},
-            r"recipe\.drop \(0.5 there, 0.0 here\), recipe\.steps .*seed",
+            {"recipe": RECIPE.replace(steps=4, quant_drop_prob=0.0), "seed": 2},
+            r"recipe\.reconstruction\.quant_drop_prob \(0.5 there, 0.0 here\), .*steps .*seed",
         ),
     ],
 )
@@ -110,28 +98,31 @@ def test_other_weights_are_told(tmp_path):
     interrupt_after(1, tmp_path)
     apply, variables = residual_net(seed=1)
     with pytest.raises(InputError, match=r"which differs in weights \('"):
-        aq.quantize(apply, variables, X, RECIPE, progress=False, resume=tmp_path)
+        aq.quantize(apply, variables, X, RECIPE, observer=aq.Observer(), resume=tmp_path)
 
 
-def test_a_restart_learns_the_rest_by_another_recipe(tmp_path, learned):
+def test_a_restart_learns_the_rest_by_another_recipe(tmp_path):
     first = quantize(resume=tmp_path)
-    learned.clear()
-    longer = RECIPE.replace(steps=6, step_lr=1e-2)
-    other = quantize(longer, resume=tmp_path, restart_from=2)
-    assert learned == [2]
+    longer, observer = RECIPE.replace(steps=6, step_lr=1e-2), Recorder()
+    other = quantize(longer, observer=observer, resume=tmp_path, restart_from=2)
+    assert observer.learned == [2]
     for path in ("stem/kernel", "block_1/conv1/kernel"):
         jax.tree.map(np.testing.assert_array_equal, other.layers[path], first.layers[path])
-    assert other.tensors["head/kernel"].step_size != first.tensors["head/kernel"].step_size
+    assert other.activations["head/kernel"].step_size != first.activations["head/kernel"].step_size
     # It is now a run of the new recipe.
-    learned.clear()
-    assert_same(quantize(longer, resume=tmp_path), other)
-    assert learned == []
+    again = Recorder()
+    assert_same(quantize(longer, observer=again, resume=tmp_path), other)
+    assert again.learned == []
 
 
 @pytest.mark.parametrize(
     ("recipe", "first", "message"),
     [
-        (RECIPE.replace(act_bits=4), 1, r"recipe\.act_bits .* may change how blocks are learned"),
+        (
+            RECIPE.replace(act_bits=4),
+            1,
+            r"recipe\.act_bits .* may change recipe\.reconstruction only",
+        ),
         (RECIPE, 2, r"restart from block 2: .* has 1 finished blocks"),
     ],
 )
@@ -151,12 +142,12 @@ def test_a_restart_from_a_negative_block_forgets_none(tmp_path):
     assert archive.sizes(tmp_path) == before
 
 
-def test_a_restart_forgets_blocks_behind_a_gap_too(tmp_path, learned):
+def test_a_restart_forgets_blocks_behind_a_gap_too(tmp_path):
     quantize(resume=tmp_path)
     shutil.rmtree(tmp_path / "001")
-    learned.clear()
-    quantize(RECIPE.replace(steps=4), resume=tmp_path, restart_from=1)
-    assert learned == [1, 2]
+    observer = Recorder()
+    quantize(RECIPE.replace(steps=4), observer=observer, resume=tmp_path, restart_from=1)
+    assert observer.learned == [1, 2]
 
 
 def test_another_network_of_the_same_layers_is_told(tmp_path):
@@ -168,7 +159,7 @@ def test_another_network_of_the_same_layers_is_told(tmp_path):
         def apply(variables, x):
             return function(x @ variables["a"] + shift) @ variables["b"]
 
-        return aq.quantize(apply, variables, x, recipe, progress=False, resume=tmp_path)
+        return aq.quantize(apply, variables, x, recipe, observer=aq.Observer(), resume=tmp_path)
 
     run(jax.nn.relu, x[0])
     run(jax.nn.relu, x[0])
@@ -187,7 +178,7 @@ def test_half_precision_and_keys_have_fingerprints(tmp_path):
         def apply(variables, x):
             return x.astype(jax.numpy.bfloat16) @ variables["a"]
 
-        return aq.quantize(apply, variables, x, recipe, progress=False, resume=tmp_path)
+        return aq.quantize(apply, variables, x, recipe, observer=aq.Observer(), resume=tmp_path)
 
     run(variables)
     run(variables)
@@ -196,7 +187,7 @@ def test_half_precision_and_keys_have_fingerprints(tmp_path):
 
 
 def test_a_restart_needs_a_folder():
-    with pytest.raises(InputError, match="restart_from is 1, and resume names no folder"):
+    with pytest.raises(InputError, match="restart_from is 1, but resume is None"):
         quantize(restart_from=1)
 
 
@@ -210,8 +201,20 @@ def test_a_damaged_block_is_named(tmp_path):
 
 def test_the_fingerprint_can_be_read(tmp_path):
     interrupt_after(1, tmp_path)
-    call = json.loads((tmp_path / "run.json").read_text())
-    assert {"network", "weights", "calibration", "recipe", "seed", "device", "versions"} <= set(
-        call
-    )
+    call = json.loads((tmp_path / "fingerprint.json").read_text())
+    assert call["recipe"]["reconstruction"]["steps"] == 3
+    assert (call["layout"], call["seed"], call["backend"]) == (2, 0, "reference")
     assert call["versions"]["jax"] == jax.__version__
+    digests = {call[name] for name in ("network", "weights", "calibration")}
+    assert {len(digest) for digest in digests} == {64}
+    assert len(digests) == 3
+
+
+def test_blocks_of_the_first_layout_are_refused_and_stay(tmp_path):
+    folder = tmp_path / "blocks"
+    shutil.copytree(REPOSITORY / "tests" / "golden" / "layout_1" / "blocks", folder)
+    before = archive.sizes(folder)
+    wanted = r"blocks of layout 1, written by aquant-jax 0\.1\.0; this version reads layout 2"
+    with pytest.raises(InputError, match=wanted):
+        quantize(resume=folder)
+    assert archive.sizes(folder) == before

@@ -1,3 +1,7 @@
+import collections
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,13 +9,23 @@ import optax
 import pytest
 
 import aquant_jax as aq
-from aquant_jax.arithmetic.uniform import TensorState
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.errors import ReconstructionError
 from aquant_jax.layers.compiler import Compiler
-from aquant_jax.plan.block_program import make_unit
+from aquant_jax.layers.fake_quant import run_layer
+from aquant_jax.plan.block_program import make_block_program
 from aquant_jax.reconstruction import optimize as reconstruct
 from aquant_jax.reconstruction.activation_cache import store
-from aquant_jax.reconstruction.weights import make_grids
+from aquant_jax.reconstruction.learning_rates import coefficient_rate
+from aquant_jax.reconstruction.loss import output_loss, rounding_loss
+from aquant_jax.reconstruction.optimize import draw_batches, initial_params
+from aquant_jax.reconstruction.training_step import (
+    CalibrationData,
+    Quantizers,
+    Trainer,
+    train_steps,
+)
+from aquant_jax.reconstruction.weights import make_weight_quantizers
 from tests.support.nets import images, rng_of, small_net
 
 # optax promotes integer counts, so nothing that runs it can be strict.
@@ -19,22 +33,30 @@ pytestmark = pytest.mark.user_model
 X = images(0, 16, size=5)
 
 
+SILENT = aq.Observer()
 COMPILER = Compiler()  # shared, since most of the time here is compilation
 
 
 def quantize(
-    preset="qdrop", seed=0, net=None, compiler=COMPILER, progress=False, calibration=X, **fields
+    preset="qdrop",
+    seed=0,
+    net=None,
+    compiler=COMPILER,
+    observer=SILENT,
+    calibration=X,
+    **fields,
 ):
     fields = {"weight_bits": 3, "act_bits": 3, "steps": 4, "batch_size": 8, **fields}
     recipe = getattr(aq.recipes, preset)(**fields)
     apply, variables = net or small_net(width=4)
     return aq.quantize(
-        apply, variables, calibration, recipe, seed=seed, progress=progress, compiler=compiler
-    )
+        apply, variables, calibration, recipe,
+        seed=seed, observer=observer, compiler=compiler,
+    )  # fmt: skip
 
 
 def leaves(quantized):
-    return jax.tree.leaves((quantized.layers, quantized.tensors))
+    return jax.tree.leaves((quantized.layers, quantized.activations))
 
 
 def same(one, two):
@@ -47,54 +69,60 @@ def block_problem(preset="qdrop", samples=16, **fields):
     apply, variables = small_net(width=4)
     recipe = getattr(aq.recipes, preset)(3, 3, **{"steps": 10, "batch_size": 8, **fields})
     net = aq.prepare(apply, variables, X, recipe)
-    unit = make_unit(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
+    program = make_block_program(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
     rng = rng_of(1)
     floating = np.maximum(rng.normal(size=(samples, 5, 5, 4)), 0).astype(np.float32)
     noised = floating + rng.normal(size=floating.shape).astype(np.float32) * np.float32(0.1)
     target = np.maximum(rng.normal(size=(samples, 5, 5, 4)), 0).astype(np.float32)
     caches = [store([[value]], samples) for value in (noised, floating, target)]
-    data = reconstruct.Data(caches[0], caches[1], (), caches[2])
-    grids = make_grids(unit, net.folded)
-    tensors = [TensorState(jnp.float32(0.3), jnp.float32(0.0)) for _ in unit.tensors]
-    return unit, grids, tensors, data, recipe
-
-
-def optimize(unit, grids, tensors, data, recipe, trained=(True, True), seed=0, on_step=None):
-    on_step = on_step or (lambda step, loss: None)
-    return reconstruct.optimize(
-        unit, grids, tensors, trained, data, (), recipe, seed, COMPILER, on_step
+    data = CalibrationData(*caches)
+    start = ActivationQuantizer(jnp.float32(0.3), jnp.float32(0.0))
+    quantizers = Quantizers(
+        make_weight_quantizers(program, net.folded), (start,) * len(program.tensors), (True, True)
     )
+    return program, quantizers, data, recipe
+
+
+def optimize(program, quantizers, data, recipe, seed=0):
+    on_step = lambda step, loss: None  # noqa: E731
+    return reconstruct.optimize(program, quantizers, data, recipe, seed, COMPILER, on_step)
 
 
 class TestStep:
     @pytest.mark.parametrize("preset", ["adaround", "qdrop", "aquant"])
-    def test_our_part_of_a_step_promotes_nothing(self, preset, monkeypatch):
-        monkeypatch.setattr(reconstruct, "_optimizer", lambda unit, recipe: optax.sgd(1e-3))
-        problem = block_problem(preset, steps=1, unit="block")
+    def test_our_part_of_a_step_promotes_nothing(self, preset):
+        program, quantizers, data, recipe = block_problem(preset, steps=1, granularity="block")
+        trainer = Trainer(program, recipe, optax.sgd(1e-3), run_layer)
+        params = initial_params(program, quantizers)
+        carry = (params, trainer.optimizer.init(params))
+        arguments = (jax.random.key(0), np.zeros(1, np.int32), np.arange(8, dtype=np.int32)[None])
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-            result = optimize(*problem)
-        assert np.isfinite(result.curve).all()
+            _, loss = jax.jit(functools.partial(train_steps, trainer))(
+                carry, quantizers, data, *arguments
+            )
+        assert float(loss[0]) > 0
 
     def test_the_loss_falls(self):
-        unit, grids, tensors, data, recipe = block_problem("brecq", steps=60, weight_lr=2e-2)
-        curve = optimize(unit, grids, tensors, data, recipe).curve
+        curve = optimize(*block_problem("brecq", steps=60, weight_lr=2e-2)).curve
         assert curve.shape == (3, 2)
         assert list(curve[:, 0]) == [20, 40, 60]
         assert curve[-1, 1] < curve[0, 1]
 
     def test_a_tensor_that_is_not_trained_stays(self):
-        unit, grids, tensors, data, recipe = block_problem(step_lr=1e-2)
-        result = optimize(unit, grids, tensors, data, recipe, trained=(False, True))
-        assert result.tensors[0].step_size == tensors[0].step_size
-        assert result.tensors[1].step_size != tensors[1].step_size
-        assert [t.zero_point for t in result.tensors] == [t.zero_point for t in tensors]
+        program, quantizers, data, recipe = block_problem(step_lr=1e-2)
+        quantizers = dataclasses.replace(quantizers, trained=(False, True))
+        learned = optimize(program, quantizers, data, recipe).activations
+        start = quantizers.activations
+        assert learned[0].step_size == start[0].step_size
+        assert learned[1].step_size != start[1].step_size
+        assert [q.zero_point for q in learned] == [q.zero_point for q in start]
 
     @pytest.mark.parametrize("step_lr", [1.0, 1e4])
     def test_step_sizes_stay_positive(self, step_lr):
-        unit, grids, tensors, data, recipe = block_problem(step_lr=step_lr, steps=5)
-        result = optimize(unit, grids, tensors, data, recipe)
-        for state, start in zip(result.tensors, tensors, strict=True):
-            assert float(state.step_size) >= 0.99 * 1e-2 * float(start.step_size)
+        problem = block_problem(step_lr=step_lr, steps=5)
+        learned = optimize(*problem).activations
+        for quantizer, start in zip(learned, problem[1].activations, strict=True):
+            assert float(quantizer.step_size) >= 0.99 * 1e-2 * float(start.step_size)
 
     def test_borders_move_after_their_warmup_only(self):
         moved = {}
@@ -102,22 +130,23 @@ class TestStep:
             problem = block_problem("aquant", border_warmup=warmup, steps=8)
             layers = optimize(*problem).layers
             moved[warmup] = [float(jnp.abs(layer.border["b0"] - 0.5).max()) for layer in layers]
-        rate = problem[-1].border_lr * 7 / 3  # in units of the range of 3 bits
+        # In units of the range of 3 bits.
+        rate = problem[-1].reconstruction.border_lr * 7 / 3
         assert max(moved[0.9]) < 2 * rate  # one step of the eight: int(0.9 * 8) = 7
         assert max(moved[0.0]) > 3 * rate
 
     def test_learning_rates_of_coefficients(self):
-        unit, _, _, _, recipe = block_problem("aquant", border_gain=0.25, border_range=3.0)
-        recipe = recipe.replace(border="quadratic")
+        program, _, _, recipe = block_problem("aquant", border_gain=0.25, border_range=3.0)
 
-        def rates(recipe):
+        def rates(**fields):
+            learning = recipe.replace(**fields).reconstruction
             names = ("b0", "b1", "b2")
-            return [reconstruct._coefficient_rate(unit.specs[0], recipe, name) for name in names]
+            return [coefficient_rate(program.specs[0], learning, name) for name in names]
 
-        np.testing.assert_allclose(rates(recipe), [0.25 * 7 / 3, 0.25, 0.25 * 3 / 7])
-        assert rates(recipe.replace(border_range=None, border_gain=1.0)) == [1.0, 1.0, 1.0]
-        # A border of the user's may not say which powers its coefficients have.
-        assert reconstruct._coefficient_rate(unit.specs[0], recipe, "other") == 0.25
+        np.testing.assert_allclose(rates(), [0.25 * 7 / 3, 0.25, 0.25 * 3 / 7])
+        assert rates(border_range=None, border_gain=1.0) == [1.0, 1.0, 1.0]
+        # A user's border may not say which powers its coefficients have.
+        assert coefficient_rate(program.specs[0], recipe.reconstruction, "other") == 0.25
 
     def test_seeds_draw_batches_and_masks(self):
         problem = block_problem(steps=6)
@@ -127,46 +156,46 @@ class TestStep:
 
     def test_mixing_and_drop_change_the_loss(self):
         losses = {
-            (mixing, drop): optimize(
-                *block_problem("brecq", input_mixing=mixing, drop=drop, steps=1)
+            (mixing, dropping): optimize(
+                *block_problem("brecq", input_mixing=mixing, quant_drop_prob=dropping, steps=1)
             ).curve[0, 1]
-            for mixing in (0.0, 0.5) for drop in (0.0, 0.5)
+            for mixing in (0.0, 0.5) for dropping in (0.0, 0.5)
         }  # fmt: skip
         assert len(set(losses.values())) == 4
 
 
-def test_settled_steps_neither_mix_nor_drop(monkeypatch):
+def test_the_final_steps_neither_mix_nor_drop(monkeypatch):
     """With nothing moving, their losses are those of a run without any noise."""
     monkeypatch.setattr(reconstruct, "LOG_EVERY", 1)
     still = {"steps": 4, "weight_lr": 1e-12, "step_lr": 1e-12}
-    noisy = optimize(*block_problem("qdrop", **still, settle=0.5)).curve[:, 1]
+    noisy = optimize(*block_problem("qdrop", **still, final_full_quant_fraction=0.5)).curve[:, 1]
     plain = optimize(*block_problem("brecq", **still)).curve[:, 1]
     np.testing.assert_allclose(noisy[2:], plain[2:], rtol=1e-5)
     assert (np.abs(noisy[:2] / plain[:2] - 1) > 1e-3).all()
 
 
 def test_loss_is_summed_over_channels_and_averaged_over_the_rest():
-    unit, *_, recipe = block_problem()
+    program, *_ = block_problem()
     target = jnp.zeros((2, 5, 5, 4))
     output = target.at[0, 0, 0, :2].set(3.0)
-    found = reconstruct.output_loss(recipe, unit, [output], [target])
-    assert float(found) == pytest.approx(2 * 9.0 / (2 * 5 * 5))
-    power = reconstruct.output_loss(recipe.replace(loss_power=2.4), unit, [output], [target])
+    loss = output_loss(program, [output], [target])
+    assert float(loss) == pytest.approx(2 * 9.0 / (2 * 5 * 5))
+    power = output_loss(program, [output], [target], 2.4)
     assert float(power) == pytest.approx(2 * 3.0**2.4 / (2 * 5 * 5), rel=1e-5)
-    whole = jnp.zeros((2, 3), jnp.int32)
-    assert float(reconstruct.output_loss(recipe, unit, [whole], [whole])) == 0.0
+    integers = jnp.zeros((2, 3), jnp.int32)
+    assert float(output_loss(program, [integers], [integers + 1])) == 0.0
 
 
 def test_rounding_loss_starts_after_its_warmup():
-    recipe = aq.recipes.qdrop(steps=10, rounding_warmup=0.2)
+    learning = aq.recipes.qdrop(steps=10, rounding_warmup=0.2).reconstruction
     alphas = [jnp.zeros(5), None, jnp.zeros(3)]
-    steps = [reconstruct._rounding_loss(recipe, alphas, jnp.int32(s)) for s in range(10)]
+    steps = [rounding_loss(learning, alphas, jnp.int32(s)) for s in range(10)]
     np.testing.assert_allclose(steps, [0, 0] + [0.01 * 8] * 8, rtol=1e-6)
 
 
 def test_batches_hold_no_sample_twice():
-    recipe = aq.recipes.qdrop(steps=50, batch_size=6)
-    index = reconstruct._batches(np.random.default_rng(0), 8, recipe)
+    learning = aq.recipes.qdrop(steps=50, batch_size=6).reconstruction
+    index = draw_batches(np.random.default_rng(0), 8, learning)
     assert index.shape == (50, 6)
     assert all(len(set(row)) == 6 for row in index)
     assert set(index.ravel()) == set(range(8))
@@ -180,19 +209,19 @@ def test_same_seed_same_codes_bit_for_bit(preset):
     np.testing.assert_array_equal(one(X), again(X))
 
 
-def test_a_block_that_got_worse_keeps_its_start(capsys):
+def test_a_block_that_got_worse_falls_back_to_nearest(capsys):
     nearest = quantize("nearest", steps=0)
-    worse = quantize("qdrop", steps=3, weight_lr=1e3, step_lr=0.5, progress=True)
-    assert all(report.kept_start for report in worse.reports)
+    worse = quantize("qdrop", steps=3, weight_lr=1e3, step_lr=0.5, observer=aq.TerminalObserver())
+    assert all(report.fell_back_to_nearest for report in worse.reports)
     assert all(r.final_error == r.start_error for r in worse.reports)
     assert same(worse, nearest)
-    assert "block_1: reconstruction did not help" in capsys.readouterr().out
+    assert "block_1: reconstruction did not reduce the error" in capsys.readouterr().out
 
 
 def test_a_kept_block_never_ends_worse_than_it_started():
     quantized = quantize("brecq", steps=30, weight_lr=1e-2)
     assert all(report.final_error <= report.start_error for report in quantized.reports)
-    assert any(not report.kept_start for report in quantized.reports)
+    assert any(not report.fell_back_to_nearest for report in quantized.reports)
 
 
 def test_a_loss_that_is_not_finite_names_its_block():
@@ -202,14 +231,29 @@ def test_a_loss_that_is_not_finite_names_its_block():
         quantize(calibration=large)
 
 
+class CountingCompiler(Compiler):
+    """Counts the functions that it builds, by what they are for."""
+
+    def __init__(self):
+        super().__init__()
+        self.built = collections.Counter()
+
+    def get(self, key, build, **options):
+        def counted():
+            self.built[key[0]] += 1
+            return build()
+
+        return super().get(key, counted, **options)
+
+
 def test_blocks_of_one_shape_share_their_compiled_step():
-    compiler = Compiler()
+    compiler = CountingCompiler()
     net = small_net(width=4, blocks=3)
     quantize(net=net, compiler=compiler, steps=1)
-    keys = list(compiler._functions)
-    assert sum(key[0] == "step" for key in keys) == 3  # stem, one for the three blocks, head
+    assert compiler.built["step"] == 3  # stem, one for the three blocks, head
+    before = dict(compiler.built)
     quantize(net=net, compiler=compiler, steps=1, seed=1)
-    assert list(compiler._functions) == keys
+    assert compiler.built == before
 
 
 def test_shared_steps_do_not_mix_up_the_weights_of_blocks():

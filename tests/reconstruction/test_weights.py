@@ -4,14 +4,14 @@ import pytest
 
 import aquant_jax as aq
 from aquant_jax.layers.fake_quant import per_channel
-from aquant_jax.plan.block_program import make_unit
+from aquant_jax.plan.block_program import make_block_program
 from aquant_jax.reconstruction.weights import (
     alpha_of,
     deploy,
     deployed_weights,
     float_weights,
     init_borders,
-    make_grids,
+    make_weight_quantizers,
     nearest_layers,
 )
 from tests.support import numpy_reference as reference
@@ -24,53 +24,63 @@ def problem():
     overrides = ({"pattern": "conv2", "keep_float": True},)
     recipe = aq.recipes.aquant(3, 3, batch_size=8, overrides=overrides)
     net = aq.prepare(apply, variables, images(0, 8), recipe)
-    unit = make_unit(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
-    return net, unit, make_grids(unit, net.folded)
+    program = make_block_program(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
+    return net, program, make_weight_quantizers(program, net.folded)
 
 
 def test_a_float_layer_has_no_grid(problem):
-    net, unit, (quantized, floating) = problem
+    net, program, (quantized, floating) = problem
     assert quantized.scale.shape == quantized.zero_point.shape == (4,)
     assert floating.scale is None
-    assert alpha_of(unit.program.weighted[1], floating) is None
+    assert alpha_of(program.subgraph.weighted[1], floating) is None
     np.testing.assert_array_equal(floating.weight, net.folded["block_1/conv2/kernel"].weight)
 
 
 def test_nearest_layers_hold_nearest_codes(problem):
-    _, unit, grids = problem
-    first, second = nearest_layers(unit, grids)
-    weight, scale, zero = map(np.asarray, (grids[0].weight, grids[0].scale, grids[0].zero_point))
+    _, program, quantizers = problem
+    first, second = nearest_layers(program, quantizers)
+    weight, scale, zero = map(
+        np.asarray, (quantizers[0].weight, quantizers[0].scale, quantizers[0].zero_point)
+    )
     assert first.codes.dtype == jnp.uint8
     exact = reference.nearest_weight(weight, scale, zero, 3)
-    np.testing.assert_allclose(deployed_weights(unit, (first, second))[0].weight, exact, rtol=1e-6)
+    np.testing.assert_allclose(
+        deployed_weights(program, (first, second))[0].weight, exact, rtol=1e-6
+    )
     assert np.abs(exact - weight).max() <= 1.01 * np.abs(weight).max()
     # The float layer is deployed as it is.
-    np.testing.assert_array_equal(second.codes, grids[1].weight)
-    np.testing.assert_array_equal(deployed_weights(unit, (first, second))[1].weight, second.codes)
+    np.testing.assert_array_equal(second.codes, quantizers[1].weight)
+    np.testing.assert_array_equal(
+        deployed_weights(program, (first, second))[1].weight, second.codes
+    )
 
 
 def test_learned_layers_hold_hard_codes(problem):
-    _, unit, grids = problem
-    op = unit.program.weighted[0]
-    alpha = -np.asarray(alpha_of(op, grids[0]))  # everything to the farther neighbour
-    layers = deploy(unit, grids, [alpha, None], init_borders(unit))
-    up = np.asarray(layers[0].codes, int) - np.asarray(nearest_layers(unit, grids)[0].codes, int)
+    _, program, quantizers = problem
+    op = program.subgraph.weighted[0]
+    alpha = -np.asarray(alpha_of(op, quantizers[0]))  # everything to the farther neighbour
+    layers = deploy(program, quantizers, [alpha, None], init_borders(program))
+    up = np.asarray(layers[0].codes, int) - np.asarray(
+        nearest_layers(program, quantizers)[0].codes, int
+    )
     assert set(np.unique(up)) == {-1, 0, 1}
-    scale, zero = per_channel(op, grids[0].scale), per_channel(op, grids[0].zero_point)
-    expected = reference.hard_weight(*map(np.asarray, (grids[0].weight, scale, zero)), 3, alpha)
-    np.testing.assert_allclose(deployed_weights(unit, layers)[0].weight, expected, rtol=1e-6)
+    scale, zero = per_channel(op, quantizers[0].scale), per_channel(op, quantizers[0].zero_point)
+    expected = reference.hard_weight(
+        *map(np.asarray, (quantizers[0].weight, scale, zero)), 3, alpha
+    )
+    np.testing.assert_allclose(deployed_weights(program, layers)[0].weight, expected, rtol=1e-6)
 
 
 def test_float_weights_are_the_folded_ones(problem):
-    net, unit, _ = problem
-    for spec, weights in zip(unit.specs, float_weights(unit, net.folded), strict=True):
+    net, program, _ = problem
+    for spec, weights in zip(program.specs, float_weights(program, net.folded), strict=True):
         np.testing.assert_array_equal(weights.weight, net.folded[spec.path].weight)
         np.testing.assert_array_equal(weights.bias, net.folded[spec.path].bias)
         assert weights.border == {}
 
 
 def test_borders_start_at_one_half(problem):
-    _, unit, _ = problem
-    first, second = init_borders(unit)
+    _, program, _ = problem
+    first, second = init_borders(program)
     assert first["b0"].shape == (9, 4)
     assert second == {}  # a float layer quantizes nothing

@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 def test_everything_comes_back(folder):
     stored = archive.read(folder)
-    assert stored.facts == FACTS
+    assert stored.metadata == FACTS
     assert stored.files == {"program": b"abc"}
     assert stored.arrays.keys() == ARRAYS.keys()
     for name, array in ARRAYS.items():
@@ -98,14 +98,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     done = run_python(f"""
 import pathlib, resource, signal
 import numpy as np
-from aquant_jax import store
+from aquant_jax.storage import archive
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 path = pathlib.Path({str(tmp_path)!r}) / "saved"
 noise = np.random.default_rng(0).integers(0, 256, 500_000, dtype=np.uint8)
 try:
-    store.write(path, {{"codes": noise}}, {{}})
-except store.InputError as error:
+    archive.write(path, {{"codes": noise}}, {{}})
+except archive.InputError as error:
     print(str(error).count("\\n"), error)
 """)
     assert done.stdout.startswith(f"0 {tmp_path}/saved cannot be written: "), done.stderr

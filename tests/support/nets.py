@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from aquant_jax.graph.subgraph import static_inputs
+from aquant_jax.graph.subgraph import BlockInputs, constant_inputs
 from aquant_jax.layers.fake_quant import Weights
-from aquant_jax.plan.block_program import forward, make_unit
+from aquant_jax.plan.block_program import forward, make_block_program
 
 
 def rng_of(seed):
@@ -94,12 +94,14 @@ def mlp(seed=0, sizes=(6, 8, 8, 4)):
 
 def run_folded(net, x):
     """The prepared network's folded graph in float, on a batch of ``net.batch`` samples."""
-    unit = make_unit(net.graph, net.plan, (), net.graph.outputs)
-    weights = [Weights(*map(jnp.asarray, net.folded[s.path]), {}) for s in unit.specs]
+    program = make_block_program(net.graph, net.plan, (), net.graph.outputs)
+    weights = [Weights(*map(jnp.asarray, net.folded[s.path]), {}) for s in program.specs]
     by_id = dict(zip(net.graph.inputs, jax.tree.leaves(x), strict=True))
-    side = [by_id[i] for i in unit.program.side]
-    static = static_inputs(net.graph, unit.program, net.variables)
-    outputs = forward(unit, weights, None, (), side, static)
+    inputs = BlockInputs(
+        model=[by_id[i] for i in program.subgraph.model_inputs],
+        constants=constant_inputs(net.graph, program.subgraph, net.variables),
+    )
+    outputs = forward(program, weights, None, inputs)
     return jax.tree.unflatten(net.graph.tree, outputs)
 
 

@@ -31,10 +31,10 @@ def phi(name, p):
     return p
 
 
-def column_borders(columns, coefficients, phi_name, fused):
-    """Borders of u-columns [..., taps, C], coefficients [taps, C]; fused means over the taps."""
+def column_borders(columns, coefficients, phi_name, shared_across_taps):
+    """Borders of u-columns [..., taps, C], coefficients [taps, C], or their mean."""
     p = polynomial(coefficients, columns)
-    if fused:
+    if shared_across_taps:
         total = p[..., 0, :]
         for tap in range(1, p.shape[-2]):
             total = total + p[..., tap, :]
@@ -105,7 +105,7 @@ def quantize_activation(x, step, zero, bits, border=0.5, quantizer=Live):
 
 
 def quantized_conv(
-    x, weight, bias, step, zero, bits, coefficients=None, phi_name="clamp", fused=True,
+    x, weight, bias, step, zero, bits, coefficients=None, phi_name="clamp", shared_across_taps=True,
     strides=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1), groups=1, keep=None, quantizer=Live,
 ):  # fmt: skip
     """A convolution of fake-quantized columns; `weight` holds real values. Also the codes."""
@@ -114,7 +114,7 @@ def quantized_conv(
     u = columns * inverse
     border = x.dtype.type(0.5)
     if coefficients is not None:
-        border = column_borders(u, coefficients, phi_name, fused)
+        border = column_borders(u, coefficients, phi_name, shared_across_taps)
     codes = quantizer.codes(u - border, zero, bits)
     values = step * (codes - zero)
     if keep is not None:
@@ -142,7 +142,7 @@ def relu(x):
     return np.maximum(x, 0.0)
 
 
-def residual_block(x, weights, biases, grids, bits, coefficients, fused, quantizers):
+def residual_block(x, weights, biases, grids, bits, coefficients, shared_across_taps, quantizers):
     """relu(conv2(relu(conv1(x))) + x), 3x3 convs of stride 1; the skip sees x rounded to nearest.
 
     Args:
@@ -151,7 +151,7 @@ def residual_block(x, weights, biases, grids, bits, coefficients, fused, quantiz
       coefficients: of the two borders.
       quantizers: three of `Live` or `Frozen`: first conv, second conv, skip.
     """
-    options = {"fused": fused, "padding": ((1, 1), (1, 1))}
+    options = {"shared_across_taps": shared_across_taps, "padding": ((1, 1), (1, 1))}
     y, _ = quantized_conv(
         x,
         weights[0],

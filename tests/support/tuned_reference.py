@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import gpu_ops
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.layers.integer import QuantizedWeights
 from tests.support.img2col_reference import NAMES, Case, reference
 
 WEIGHT_BITS = 4
@@ -20,29 +22,28 @@ def random_layer(seed, kernels):
         kernel=kernel, strides=tuple(int(n) for n in rng.integers(1, 3, 2)),
         padding=tuple((int(a), int(b)) for a, b in low_high),
         dilation=tuple(int(n) for n in rng.integers(1, 3, 2)),
-        bits=int(rng.integers(2, 9)), border=str(rng.choice(list(NAMES))), phi="identity",
-        fused=bool(rng.integers(0, 2)), dtype="bfloat16",
+        bits=int(rng.integers(2, 9)), border=list(NAMES)[rng.integers(len(NAMES))], phi="identity",
+        shared_across_taps=bool(rng.integers(0, 2)), dtype="bfloat16",
     )  # fmt: skip
     return case, int(rng.choice([64, 128, 192, 256]))
 
 
 def weights_of(case, outer, seed):
-    """Codes [kh, kw, C, O], scales and zero points."""
+    """Quantized weights with codes [kh, kw, C, O]."""
     rng = np.random.default_rng([8, seed])
     codes = rng.integers(0, 2**WEIGHT_BITS, (*case.kernel, case.shape[-1], outer), np.uint8)
     zero = rng.integers(0, 2**WEIGHT_BITS, outer).astype(np.float32)
-    return codes, rng.uniform(0.01, 0.1, outer).astype(np.float32), zero
+    scale = rng.uniform(0.01, 0.1, outer).astype(np.float32)
+    return QuantizedWeights(codes, scale, zero, WEIGHT_BITS)
 
 
 def convolve(case, operands, weights, bias=None, **options):
     """The tuned convolution, folded and called."""
     x, step, zero, coefficients = operands
-    layer = gpu_ops.fold_convolution(
-        step, zero, coefficients, *weights, weight_bits=WEIGHT_BITS, bits=case.bits,
-        border=case.border, phi=case.phi, fused=case.fused, bias=bias,
-    )  # fmt: skip
-    how = {name: getattr(case, name) for name in ("strides", "padding", "dilation")}
-    return gpu_ops.conv_border_tuned(jnp.asarray(x, jnp.bfloat16), layer, **how, **options)
+    quantizer = ActivationQuantizer(step, zero)
+    layer = gpu_ops.fold_convolution(quantizer, coefficients, weights, case.rounding(), bias)
+    x = jnp.asarray(x, jnp.bfloat16)
+    return gpu_ops.conv_border_tuned(x, layer, case.geometry(), **options)
 
 
 def tuned_codes(case, operands, run):
@@ -51,29 +52,30 @@ def tuned_codes(case, operands, run):
     outer = -(-elements // 64) * 64
     codes = np.eye(elements, outer, dtype=np.uint8).reshape(*case.kernel, -1, outer)
     step, zero = operands[1:3]
-    weights = codes, np.full(outer, 1 / step, np.float32), np.zeros(outer, np.float32)
+    scale, no_zero_point = np.full(outer, 1 / step, np.float32), np.zeros(outer, np.float32)
+    weights = QuantizedWeights(codes, scale, no_zero_point, WEIGHT_BITS)
     y = run(lambda: convolve(case, operands, weights))
     return np.rint(np.asarray(y, np.float64)[..., :elements] + zero).astype(np.int64)
 
 
 def exact_codes(case, operands):
-    """The same by the definition."""
+    """The same by the reference implementation."""
     columns = reference(*operands, case)[..., 0, :]
     return columns.astype(np.int64) + (128 if case.bits == 8 else 0)
 
 
 def assert_convolves(case, outer, run, seed):
-    """What comes out is the product of its own codes, rounded to bfloat16.
+    """The result is the product of its own codes, rounded to bfloat16.
 
-    What cancels, the sum and the offset, was rounded to float32.
+    The tolerance allows for the sum and the offset, which cancel: both are rounded to float32.
     """
     operands, weights = case.operands(seed), weights_of(case, outer, seed)
     rng = np.random.default_rng([9, seed])
     bias = rng.normal(size=outer).astype(np.float32)
     q = tuned_codes(case, operands, run) - int(operands[2])
-    whole = weights[0].astype(np.int64) - weights[2].astype(np.int64)
+    whole = weights.codes.astype(np.int64) - weights.zero_point.astype(np.int64)
     whole = whole.reshape(-1, outer)
-    grid = np.float64(operands[1]) * weights[1]
+    grid = np.float64(operands[1]) * weights.scale
     expected = (q @ whole) * grid + bias
     assert np.abs(expected).max() > 0
     tolerance = {"rtol": 2**-8, "atol": 3e-7 * (2**case.bits * np.abs(whole).sum(0) * grid).max()}
@@ -86,7 +88,7 @@ def assert_convolves(case, outer, run, seed):
 
 
 def assert_exact_codes(run, seeds):
-    """Where nothing is rounded, codes are the definition's: means over powers of two, few bits."""
+    """Where nothing is rounded, codes are exact: means over powers of two, few bits."""
     for seed in seeds:
         case, _ = random_layer(seed, [(1, 1), (2, 2), (1, 2), (4, 1)])
         operands = case.operands(seed, dyadic=True)

@@ -1,4 +1,4 @@
-"""``launch.bench latency`` on a small network: what it measures, and what it writes."""
+"""``launch.bench.latency`` on a small network: its layers, its ways, and its files."""
 
 import json
 
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import gpu_ops
-from launch.bench import calibrate, latency
+from aquant_jax.layers.column import Rounding
+from aquant_jax.layers.conv_geometry import ConvGeometry
+from launch.bench import latency
 
-pytestmark = pytest.mark.user_model
 WORK = latency.Workload("resnet20_cifar", 16, 2, 1, False)
 
 
@@ -18,18 +19,19 @@ def test_layers_are_those_of_the_network():
     found = latency.convolutions(WORK)
     assert len(found) == 20
     first, head = found["params/conv1/kernel"], found["params/linear/kernel"]
-    assert first == ((2, 16, 16, 3), (3, 3, 3, 16), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
-    assert head == ((2, 1, 1, 64), (1, 1, 64, 10), (1, 1), ((0, 0), (0, 0)), (1, 1), 1)
-    strided = [c for c in found.values() if c.strides == (2, 2)]
+    assert first[:2] == ((2, 16, 16, 3), (3, 3, 3, 16))
+    assert first.geometry == ConvGeometry((16, 16), (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    assert head == ((2, 1, 1, 64), (1, 1, 64, 10), ConvGeometry.pointwise(1))
+    strided = [c for c in found.values() if c.geometry.strides == (2, 2)]
     assert [c.x[-1] for c in strided] == [16, 32]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8], ids=["dense", "grouped", "depthwise"])
 def test_all_ways_convolve(groups):
-    at = latency.Convolution((2, 6, 5, 8), (3, 3, 8 // groups, 8), (2, 1), ((1, 0), (1, 1)),
-                             (1, 1), groups)  # fmt: skip
+    geometry = ConvGeometry((6, 5), (3, 3), (2, 1), (1, 1), ((1, 0), (1, 1)), groups)
+    at = latency.Layer((2, 6, 5, 8), (3, 3, 8 // groups, 8), geometry)
     x = jax.random.normal(jax.random.key(1), at.x)
-    ways = latency._ways(at, False)
+    ways = latency.ways(at, False)
     found = {name: way.run(x.astype(way.dtype), *way.operands) for name, way in ways.items()}
     shapes = {name: y.shape for name, y in found.items()}
     assert set(shapes.values()) == {(2, 3, 5, 8)}
@@ -45,7 +47,7 @@ def test_the_launcher_writes_json_table_and_plot(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(latency, "convolutions", lambda work: few)
     monkeypatch.setattr(latency, "CACHE", 1)
     out = tmp_path / "latency.json"
-    assert calibrate.main(["bench", "latency", "--rounds=3", f"--out={out}"]) == 0
+    assert latency.main(["latency", "--rounds=3", f"--out={out}"]) == 0
     found = json.loads(out.read_text())
     assert found == json.loads(capsys.readouterr().out)
     assert [len(layer["layers"]) for layer in found["layers"]] == [1, 2]
@@ -57,18 +59,16 @@ def test_the_launcher_writes_json_table_and_plot(tmp_path, capsys, monkeypatch):
 
 
 def test_an_unknown_model_is_named(capsys):
-    assert calibrate.main(["bench", "latency", "--model=resnet19"]) == 2
+    assert latency.main(["latency", "--model=resnet19"]) == 2
     assert "resnet19" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("channels", "served"), [(32, True), (24, False)])
 def test_layers_that_the_tuned_kernel_does_not_serve_run_in_int8(channels, served):
-    at = latency.Convolution((2, 6, 5, channels), (3, 3, channels, 64), (1, 1), ((1, 1), (1, 1)),
-                             (1, 1), 1)  # fmt: skip
-    way = latency._ways(at, False)["border int8"]
-    window = {"strides": at.strides, "padding": at.padding, "dilation": at.dilation}
-    how = {"border": "quadratic", "fused": False, "bits": latency.BITS}
-    tuned = latency._tuned(window, way, how)
+    geometry = ConvGeometry((6, 5), (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    at = latency.Layer((2, 6, 5, channels), (3, 3, channels, 64), geometry)
+    way = latency.ways(at, False)["border int8"]
+    tuned = latency.tuned(at, Rounding(latency.BITS, "quadratic"), way)
     assert isinstance(tuned.operands[0], gpu_ops.TunedConvolution) == served
     assert tuned.dtype == jnp.bfloat16
     if not served:

@@ -1,24 +1,20 @@
-"""``launch.bench size``: what is on the disk is its bits."""
+"""``launch.bench.size``: what is on the disk is its bits."""
 
 import json
 
-import pytest
-
 from aquant_jax import models
-from launch.bench import calibrate, size
-from tests.support.nets import images, residual_net
-
-pytestmark = pytest.mark.user_model
+from launch.bench import size
+from tests.support.nets import images, small_net
 
 
 def test_the_payload_is_within_three_percent_of_its_bits(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(models, "create", lambda name: residual_net(width=24))
+    monkeypatch.setattr(models, "create", lambda name: small_net(width=32))
     monkeypatch.setattr(size, "NETWORKS", {"residual": images(0).shape[1]})
     out = tmp_path / "size.json"
-    assert calibrate.main(["bench", "size", f"--out={out}"]) == 0
-    found = json.loads(out.read_text())
-    rows = {(row["weight_bits"], row["border_format"]): row for row in found["rows"]}
-    assert len(rows) == len(found["rows"]) == 6
+    assert size.main(["size", f"--out={out}"]) == 0
+    report = json.loads(out.read_text())
+    rows = {(row["weight_bits"], row["border_format"]): row for row in report["rows"]}
+    assert len(rows) == len(report["rows"]) == 6
     for row in rows.values():
         assert row["bits"] <= row["payload"] < 1.03 * row["bits"]
         assert 0 < row["container"] < 10_000
@@ -29,4 +25,4 @@ def test_the_payload_is_within_three_percent_of_its_bits(monkeypatch, tmp_path, 
         formats = (rows[bits, name]["borders"] for name in ("float32", "float16", "int8"))
         float32, float16, int8 = formats
         assert float32 == 2 * float16 == 4 * int8
-    assert found["table"].count("\n") == 7
+    assert report["table"].count("\n") == 7

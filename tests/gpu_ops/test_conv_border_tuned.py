@@ -1,4 +1,4 @@
-"""What the tuned convolution is folded from; what it computes is in test_cuda_twin and _device."""
+"""Folding and checks of the tuned convolution; test_cuda_twin and _device test its results."""
 
 import jax
 import jax.numpy as jnp
@@ -6,19 +6,22 @@ import numpy as np
 import pytest
 
 import gpu_ops
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from tests.support.img2col_reference import Case
 from tests.support.tuned_reference import WEIGHT_BITS, convolve, weights_of
 
 CASE = Case((2, 6, 5, 32), phi="identity", dtype="bfloat16")
 
 
-def fold(case=CASE, outer=64, bits=WEIGHT_BITS, step=0.3, zero=2.0, **changes):
-    own = {"border": case.border, "phi": case.phi, "fused": case.fused} | changes
-    coefficients = case.operands(0)[3] if own["border"] != "none" else None
-    weights = weights_of(case, outer, 0)
-    return gpu_ops.fold_convolution(
-        step, zero, coefficients, *weights, weight_bits=bits, bits=case.bits, **own
-    )
+def fold(case=CASE, outer=64, bits=WEIGHT_BITS, step=0.3, zero=2.0, bias=None, **rounding):
+    weights = weights_of(case, outer, 0)._replace(bits=bits)
+    how, coefficients = case.rounding()._replace(**rounding), case.operands(0)[3]
+    quantizer = ActivationQuantizer(step, zero)
+    return gpu_ops.fold_convolution(quantizer, coefficients, weights, how, bias)
+
+
+def geometry_of(x, kernel=(3, 3), **options):
+    return gpu_ops.conv_geometry(x.shape, kernel, **{"padding": "SAME", **options})
 
 
 @pytest.mark.parametrize(
@@ -48,14 +51,18 @@ def test_inputs_that_do_not_fit_are_named():
     layer, x = fold(), jnp.zeros(CASE.shape, jnp.bfloat16)
     call = gpu_ops.conv_border_tuned
     with pytest.raises(ValueError, match="x is float32, not one of bfloat16"):
-        call(x.astype(jnp.float32), layer, padding="SAME")
+        call(x.astype(jnp.float32), layer, geometry_of(x))
     with pytest.raises(ValueError, match="x has 16 channels, the layer 32"):
-        call(x[..., :16], layer, padding="SAME")
+        call(x[..., :16], layer, geometry_of(x))
     with pytest.raises(ValueError, match=r"a window of \(3, 3\) is larger than the padded input"):
-        call(x[:, :2, :2], layer, padding="VALID")
+        call(x[:, :2, :2], layer, geometry_of(x)._replace(spatial=(2, 2), padding=((0, 0), (0, 0))))
+    with pytest.raises(ValueError, match=r"the geometry has kernel \(3, 1\), the layer \(3, 3\)"):
+        call(x, layer, geometry_of(x, (3, 1)))
+    with pytest.raises(ValueError, match="groups is 2, not 1; conv_border_int8 serves it"):
+        call(x, layer, geometry_of(x, groups=2))
     message = r"residual is bfloat16 \(2, 6, 5, 32\), not bfloat16 \(2, 6, 5, 64\)"
     with pytest.raises(ValueError, match=message):
-        call(x, layer, padding="SAME", residual=x)
+        call(x, layer, geometry_of(x), residual=x)
 
 
 def test_a_layer_can_be_an_argument_of_jit():
@@ -63,8 +70,8 @@ def test_a_layer_can_be_an_argument_of_jit():
     leaves, tree = jax.tree.flatten(layer)
     assert len(leaves) == 5
     assert jax.tree.unflatten(tree, leaves).bits == 4
-    assert layer.shared
-    assert not fold(CASE._replace(fused=False)).shared
+    assert layer.shared_across_taps
+    assert not fold(CASE._replace(shared_across_taps=False)).shared_across_taps
 
 
 @pytest.mark.parametrize("added", [False, True])
@@ -75,7 +82,7 @@ def test_mapped_over_images_it_is_one_call(added):
 
     def run(x, residual):
         own = residual if added else None
-        return gpu_ops.conv_border_tuned(x, layer, padding="SAME", residual=own)
+        return gpu_ops.conv_border_tuned(x, layer, geometry_of(x), residual=own)
 
     lowered = jax.jit(jax.vmap(run)).lower(x, residual)
     assert lowered.out_info.shape == (*shape, 64)
@@ -91,7 +98,7 @@ def test_on_a_cpu_it_says_so():
 
 
 def test_the_folded_polynomial_is_the_border_in_units_of_the_code():
-    case = CASE._replace(fused=False)
+    case = CASE._replace(shared_across_taps=False)
     layer, coefficients = fold(case), case.operands(0)[3]
     x = np.random.default_rng(0).normal(size=(9, 32))
     c0, c1, c2 = np.float64(layer.folded)

@@ -1,4 +1,4 @@
-"""The automatic units of every network of the zoo are the paper's: residual or inverted residual
+"""The automatic blocks of every network of the zoo are the paper's: residual or inverted residual
 blocks, and single layers for stem and head."""
 
 import numpy as np
@@ -20,14 +20,14 @@ def single(*names):
 
 
 def stages(depths, layers, first=None):
-    """The units of all stages; `first`: stage -> the layers of its first block."""
-    units = []
+    """The blocks of all stages; `first`: stage -> the layers of its first block."""
+    blocks = []
     for stage, depth in enumerate(depths, 1):
         for index in range(depth):
             block = f"stage{stage}_{index}"
             inside = (first or {}).get(stage, layers) if index == 0 else layers
-            units.append(f"{block}: " + ", ".join(f"{block}/{layer}/kernel" for layer in inside))
-    return units
+            blocks.append(f"{block}: " + ", ".join(f"{block}/{layer}/kernel" for layer in inside))
+    return blocks
 
 
 def residual(depths, layers, projected):
@@ -36,7 +36,7 @@ def residual(depths, layers, projected):
     return [*single("stem"), *stages(depths, layers, first), *single("head")]
 
 
-UNITS = {
+BLOCKS = {
     "resnet18": residual((2, 2, 2, 2), BASIC, (2, 3, 4)),
     "resnet50": residual((3, 4, 6, 3), BOTTLENECK, (1, 2, 3, 4)),
     "regnetx_600mf": residual((1, 3, 5, 7), BOTTLENECK, (1, 2, 3, 4)),
@@ -59,7 +59,10 @@ UNITS = {
     **{
         f"resnet{depth}_cifar": [
             *single("conv1"),
-            *(unit.replace("stage", "layer") for unit in stages([(depth - 2) // 6] * 3, BASIC)),
+            *(
+                program.replace("stage", "layer")
+                for program in stages([(depth - 2) // 6] * 3, BASIC)
+            ),
             *single("linear"),
         ]
         for depth in (20, 32, 44, 56)
@@ -77,7 +80,7 @@ COUNTS = {
     "mnasnet2": 21, "efficientnet_lite0": 19, "resnet20_cifar": 11, "resnet32_cifar": 17,
     "resnet44_cifar": 23, "resnet56_cifar": 29, "digits_cnn": 5,
 }  # fmt: skip
-SIZES = dict.fromkeys(UNITS, (32, 32, 3)) | {"digits_cnn": (8, 8, 1)}
+SIZES = dict.fromkeys(BLOCKS, (32, 32, 3)) | {"digits_cnn": (8, 8, 1)}
 
 
 def prepare(name, shape):
@@ -86,7 +89,7 @@ def prepare(name, shape):
     return aq.prepare(apply, variables, np.zeros((2, *shape), np.float32), recipe)
 
 
-def units(net):
+def blocks_of(net):
     """Lines of the description: its blocks with their layers in the order of their names."""
     lines = aq.describe(net).replace("params/", "").splitlines()[1:-1]
     found = []
@@ -96,15 +99,15 @@ def units(net):
     return found
 
 
-def in_order(unit):
-    name, layers = unit.split(": ")
+def in_order(program):
+    name, layers = program.split(": ")
     return f"{name}: {', '.join(sorted(layers.split(', ')))}"
 
 
 @pytest.mark.parametrize("name", sorted(models.MODELS))
-def test_units_are_those_of_the_paper(name):
-    assert units(prepare(name, SIZES[name])) == [in_order(unit) for unit in UNITS[name]]
-    assert len(UNITS[name]) == COUNTS[name]
+def test_blocks_are_those_of_the_paper(name):
+    assert blocks_of(prepare(name, SIZES[name])) == [in_order(block) for block in BLOCKS[name]]
+    assert len(BLOCKS[name]) == COUNTS[name]
 
 
 @pytest.mark.parametrize(
@@ -117,12 +120,12 @@ def test_units_are_those_of_the_paper(name):
         ("regnetx_600mf", {"stem": (32, 32), "stage1_0": (16, 48)}),
     ],
 )
-def test_what_a_unit_hands_on(name, ends):
+def test_the_values_that_a_block_passes_on(name, ends):
     net = prepare(name, (64, 64, 3))
     found = {block.name.removeprefix("params/"): block.end for block in net.blocks}
     producers = net.graph.producers()
-    for unit, (side, channels) in ends.items():
-        (value,) = found[unit]
+    for program, (side, channels) in ends.items():
+        (value,) = found[program]
         assert net.graph.avals[value].shape == (1, side, side, channels)
-        linear = name == "mobilenetv2" and unit != "stem"
+        linear = name == "mobilenetv2" and program != "stem"
         assert (producers[value].name in ("add", "conv_general_dilated")) == linear

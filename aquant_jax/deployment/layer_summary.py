@@ -1,0 +1,36 @@
+"""A quantized layer in numpy, for inspection and plots."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class LayerSummary(NamedTuple):
+    """One quantized layer, in numpy.
+
+    Attributes:
+      path: path of its weight; kind: "conv" or "dense"; shape: of the weight.
+      weight_bits, act_bits: None where float.
+      step_size, zero_point: of its input tensor, or None.
+      weight_scale, weight_zero_point: per output channel, or None.
+      border: coefficients ``(taps, channels)`` by name, or None for nearest rounding.
+      phi: map from the polynomial to the border.
+      shared_across_taps: whether the border is averaged over a channel's taps.
+      codes: uint8 weight codes (float weights of a float layer).
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    weight_bits: int | None
+    act_bits: int | None
+    step_size: float | None
+    zero_point: int | None
+    weight_scale: np.ndarray | None
+    weight_zero_point: np.ndarray | None
+    border: dict[str, np.ndarray] | None
+    phi: str
+    shared_across_taps: bool
+    codes: np.ndarray

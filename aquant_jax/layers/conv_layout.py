@@ -1,0 +1,80 @@
+"""The operands of a traced convolution, in its own layout and in that of `im2col.convolve`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Shaped
+
+from aquant_jax.arithmetic.array_types import AnyArray
+from aquant_jax.graph.ir import Op
+from aquant_jax.layers.conv_geometry import ConvGeometry
+
+
+def conv_operands(
+    op: Op, x: Shaped[AnyArray, "..."], weight: Shaped[AnyArray, "..."]
+) -> tuple[Shaped[Array, "N *padded C"], Shaped[AnyArray, "taps groups Cg Og"], ConvGeometry]:
+    """The operands that `im2col.convolve` takes, given those of a convolution.
+
+    Args:
+      op: a convolution.
+      x: its activation.
+      weight: its weight operand.
+
+    Returns:
+      The padded activation, the kernel, and the geometry over the padded input.
+    """
+    padded, geometry = padded_input(op, x)
+    return padded, grouped_kernel(spatial_kernel(op, weight), geometry.groups), geometry
+
+
+def padded_input(
+    op: Op, x: Shaped[AnyArray, "..."]
+) -> tuple[Shaped[Array, "N *padded C"], ConvGeometry]:
+    """The padded activation of a convolution, and the geometry over it."""
+    return pad(op, x), conv_geometry(op, x.shape).without_padding()
+
+
+def pad(op: Op, x: Shaped[AnyArray, "..."], fill: bool | int = 0) -> Shaped[Array, "N *padded C"]:
+    """An array that is laid out as the activation of a convolution, padded with `fill`."""
+    lhs = op.params["dimension_numbers"].lhs_spec
+    x = jnp.transpose(x, (lhs[0], *lhs[2:], lhs[1]))
+    padding = [(0, 0, 0), *((lo, hi, 0) for lo, hi in op.params["padding"]), (0, 0, 0)]
+    return lax.pad(x, jnp.asarray(fill, x.dtype), padding)
+
+
+def spatial_kernel(op: Op, weight: Shaped[AnyArray, "..."]) -> Shaped[Array, "*kernel Cg O"]:
+    """The weight operand of a convolution with its spatial axes first."""
+    out_axis, in_axis, *spatial = op.params["dimension_numbers"].rhs_spec
+    return jnp.transpose(weight, (*spatial, in_axis, out_axis))
+
+
+def grouped_kernel(
+    kernel: Shaped[AnyArray, "*kernel Cg O"], groups: int
+) -> Shaped[AnyArray, "taps {groups} Cg Og"]:
+    """A kernel with its taps on one axis and its output channels split into groups."""
+    inner, outer = kernel.shape[-2:]
+    return kernel.reshape(-1, inner, groups, outer // groups).transpose(0, 2, 1, 3)
+
+
+def conv_result(op: Op, y: Shaped[AnyArray, "N *out O"]) -> Shaped[Array, "..."]:
+    """A result of `im2col.convolve` in the layout of the op."""
+    batch, feature, *spatial = op.params["dimension_numbers"].out_spec
+    source = np.argsort((batch, *spatial, feature))
+    return jnp.transpose(y, tuple(int(i) for i in source))
+
+
+def conv_geometry(op: Op, x_shape: tuple[Any, ...]) -> ConvGeometry:
+    """The geometry of a convolution whose activation has this shape."""
+    numbers, params = op.params["dimension_numbers"], op.params
+    return ConvGeometry(
+        spatial=tuple(x_shape[axis] for axis in numbers.lhs_spec[2:]),
+        kernel=tuple(op.layer.weight_shape[axis] for axis in numbers.rhs_spec[2:]),
+        strides=tuple(params["window_strides"]),
+        dilation=tuple(params["rhs_dilation"]),
+        padding=tuple(params["padding"]),
+        groups=params["feature_group_count"],
+    )

@@ -1,0 +1,77 @@
+"""Checks of the fields of a recipe, against their annotations and ranges."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import numbers
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from aquant_jax.errors import InputError
+
+# Names of the fields in version 0.1, for hints.
+RENAMED = {
+    "unit": "granularity",
+    "fused": "shared_across_taps",
+    "drop": "reconstruction.quant_drop_prob",
+    "settle": "reconstruction.final_full_quant_fraction",
+}
+_KINDS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}
+
+
+def field_names(cls: type) -> list[str]:
+    """The fields of a dataclass."""
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def hint(name: str, known: Sequence[str]) -> str:
+    """The new name of an unknown field, or a close one, or all.
+
+    >>> hint("settle", [])
+    "'settle' is now 'reconstruction.final_full_quant_fraction'"
+    """
+    if name in RENAMED:
+        return f"{name!r} is now {RENAMED[name]!r}"
+    close = difflib.get_close_matches(name, known, 1)
+    return f"{f'did you mean {close[0]!r}? ' if close else ''}fields: {', '.join(known)}"
+
+
+def check_types(part: Any) -> None:
+    """Check the scalar fields of a dataclass against their annotations.
+
+    An int passes as a float; a bool passes as neither.
+
+    Raises:
+      InputError: a value of another type, or NaN.
+    """
+    for name, annotation in typing.get_type_hints(type(part)).items():
+        union = isinstance(annotation, types.UnionType)
+        accepted = typing.get_args(annotation) if union else (annotation,)
+        kinds = tuple(_KINDS[kind] for kind in accepted if kind in _KINDS)
+        value = getattr(part, name)
+        if not kinds or (value is None and types.NoneType in accepted):
+            continue
+        if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
+            wanted = " | ".join("None" if k is types.NoneType else k.__name__ for k in accepted)
+            raise InputError(f"{name} is {value!r}; it must be of type {wanted}")
+        if value != value:
+            raise InputError(f"{name} is {value}")
+
+
+def check_choice(part: Any, name: str, known: Sequence[str]) -> None:
+    """InputError unless the field has one of the values."""
+    if getattr(part, name) not in known:
+        raise InputError(f"{name} is {getattr(part, name)!r}; known: {', '.join(known)}")
+
+
+def check_ranges(
+    part: Any, names: Sequence[str], accepts: Callable[[float], bool], wanted: str
+) -> None:
+    """InputError unless `accepts` holds for each of the fields that is not None."""
+    for name in names:
+        value = getattr(part, name)
+        if value is not None and not accepts(value):
+            raise InputError(f"{name} is {value}; it must be {wanted}")

@@ -1,0 +1,55 @@
+"""Learning rates: the optax transformation of alpha, step sizes and border coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from aquant_jax.arithmetic import border as borders
+from aquant_jax.arithmetic.uniform import max_code
+from aquant_jax.layers.fake_quant import LayerSpec
+from aquant_jax.plan.block_program import BlockProgram
+from aquant_jax.recipe import Reconstruction
+from aquant_jax.reconstruction.weights import init_borders
+
+
+def make_optimizer(program: BlockProgram, learning: Reconstruction) -> optax.GradientTransformation:
+    """Adam with a schedule of its own for alpha, step sizes and border coefficients."""
+    steps = max(learning.steps, 1)
+
+    def schedule(rate: float, kind: str, warmup: float = 0.0) -> optax.Schedule:
+        begin = int(warmup * steps)
+        after = optax.constant_schedule(rate)
+        if kind == "cosine":
+            after = optax.cosine_decay_schedule(rate, steps - begin)
+        return optax.join_schedules([optax.constant_schedule(0.0), after], [begin])
+
+    factors = [
+        {name: coefficient_rate(spec, learning, name) for name in coefficients}
+        for spec, coefficients in zip(program.specs, init_borders(program), strict=True)
+    ]
+
+    def scale_borders(updates: Any, _: Any) -> Any:
+        return {**updates, "border": jax.tree.map(jnp.multiply, updates["border"], factors)}
+
+    border_rate = schedule(learning.border_lr, learning.border_schedule, learning.border_warmup)
+    parts: dict[Hashable, optax.GradientTransformation] = {
+        "alpha": optax.adam(learning.weight_lr),
+        "step": optax.adam(schedule(learning.step_lr, learning.step_schedule)),
+        "border": optax.adam(border_rate),
+    }
+    groups = optax.multi_transform(parts, lambda params: {name: name for name in params})
+    return optax.chain(groups, optax.stateless(scale_borders))
+
+
+def coefficient_rate(spec: LayerSpec, learning: Reconstruction, name: str) -> float:
+    """Factor on a coefficient's learning rate: ``gain * (range / Qmax)^(power - 1)``."""
+    power = borders.get(spec.border or "constant").powers.get(name)
+    if power is None or learning.border_range is None:
+        return learning.border_gain
+    ratio = learning.border_range / max_code(spec.act_bits)
+    return learning.border_gain * ratio ** (power - 1)

@@ -1,0 +1,134 @@
+"""The generated tables of accuracy."""
+
+from __future__ import annotations
+
+import re
+import statistics
+
+from table_text import Load, markdown, score, spread
+
+PRESETS = ("nearest", "adaround", "brecq", "qdrop", "aquant")
+BITS = ("w4a4", "w3a3", "w2a4", "w2a2")
+
+
+def _resnet20_scores(load: Load, row: str, bits: str) -> list[float]:
+    runs = load("resnet20_cifar10_jpeg")
+    names = [f"{bits}/{row}".replace("{seed}", f"-s{seed}") for seed in (0, 1, 2)]
+    return [score(runs[name]) for name in names if name in runs]
+
+
+def resnet20(load: Load) -> str:
+    """ResNet-20 by preset and bit-width."""
+    runs = load("resnet20_cifar10_jpeg")
+    older = {"aquant, borders shared across taps, older rates": "aquant-fused{seed}"}
+    rows = []
+    for label, pattern in {**{name: name + "{seed}" for name in PRESETS}, **older}.items():
+        of_row = re.compile(rf"w\da\d/{pattern.replace('{seed}', '-s[0-2]')}$")
+        seconds = [run["seconds"] for name, run in runs.items() if of_row.match(name)]
+        cells = [spread(_resnet20_scores(load, pattern, bits)) for bits in BITS]
+        rows.append([label, *cells, f"{min(seconds):.0f}-{max(seconds):.0f}"])
+    again = spread([score(runs["w4a4/qdrop-again-s0"])])
+    rows.append(["qdrop, seed 0, code of the aquant row", again, *["not run"] * 3, ""])
+    faster = spread([score(runs["w2a2/aquant-s0-lr3e-3"])])
+    rows.append(["aquant, seed 0, `border_lr=3e-3`", *["not run"] * 3, faster, ""])
+    return markdown(["preset", *BITS, "seconds a run"], rows)
+
+
+def resnet20_gain(load: Load) -> str:
+    """The mean of aquant over that of qdrop, of the seeds that both have."""
+    cells, seeds = [], []
+    for bits in BITS:
+        pair = [_resnet20_scores(load, name + "{seed}", bits) for name in ("aquant", "qdrop")]
+        count = min(map(len, pair))
+        ours, theirs = (statistics.fmean(scores[:count]) for scores in pair)
+        cells.append(f"{ours - theirs:+.2f}")
+        seeds.append(str(count))
+    return markdown(["", *BITS], [["aquant - qdrop, points", *cells], ["seeds", *seeds]])
+
+
+def demo(load: Load) -> str:
+    """The digits network of ``make demo``."""
+    rows = load("demo_digits_w2a2")["rows"]
+    line = [f"{row['mean']:.2f}" for row in rows]
+    names = [row["preset"] for row in rows]
+    return markdown(["float", *names], [[f"{rows[0]['float']:.2f}", *line]], right=0)
+
+
+def efficientnet(load: Load) -> str:
+    """EfficientNet-Lite0 at two bit-widths."""
+    eight = load("efficientnet_lite0_w8a8_qdrop")
+    runs = [eight, *load("efficientnet_lite0_w4a4")["rows"].values()]
+    rows = [["float", "", f"{eight['float']['top1']:.2f}", f"{eight['float']['top5']:.2f}", ""]]
+    for run in runs:
+        found = run["quantized"]
+        label = f"w{run['weight_bits']}a{run['act_bits']}"
+        minutes = f"{run['seconds'] / 60:.0f}"
+        rows.append([label, run["preset"], f"{found['top1']:.2f}", f"{found['top5']:.2f}", minutes])
+    return markdown(["bits", "preset", "top-1 %", "top-5 %", "minutes"], rows)
+
+
+def _stsb_scores(load: Load, bits: str, samples: int, preset: str) -> list[float]:
+    start = f"configs/stsb_minilm.py:{bits},"
+    runs = [
+        run
+        for run in load("stsb_minilm")["runs"]
+        if run["config"].startswith(start)
+        and (run["calibration_samples"], run["preset"]) == (samples, preset)
+    ]
+    return [score(run) for run in sorted(runs, key=lambda run: run["seed"])]
+
+
+def stsb(load: Load) -> str:
+    """MiniLM on STS-B by bit-width and size of the calibration set."""
+    rows = []
+    for bits in ("w8a8", "w4a8", "w4a6", "w4a4"):
+        for samples in (512, 1024):
+            presets = ("nearest", "adaround", "aquant_bert")
+            found = [_stsb_scores(load, bits, samples, preset) for preset in presets]
+            if any(found):
+                rows.append([bits, f"{samples:,}", *map(spread, found)])
+    return markdown(["bits", "sentences", "nearest", "adaround", "aquant_bert"], rows)
+
+
+def glue(load: Load) -> str:
+    """Fine-tuned MiniLM on four tasks."""
+    tasks = {"mrpc": load("mrpc_minilm"), **load("glue_minilm")}
+    columns = [(bits, name) for bits in ("w4a4", "w4a6") for name in ("adaround", "aquant_bert")]
+    rows = []
+    for task, found in tasks.items():
+        by = {(f"w{r['weight_bits']}a{r['act_bits']}", r["preset"]): r for r in found["runs"]}
+        first = found["runs"][0]
+        cells = [f"{score(by[column]):.2f}" for column in columns]
+        head = [task, first["metric"], f"{first['test_samples']:,}"]
+        rows.append([*head, f"{score(first, 'float'):.2f}", *cells])
+    names = [f"{bits} {name}" for bits, name in columns]
+    return markdown(["task", "metric", "samples", "float", *names], rows)
+
+
+def headline(load: Load) -> str:
+    """One line a network, for README."""
+    digits = load("demo_digits_w2a2")["rows"]
+    cells = [f"{row['mean']:.2f}" for row in digits]
+    rows = [["digits CNN, digits", "w2a2", f"{digits[0]['float']:.2f}", *cells, "250", "1"]]
+    runs = load("resnet20_cifar10_jpeg")
+    for bits in reversed(BITS):
+        found = [_resnet20_scores(load, name + "{seed}", bits) for name in PRESETS]
+        count = str(len(found[-1]))
+        cells = [spread(scores, each=False) for scores in found]
+        first = runs[f"{bits}/aquant-s0"]
+        steps = f"{first['recipe']['steps']:,}"
+        name, base = "ResNet-20, CIFAR-10 (JPEG)", f"{score(first, 'float'):.2f}"
+        rows.append([name, bits, base, *cells, steps, count])
+    lite = load("efficientnet_lite0_w4a4")["rows"]
+    cells = [spread([score(lite[name])] if name in lite else []) for name in PRESETS]
+    first = lite["aquant"]
+    name, steps = "EfficientNet-Lite0, 1,300 images of ImageNet", str(first["recipe"]["steps"])
+    rows.append([name, "w4a4", f"{score(first, 'float'):.2f}", *cells, steps, "1"])
+    found = [_stsb_scores(load, "w4a4", 1024, p) for p in ("nearest", "adaround", "aquant_bert")]
+    sentences = [r for r in load("stsb_minilm")["runs"] if r["preset"] == "aquant_bert"]
+    base = f"{score(sentences[0], 'float'):.2f}"
+    steps = str(next(r["recipe"]["steps"] for r in sentences if r["calibration_samples"] == 1024))
+    cells = [spread(scores, each=False) for scores in found]
+    cells[2:2] = ["-", "-"]
+    rows.append(["MiniLM-L6, STS-B (Pearson)", "w4a4", base, *cells, steps, str(len(found[-1]))])
+    return markdown(["network, test set", "bits", "float", *PRESETS, "steps", "seeds"], rows)

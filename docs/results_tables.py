@@ -1,0 +1,88 @@
+"""Writes the tables of README.md and docs/*.md from docs/measurements/*.json.
+
+    python docs/results_tables.py            # rewrites every generated table
+    python docs/results_tables.py --check    # exits 1 and names a table that is out of date
+
+A table stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. Only the standard library
+is needed. `tables` and `rewrite` read the measurements and write nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where the neighbours are imported from
+
+import ablation_tables
+import accuracy_tables
+import speed_tables
+from table_text import Load, load
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/results.md", "docs/lab_log.md")
+MARKED = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BUILDERS: dict[str, Callable[[Load], str]] = {
+    "headline": accuracy_tables.headline,
+    "demo": accuracy_tables.demo,
+    "resnet20": accuracy_tables.resnet20,
+    "resnet20-gain": accuracy_tables.resnet20_gain,
+    "efficientnet-lite0": accuracy_tables.efficientnet,
+    "stsb": accuracy_tables.stsb,
+    "glue": accuracy_tables.glue,
+    "calibrate": speed_tables.calibrate,
+    "range-search": speed_tables.range_search,
+    "throughput": speed_tables.throughput,
+    "columns": speed_tables.columns,
+    "deploy": speed_tables.deploy,
+    "latency": speed_tables.latency,
+    "size": speed_tables.size,
+    "ablation-first": ablation_tables.first,
+    "ablation-second": ablation_tables.second,
+    "ablation-default": ablation_tables.default,
+    "ablation-w3a3": ablation_tables.three_bits,
+}
+
+
+def tables() -> dict[str, str]:
+    """Every generated table in Markdown, by name."""
+    once = functools.cache(load)
+    return {name: build(once) for name, build in BUILDERS.items()}
+
+
+def rewrite(text: str, tables: Mapping[str, str]) -> str:
+    """The text with every marked table replaced by the one of that name.
+
+    Raises:
+        KeyError: the text marks a table that does not exist.
+    """
+    return MARKED.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[3]}", text)
+
+
+def outdated(text: str, tables: Mapping[str, str]) -> list[str]:
+    """Names of the marked tables that are not what `tables` has."""
+    return [found[2] for found in MARKED.finditer(text) if rewrite(found[0], tables) != found[0]]
+
+
+def main(arguments: list[str]) -> int:
+    """Rewrites the pages, or with ``--check`` says which table is out of date."""
+    if arguments not in ([], ["--check"]):
+        print("usage: python docs/results_tables.py [--check]", file=sys.stderr)
+        return 2
+    current = tables()
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        if not arguments:
+            path.write_text(rewrite(text, current), encoding="utf-8")
+        elif names := outdated(text, current):
+            print(f"{page}: table {names[0]} differs from docs/measurements", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

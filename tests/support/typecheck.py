@@ -1,0 +1,29 @@
+"""Checks the annotations of the core packages, array shapes included, while the tests run."""
+
+import sys
+
+from jaxtyping import install_import_hook
+
+# Packages whose functions check their arguments and results against their annotations.
+CHECKED = (
+    "aquant_jax.arithmetic",
+    "aquant_jax.graph",
+    "aquant_jax.layers",
+    "aquant_jax.plan",
+    "aquant_jax.storage",
+)
+
+
+def install() -> None:
+    """Checks every call of the packages that are imported from now on.
+
+    A call with a wrong type, dtype kind, rank or size raises ``jaxtyping.TypeCheckError``. Under
+    `jax.jit` the check runs once, while the function is traced.
+
+    Raises:
+      RuntimeError: a package is imported already; its functions would not be checked.
+    """
+    early = [name for name in CHECKED if name in sys.modules]
+    if early:
+        raise RuntimeError(f"imported before tests/conftest.py: {', '.join(early)}")
+    install_import_hook(CHECKED, "beartype.beartype")
