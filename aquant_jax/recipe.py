@@ -168,11 +168,9 @@ class Recipe:
           InputError: an unknown field, or a value out of range.
         """
         own, learning = _split(fields)
-        base = own.get("reconstruction", self.reconstruction)
-        if not isinstance(base, Reconstruction):
-            base = _reconstruction(base)
-        own["reconstruction"] = dataclasses.replace(base, **learning)
-        return dataclasses.replace(self, **own)
+        recipe = dataclasses.replace(self, **own)
+        learned = dataclasses.replace(recipe.reconstruction, **learning)
+        return dataclasses.replace(recipe, reconstruction=learned)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dict, readable by ``preset(**dict)`` and JSON."""

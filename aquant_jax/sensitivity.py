@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.graph.ir import Op
-from aquant_jax.graph.subgraph import BlockInputs, constant_inputs, run
+from aquant_jax.graph.subgraph import BlockInputs, bind_inputs, run
 from aquant_jax.layers.fake_quant import LayerInput, run_layer
 from aquant_jax.plan.block_program import BlockProgram, forward, make_block_program
 from aquant_jax.plan.checks import check_calibration
@@ -89,11 +89,9 @@ def _outputs_with_one_layer(program: BlockProgram) -> Callable[..., tuple[jax.Ar
 
 
 def _inputs(net: Network, program: BlockProgram, calibration: Any) -> BlockInputs:
-    leaves = dict(zip(net.graph.inputs, jax.tree.leaves(calibration), strict=True))
-    return BlockInputs(
-        model=[jnp.asarray(leaves[value]) for value in program.subgraph.model_inputs],
-        constants=constant_inputs(net.graph, program.subgraph, net.variables),
-    )
+    leaves = map(jnp.asarray, jax.tree.leaves(calibration))
+    by_id = dict(zip(net.graph.inputs, leaves, strict=True))
+    return bind_inputs(net.graph, program.subgraph, net.variables, by_id)
 
 
 def _observe(net: Network, program: BlockProgram, calibration: Any) -> list:

@@ -24,7 +24,7 @@ from aquant_jax.deployment.quantized import Quantized, Traced
 from aquant_jax.deployment.stablehlo import batches_of, in_batches
 from aquant_jax.errors import InputError, reason
 from aquant_jax.graph.ir import PAD_WITH_VALUE, Op
-from aquant_jax.graph.subgraph import BlockInputs, constant_inputs, extract_subgraph, run
+from aquant_jax.graph.subgraph import bind_inputs, extract_subgraph, run
 from aquant_jax.graph.trace import trace
 from aquant_jax.layers.column import Rounding
 from aquant_jax.layers.conv_geometry import ConvGeometry
@@ -138,11 +138,7 @@ def _function(quantized: Quantized, program: Traced, batch: Any) -> _Function:
     def function(*values: Any) -> tuple[Any, ...]:
         given = dict(zip(weights, values[: len(weights)], strict=True))
         model = dict(zip(graph.inputs, values[len(weights) :], strict=True))
-        inputs = BlockInputs(
-            model=[model[i] for i in network.model_inputs],
-            constants=constant_inputs(graph, network, given),
-        )
-        return run(network, inputs, _no_layer)
+        return run(network, bind_inputs(graph, network, given, model), _no_layer)
 
     arguments = [*weights.values(), *jax.tree.leaves(batch)]
     outputs = jax.tree.unflatten(graph.tree, range(len(graph.outputs)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -149,6 +149,26 @@ def constant_inputs(graph: Graph, subgraph: Subgraph, variables: Any) -> list[An
     """The values of ``subgraph.constants``, given the variables of the network."""
     by_id = dict(zip(graph.variables, jax.tree.leaves(variables), strict=True)) | graph.constants
     return [by_id[i] for i in subgraph.constants]
+
+
+def bind_inputs(
+    graph: Graph,
+    subgraph: Subgraph,
+    variables: Any,
+    leaves: Mapping[int, Any],
+    boundary: Sequence[Any] = (),
+) -> BlockInputs:
+    """The inputs of a subgraph.
+
+    Args:
+      graph: of which it is a slice.
+      subgraph: the slice.
+      variables: of the network.
+      leaves: of the model's input, by value id.
+      boundary: values of ``subgraph.boundary_inputs``.
+    """
+    model = tuple(leaves[i] for i in subgraph.model_inputs)
+    return BlockInputs(boundary, model, tuple(constant_inputs(graph, subgraph, variables)))
 
 
 def _no_layer(op: Op, x: Any) -> Any:

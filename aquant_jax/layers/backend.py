@@ -71,18 +71,7 @@ class ReferenceBackend(NamedTuple):
 
     name: str = "reference"
 
-    def convolve(
-        self,
-        x: Float32[AnyArray, "N *padded C"],
-        keep: Bool[AnyArray, "N *padded C"] | None,
-        quantizer: ActivationQuantizer,
-        coefficients: Coefficients,
-        kernel: Float32[AnyArray, "taps groups Cg Og"],
-        geometry: ConvGeometry,
-        rounding: Rounding,
-    ) -> Float32[Array, "N *out O"]:
-        """See `im2col.convolve`."""
-        return im2col.convolve(x, keep, quantizer, coefficients, kernel, geometry, rounding)
+    convolve = staticmethod(im2col.convolve)
 
     def convolve_codes(
         self,

@@ -178,9 +178,7 @@ def open_block_store(
 def _check_owner(
     path: Path, owner: Mapping[str, Any], call: Mapping[str, Any], restart_from: int | None
 ) -> None:
-    changed = differences(owner, call)
-    if restart_from is not None:
-        changed = [line for line in changed if not line.startswith(LEARNING)]
+    changed = differences(owner, call, () if restart_from is None else LEARNING)
     if changed:
         may = "" if restart_from is None else " (a restart may change recipe.reconstruction only)"
         raise InputError(

@@ -13,7 +13,7 @@ import numpy as np
 
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.graph.partition import Block
-from aquant_jax.graph.subgraph import BlockInputs, constant_inputs
+from aquant_jax.graph.subgraph import BlockInputs, bind_inputs
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import LayerState
 from aquant_jax.plan.block_program import BlockProgram, forward, make_block_program
@@ -169,7 +169,7 @@ def _initial_quantizers(
 def _calibration_data(
     run: Run, state: State, program: BlockProgram, targets: tuple[Cache, ...]
 ) -> CalibrationData:
-    model, constants = _model_inputs(run, program)
+    _, model, constants = _inputs(run, program, state.quantized)
     mask = run.net.valid_mask
     mask = None if mask is None else jnp.asarray(mask)
     return CalibrationData(state.quantized, state.floating, targets, model, constants, mask)
@@ -219,10 +219,10 @@ def _batches(
         ("forward", program.key, activations is not None),
         lambda: functools.partial(_take_and_run, program, run.compiler.layer),
     )
-    model, constants = _model_inputs(run, program)
+    inputs = _inputs(run, program, boundary)
     for start in range(0, samples, run.net.batch):
         rows = _rows(run.net, start)
-        yield rows, function(rows, weights, activations, BlockInputs(boundary, model, constants))
+        yield rows, function(rows, weights, activations, inputs)
 
 
 def _error(run: Run, program: BlockProgram, result: Result, data: CalibrationData) -> float:
@@ -274,10 +274,7 @@ def _rows(net: Network, start: int) -> np.ndarray:
     return np.arange(start, start + net.batch, dtype=np.int32) % net.samples
 
 
-def _model_inputs(
-    run: Run, program: BlockProgram
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """The leaves of the model's input and the constants that a block reads."""
-    model = tuple(run.inputs[i] for i in program.subgraph.model_inputs)
-    constants = constant_inputs(run.net.graph, program.subgraph, run.net.variables)
-    return model, tuple(constants)
+def _inputs(run: Run, program: BlockProgram, boundary: tuple[Cache, ...]) -> BlockInputs:
+    """The inputs of a block for all calibration samples."""
+    net = run.net
+    return bind_inputs(net.graph, program.subgraph, net.variables, run.inputs, boundary)

@@ -40,8 +40,8 @@ class CalibrationData(NamedTuple):
     quantized: tuple[Cache, ...]
     floating: tuple[Cache, ...]
     targets: tuple[Cache, ...]
-    model_inputs: tuple[jax.Array, ...] = ()
-    constants: tuple[jax.Array, ...] = ()
+    model_inputs: Sequence[jax.Array] = ()
+    constants: Sequence[jax.Array] = ()
     valid_mask: jax.Array | None = None
 
 

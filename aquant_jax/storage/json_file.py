@@ -53,16 +53,22 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+def differences(old: Any, new: Any, allowed: tuple[str, ...] = ()) -> list[str]:
     """A line ``name (old there, new here)`` for every leaf in which two JSON values differ.
+
+    Lines that start with a text of `allowed` are left out.
 
     >>> differences({"steps": 20, "bits": {"act": 4}}, {"steps": 20, "bits": {"act": 2}})
     ['bits.act (4 there, 2 here)']
     """
+    return [line for line in _differences(old, new, "") if not line.startswith(allowed)]
+
+
+def _differences(old: Any, new: Any, prefix: str) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line
             for key in sorted(old.keys() | new.keys())
-            for line in differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+            for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
         ]
     return [] if old == new else [f"{prefix} ({old!r} there, {new!r} here)"]

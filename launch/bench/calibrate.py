@@ -50,8 +50,7 @@ Carry = tuple[list[Weights], jax.Array]  # of the float step: weights and input
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
     flags.DEFINE_string("model", "resnet20_cifar", "in the zoo", flag_values=values)
-    flags.DEFINE_integer("rounds", 5, "how often every figure is taken", 1, flag_values=values)
-    flags.DEFINE_string("out", None, "file to write the JSON to as well", flag_values=values)
+    timing.define_flags(values)
 
 
 def measure(rounds: int, model: str) -> dict[str, Any]:

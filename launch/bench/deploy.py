@@ -41,8 +41,7 @@ STEPS = 20
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
     flags.DEFINE_string("data_dir", None, "of ResNet-20; none leaves it out", flag_values=values)
-    flags.DEFINE_integer("rounds", 5, "runs per figure", 1, flag_values=values)
-    flags.DEFINE_string("out", None, "file to write the JSON to as well", flag_values=values)
+    timing.define_flags(values)
 
 
 def measure(rounds: int, data_dir: str | None) -> dict[str, Any]:

@@ -91,9 +91,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("size", 224, "side of the network's input", 1, flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "images", 1, flag_values=values)
     flags.DEFINE_alias("batch", "batch_size", flag_values=values)
-    flags.DEFINE_integer("rounds", 5, "runs per figure", 1, flag_values=values)
     flags.DEFINE_boolean("shared_across_taps", False, "one border a channel", flag_values=values)
-    flags.DEFINE_string("out", None, "file to write the JSON to as well", flag_values=values)
+    timing.define_flags(values)
 
 
 def measure(work: Workload) -> dict[str, Any]:
@@ -286,8 +285,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main(argv: list[str]) -> None:
     """Measures, reports, and writes table and plot beside the JSON."""
     values, _ = command_line.parse(argv, define_flags, __doc__)
-    fields = {field.name: values[field.name].value for field in dataclasses.fields(Workload)}
-    results = measure(Workload(**fields))
+    results = measure(timing.workload(Workload, values))
     timing.report(results, values.out)
     if values.out:
         out = Path(values.out)

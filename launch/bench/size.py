@@ -36,7 +36,7 @@ SAMPLES = 4
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
-    flags.DEFINE_string("out", None, "file to write the JSON to as well", flag_values=values)
+    timing.define_out(values)
 
 
 def measure() -> dict[str, Any]:

@@ -64,8 +64,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("size", 224, "side of the network's input", 1, flag_values=values)
     flags.DEFINE_integer("images", 128, "images per figure", 1, flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "images a call of the network", 1, flag_values=values)
-    flags.DEFINE_integer("rounds", 5, "how often every figure is taken", 1, flag_values=values)
-    flags.DEFINE_string("out", None, "file to write the JSON to as well", flag_values=values)
+    timing.define_flags(values)
 
 
 def measure(work: Workload) -> dict[str, Any]:
@@ -185,8 +184,7 @@ def _ratio(upper: list[float], lower: list[float]) -> float:
 def main(argv: list[str]) -> None:
     """Measures and reports."""
     values, _ = command_line.parse(argv, define_flags, __doc__)
-    fields = {field.name: values[field.name].value for field in dataclasses.fields(Workload)}
-    timing.report(measure(Workload(**fields)), values.out)
+    timing.report(measure(timing.workload(Workload, values)), values.out)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Common parts of the benchmarks: figures of several functions in turns, and their report."""
 
+import dataclasses
 import functools
 import json
 import statistics
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import flags
 
 from aquant_jax.errors import InputError
 
@@ -52,6 +54,23 @@ def summary(times: list[float]) -> dict[str, float]:
         return {"median": times[0], "iqr": 0.0}
     low, middle, high = statistics.quantiles(times, n=4)
     return {"median": middle, "iqr": high - low}
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags --rounds and --out."""
+    flags.DEFINE_integer("rounds", 5, "how often every figure is taken", 1, flag_values=values)
+    define_out(values)
+
+
+def define_out(values: flags.FlagValues) -> None:
+    """The flag --out, see `report`."""
+    flags.DEFINE_string("out", None, "file to write the JSON to as well", flag_values=values)
+
+
+def workload(kind: Any, values: flags.FlagValues) -> Any:
+    """The workload of a benchmark, a dataclass whose fields are flags."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: values[name].value for name in names})
 
 
 def report(results: Mapping[str, Any], out: str | None) -> None:

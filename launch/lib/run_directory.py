@@ -160,9 +160,7 @@ def _read_owned(path: Path, identity: dict[str, Any], restart: bool) -> dict[str
             if taken:
                 raise InputError(f"workdir {path} holds {', '.join(taken)} of unknown origin")
             return None
-        changed = differences(_read_identity(path), identity)
-        if restart:
-            changed = [line for line in changed if not line.startswith(RESTARTS)]
+        changed = differences(_read_identity(path), identity, RESTARTS if restart else ())
         if changed:
             may = " (a restart may change recipe.reconstruction only)" if restart else ""
             raise InputError(

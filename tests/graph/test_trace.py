@@ -8,7 +8,13 @@ from jax import lax
 
 import aquant_jax as aq
 from aquant_jax.errors import InputError
-from aquant_jax.graph.subgraph import BlockInputs, constant_inputs, extract_subgraph, run
+from aquant_jax.graph.subgraph import (
+    BlockInputs,
+    bind_inputs,
+    constant_inputs,
+    extract_subgraph,
+    run,
+)
 from aquant_jax.graph.trace import trace
 from tests.support.nets import conv, images, mlp, normal, relative_error, residual_net, rng_of
 
@@ -38,10 +44,7 @@ def replay(apply, variables, x):
         return op.call(*(operands if op.layer.x_position == 0 else operands[::-1]))[0]
 
     by_id = dict(zip(graph.inputs, jax.tree.leaves(x), strict=True))
-    inputs = BlockInputs(
-        model=[by_id[i] for i in program.model_inputs],
-        constants=constant_inputs(graph, program, variables),
-    )
+    inputs = bind_inputs(graph, program, variables, by_id)
     return jax.tree.unflatten(graph.tree, run(program, inputs, weighted))
 
 

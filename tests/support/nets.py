@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from aquant_jax.graph.subgraph import BlockInputs, constant_inputs
+from aquant_jax.graph.subgraph import bind_inputs
 from aquant_jax.layers.fake_quant import Weights
 from aquant_jax.plan.block_program import forward, make_block_program
 
@@ -97,10 +97,7 @@ def run_folded(net, x):
     program = make_block_program(net.graph, net.plan, (), net.graph.outputs)
     weights = [Weights(*map(jnp.asarray, net.folded[s.path]), {}) for s in program.specs]
     by_id = dict(zip(net.graph.inputs, jax.tree.leaves(x), strict=True))
-    inputs = BlockInputs(
-        model=[by_id[i] for i in program.subgraph.model_inputs],
-        constants=constant_inputs(net.graph, program.subgraph, net.variables),
-    )
+    inputs = bind_inputs(net.graph, program.subgraph, net.variables, by_id)
     outputs = forward(program, weights, None, inputs)
     return jax.tree.unflatten(net.graph.tree, outputs)
 
