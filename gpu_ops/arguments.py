@@ -30,13 +30,13 @@ def check_x(x: AnyArray, dtypes: tuple[str, ...]) -> None:
 
 
 def check_bits(name: str, bits: int) -> None:
-    """ValueError unless a code may have so many bits."""
+    """ValueError unless a code may have this many bits."""
     if not is_integer(bits) or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"{name} is {bits}, not an integer of {MIN_BITS} to {MAX_BITS}")
 
 
 def check_quantizer(quantizer: ActivationQuantizer, bits: int) -> ActivationQuantizer:
-    """`quantizer` with float32 scalars; ValueError unless it is one for codes of so many bits."""
+    """`quantizer` with float32 scalars; ValueError unless it fits codes of this many bits."""
     check_bits("bits", bits)
     normal = np.finfo(np.float32).tiny  # smaller numbers count as zero
     positive = _scalar(
@@ -81,7 +81,7 @@ def stack_coefficients(
 def check_weights(
     weights: QuantizedWeights, geometry: ConvGeometry, channels: int, rounding: Rounding
 ) -> None:
-    """ValueError unless these are the weights of a convolution of so many channels."""
+    """ValueError unless these weights fit a convolution of this many channels."""
     codes, scale, zero_point, bits = weights
     check_bits("weight_bits", bits)
     check_bits("bits", rounding.bits)

@@ -35,7 +35,7 @@ class CustomCallBackend(NamedTuple):
 
     Attributes:
       name: identifies the implementation in fingerprints.
-      one_pass_weights: a CPU trains convolutions of at most so many weights, which then stay in a
+      one_pass_weights: a CPU trains convolutions of at most this many weights, which then stay in a
         core's cache, in one pass without columns.
     """
 
@@ -99,7 +99,7 @@ def backend() -> CustomCallBackend:
 
 
 def _has_handlers(geometry: ConvGeometry) -> bool:
-    """Whether the default device has handlers for a convolution over so many axes."""
+    """Whether the default device has handlers for a convolution over these axes."""
     return len(geometry.kernel) <= 2 and jax.default_backend() in targets.PLATFORMS
 
 

@@ -37,7 +37,7 @@ def border_columns(
 
     Raises:
       ValueError: a border or phi without a custom call; shapes or dtypes that do not fit; a step
-        size that is not positive or a zero point that is no code, where they are known.
+        size that is not positive, or a zero point outside the codes, where they are known.
       JaxRuntimeError (or ValueError, as JAX has it): at run time on a CPU, a step size that is not
         positive. Not-a-number gives columns of not-a-number. CUDA cannot wait for the value: a step
         size that is not positive gives not-a-number there, too.

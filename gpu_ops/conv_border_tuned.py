@@ -27,7 +27,7 @@ from gpu_ops.geometry import NO_PADDING, check_geometry, columns_shape
 
 # Channels that a step multiplies; the number of outputs must be a multiple of the tile.
 STEP, TILE = 32, 64
-# At most so many taps: their codes and weights must fit the shared memory.
+# The most taps of a window: their codes and weights must fit the shared memory.
 MOST_TAPS = 24
 
 
@@ -76,7 +76,7 @@ def fold_convolution(
 
     Raises:
       ValueError: an argument that does not fit, as there, and one that only `conv_border_int8`
-        serves: channels that are no multiple of 32 or outputs that are none of 64, weights of 8
+        serves: channels not divisible by 32 or outputs not divisible by 64, weights of 8
         bits, a phi other than ``identity``, more than 24 taps.
     """
     geometry = _kernel_alone(weights.codes)

@@ -115,7 +115,7 @@ def is_integer(value: Any) -> bool:
 
 
 def _positive(name: str, value: Any, count: int) -> tuple[int, ...]:
-    """`value` as so many positive integers."""
+    """`value` as `count` positive integers."""
     sizes = tuple(value) if isinstance(value, Iterable) else ()
     if len(sizes) != count or not all(is_integer(size) and size > 0 for size in sizes):
         wanted = "one positive integer" if count == 1 else "two positive integers"
@@ -133,7 +133,7 @@ def _resolve(padding: Padding, geometry: ConvGeometry) -> Any:
 
 
 def _padding(padding: Any, count: int) -> tuple[tuple[int, int], ...]:
-    """`padding` as so many pairs of non-negative integers."""
+    """`padding` as `count` pairs of non-negative integers."""
     pairs = tuple(padding) if isinstance(padding, Iterable) else ()
     pads = [list(pair) if isinstance(pair, Iterable) else [] for pair in pairs]
     ends = [end for pair in pads for end in pair]

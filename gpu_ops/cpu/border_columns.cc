@@ -16,7 +16,8 @@ namespace {
 
 // The dequantized columns [pixels, taps, channels] of one image.
 VECTORISED void ForwardImage(const Geometry& g, const Grid& grid, const Border& b,
-                             const float* image, const uint8_t* keep, float* columns, Scratch& s) {
+                             const float* image, const uint8_t* keep, float* columns,
+                             PixelScratch& s) {
   const int64_t size = g.Column(), pixels = g.Pixels(), width = g.Out(1);
   for (int64_t pixel = 0; pixel < pixels; ++pixel)
     PixelColumn(g, grid, b, image, keep, PixelOffset(g, pixel, width), columns + pixel * size, s);
@@ -26,7 +27,7 @@ VECTORISED void ForwardImage(const Geometry& g, const Grid& grid, const Border& 
 // by lane, to dstep.
 VECTORISED void BackwardImage(const Geometry& g, const Grid& grid, const Border& b,
                               const float* image, const uint8_t* keep, const float* dcolumns,
-                              float* dx, float* dcoefficients, float* dstep, Scratch& s) {
+                              float* dx, float* dcoefficients, float* dstep, PixelScratch& s) {
   const int64_t size = g.Column(), pixels = g.Pixels(), width = g.Out(1);
   std::fill_n(dx, g.Image(), 0.0f);
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
@@ -37,17 +38,21 @@ VECTORISED void BackwardImage(const Geometry& g, const Grid& grid, const Border&
   }
 }
 
-ffi::Error Forward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floats zero,
+ffi::Error Columns(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floats zero,
                    Floats coefficients, ffi::Result<Floats> columns, BorderAttributes a) {
   auto read = ReadColumns(x, keep, step, zero, coefficients, *columns, a);
   if (read.has_error()) return read.error();
   auto grid = ReadGrid(step, zero, a.bits);
   if (grid.has_error()) return grid.error();
   const Training& t = read.value();
+  if (ffi::Error error = CheckScratch(PixelScratch::Bytes(t.geometry),
+                                      x.size_bytes() + columns->size_bytes());
+      error.failure())
+    return error;
   const int64_t size = t.geometry.Pixels() * t.geometry.Column(), image = t.geometry.Image();
   WillWrite(columns->typed_data(), columns->size_bytes());
   ParallelFor(pool, t.geometry.images, [&](int64_t n) {
-    Scratch scratch(t.geometry);
+    PixelScratch scratch(t.geometry);
     const uint8_t* kept = t.keep == nullptr ? nullptr : t.keep + n * image;
     ForwardImage(t.geometry, *grid, t.border, t.x + n * image, kept,
                  columns->typed_data() + n * size, scratch);
@@ -55,10 +60,10 @@ ffi::Error Forward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Float
   return ffi::Error::Success();
 }
 
-ffi::Error Backward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floats zero,
-                    Floats coefficients, Floats dcolumns, ffi::Result<Floats> dx,
-                    ffi::Result<Floats> dstep, ffi::Result<Floats> dcoefficients,
-                    BorderAttributes a) {
+ffi::Error ColumnsPullback(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floats zero,
+                           Floats coefficients, Floats dcolumns, ffi::Result<Floats> dx,
+                           ffi::Result<Floats> dstep, ffi::Result<Floats> dcoefficients,
+                           BorderAttributes a) {
   auto read = ReadColumns(x, keep, step, zero, coefficients, dcolumns, a);
   if (read.has_error()) return read.error();
   auto grid = ReadGrid(step, zero, a.bits);
@@ -69,13 +74,18 @@ ffi::Error Backward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floa
     return error;
   const int64_t column = t.geometry.Column(), size = t.geometry.Pixels() * column;
   const int64_t count = t.Coefficients(), width = count + column, image = t.geometry.Image();
-  std::vector<float> sums(t.geometry.images * width, 0.0f);
+  const int64_t all = t.geometry.images * width;
+  if (ffi::Error error = CheckScratch(all * sizeof(float) + PixelScratch::Bytes(t.geometry),
+                                      x.size_bytes() + dcolumns.size_bytes());
+      error.failure())
+    return error;
+  std::vector<float> sums(all, 0.0f);
   ParallelFor(pool, t.geometry.images, [&](int64_t n) {
-    Scratch scratch(t.geometry);
+    PixelScratch scratch(t.geometry);
     const uint8_t* kept = t.keep == nullptr ? nullptr : t.keep + n * image;
     BackwardImage(t.geometry, *grid, t.border, t.x + n * image, kept,
-                  dcolumns.typed_data() + n * size, dx->typed_data() + n * image, &sums[n * width],
-                  &sums[n * width + count], scratch);
+                  dcolumns.typed_data() + n * size, dx->typed_data() + n * image,
+                  sums.data() + n * width, sums.data() + n * width + count, scratch);
   });
   std::vector<double> totals(width, 0.0);
   for (int64_t n = 0; n < t.geometry.images; ++n)
@@ -88,17 +98,17 @@ ffi::Error Backward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floa
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(BorderColumnsForward, Forward,
-                              TrainingOperands<ffi::ThreadPool>()
-                                  .Ret<Floats>()
-                                  .Attrs<BorderAttributes>());
+GPU_OPS_HANDLER(BorderColumnsForward, Columns,
+                TrainingOperands<ffi::ThreadPool>()
+                    .Ret<Floats>()
+                    .Attrs<BorderAttributes>())
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(BorderColumnsBackward, Backward,
-                              TrainingOperands<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Attrs<BorderAttributes>());
+GPU_OPS_HANDLER(BorderColumnsBackward, ColumnsPullback,
+                TrainingOperands<ffi::ThreadPool>()
+                    .Arg<Floats>()
+                    .Ret<Floats>()
+                    .Ret<Floats>()
+                    .Ret<Floats>()
+                    .Attrs<BorderAttributes>())
 
 }  // namespace gpu_ops

@@ -16,44 +16,62 @@ namespace gpu_ops {
 namespace {
 
 constexpr int64_t kPixels = 24;  // of a block; a multiple of the rows of a tile of Multiply
+constexpr int64_t kMostBytes = 1 << 26;  // of a block of several pixels
 constexpr int64_t kTasks = 16;
 
-// The weights [K, outputs], with rows filled up for Multiply, and transposed. Those of a depthwise
-// convolution, [K, 1], stay as they are: an output has one channel's taps, and no product is one of
-// matrices.
-struct Kernel {
+// The sizes of a kernel [K, outputs], and of the blocks of pixels that are multiplied with it.
+struct KernelShape {
   int64_t elements, outputs, width, deep;
   bool depthwise;
-  std::vector<float> dense, transposed;
 
-  Kernel(const float* weights, int64_t elements, int64_t outputs, bool depthwise, bool both)
+  KernelShape(int64_t elements, int64_t outputs, bool depthwise)
       : elements(elements),
         outputs(outputs),
         width(RoundUp(outputs)),
         deep(RoundUp(elements)),
-        depthwise(depthwise) {
+        depthwise(depthwise) {}
+
+  int64_t Dense() const { return depthwise ? elements : elements * width; }
+  int64_t Transposed() const { return depthwise ? 0 : outputs * deep; }
+  int64_t PixelBytes(const Geometry& g) const {
+    return (2 * deep + width) * sizeof(float) + PixelScratch::Bytes(g);
+  }
+  int64_t BlockPixels(const Geometry& g) const {
+    if (depthwise) return 1;
+    const int64_t fit = kMostBytes / PixelBytes(g);
+    return std::clamp<int64_t>(fit, 1, std::min(kPixels, g.Pixels()));
+  }
+};
+
+// The weights [K, outputs], with rows filled up for Multiply, and transposed. Those of a depthwise
+// convolution, [K, 1], are unchanged: an output has one channel's taps, and no product is one of
+// matrices.
+struct Kernel : KernelShape {
+  std::vector<float> dense, transposed;
+
+  Kernel(const float* weights, const KernelShape& shape, bool both) : KernelShape(shape) {
     if (depthwise) {
       dense.assign(weights, weights + elements);
       return;
     }
-    dense.assign(elements * width, 0.0f);
+    dense.assign(Dense(), 0.0f);
     for (int64_t k = 0; k < elements; ++k)
-      std::copy_n(weights + k * outputs, outputs, &dense[k * width]);
+      std::copy_n(weights + k * outputs, outputs, dense.data() + k * width);
     if (!both) return;
-    transposed.assign(outputs * deep, 0.0f);
+    transposed.assign(Transposed(), 0.0f);
     for (int64_t k = 0; k < elements; ++k)
       for (int64_t o = 0; o < outputs; ++o) transposed[o * deep + k] = weights[k * outputs + o];
   }
 };
 
 // Memory for a block of pixels.
-struct Block {
+struct PixelBlock {
   int64_t size;  // pixels
-  std::vector<Scratch> pixels;
+  std::vector<PixelScratch> pixels;
   std::vector<float> columns, derivative, results;
-  Block(const Geometry& g, const Kernel& kernel)
-      : size(kernel.depthwise ? 1 : kPixels),
-        pixels(size, Scratch(g)),
+  PixelBlock(const Geometry& g, const Kernel& kernel)
+      : size(kernel.BlockPixels(g)),
+        pixels(size, PixelScratch(g)),
         columns(size * kernel.deep),
         derivative(size * kernel.deep),
         results(size * kernel.width) {}
@@ -65,27 +83,27 @@ struct Sums {
 };
 
 VECTORISED void Columns(const Training& t, const Grid& grid, int64_t n, int64_t first,
-                        int64_t count, int64_t deep, Block& block) {
+                        int64_t count, int64_t deep, PixelBlock& block) {
   const Geometry& g = t.geometry;
   const int64_t offset = n * g.Image(), width = g.Out(1);
   const uint8_t* keep = t.keep == nullptr ? nullptr : t.keep + offset;
   for (int64_t p = 0; p < count; ++p)
     PixelColumn(g, grid, t.border, t.x + offset, keep, PixelOffset(g, first + p, width),
-                &block.columns[p * deep], block.pixels[p]);
+                block.columns.data() + p * deep, block.pixels[p]);
 }
 
 VECTORISED void Derivatives(const Training& t, const Grid& grid, int64_t n, int64_t first,
-                            int64_t count, int64_t deep, Block& block, float* dx, Sums& sums) {
+                            int64_t count, int64_t deep, PixelBlock& block, float* dx, Sums& sums) {
   const Geometry& g = t.geometry;
   const int64_t offset = n * g.Image(), width = g.Out(1);
   for (int64_t p = 0; p < count; ++p)
     PixelDerivative(g, grid, t.border, PixelOffset(g, first + p, width),
-                    &block.derivative[p * deep], dx + offset, sums.coefficients.data(),
+                    block.derivative.data() + p * deep, dx + offset, sums.coefficients.data(),
                     sums.step.data(), block.pixels[p]);
 }
 
 // The results of a depthwise convolution at one pixel.
-VECTORISED void TapsTimes(const Kernel& kernel, Block& block) {
+VECTORISED void TapsTimes(const Kernel& kernel, PixelBlock& block) {
   const int64_t channels = kernel.outputs;
   const float* weights = kernel.dense.data();
   const float* column = block.columns.data();
@@ -96,7 +114,7 @@ VECTORISED void TapsTimes(const Kernel& kernel, Block& block) {
 }
 
 // Its derivatives: of the column, and added to those of the weights.
-VECTORISED void TapsPullback(const Kernel& kernel, Block& block, Sums& sums) {
+VECTORISED void TapsPullback(const Kernel& kernel, PixelBlock& block, Sums& sums) {
   const int64_t channels = kernel.outputs;
   const float* weights = kernel.dense.data();
   const float* column = block.columns.data();
@@ -110,13 +128,13 @@ VECTORISED void TapsPullback(const Kernel& kernel, Block& block, Sums& sums) {
     }
 }
 
-void Products(const Kernel& kernel, int64_t count, Block& block) {
+void Products(const Kernel& kernel, int64_t count, PixelBlock& block) {
   if (kernel.depthwise) return TapsTimes(kernel, block);
   Multiply(block.columns.data(), kernel.deep, 1, count, kernel.elements, kernel.dense.data(),
            kernel.width, block.results.data(), false);
 }
 
-void Pullback(const Kernel& kernel, int64_t count, Block& block, Sums& sums) {
+void Pullback(const Kernel& kernel, int64_t count, PixelBlock& block, Sums& sums) {
   if (kernel.depthwise) return TapsPullback(kernel, block, sums);
   Multiply(block.columns.data(), 1, kernel.deep, kernel.elements, count, block.results.data(),
            kernel.width, sums.weights.data(), true);
@@ -125,39 +143,51 @@ void Pullback(const Kernel& kernel, int64_t count, Block& block, Sums& sums) {
 }
 
 void ForwardImage(const Training& t, const Grid& grid, const Kernel& kernel, int64_t n, float* y,
-                  Block& block) {
+                  PixelBlock& block) {
   const int64_t pixels = t.geometry.Pixels();
   for (int64_t first = 0; first < pixels; first += block.size) {
     const int64_t count = std::min(block.size, pixels - first);
     Columns(t, grid, n, first, count, kernel.deep, block);
     Products(kernel, count, block);
     for (int64_t p = 0; p < count; ++p)
-      std::copy_n(&block.results[p * kernel.width], kernel.outputs,
+      std::copy_n(block.results.data() + p * kernel.width, kernel.outputs,
                   y + (n * pixels + first + p) * kernel.outputs);
   }
 }
 
 void BackwardImage(const Training& t, const Grid& grid, const Kernel& kernel, int64_t n,
-                   const float* dy, float* dx, Sums& sums, Block& block) {
+                   const float* dy, float* dx, Sums& sums, PixelBlock& block) {
   const int64_t pixels = t.geometry.Pixels();
   std::fill_n(dx + n * t.geometry.Image(), t.geometry.Image(), 0.0f);
   for (int64_t first = 0; first < pixels; first += block.size) {
     const int64_t count = std::min(block.size, pixels - first);
     for (int64_t p = 0; p < count; ++p)
       std::copy_n(dy + (n * pixels + first + p) * kernel.outputs, kernel.outputs,
-                  &block.results[p * kernel.width]);
+                  block.results.data() + p * kernel.width);
     Columns(t, grid, n, first, count, kernel.deep, block);
     Pullback(kernel, count, block, sums);
     Derivatives(t, grid, n, first, count, kernel.deep, block, dx, sums);
   }
 }
 
-// Operands of both handlers, checked.
+// Operands of both handlers, checked, and their size.
 struct Convolution {
   Training training;
   Grid grid;
-  int64_t outputs;
-  bool depthwise;
+  KernelShape kernel;
+  int64_t bytes;
+
+  // The tasks of the derivative, which each have their sums.
+  int64_t Tasks() const { return std::clamp<int64_t>(training.geometry.images, 1, kTasks); }
+
+  ffi::Error CheckMemory(bool derivative) const {
+    const Geometry& g = training.geometry;
+    const int64_t sums = training.Coefficients() + kernel.elements + kernel.Dense();
+    int64_t floats = kernel.Dense();
+    if (derivative) floats += kernel.Transposed() + Tasks() * sums;
+    return CheckScratch(floats * sizeof(float) + kernel.BlockPixels(g) * kernel.PixelBytes(g),
+                        bytes);
+  }
 };
 
 ffi::ErrorOr<Convolution> Read(const Floats& x, const Mask& keep, const Floats& step,
@@ -168,30 +198,32 @@ ffi::ErrorOr<Convolution> Read(const Floats& x, const Mask& keep, const Floats& 
   auto grid = ReadGrid(step, zero, a.bits);
   if (grid.has_error()) return ffi::Unexpected(grid.error());
   const Geometry& g = read->geometry;
-  auto sizes = kernel.dimensions();
+  auto shape = kernel.dimensions();
   const bool depthwise = a.groups != 1;
   if (depthwise && a.groups != g.channels)
     return ffi::Unexpected(Bad(std::to_string(a.groups) + " groups are neither 1 nor the " +
                                std::to_string(g.channels) + " channels"));
-  if (sizes.size() != 2 || sizes[0] != g.Column() || (depthwise && sizes[1] != 1))
+  if (shape.size() != 2 || shape[0] != g.Column() || (depthwise && shape[1] != 1))
     return ffi::Unexpected(Bad("the kernel is not [" + std::to_string(g.Column()) +
                                (depthwise ? ", 1]" : ", outputs]")));
-  const int64_t outputs = depthwise ? g.channels : sizes[1];
+  const int64_t outputs = depthwise ? g.channels : shape[1];
   if (static_cast<int64_t>(y.element_count()) != g.images * g.Pixels() * outputs)
     return ffi::Unexpected(Bad("the result has another size than the window gives"));
-  return Convolution{read.value(), grid.value(), outputs, depthwise};
+  const int64_t bytes = x.size_bytes() + coefficients.size_bytes() + kernel.size_bytes() +
+                        y.size_bytes();
+  return Convolution{read.value(), grid.value(), {g.Column(), outputs, depthwise}, bytes};
 }
 
-ffi::Error Forward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floats zero,
-                   Floats coefficients, Floats weights, ffi::Result<Floats> y,
-                   BorderAttributes a) {
+ffi::Error Convolve(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floats zero,
+                    Floats coefficients, Floats weights, ffi::Result<Floats> y,
+                    BorderAttributes a) {
   auto read = Read(x, keep, step, zero, coefficients, weights, *y, a);
   if (read.has_error()) return read.error();
+  if (ffi::Error error = read->CheckMemory(false); error.failure()) return error;
   const Training& t = read->training;
-  const Kernel kernel(weights.typed_data(), t.geometry.Column(), read->outputs, read->depthwise,
-                      false);
+  const Kernel kernel(weights.typed_data(), read->kernel, false);
   ParallelFor(pool, t.geometry.images, [&](int64_t n) {
-    Block block(t.geometry, kernel);
+    PixelBlock block(t.geometry, kernel);
     ForwardImage(t, read->grid, kernel, n, y->typed_data(), block);
   });
   return ffi::Error::Success();
@@ -205,10 +237,11 @@ std::vector<double> Total(const std::vector<Sums>& sums, std::vector<float> Sums
   return total;
 }
 
-ffi::Error Backward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floats zero,
-                    Floats coefficients, Floats weights, Floats dy, ffi::Result<Floats> dx,
-                    ffi::Result<Floats> dstep, ffi::Result<Floats> dcoefficients,
-                    ffi::Result<Floats> dweights, BorderAttributes a) {
+ffi::Error ConvolvePullback(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floats zero,
+                            Floats coefficients, Floats weights, Floats dy,
+                            ffi::Result<Floats> dx, ffi::Result<Floats> dstep,
+                            ffi::Result<Floats> dcoefficients, ffi::Result<Floats> dweights,
+                            BorderAttributes a) {
   auto read = Read(x, keep, step, zero, coefficients, weights, dy, a);
   if (read.has_error()) return read.error();
   if (ffi::Error error = CheckDerivatives(x, coefficients, *dx, *dstep, *dcoefficients);
@@ -216,17 +249,18 @@ ffi::Error Backward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floa
     return error;
   if (dweights->element_count() != weights.element_count())
     return Bad("the derivative of the kernel has another size");
+  if (ffi::Error error = read->CheckMemory(true); error.failure()) return error;
   const Training& t = read->training;
   const int64_t elements = t.geometry.Column(), images = t.geometry.images;
-  const Kernel kernel(weights.typed_data(), elements, read->outputs, read->depthwise, true);
-  const int64_t tasks = std::clamp<int64_t>(images, 1, kTasks);
+  const Kernel kernel(weights.typed_data(), read->kernel, true);
+  const int64_t tasks = read->Tasks();
   std::vector<Sums> sums(tasks);
   ParallelFor(pool, tasks, [&](int64_t task) {
     Sums& own = sums[task];
     own.coefficients.assign(t.Coefficients(), 0.0f);
     own.step.assign(elements, 0.0f);
     own.weights.assign(kernel.dense.size(), 0.0f);
-    Block block(t.geometry, kernel);
+    PixelBlock block(t.geometry, kernel);
     for (int64_t n = task * images / tasks; n < (task + 1) * images / tasks; ++n)
       BackwardImage(t, read->grid, kernel, n, dy.typed_data(), dx->typed_data(), own, block);
   });
@@ -244,20 +278,20 @@ ffi::Error Backward(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floa
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(BorderConvForward, Forward,
-                              TrainingOperands<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>()
-                                  .Attrs<BorderAttributes>());
+GPU_OPS_HANDLER(BorderConvForward, Convolve,
+                TrainingOperands<ffi::ThreadPool>()
+                    .Arg<Floats>()
+                    .Ret<Floats>()
+                    .Attrs<BorderAttributes>())
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(BorderConvBackward, Backward,
-                              TrainingOperands<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Attrs<BorderAttributes>());
+GPU_OPS_HANDLER(BorderConvBackward, ConvolvePullback,
+                TrainingOperands<ffi::ThreadPool>()
+                    .Arg<Floats>()
+                    .Arg<Floats>()
+                    .Ret<Floats>()
+                    .Ret<Floats>()
+                    .Ret<Floats>()
+                    .Ret<Floats>()
+                    .Attrs<BorderAttributes>())
 
 }  // namespace gpu_ops

@@ -51,11 +51,11 @@ ffi::Error Img2col(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyB
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Img2colHandler, Img2col,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attrs<WindowAttributes>());
+GPU_OPS_HANDLER(Img2colHandler, Img2col,
+                ffi::Ffi::Bind()
+                    .Ctx<ffi::ThreadPool>()
+                    .Arg<ffi::AnyBuffer>()
+                    .Ret<ffi::AnyBuffer>()
+                    .Attrs<WindowAttributes>())
 
 }  // namespace gpu_ops

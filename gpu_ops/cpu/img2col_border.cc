@@ -53,18 +53,28 @@ struct Job {
   }
   // Rows of the padded input that `rows` rows of the result read.
   int64_t InputRows(int64_t rows) const { return (rows - 1) * g.stride[0] + g.Span(0); }
+
+  // Elements of a task's units and, where they are needed, of a gathered and a grouped column.
+  int64_t Units() const { return InputRows(BlockRows()) * Line(); }
+  int64_t Gathered() const { return g.channels < kWide ? g.Column() : 0; }
+  int64_t Grouped() const { return g.groups == 1 ? 0 : g.Column(); }
+  int64_t ScratchBytes(size_t element) const {
+    return (Units() + g.Column() + Gathered()) * sizeof(float) + Grouped() * element +
+           g.Taps() * sizeof(int64_t);
+  }
 };
 
 // Memory of one task: the units of its rows, its taps, and one pixel's borders and column.
-struct Scratch {
+struct BlockScratch {
   std::vector<float> units, border, gathered;
   std::vector<int64_t> taps;
   std::vector<char> column;
-  Scratch(const Job& job, size_t element)
-      : units(job.InputRows(job.BlockRows()) * job.Line()),
+  BlockScratch(const Job& job, size_t element)
+      : units(job.Units()),
         border(job.g.Column()),
-        gathered(job.g.channels < kWide ? job.g.Column() : 0),
-        column(job.g.groups == 1 ? 0 : job.g.Column() * element) {
+        gathered(job.Gathered()),
+        column(job.Grouped() * element) {
+    taps.reserve(job.g.Taps());
     for (int64_t i = 0; i < job.g.kernel[0]; ++i)
       for (int64_t j = 0; j < job.g.kernel[1]; ++j)
         taps.push_back(i * job.g.dilation[0] * job.Line() + j * job.g.dilation[1] * job.g.channels);
@@ -93,8 +103,8 @@ BORDER_INLINE void FillUnits(const Job& job, const In* image, int64_t first, int
 
 // The border that the taps of `kWide` channels share, from the first of them on.
 template <int degree>
-BORDER_INLINE void SharedBorder(const Job& job, const float* u, const Scratch& s, int64_t channel,
-                                float* border) {
+BORDER_INLINE void SharedBorder(const Job& job, const float* u, const BlockScratch& s,
+                                int64_t channel, float* border) {
   const int64_t power = job.g.Column();
   const float* at = job.border.coefficients + channel;
   Wide sum{};
@@ -116,7 +126,7 @@ BORDER_INLINE void Codes(const Job& job, const float* u, const float* border, in
   EACH(i, size) Store(grid, shift, Code(u[i], border[i], grid), out + i);
 }
 
-// Codes of a run of elements whose borders are nobody else's.
+// Codes of a run of elements, each with its own border.
 template <int degree, typename Out>
 BORDER_INLINE void OwnCodes(const Job& job, const float* u, const float* at, int64_t size,
                             Out* out) {
@@ -138,7 +148,7 @@ BORDER_INLINE void Share(const Job& job, float* border) {
 
 // One pixel's column in the order (tap, channel); `u` is its first tap. Tap by tap.
 template <int degree, typename Out>
-BORDER_INLINE void WideColumn(const Job& job, const float* u, Scratch& s, Out* out) {
+BORDER_INLINE void WideColumn(const Job& job, const float* u, BlockScratch& s, Out* out) {
   const int64_t channels = job.g.channels, taps = job.g.Taps();
   const float* at = job.border.coefficients;
   float* border = s.border.data();
@@ -158,7 +168,7 @@ BORDER_INLINE void WideColumn(const Job& job, const float* u, Scratch& s, Out* o
 
 // The same where the channels are too few for a vector: all taps are gathered first.
 template <int degree, typename Out>
-BORDER_INLINE void NarrowColumn(const Job& job, const float* u, Scratch& s, Out* out) {
+BORDER_INLINE void NarrowColumn(const Job& job, const float* u, BlockScratch& s, Out* out) {
   const int64_t channels = job.g.channels, size = job.g.Column();
   const float* at = job.border.coefficients;
   float* column = s.gathered.data();
@@ -196,7 +206,7 @@ BORDER_INLINE void ByGroup(const Geometry& g, const T* column, T* out) {
 // The rows [first, first + rows) of one image's result.
 template <int degree, typename In, typename Out>
 BORDER_INLINE void Block(const Job& job, const In* image, int64_t first, int64_t rows, Out* out,
-                         Scratch& s) {
+                         BlockScratch& s) {
   const Geometry& g = job.g;
   FillUnits(job, image, first * g.stride[0], job.InputRows(rows), s.units.data());
   const int64_t width = g.Out(1), used = g.Column(), size = g.Row();
@@ -218,7 +228,7 @@ BORDER_INLINE void Block(const Job& job, const In* image, int64_t first, int64_t
 
 template <typename In, typename Out>
 BORDER_INLINE void AnyBlock(const Job& job, const In* image, int64_t first, int64_t rows, Out* out,
-                            Scratch& s) {
+                            BlockScratch& s) {
   switch (job.border.degree) {
     case 0: return Block<0>(job, image, first, rows, out, s);
     case 1: return Block<1>(job, image, first, rows, out, s);
@@ -228,10 +238,10 @@ BORDER_INLINE void AnyBlock(const Job& job, const In* image, int64_t first, int6
 }
 
 // target_clones takes no templates.
-#define BLOCK(In, Out)                                                                         \
+#define BLOCK(In, Out)                                                                             \
   VECTORISED void RunBlock(const Job& job, const In* image, int64_t first, int64_t rows, Out* out, \
-                           Scratch& s) {                                                       \
-    AnyBlock(job, image, first, rows, out, s);                                                 \
+                           BlockScratch& s) {                                                      \
+    AnyBlock(job, image, first, rows, out, s);                                                     \
   }
 BLOCK(float, int8_t)
 BLOCK(float, float)
@@ -245,7 +255,7 @@ void Quantize(ffi::ThreadPool pool, const Job& job, const void* x, void* columns
   WillWrite(columns, g.images * g.Pixels() * g.Row() * sizeof(Out));
   const int64_t rows = job.BlockRows(), blocks = (g.Out(0) + rows - 1) / rows;
   ParallelFor(pool, g.images * blocks, [&](int64_t task) {
-    Scratch scratch(job, sizeof(Out));
+    BlockScratch scratch(job, sizeof(Out));
     const int64_t n = task / blocks, first = task % blocks * rows;
     Out* out = static_cast<Out*>(columns) + (n * g.Out(0) + first) * g.Out(1) * g.Row();
     RunBlock(job, static_cast<const In*>(x) + n * g.Image(), first,
@@ -257,7 +267,7 @@ ffi::Error CheckGrid(float step, float zero, int64_t bits) {
   if (!(step > 0.0f) || std::isinf(step))
     return Bad("the step size is " + std::to_string(step) + ", not positive and finite");
   if (!(zero >= 0.0f && zero < static_cast<float>(1 << bits)) || zero != std::floor(zero))
-    return Bad("the zero point is " + std::to_string(zero) + ", no code of " +
+    return Bad("the zero point is " + std::to_string(zero) + ", not a code of " +
                std::to_string(bits) + " bits");
   return ffi::Error::Success();
 }
@@ -277,6 +287,10 @@ ffi::Error Img2colBorder(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats step, Fl
   const bool single = from == ffi::F32, codes = to == ffi::S8;
   if ((!single && from != ffi::BF16) || (!codes && to != ffi::F32))
     return Bad("img2col_border takes float32 or bfloat16 and gives int8 or float32");
+  if (ffi::Error error = CheckScratch(job.ScratchBytes(ffi::ByteWidth(to)),
+                                      x.size_bytes() + columns->size_bytes());
+      error.failure())
+    return error;
   auto run = single ? (codes ? Quantize<float, int8_t> : Quantize<float, float>)
                     : (codes ? Quantize<uint16_t, int8_t> : Quantize<uint16_t, float>);
   run(pool, job, x.untyped_data(), columns->untyped_data());
@@ -285,7 +299,6 @@ ffi::Error Img2colBorder(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats step, Fl
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Img2colBorderHandler, Img2colBorder,
-                              Img2colBorderBinding<ffi::ThreadPool>());
+GPU_OPS_HANDLER(Img2colBorderHandler, Img2colBorder, Img2colBorderBinding<ffi::ThreadPool>())
 
 }  // namespace gpu_ops

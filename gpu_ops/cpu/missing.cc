@@ -27,8 +27,8 @@ auto AnyBinding() { return ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attr
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Missing, NotBuilt, AnyBinding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuOnly, OfTheCpu, AnyBinding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(GpuOnly, OfTheGpu, AnyBinding());
+GPU_OPS_HANDLER(Missing, NotBuilt, AnyBinding())
+GPU_OPS_HANDLER(CpuOnly, OfTheCpu, AnyBinding())
+GPU_OPS_HANDLER(GpuOnly, OfTheGpu, AnyBinding())
 
 }  // namespace gpu_ops

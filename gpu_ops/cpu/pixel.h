@@ -24,12 +24,12 @@ inline int64_t PixelOffset(const Geometry& g, int64_t pixel, int64_t out_width) 
   return (row * g.width + col) * g.channels;
 }
 
-// Memory for one pixel's column, and the offsets of its taps.
-struct Scratch {
+// Memory for one pixel's column, and the offsets of its taps: `Bytes` of it.
+struct PixelScratch {
   std::vector<float> u, border, slope, first, second;
   std::vector<uint8_t> keep;
   std::vector<int64_t> taps;
-  explicit Scratch(const Geometry& g)
+  explicit PixelScratch(const Geometry& g)
       : u(g.Column()),
         border(g.Column()),
         slope(g.Column()),
@@ -38,6 +38,10 @@ struct Scratch {
         keep(g.Column(), 1),
         taps(g.Taps()) {
     for (int64_t tap = 0; tap < g.Taps(); ++tap) taps[tap] = TapOffset(g, tap);
+  }
+
+  static int64_t Bytes(const Geometry& g) {
+    return g.Column() * (5 * sizeof(float) + 1) + g.Taps() * sizeof(int64_t);
   }
 };
 
@@ -53,7 +57,7 @@ BORDER_INLINE void Gather(const std::vector<int64_t>& taps, int64_t channels, co
 
 // Fills u, border and slope (of phi) of one column.
 BORDER_INLINE void Borders(const Geometry& g, const Grid& grid, const Border& b,
-                           const float* pixel, Scratch& s) {
+                           const float* pixel, PixelScratch& s) {
   const int64_t size = g.Column(), channels = g.channels, taps = g.Taps();
   float* u = s.u.data();
   float* border = s.border.data();
@@ -91,7 +95,7 @@ BORDER_INLINE void Borders(const Geometry& g, const Grid& grid, const Border& b,
 // The dequantized column [taps, channels] of one pixel, whose first tap is `at` in the image.
 BORDER_INLINE void PixelColumn(const Geometry& g, const Grid& grid, const Border& b,
                                const float* image, const uint8_t* keep, int64_t at, float* out,
-                               Scratch& s) {
+                               PixelScratch& s) {
   const int64_t size = g.Column();
   Borders(g, grid, b, image + at, s);
   const float* u = s.u.data();
@@ -112,7 +116,7 @@ BORDER_INLINE void PixelColumn(const Geometry& g, const Grid& grid, const Border
 // added to dx [height, width, channels], to dcoefficients and, lane by lane, to dstep.
 BORDER_INLINE void PixelDerivative(const Geometry& g, const Grid& grid, const Border& b,
                                    int64_t at, const float* d, float* dx,
-                                   float* dcoefficients, float* dstep, Scratch& s) {
+                                   float* dcoefficients, float* dstep, PixelScratch& s) {
   const int64_t size = g.Column(), channels = g.channels;
   const int64_t own = b.shared_across_taps ? channels : size;
   const float share = b.shared_across_taps ? 1.0f / static_cast<float>(g.Taps()) : 1.0f;

@@ -219,6 +219,11 @@ ffi::Error Forward(Device device, Floats x, Mask keep, Floats step, Floats zero,
   return LaunchColumns<float, float, true, 4, 1>(device, one);
 }
 
+ffi::Error OutOfScratch() {
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                    "gpu_ops: out of memory for the scratch of BorderColumnsBackward");
+}
+
 // The sums over all pixels: of the coefficients and of the step size.
 ffi::Error Reduce(Device& device, const Pullback& pull, float* dcoefficients, float* dstep) {
   const int64_t column = pull.g.Column(), count = (pull.border.degree + 1) * column;
@@ -230,7 +235,7 @@ ffi::Error Reduce(Device& device, const Pullback& pull, float* dcoefficients, fl
   float* sums = device.Allocate<float>(chunks * width);
   double* steps = device.Allocate<double>(column);
   double* partials = device.Allocate<double>(kPartials);
-  if (!sums || !steps || !partials) return ffi::Error::Internal("gpu_ops: no scratch memory");
+  if (!sums || !steps || !partials) return OutOfScratch();
   ffi::Error error = device.Launch(chunks, column, SumChunk{pull, chunk, sums});
   if (error.failure()) return error;
   error = device.Launch(1, width, SumChunks{sums, chunks, static_cast<int32_t>(count),
@@ -259,8 +264,7 @@ ffi::Error Backward(Device device, Floats x, Mask keep, Floats step, Floats zero
     const int64_t size = g.images * g.Pixels() * g.channels;
     pull.borders = device.Allocate<float>(size);
     pull.dpolynomials = device.Allocate<float>(size);
-    if (!pull.borders || !pull.dpolynomials)
-      return ffi::Error::Internal("gpu_ops: no scratch memory");
+    if (!pull.borders || !pull.dpolynomials) return OutOfScratch();
     ffi::Error error = device.Launch(g.images, g.Pixels() * g.channels, SharedBorders{pull});
     if (error.failure()) return error;
   }
@@ -271,17 +275,17 @@ ffi::Error Backward(Device device, Floats x, Mask keep, Floats step, Floats zero
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(BorderColumnsForward, Forward,
-                              TrainingOperands<Device>()
-                                  .Ret<Floats>()
-                                  .Attrs<BorderAttributes>());
+GPU_OPS_HANDLER(BorderColumnsForward, Forward,
+                TrainingOperands<Device>()
+                    .Ret<Floats>()
+                    .Attrs<BorderAttributes>())
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(BorderColumnsBackward, Backward,
-                              TrainingOperands<Device>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Attrs<BorderAttributes>());
+GPU_OPS_HANDLER(BorderColumnsBackward, Backward,
+                TrainingOperands<Device>()
+                    .Arg<Floats>()
+                    .Ret<Floats>()
+                    .Ret<Floats>()
+                    .Ret<Floats>()
+                    .Attrs<BorderAttributes>())
 
 }  // namespace gpu_ops

@@ -306,7 +306,7 @@ ffi::Error ConvTuned(Device device, ffi::AnyBuffer x, ffi::AnyBuffer weights, Fl
   const WindowAttributes window{a.kernel, a.stride, a.dilation, a.padding, 1};
   if (ffi::Error error = ReadWindow(x.dimensions(), window, g); error.failure()) return error;
   g.row = g.Column();
-  if (ffi::Error error = CheckIndices(g); error.failure()) return error;
+  if (ffi::Error error = CheckColumns(g); error.failure()) return error;
   const int64_t outer = scale.element_count(), count = g.images * g.Pixels() * outer;
   if (g.channels % kChannels != 0 || outer % 64 != 0 || outer == 0 || g.channels == 0)
     return Bad("the tuned path takes multiples of 32 channels to multiples of 64, not " +
@@ -345,17 +345,17 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
 
 namespace gpu_ops {
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ConvTunedHandler, ConvTuned,
-                              ffi::Ffi::Bind()
-                                  .Ctx<Device>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attrs<TunedAttributes>());
+GPU_OPS_HANDLER(ConvTunedHandler, ConvTuned,
+                ffi::Ffi::Bind()
+                    .Ctx<Device>()
+                    .Arg<ffi::AnyBuffer>()
+                    .Arg<ffi::AnyBuffer>()
+                    .Arg<Floats>()
+                    .Arg<Floats>()
+                    .Arg<Floats>()
+                    .Arg<Floats>()
+                    .Arg<ffi::AnyBuffer>()
+                    .Ret<ffi::AnyBuffer>()
+                    .Attrs<TunedAttributes>())
 
 }  // namespace gpu_ops

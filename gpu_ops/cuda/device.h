@@ -22,7 +22,7 @@
 
 namespace gpu_ops {
 
-// A launch has at most so many blocks in either direction; the test's twin makes it few.
+// The most blocks of a launch in either direction; the test's twin makes it few.
 #ifndef GPU_OPS_MOST_BLOCKS
 #define GPU_OPS_MOST_BLOCKS 65535
 #endif
@@ -93,7 +93,7 @@ class Device {
   cudaStream_t stream() const { return stream_; }
 #endif
 
-  // Uninitialised; null where there is no memory left.
+  // Uninitialised; null where memory has run out.
   template <typename T>
   T* Allocate(int64_t count) {
     const size_t bytes = std::max<int64_t>(count, 1) * sizeof(T);

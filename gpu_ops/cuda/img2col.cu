@@ -1,4 +1,4 @@
-// im2col columns on CUDA: as they are, or quantized with their borders.
+// im2col columns on CUDA: unquantized, or quantized with their borders.
 #include <cstdint>
 
 #include "columns.h"
@@ -85,14 +85,13 @@ ffi::Error Img2col(Device device, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> 
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Img2colBorderHandler, Img2colBorder,
-                              Img2colBorderBinding<Device>());
+GPU_OPS_HANDLER(Img2colBorderHandler, Img2colBorder, Img2colBorderBinding<Device>())
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Img2colHandler, Img2col,
-                              ffi::Ffi::Bind()
-                                  .Ctx<Device>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attrs<WindowAttributes>());
+GPU_OPS_HANDLER(Img2colHandler, Img2col,
+                ffi::Ffi::Bind()
+                    .Ctx<Device>()
+                    .Arg<ffi::AnyBuffer>()
+                    .Ret<ffi::AnyBuffer>()
+                    .Attrs<WindowAttributes>())
 
 }  // namespace gpu_ops

@@ -12,7 +12,7 @@
 
 #ifdef __CUDACC__
 #define BORDER_INLINE __host__ __device__ __forceinline__
-#else
+#elif !defined(BORDER_INLINE)  // a sanitizer's build defines it, as it need not be fast
 #define BORDER_INLINE inline __attribute__((always_inline))
 #endif
 
@@ -78,7 +78,7 @@ BORDER_INLINE Grid MakeGrid(float step, float zero, int64_t bits) {
   return {step, Reciprocal(step), zero, static_cast<float>((1 << bits) - 1)};
 }
 
-// Not-a-number stays so.
+// Not-a-number stays not-a-number.
 BORDER_INLINE float Clip(float v, float low, float high) {
   const float above = v < low ? low : v;
   return above > high ? high : above;
@@ -128,7 +128,7 @@ BORDER_INLINE float Dequantize(float code, const Grid& grid) {
   return Mul(grid.step, Sub(code, grid.zero));
 }
 
-// An activation as it is stored, bfloat16 being the upper half of a float.
+// A stored activation; bfloat16 is the upper half of a float.
 BORDER_INLINE float ToFloat(float value) { return value; }
 BORDER_INLINE float ToFloat(uint16_t bfloat16) {
   const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;

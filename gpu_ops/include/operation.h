@@ -2,6 +2,7 @@
 // exported or written by hand must get an error, never a crash.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -40,14 +41,24 @@ inline ffi::Error Bad(const std::string& what) {
 }
 
 // No index within an image may leave an int32, which is what the GPU computes with.
-inline ffi::Error CheckIndices(const Geometry& g) {
-  const double limit = std::numeric_limits<int32_t>::max();
-  const double pixels = static_cast<double>(g.Out(0)) * static_cast<double>(g.Out(1));
-  const double columns = pixels * static_cast<double>(g.groups) * static_cast<double>(g.row);
-  const double input = static_cast<double>(g.Padded(0)) * g.Padded(1) * g.channels;
-  const double most = columns > input ? columns : input;
-  if (most <= limit) return ffi::Error::Success();
-  return Bad("an image of " + std::to_string(most) + " elements is too large for 32-bit indices");
+inline ffi::Error CheckIndices(double elements) {
+  if (elements <= std::numeric_limits<int32_t>::max()) return ffi::Error::Success();
+  return Bad("an image of " + std::to_string(elements) +
+             " elements is too large for 32-bit indices");
+}
+
+inline ffi::Error CheckColumns(const Geometry& g) {
+  return CheckIndices(static_cast<double>(g.Out(0)) * g.Out(1) * g.groups * g.row);
+}
+
+// Sizes and windows that are legal may ask for scratch out of all proportion: a padded line of one
+// pixel, a column of millions of taps.
+inline ffi::Error CheckScratch(int64_t bytes, int64_t operands) {
+  const int64_t limit = (int64_t{1} << 28) + 32 * operands;
+  if (bytes <= limit) return ffi::Error::Success();
+  return Bad("the window needs " + std::to_string(bytes) +
+             " bytes of scratch, above the limit of " + std::to_string(limit) +
+             " for operands of " + std::to_string(operands) + " bytes");
 }
 
 // Fills `g` but for the groups and the row; x is [images, height, width, channels].
@@ -72,7 +83,9 @@ inline ffi::Error ReadWindow(Sizes x, const WindowAttributes& a, Geometry& g) {
       return Bad("a window of " + std::to_string(g.Span(axis)) + " does not fit the padded size " +
                  std::to_string(g.Padded(axis)));
   }
-  return ffi::Error::Success();
+  // Images without channels have pixels, too.
+  return CheckIndices(static_cast<double>(g.Padded(0)) * g.Padded(1) *
+                      std::max<int64_t>(g.channels, 1));
 }
 
 // The geometry of columns [images, out, out, groups, row].
@@ -88,7 +101,7 @@ inline ffi::ErrorOr<Geometry> ReadGeometry(Sizes x, Sizes columns, const WindowA
   if (!fits || static_cast<double>(columns[4]) < static_cast<double>(g.Taps()) * g.Inner())
     return ffi::Unexpected(Bad("the columns have a shape that does not fit the window"));
   g.row = columns[4];
-  if (ffi::Error error = CheckIndices(g); error.failure()) return ffi::Unexpected(error);
+  if (ffi::Error error = CheckColumns(g); error.failure()) return ffi::Unexpected(error);
   return g;
 }
 
@@ -112,6 +125,25 @@ inline ffi::Error CheckScalars(const Floats& step, const Floats& zero) {
   if (step.element_count() == 1 && zero.element_count() == 1) return ffi::Error::Success();
   return Bad("the step size and the zero point are one number each");
 }
+
+// Allocates nothing before XLA copies the message.
+inline XLA_FFI_Error* OutOfMemory(const XLA_FFI_Api* api, const char* message) {
+  XLA_FFI_Error_Create_Args args{XLA_FFI_Error_Create_Args_STRUCT_SIZE, nullptr, message,
+                                 XLA_FFI_Error_Code_RESOURCE_EXHAUSTED};
+  return api->XLA_FFI_Error_Create(&args);
+}
+
+// Defines the symbol of a handler. No exception leaves it: only missing memory throws, which XLA
+// would report as an unknown error.
+#define GPU_OPS_HANDLER(symbol, function, ...)                                              \
+  extern "C" XLA_FFI_Error* symbol(XLA_FFI_CallFrame* frame) {                              \
+    try {                                                                                   \
+      XLA_FFI_DEFINE_HANDLER(handler, function, __VA_ARGS__);                               \
+      return handler(frame);                                                                \
+    } catch (...) {                                                                         \
+      return OutOfMemory(frame->api, "gpu_ops: out of memory for the scratch of " #symbol); \
+    }                                                                                       \
+  }
 
 // Operands x, step size, zero point and coefficients, and the result, the columns.
 template <typename Context>

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <new>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -15,8 +16,10 @@
 #include <sys/mman.h>
 #endif
 
-// Older compilers do not know these architectures, and other C libraries cannot choose at run time.
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+// Older compilers do not know these architectures. Other C libraries cannot choose at run time, nor
+// can sanitizers, whose build defines it.
+#if defined(VECTORISED)
+#elif defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define VECTORISED
@@ -37,11 +40,14 @@ inline void WillWrite(void* data, size_t bytes) {
 }
 
 // Runs task(0) ... task(count - 1) on the pool and on the calling thread. The caller takes tasks
-// until none is left, so that a busy pool cannot block it.
+// until none is left, so that a busy pool cannot block it. Where a task throws, the tasks that have
+// not started are skipped, and the caller throws std::bad_alloc after all have ended: nothing but
+// missing memory throws here.
 template <typename Task>
 void ParallelFor(xla::ffi::ThreadPool pool, int64_t count, Task task) {
   struct Shared {
     std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
     int64_t done = 0;
     std::mutex mutex;
     std::condition_variable finished;
@@ -49,16 +55,24 @@ void ParallelFor(xla::ffi::ThreadPool pool, int64_t count, Task task) {
   auto shared = std::make_shared<Shared>();
   auto work = [shared, count, &task] {
     for (int64_t i; (i = shared->next.fetch_add(1)) < count;) {
-      task(i);
+      try {
+        if (!shared->failed) task(i);
+      } catch (...) {
+        shared->failed = true;
+      }
       std::lock_guard<std::mutex> lock(shared->mutex);
       if (++shared->done == count) shared->finished.notify_all();
     }
   };
   const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
+  try {
+    for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
+  } catch (const std::bad_alloc&) {  // fewer helpers do the same work
+  }
   work();
   std::unique_lock<std::mutex> lock(shared->mutex);
   shared->finished.wait(lock, [&] { return shared->done == count; });
+  if (shared->failed) throw std::bad_alloc();
 }
 
 }  // namespace gpu_ops

@@ -29,7 +29,7 @@ inline ffi::ErrorOr<Training> ReadTraining(const Floats& x, const Mask& keep, co
   if (g.low[0] + g.high[0] + g.low[1] + g.high[1] != 0)
     return ffi::Unexpected(Bad("the training operation takes no padding"));
   g.row = g.Column();
-  if (ffi::Error error = CheckIndices(g); error.failure()) return ffi::Unexpected(error);
+  if (ffi::Error error = CheckColumns(g); error.failure()) return ffi::Unexpected(error);
   if (keep.element_count() != 0 && keep.element_count() != x.element_count())
     return ffi::Unexpected(Bad("the mask has " + std::to_string(keep.element_count()) +
                                " elements, x " + std::to_string(x.element_count())));

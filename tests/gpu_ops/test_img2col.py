@@ -95,6 +95,31 @@ def test_not_a_number_has_code_zero_and_infinity_the_last_one(
     assert found[0, 2, 2, 0, 4 * channels + 1] == lowest[output]  # the centre tap, channel 1
 
 
+@pytest.mark.parametrize("channels", [4, 20])
+def test_not_a_number_leaves_the_other_taps_of_a_constant_border_alone(channels):
+    case = Case((1, 6, 5, channels), border="constant")
+    x, step, zero, coefficients = case.operands(3)
+    clean = reference(x, step, zero, coefficients, case)
+    x[0, 2, 2, 1] = np.nan
+    expected = reference(x, step, zero, coefficients, case)
+    assert_same(case.run(x, step, zero, coefficients), expected)
+    taps = (expected != clean).reshape(6, 5, 9, channels)
+    assert taps.sum() <= 9  # the element itself, in nine columns
+    assert taps[..., 1].sum() == taps.sum() > 0
+
+
+@pytest.mark.parametrize("step", [8e37, 9e37, 3e38])
+@pytest.mark.parametrize("border", [None, "quadratic"])
+def test_steps_whose_inverse_is_subnormal_have_units_of_zero(border, step):
+    case = Case(border=border, phi="clamp")
+    x, _, _, coefficients = case.operands(11)
+    x = x * np.float32(5e37)
+    expected = reference(x, np.float32(step), 3.0, coefficients, case)
+    assert_same(case.run(x, np.float32(step), 3.0, coefficients), expected)
+    if border is None:
+        assert (len(np.unique(expected)) == 1) == (step > 8.6e37)
+
+
 def test_subnormal_numbers_count_as_zero():
     case = Case(
         border="constant", phi="identity", shared_across_taps=False, padding=((0, 0), (0, 0))

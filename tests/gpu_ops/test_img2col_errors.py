@@ -203,6 +203,18 @@ def test_the_raw_call_itself_works():
         ({"x": "float16"}, "takes float32 or bfloat16"),
         ({"name": "gpu_ops_img2col"}, "changes no dtype"),
         ({"result": (2, 6, 5, 1, 2**27)}, "too large for 32-bit indices"),
+        (
+            {
+                "shape": (1, 1, 1, 1),
+                "kernel": (1, 1),
+                "stride": (1, 2**29),
+                "groups": 1,
+                "padding": (0, 0, 2**29, 2**29),
+                "result": (1, 1, 3, 1, 1),
+                "coefficients": (3, 1, 1),
+            },
+            "needs 4294967[0-9]{3} bytes of scratch, above the limit of 268435[0-9]{3} for",
+        ),
     ],
     ids=str,
 )

@@ -55,11 +55,11 @@ def reference(x, step, zero, coefficients, case):
     """The columns of docs/design.md in numpy, operation by operation in float32."""
     one = np.float32
     with np.errstate(all="ignore"):
-        inverse = one(1) / one(step)
+        inverse = flush(one(1) / one(step))
         u = np.clip(flush(flush(gather(x, case)) * inverse), one(-(2**23)), one(2**23))
         border = one(0.5)
         if case.border is not None:
-            border = flush(coefficients[NAMES[case.border][-1]]) + one(0) * u
+            border = np.broadcast_to(flush(coefficients[NAMES[case.border][-1]]), u.shape)
             for name in reversed(NAMES[case.border][:-1]):
                 border = flush(flush(border * u) + flush(coefficients[name]))
             if case.shared_across_taps:
