@@ -68,19 +68,19 @@ def quantize(
     calibration = jax.tree.map(np.asarray, calibration)
     net = prepare(apply, variables, calibration, recipe, mask)
     compiler, observer = compiler or Compiler(), observer or default_observer()
-    block_store = open_block_store(resume, restart_from, net, calibration, seed, compiler)
     leaves = map(jnp.asarray, jax.tree.leaves(calibration))
     inputs = dict(zip(net.graph.inputs, leaves, strict=True))
-    run = Run(net, inputs, seed, compiler, observer, block_store)
     state, reports = State(), []
-    observer.on_start(net)
-    try:
-        for block in net.blocks:
-            state, result = quantize_block(run, state, block)
-            reports.append(result.report)
-            observer.on_block_end(result.report)
-    finally:
-        observer.on_end()
+    with open_block_store(resume, restart_from, net, calibration, seed, compiler) as block_store:
+        run = Run(net, inputs, seed, compiler, observer, block_store)
+        observer.on_start(net)
+        try:
+            for block in net.blocks:
+                state, result = quantize_block(run, state, block)
+                reports.append(result.report)
+                observer.on_block_end(result.report)
+        finally:
+            observer.on_end()
     return _build(apply, calibration, net, state, reports)
 
 

@@ -25,8 +25,8 @@ from launch.lib import command_line
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
     flags.DEFINE_string("model", None, "name in the zoo; required", flag_values=values)
-    flags.DEFINE_string("from", None, "checkpoint to read; required", flag_values=values)
-    flags.DEFINE_string("to", None, "safetensors file to write; required", flag_values=values)
+    command_line.define_path(values, "from", None, "checkpoint to read; required")
+    command_line.define_path(values, "to", None, "safetensors file to write; required")
     flags.mark_flags_as_required(["model", "from", "to"], flag_values=values)
 
 

@@ -18,8 +18,8 @@ def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
     names = "names the data set, file.py:variant; required"
     flags.DEFINE_string("config", None, names, flag_values=values)
-    flags.DEFINE_string("checkpoint", None, "folder of aq.save; required", flag_values=values)
-    flags.DEFINE_string("data_dir", "~", "holds tensorflow_datasets/", flag_values=values)
+    command_line.define_path(values, "checkpoint", None, "folder of aq.save; required")
+    command_line.define_path(values, "data_dir", "~", "holds tensorflow_datasets/")
     flags.mark_flags_as_required(["config", "checkpoint"], flag_values=values)
 
 

@@ -37,10 +37,11 @@ from aquant_jax.deployment.quantized import Quantized, traced
 from aquant_jax.errors import InputError
 from aquant_jax.storage import archive, json_file
 from aquant_jax.storage.environment import environment
+from aquant_jax.storage.folder_lock import hold
+from aquant_jax.storage.ownership import remove_files
 from launch.lib import command_line, experiment, run_directory
 
 FORMATS = ("orbax", "stablehlo", "onnx")
-REPORT = "report.json"
 # Share of samples. Float layers (the first, where the image is not quantized) sum in another order
 # on another runtime, and at 2 bits an activation that is rounded the other way can change a class.
 MAY_DIFFER = 1e-2
@@ -78,9 +79,9 @@ class Source(NamedTuple):
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
-    flags.DEFINE_string("workdir", None, "of launch.quantize; required", flag_values=values)
+    command_line.define_path(values, "workdir", None, "of launch.quantize; required")
     flags.DEFINE_enum("format", None, FORMATS, "to write; required", flag_values=values)
-    flags.DEFINE_string("data_dir", None, "if not that of the run", flag_values=values)
+    command_line.define_path(values, "data_dir", None, "if not that of the run")
     flags.DEFINE_integer("limit", None, "test samples to compare", 1, flag_values=values)
     flags.mark_flags_as_required(["workdir", "format"], flag_values=values)
 
@@ -147,19 +148,16 @@ def write_onnx(folder: Path, source: Source) -> dict[str, Runner]:
 WRITERS = {"orbax": write_orbax, "stablehlo": write_stablehlo, "onnx": write_onnx}
 
 
-def export(values: Any, target: Path) -> dict[str, Any]:
+def export(run: dict[str, Any], values: Any, target: Path) -> dict[str, Any]:
     """Writes and compares.
 
     Returns:
         The report.
 
     Raises:
-        InputError: the run is not finished, its checkpoint is damaged, its data are missing, or
-            an export computes something else than the network.
+        InputError: the checkpoint of the run is damaged, its data are missing, or an export
+            computes something else than the network.
     """
-    run = run_directory.finished(values.workdir)
-    if run.get("program") != "quantize":
-        raise InputError(f"{values.workdir} holds a run of launch.{run.get('program')}")
     config: command_line.Config = ConfigDict(run["config"])
     data_dir = values.data_dir or run["data_dir"]
     network = aq.restore(Path(values.workdir) / run_directory.NETWORK)
@@ -198,6 +196,22 @@ def _check(name: str, comparison: Comparison) -> None:
     print(f"{name}: {same} of {samples} samples the same, {at_most}")
 
 
+def read_run(workdir: str) -> dict[str, Any]:
+    """The identity of the run in a workdir.
+
+    Raises:
+        InputError: it is not finished, or not one of launch.quantize.
+    """
+    run = run_directory.finished(workdir)
+    if run.get("program") != "quantize":
+        raise InputError(f"{workdir} holds a run of launch.{run.get('program')}")
+    if not isinstance(run.get("config"), dict) or not isinstance(run.get("data_dir"), str):
+        raise InputError(
+            f"{Path(workdir) / run_directory.IDENTITY} is damaged: it lacks the config"
+        )
+    return run
+
+
 @command_line.program
 def main(argv: list[str]) -> None:
     """Exports into a folder beside, which is renamed when all is compared."""
@@ -205,17 +219,20 @@ def main(argv: list[str]) -> None:
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of values without a type
     target = Path(values.workdir) / run_directory.EXPORTS / values.format
     partial = target.with_name(f".{values.format}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        report = export(values, partial)
-        sizes = archive.sizes(partial)
-        json_file.write_json(partial / REPORT, {"exports": report, "bytes": sizes, **environment()})
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    except OSError as error:
-        raise InputError(f"{target} cannot be written: {error.strerror}") from error
-    finally:
+    with hold(Path(values.workdir), lambda: read_run(values.workdir)):
+        replaced = run_directory.exported_files(target)
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            report = export(read_run(values.workdir), values, partial)
+            sizes = archive.sizes(partial)
+            content = {"exports": report, "bytes": sizes, **environment()}
+            json_file.write_json(partial / run_directory.REPORT, content)
+            remove_files(target, replaced)
+            partial.rename(target)
+        except OSError as error:
+            raise InputError(f"{target} cannot be written: {error.strerror}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     print(f"in {target}: {sum(sizes.values()):,} bytes")
 
 

@@ -55,9 +55,9 @@ class State(NamedTuple):
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
     flags.DEFINE_enum("task", None, list(glue.TASKS), "of GLUE; required", flag_values=values)
-    flags.DEFINE_string("checkpoint", None, "folder of the encoder; required", flag_values=values)
-    flags.DEFINE_string("workdir", None, "folder to write into; required", flag_values=values)
-    flags.DEFINE_string("data_dir", "~", "holds tensorflow_datasets/", flag_values=values)
+    command_line.define_path(values, "checkpoint", None, "folder of the encoder; required")
+    command_line.define_path(values, "workdir", None, "folder to write into; required")
+    command_line.define_path(values, "data_dir", "~", "holds tensorflow_datasets/")
     flags.DEFINE_integer("epochs", 3, "passes over the training split", 1, flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "samples a step", 1, flag_values=values)
     flags.DEFINE_float("learning_rate", 5e-5, "its peak", 0.0, flag_values=values)
@@ -139,6 +139,7 @@ def train(
     state = State(params, optimizer.init(params))
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     records: list[dict[str, float]] = []
+    directory.begin()
     with ocp.CheckpointManager(directory.epochs.absolute(), options=options) as manager:
         if manager.latest_step():
             state, records = restore(manager, state, directory.epochs)
@@ -249,7 +250,7 @@ def _text(score: dict[str, float], metric: str) -> str:
 def main(argv: list[str]) -> None:
     """Trains, writes the checkpoint and scores what was written."""
     values, _ = command_line.parse(argv, define_flags, __doc__)
-    source = Path(values.checkpoint).expanduser()
+    source = Path(values.checkpoint)
     flags_of_run = {name: values[name].value for name in values if name not in ELSEWHERE}
     settings = {name: value for name, value in flags_of_run.items() if value is not None}
     data_dir = command_line.absolute(values.data_dir)
@@ -257,7 +258,7 @@ def main(argv: list[str]) -> None:
     with run_directory.claim(values.workdir, identity) as directory:
         tokenization = data.Tokenization(source, values.max_length)
         task = data.load(f"glue/{values.task}", values.data_dir, tokenization)
-        target = directory.path / "checkpoint"
+        target = directory.path / run_directory.CHECKPOINT
         if directory.stored is None:
             model, variables = bert.create(source, task.num_classes, values.seed)
             params = train(values, model, variables, task, directory)

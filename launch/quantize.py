@@ -21,10 +21,8 @@ from launch.lib.results import one_line
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
     flags.DEFINE_string("config", None, "file.py:variant; required", flag_values=values)
-    flags.DEFINE_string("workdir", None, "folder to write into; required", flag_values=values)
-    flags.DEFINE_string(
-        "data_dir", "~", "holds tensorflow_datasets/ and weights/", flag_values=values
-    )
+    command_line.define_path(values, "workdir", None, "folder to write into; required")
+    command_line.define_path(values, "data_dir", "~", "holds tensorflow_datasets/ and weights/")
     flags.DEFINE_integer("seed", 0, "of calibration draw and steps", 0, flag_values=values)
     flags.DEFINE_integer(
         "restart_from_block", None,

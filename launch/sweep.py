@@ -16,6 +16,7 @@ Example:
 import csv
 import functools
 import io
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ class Entry(NamedTuple):
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
-    flags.DEFINE_string("workdir", None, "folder to write into; required", flag_values=values)
+    command_line.define_path(values, "workdir", None, "folder to write into; required")
     flags.DEFINE_string("config", None, "config file, file.py:variant", flag_values=values)
     known = f"with --config: rows (default {','.join(PRESETS)})"
     flags.DEFINE_list("presets", None, known, flag_values=values)
@@ -63,9 +64,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_list(name, None, f"with --table: {of}; all by default", flag_values=values)
     flags.DEFINE_string("variant", None, "with --table: added to every variant", flag_values=values)
     flags.DEFINE_list("seeds", ["0"], "seeds of every cell", flag_values=values)
-    flags.DEFINE_string(
-        "data_dir", "~", "holds tensorflow_datasets/ and weights/", flag_values=values
-    )
+    command_line.define_path(values, "data_dir", "~", "holds tensorflow_datasets/ and weights/")
     flags.mark_flags_as_required(["workdir"], flag_values=values)
 
 
@@ -169,6 +168,11 @@ def plan_table(values: Any, overrides: dict[str, str]) -> Planned:
             raise InputError(f"unknown row {row!r} of table {values.table}; {list(table.rows)}")
     planned: Planned = {}
     for model in values.models or table.models:
+        if not re.fullmatch(r"\w+", model):  # it names a folder in the workdir
+            raise InputError(
+                f"{model!r} is not the name of a model; table {values.table} has "
+                f"{', '.join(table.models)}"
+            )
         file, _, start = table.config.format(model=model).partition(":")
         planned[model] = {}
         for bits in values.bits or table.bits:

@@ -30,7 +30,7 @@ from launch.lib.metrics import evaluate
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
-    flags.DEFINE_string("output", None, "safetensors file to write; required", flag_values=values)
+    command_line.define_path(values, "output", None, "safetensors file to write; required")
     flags.DEFINE_integer("seed", 0, "of weights, batches and shifts", flag_values=values)
     flags.DEFINE_integer("epochs", 40, "passes over the training split", 1, flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "images a step", 1, 1297, flag_values=values)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aquant_jax.data.source import Dataset, OnCorrupt, Split
-from aquant_jax.data.tfds import open_splits
+from aquant_jax.data.tfds import open_splits, read_record
 from aquant_jax.errors import InputError
 
 PREFIX = "glue/"
@@ -87,7 +87,12 @@ def load(name: str, tfds_dir: Path, tokenization: Tokenization) -> Dataset:
     ) -> Iterator[Split]:
         for start in range(0, len(indices), batch_size):
             picked = indices[start : start + batch_size]
-            records = [splits[split][int(index) // each] for index in picked]
+            try:
+                records = [read_record(splits[split], split, int(i) // each) for i in picked]
+            except OSError as error:
+                raise InputError(
+                    f"{name}: {error.filename} cannot be read: {error.strerror}"
+                ) from error
             labels = np.array([record["label"] for record in records], _label_type(task))
             sides = picked % each if tokenization.apart else None
             yield Split(_encode(tokenizer, task, records, sides), labels)

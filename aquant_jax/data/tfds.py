@@ -1,5 +1,6 @@
 """TensorFlow Datasets through their random-access sources, without TensorFlow."""
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -7,7 +8,7 @@ from typing import Any, cast
 from aquant_jax.data.preprocess import Preprocessing
 from aquant_jax.data.records import NONE, Record, Records, dataset
 from aquant_jax.data.source import Dataset
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, reason
 
 SETS = (
     *("cifar10", "cifar10_jpeg", "imagenet2012", "imagenet_v2"),
@@ -62,12 +63,24 @@ def load(
 
 def _records(source: Any, split: str) -> Records:
     def read(index: int) -> Record:
-        record = source[index]
+        record = read_record(source, split, index)
         stored = record.get("file_name")
         name = stored.decode() if stored else f"number {index} of {split}"
         return Record(name, record["image"], record["label"])
 
     return Records(len(source), read)
+
+
+def read_record(source: Any, split: str, index: int) -> Any:
+    """One record of a split.
+
+    Raises:
+        OSError: the file that holds it is damaged.
+    """
+    try:
+        return source[index]
+    except (RuntimeError, ValueError) as error:  # of array_record, and of a record's own format
+        raise OSError(errno.EIO, reason(error), f"number {index} of {split}") from error
 
 
 def open_splits(name: str, tfds_dir: Path, skip: Sequence[str] = ()) -> dict[str, Any]:

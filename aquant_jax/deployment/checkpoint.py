@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,23 +17,27 @@ import numpy as np
 from jax import export
 
 from aquant_jax.arithmetic import packing
-from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.arithmetic.border import get_phi
+from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS, ActivationQuantizer
 from aquant_jax.deployment.quantized import Quantized
 from aquant_jax.deployment.stablehlo import (
     Exported,
-    check_targets,
+    check_program,
     export_program,
     serialize,
     state_of,
     with_state,
 )
+from aquant_jax.errors import InputError
 from aquant_jax.layers.fake_quant import LayerSpec, LayerState, skeletons
 from aquant_jax.recipe import Recipe
 from aquant_jax.storage import archive
 from aquant_jax.storage.environment import environment
-from aquant_jax.storage.json_file import jsonable
+from aquant_jax.storage.json_file import differences, jsonable
+from aquant_jax.storage.parsing import malformed, record
 
 PROGRAM = "program.stablehlo.z"
+MOST_PROGRAM_BYTES = 2**31  # a flatbuffer is no longer
 PARTS = ("codes", "quantizers", "borders", "biases", "constants")
 
 
@@ -110,6 +115,8 @@ def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
         exported = program.program
     else:
         exported = export_program(quantized, inputs)
+    check_program(Path(path), exported)
+    program_bytes = serialize(exported)
     metadata = {
         "recipe": quantized.recipe.to_dict(),
         "layers": [spec._asdict() for spec in quantized.specs],
@@ -117,42 +124,98 @@ def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
         "activations": list(quantized.activations),
         "constants": list(quantized.constants),
         "exponents": exponents,
+        "program_bytes": len(program_bytes),
         **environment(),
     }
-    check_targets(path, exported)
-    files = {PROGRAM: zlib.compress(serialize(exported), 9)}
-    roles = leaf_roles(quantized)
-    bits = {name: role.packed_bits for name, role in roles.items() if role.packed_bits}
-    archive.write(Path(path), arrays, jsonable(metadata), files, bits)
+    files = {PROGRAM: zlib.compress(program_bytes, 9)}
+    archive.write(Path(path), arrays, jsonable(metadata), files, _packed_bits(quantized))
 
 
 def restore(path: str | Path) -> Quantized:
     """Restores a saved network. Nothing in it can run code, except as an XLA program.
 
     Raises:
-      InputError: no such folder, a damaged file (named), another layout, or a program that calls
-        anything but XLA.
+      InputError: no such folder, a damaged or malformed file (named), another layout, or a program
+        that calls anything but XLA, or the host or other devices.
     """
-    stored = archive.read(Path(path))
-    metadata = stored.metadata
-    program = export.deserialize(bytearray(zlib.decompress(stored.files[PROGRAM])))
-    check_targets(path, program)
-    empty = jnp.zeros(0)
+    path = Path(path)
+    stored = archive.read(path)
+    if PROGRAM not in stored.files:
+        raise InputError(f"{path} is not a saved network: it has no {PROGRAM}")
+    with malformed(path / PROGRAM):
+        program = _program(stored.files[PROGRAM], stored.metadata.get("program_bytes"))
+    check_program(path / PROGRAM, program.program)
+    with malformed(path / archive.INDEX):
+        network = _network(stored, program)
+    with malformed(path / PROGRAM):
+        program.check_signature()
+    return network
+
+
+def _program(compressed: bytes, size: Any) -> Exported:
+    """A program from its file, which decompresses to `size` bytes if it is intact."""
+    if type(size) is not int or not 0 < size <= MOST_PROGRAM_BYTES:
+        raise ValueError(f"{archive.INDEX} declares program_bytes {size!r}")
+    stream = zlib.decompressobj()
+    content = stream.decompress(compressed, size + 1)
+    if len(content) != size or not stream.eof or stream.unused_data:
+        found = "more" if len(content) > size else len(content)
+        raise ValueError(f"it holds {found} bytes, {archive.INDEX} declares program_bytes {size}")
+    program = Exported(export.deserialize(bytearray(content)))
+    state, _ = program.arguments
+    if not isinstance(state, dict) or program.program.has_vjp():
+        raise ValueError("it takes no state by name, or has a derivative, a program of its own")
+    return program
+
+
+def _network(stored: archive.Stored, program: Exported) -> Quantized:
+    """The network of an archive, whose parts must match each other."""
+    metadata, empty = stored.metadata, jnp.zeros(0)
     activations = dict.fromkeys(metadata["activations"], ActivationQuantizer(empty, empty))
+    specs = tuple(_spec(fields, activations) for fields in metadata["layers"])
+    if sorted(spec.path for spec in specs) != sorted(metadata["borders"]):
+        raise ValueError(f"layers {[s.path for s in specs]}, borders {list(metadata['borders'])}")
     unfilled = Quantized(
         skeletons(metadata["borders"]),
         activations,
         dict.fromkeys(metadata["constants"], empty),
-        Exported(program),
-        tuple(LayerSpec(**spec) for spec in metadata["layers"]),
+        program,
+        specs,
         Recipe(**metadata["recipe"]),
     )
     roles, exponents = leaf_roles(unfilled), metadata["exponents"]
+    borders = {name: int for name, role in roles.items() if role.part == "borders"}
+    if {name: type(exponent) for name, exponent in exponents.items()} != borders:
+        raise TypeError(f"exponents is {exponents!r}; it must have an int for each of {[*borders]}")
     arrays = {
         name: _decode(roles[name], array, exponents.get(name, 0))
         for name, array in stored.arrays.items()
     }
-    return with_state(unfilled, arrays)
+    network = with_state(unfilled, arrays)
+    state, _ = program.arguments
+    differ = [
+        *differences(_avals(state), _avals(state_of(network))),
+        *differences(_packed_bits(unfilled), stored.bits),
+    ]
+    if differ:
+        raise ValueError(f"arrays do not match layers and {PROGRAM}: {differ[0]}")
+    return network
+
+
+def _spec(fields: Mapping[str, Any], activations: Container[str]) -> LayerSpec:
+    """A layer from its metadata, checked."""
+    spec = record(LayerSpec, fields)
+    get_phi(spec.phi)
+    bits = range(MIN_BITS, MAX_BITS + 1)
+    quantizes = spec.act_bits in bits and spec.weight_bits in (None, *bits)
+    reads = spec.tensor is None or spec.tensor in activations
+    if spec.kind not in ("conv", "dense") or not quantizes or not reads:
+        raise ValueError(f"layer {spec}")
+    return spec
+
+
+def _avals(state: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{a.dtype}{list(a.shape)}" for name, a in state.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +252,12 @@ def leaf_roles(quantized: Quantized) -> dict[str, LeafRole]:
     activations = dict.fromkeys(quantized.activations, roles)
     constants = dict.fromkeys(quantized.constants, LeafRole("constants"))
     return archive.flatten((layers, activations, constants))
+
+
+def _packed_bits(quantized: Quantized) -> dict[str, int]:
+    """Bits of the arrays that are packed, by name."""
+    roles = leaf_roles(quantized)
+    return {name: role.packed_bits for name, role in roles.items() if role.packed_bits}
 
 
 def _encode(quantized: Quantized) -> tuple[dict[str, np.ndarray], dict[str, int]]:

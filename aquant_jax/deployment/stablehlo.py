@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
+from jax.interpreters import mlir
 
 from aquant_jax.deployment.quantized import Quantized, Traced
 from aquant_jax.errors import InputError, reason
 from aquant_jax.storage import archive
+from aquant_jax.storage.parsing import malformed, printable
 
 PLATFORMS = ("cpu", "cuda")
 # The custom calls that a program may make; a callback would run an address of this process.
 TARGETS = frozenset({"shape_assertion", "Sharding", "mhlo.topk", "cu_threefry2x32_ffi"})
+CUSTOM_CALL = "stablehlo.custom_call"
+# The dialects of the operations that `jax.export` writes; others reach the machine (llvm, gpu).
+DIALECTS = frozenset({"builtin", "func", "stablehlo", "chlo", "sdy"})
+# Operations that wait for the host or for other devices, in any dialect.
+COMMUNICATION = frozenset(
+    {
+        "infeed", "outfeed", "send", "recv", "all_gather", "all_reduce", "all_to_all",
+        "collective_broadcast", "collective_permute", "cross-replica-sum", "reduce_scatter",
+    }
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,17 +41,29 @@ class Exported:
     program: export.Exported
 
     @property
+    def arguments(self) -> tuple[Any, Any]:
+        """Shapes and dtypes of the state, and of a batch."""
+        avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.program.in_avals]
+        (state, batch), _ = jax.tree.unflatten(self.program.in_tree, avals)
+        return state, batch
+
+    @property
     def inputs(self) -> Any:
         """Shapes and dtypes of a batch."""
-        avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.program.in_avals]
-        (_, batch), _ = jax.tree.unflatten(self.program.in_tree, avals)
-        return batch
+        return self.arguments[1]
 
     @property
     def batch(self) -> int | None:
         """Samples that the program takes at a time; None: any number."""
         samples = samples_of(self.inputs)
         return samples if isinstance(samples, int) else None
+
+    def check_signature(self) -> None:
+        """Raises an error of JAX unless the code of the program has the arguments it declares."""
+        if self.program.nr_devices == 1:  # the context of several devices is only known in a call
+            state, batch = self.arguments
+            traced = jax.jit(self.program.call).trace(state, batch_of(batch, self.batch or 1))
+            traced.lower(lowering_platforms=tuple(self.program.platforms))
 
     def __call__(self, quantized: Quantized, x: Any) -> Any:
         if quantized.backend is not None:
@@ -92,14 +115,13 @@ def export_program(quantized: Quantized, inputs: Any = None, **options: Any) -> 
 
 def batches_of(shapes: Any, size: int) -> tuple[Any, Any]:
     """Inputs of these shapes for a symbolic number of samples, and for at most `size`."""
-    numbers = export.symbolic_shape("samples")[0], min(samples_of(shapes), size)
+    symbol = export.symbolic_shape("samples")[0]
+    return batch_of(shapes, symbol), batch_of(shapes, min(samples_of(shapes), size))
 
-    def batch(samples: Any) -> Any:
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), a.dtype), shapes
-        )
 
-    return batch(numbers[0]), batch(numbers[1])
+def batch_of(shapes: Any, samples: Any) -> Any:
+    """Inputs of these shapes for a number of samples."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), a.dtype), shapes)
 
 
 def samples_of(inputs: Any) -> Any:
@@ -141,19 +163,50 @@ def self_contained(quantized: Quantized, inputs: Any = None, **options: Any) -> 
     return export.export(run, platforms=PLATFORMS, **options)(program.inputs)
 
 
-def check_targets(path: str | Path, program: export.Exported) -> None:
-    """Check the custom calls of a program.
+def check_program(path: Path, program: export.Exported) -> None:
+    """Check that a program computes, and does nothing else.
+
+    Args:
+      path: of the program, for messages.
+      program: it is parsed, not run.
 
     Raises:
-      InputError: it calls anything but `TARGETS`.
+      InputError: it is malformed, calls anything but `TARGETS`, or has an operation of
+        `COMMUNICATION` or of a dialect other than `DIALECTS`.
     """
-    named = re.findall(r'custom_call @(?:"([^"]*)"|([\w.$]+))', program.mlir_module())
-    called = {quoted or bare for quoted, bare in named}
-    if called - TARGETS:
+    with malformed(path), mlir.make_ir_context():
+        found = _operations(program.mlir_module(serialized=False))
+    called = sorted(target for name, target in found if name == CUSTOM_CALL)
+    foreign = [target for target in called if target not in TARGETS]
+    if foreign:
         raise InputError(
-            f"{path}: the program calls {', '.join(sorted(called - TARGETS))}, which is not "
-            f"part of XLA; nothing of it was run"
+            f"{path}: the program calls {printable(', '.join(foreign))}, which is not part of XLA; "
+            f"nothing of it was run"
         )
+    names = sorted({name for name, _ in found})
+    outside = [name for name in names if not _computes(*name.split(".", 1))]
+    if outside:
+        raise InputError(
+            f"{path}: the program has {printable(', '.join(outside))}, which reaches the host or "
+            f"other devices; nothing of it was run"
+        )
+
+
+def _computes(dialect: str, operation: str = "") -> bool:
+    return dialect in DIALECTS and operation not in COMMUNICATION
+
+
+def _operations(module: mlir.ir.Module) -> set[tuple[str, str]]:
+    """Names of all operations of a module, at any depth, with the targets of custom calls."""
+    found = set()
+
+    def visit(op: mlir.ir.Operation) -> mlir.ir.WalkResult:
+        target: Any = op.attributes["call_target_name"] if op.name == CUSTOM_CALL else None
+        found.add((op.name, target.value if target else ""))
+        return mlir.ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
+    return found
 
 
 def serialize(program: export.Exported) -> bytes:

@@ -1,14 +1,16 @@
 """Finished blocks of a quantization on disk, from which the same call resumes bit for bit.
 
-Each block is an archive, whole or absent (see `storage.archive`). ``fingerprint.json`` beside them
-identifies the call that they belong to.
+Each block is an archive, whole or absent (see `storage.archive`), and states the fingerprint of the
+call that learned it. ``fingerprint.json`` beside the blocks identifies the call that they belong to
+now, and the calls of those that a restart kept.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, reason
 from aquant_jax.graph.subgraph import extract_subgraph, signature
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import LayerState, skeletons
@@ -25,12 +27,16 @@ from aquant_jax.plan.network import Network, describe
 from aquant_jax.reconstruction.report import BlockReport
 from aquant_jax.storage import archive
 from aquant_jax.storage.environment import environment
+from aquant_jax.storage.folder_lock import hold
 from aquant_jax.storage.json_file import differences, jsonable, read_json, write_json
+from aquant_jax.storage.ownership import archive_files, check_unclaimed, remove_files
+from aquant_jax.storage.parsing import malformed, record
 
 FINGERPRINT = "fingerprint.json"
 OLD_FINGERPRINT = "run.json"  # its name in layout 1
 # Fields that a restart may change: how blocks are learned, and the name of the preset.
 LEARNING = ("recipe.reconstruction.", "recipe.preset ")
+MAY_CHANGE = "a restart may change recipe.reconstruction only"
 CURVES = ("loss_curve", "propagated")  # fields of a report
 NUMBERS = ("start_error", "final_error", "seconds")
 
@@ -71,58 +77,75 @@ def fingerprint(net: Network, calibration: Any, seed: int, compiler: Compiler) -
     )
 
 
+class Owner(NamedTuple):
+    """The calls that the blocks of a folder belong to, as ``fingerprint.json`` has them.
+
+    Attributes:
+      call: the `fingerprint` of the call that goes on.
+      kept: for each block that its restart kept, the fingerprint of the call that learned it.
+    """
+
+    call: dict[str, Any]
+    kept: list[dict[str, Any]]
+
+    def of(self, index: int) -> dict[str, Any]:
+        """The fingerprint of the call that learned the block of that number."""
+        return self.kept[index] if index < len(self.kept) else self.call
+
+
 class BlockStore:
-    """The finished blocks of one call, in a folder.
+    """The finished blocks of one call, in a folder that this process holds.
 
     Args:
-      path: the folder, created if necessary.
+      path: the folder.
       call: its `fingerprint`.
       restart_from: remove this block and all later ones; the call may then differ in `LEARNING`.
 
     Raises:
-      InputError: the folder holds the blocks of another call (it lists the fields that differ),
-        fewer blocks than `restart_from`, or cannot be written.
+      InputError: the folder holds the blocks of another call (it lists the fields that differ), or
+        of an unknown one, fewer blocks than `restart_from`, or cannot be written.
     """
 
-    def __init__(
-        self, path: Path, call: Mapping[str, Any], restart_from: int | None = None
-    ) -> None:
+    def __init__(self, path: Path, call: dict[str, Any], restart_from: int | None = None) -> None:
         self.path = path
-        known = path / FINGERPRINT
-        old = path / OLD_FINGERPRINT
-        if old.exists() and "convolution" in read_json(old):
-            raise InputError(f"{path} holds blocks of {archive.written_by(1)}")
-        owner = read_json(known) if known.exists() else None
-        if owner is not None:
-            _check_owner(path, owner, call, restart_from)
+        owner = _read_owner(path, call, restart_from)
+        self._owner = owner or Owner(call, [])
+        if owner is not None and restart_from is not None:
+            self._owner = Owner(call, [owner.of(index) for index in range(restart_from)])
         try:
             if restart_from is not None:
                 self._forget(restart_from)
-            path.mkdir(parents=True, exist_ok=True)
-            if owner != call:
-                write_json(known, call)
+            if owner != self._owner:
+                write_json(path / FINGERPRINT, self._owner._asdict())
         except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror}") from error
+            raise InputError(f"{path} cannot be written: {reason(error)}") from error
 
     def read(self, index: int) -> BlockResult | None:
         """The block of that number, if it is finished.
 
         Raises:
-          InputError: a file of it is damaged.
+          InputError: a file of it is damaged or malformed, or it is a block of another call.
         """
-        folder = self._folder(index)
+        folder = _folder(self.path, index)
         if not folder.exists():
             return None
         stored = archive.read(folder)
-        metadata, report = stored.metadata, stored.metadata["report"]
-        layers = skeletons(metadata["borders"])
-        empty = ActivationQuantizer(jnp.zeros(0), jnp.zeros(0))
-        activations = dict.fromkeys(metadata["activations"], empty)
-        curves = {name: stored.arrays[name] for name in CURVES}
-        numbers = {name: float(stored.arrays[name]) for name in NUMBERS}
-        layers, activations = archive.fill((layers, activations), stored.arrays)
-        report = BlockReport(**report | curves | numbers)
-        return BlockResult(layers, activations, report._replace(layers=tuple(report.layers)))
+        metadata, arrays = stored.metadata, stored.arrays
+        with malformed(folder / archive.INDEX):
+            changed = differences(metadata["call"], self._owner.of(index))
+        if changed:
+            raise InputError(
+                f"{folder} is a block of another run, which differs in {', '.join(changed)}"
+            )
+        with malformed(folder / archive.INDEX):
+            layers = skeletons(metadata["borders"])
+            empty = ActivationQuantizer(jnp.zeros(0), jnp.zeros(0))
+            activations = dict.fromkeys(metadata["activations"], empty)
+            fields = dict(metadata["report"]) | {name: arrays.pop(name) for name in CURVES}
+            fields |= {name: arrays.pop(name).item() for name in NUMBERS}
+            report = record(BlockReport, fields | {"layers": tuple(fields["layers"])})
+            layers, activations = archive.fill((layers, activations), arrays)
+            return BlockResult(layers, activations, report)
 
     def write(self, index: int, block: BlockResult) -> None:
         """Keeps a block.
@@ -137,24 +160,19 @@ class BlockStore:
             "borders": {path: list(layer.border) for path, layer in block.layers.items()},
             "activations": list(block.activations),
             "report": report,
+            "call": self._owner.of(index),
         }
         arrays |= archive.flatten((block.layers, block.activations))
-        archive.write(self._folder(index), arrays, jsonable(metadata))
-
-    def _folder(self, index: int) -> Path:
-        return self.path / f"{index:03d}"
+        archive.write(_folder(self.path, index), arrays, jsonable(metadata))
 
     def _forget(self, first: int) -> None:
-        count = 0
-        while self._folder(count).exists():
-            count += 1
-        if not 0 <= first <= count:
-            raise InputError(f"restart from block {first}: {self.path} has {count} finished blocks")
         rest = [p for p in self.path.glob("[0-9]*") if p.name.isdecimal() and int(p.name) >= first]
+        files = {folder: archive_files(folder) for folder in rest}
         for folder in sorted(rest, key=lambda p: -int(p.name)):  # a gap would hide those behind it
-            shutil.rmtree(folder)
+            remove_files(folder, files[folder])
 
 
+@contextlib.contextmanager
 def open_block_store(
     folder: str | Path | None,
     restart_from: int | None,
@@ -162,28 +180,54 @@ def open_block_store(
     calibration: Any,
     seed: int,
     compiler: Compiler,
-) -> BlockStore | None:
-    """The finished blocks of a call of `quantize`; None where it names no folder.
+) -> Iterator[BlockStore | None]:
+    """The finished blocks of a call of `quantize`, held while it runs; None where it has no folder.
 
     Raises:
-      InputError: see `BlockStore`; a restart without a folder.
+      InputError: see `BlockStore`; another process holds the folder; a restart without a folder.
     """
-    if folder is not None:
-        return BlockStore(Path(folder), fingerprint(net, calibration, seed, compiler), restart_from)
-    if restart_from is not None:
-        raise InputError(f"restart_from is {restart_from}, but resume is None")
-    return None
+    if folder is None:
+        if restart_from is not None:
+            raise InputError(f"restart_from is {restart_from}, but resume is None")
+        yield None
+        return
+    path, call = Path(folder), fingerprint(net, calibration, seed, compiler)
+    with hold(path, functools.partial(_read_owner, path, call, restart_from)):
+        yield BlockStore(path, call, restart_from)
 
 
-def _check_owner(
-    path: Path, owner: Mapping[str, Any], call: Mapping[str, Any], restart_from: int | None
-) -> None:
-    changed = differences(owner, call, () if restart_from is None else LEARNING)
-    if changed:
-        may = "" if restart_from is None else " (a restart may change recipe.reconstruction only)"
-        raise InputError(
-            f"{path} holds the blocks of another run, which differs in {', '.join(changed)}{may}"
-        )
+def _read_owner(path: Path, call: dict[str, Any], restart_from: int | None) -> Owner | None:
+    """The owner of a folder; None where it is empty.
+
+    Raises:
+      InputError: see `BlockStore`.
+    """
+    old, known = path / OLD_FINGERPRINT, path / FINGERPRINT
+    if old.exists() and "convolution" in read_json(old):
+        raise InputError(f"{path} holds blocks of {archive.written_by(1)}")
+    owner = None
+    if known.exists():
+        with malformed(known):
+            owner = record(Owner, read_json(known))
+            changed = differences(owner.call, call, () if restart_from is None else LEARNING)
+        if changed:
+            may = "" if restart_from is None else f" ({MAY_CHANGE})"
+            raise InputError(
+                f"{path} holds the blocks of another run, which differs in "
+                f"{', '.join(changed)}{may}"
+            )
+    else:
+        check_unclaimed(path, FINGERPRINT)
+    count = 0
+    while _folder(path, count).exists():
+        count += 1
+    if restart_from is not None and not 0 <= restart_from <= count:
+        raise InputError(f"restart from block {restart_from}: {path} has {count} finished blocks")
+    return owner
+
+
+def _folder(path: Path, index: int) -> Path:
+    return path / f"{index:03d}"
 
 
 def _digest(tree: Any) -> str:

@@ -40,7 +40,7 @@ STEPS = 20
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
-    flags.DEFINE_string("data_dir", None, "of ResNet-20; none leaves it out", flag_values=values)
+    command_line.define_path(values, "data_dir", None, "of ResNet-20; none leaves it out")
     timing.define_flags(values)
 
 

@@ -13,6 +13,7 @@ import jax
 from absl import flags
 
 from aquant_jax.errors import InputError
+from launch.lib import command_line
 
 Call = Callable[[], Any]
 
@@ -64,7 +65,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def define_out(values: flags.FlagValues) -> None:
     """The flag --out, see `report`."""
-    flags.DEFINE_string("out", None, "file to write the JSON to as well", flag_values=values)
+    command_line.define_path(values, "out", None, "file to write the JSON to as well")
 
 
 def workload(kind: Any, values: flags.FlagValues) -> Any:

@@ -12,6 +12,7 @@ lines. Nor can it set a field that is None, or set one to None.
 import dataclasses
 import difflib
 import functools
+import os
 import re
 import runpy
 import sys
@@ -23,16 +24,22 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from aquant_jax.errors import InputError, ReconstructionError
+from aquant_jax.errors import InputError, ReconstructionError, reason
 from aquant_jax.recipe import Reconstruction
 from aquant_jax.recipe_checks import RENAMED, hint
 from launch.lib.process import keep_freed_memory, progress_on_stderr
 
 FAILED_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130  # as shells have it: 128 and the number of SIGINT
+TRACEBACK = "--traceback"  # a flag of every program: errors keep their traceback
 EXAMPLE = "\nExample:"  # the part of a program's docstring that --help prints last
 WIDTH = 100  # of --help
 RECONSTRUCTION = tuple(field.name for field in dataclasses.fields(Reconstruction))
+REQUIRED = (
+    *("model", "weights", "dataset", "calibration_size", "test_limit", "eval_batch_size"),
+    *("preset", "recipe"),
+)  # fields of every config
 Config = Any  # a ConfigDict, whose fields no type checker knows
 
 _OVERRIDE = re.compile(r"--?config\.([\w.]+)(?:=(.*))?$", re.DOTALL)
@@ -42,23 +49,62 @@ _HELP = {"--help", "-help", "-h"}
 def program(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
     """Makes a main that takes ``argv`` return an exit code, and sets the process up for speed.
 
-    An ``InputError`` or a wrong flag is printed as one line and returns 2, a reconstruction that
-    failed 1. Anything else is a bug of ours and keeps its traceback.
+    Every error is printed as one line. An ``InputError``, a wrong flag or an error of the system
+    (a file that cannot be read, say) returns 2, Ctrl-C 130. A reconstruction that failed returns 1,
+    and so does anything else, which is a bug of ours: --traceback shows where it is.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         keep_freed_memory()
+        arguments = list(sys.argv if argv is None else argv)
+        show = TRACEBACK in arguments
         try:
             with progress_on_stderr():
-                return main(sys.argv if argv is None else argv) or 0
-        except (InputError, ReconstructionError, flags.Error) as error:
-            message = " ".join(str(error).split())
-            print(f"error: {message}", file=sys.stderr)
-            failed = isinstance(error, ReconstructionError)
-            return FAILED_EXIT_CODE if failed else USER_ERROR_EXIT_CODE
+                return main([text for text in arguments if text != TRACEBACK]) or 0
+        except (Exception, KeyboardInterrupt) as error:
+            if show:
+                raise
+            code, message = _outcome(error)
+            print(f"error: {' '.join(message.split())}", file=sys.stderr)
+            return code
 
     return wrapped
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """The exit code and the message of an error."""
+    if isinstance(error, InputError | flags.Error):
+        return USER_ERROR_EXIT_CODE, str(error)
+    if isinstance(error, ReconstructionError):
+        return FAILED_EXIT_CODE, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED_EXIT_CODE, "interrupted; the same command goes on where it can resume"
+    if isinstance(error, OSError) and error.filename is not None:
+        return USER_ERROR_EXIT_CODE, f"{error.filename}: {reason(error)}"
+    return FAILED_EXIT_CODE, f"{type(error).__name__}: {reason(error)} ({TRACEBACK} shows where)"
+
+
+class _PathParser(flags.ArgumentParser):
+    """Takes the path of a file or folder; ``~`` is the home folder."""
+
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> str:
+        if not argument.strip():
+            raise ValueError("a path cannot be empty")
+        if "\0" in argument:
+            raise ValueError("a path cannot hold a NUL byte")
+        try:
+            return str(Path(argument).expanduser())
+        except RuntimeError as error:
+            raise ValueError(f"the home folder of {argument!r} is unknown") from error
+
+
+def define_path(values: flags.FlagValues, name: str, default: str | None, text: str) -> None:
+    """Defines a flag that is the path of a file or folder."""
+    serializer = flags.ArgumentSerializer()
+    flags.DEFINE(_PathParser(), name, default, text, values, serializer)
 
 
 def parse(
@@ -105,7 +151,8 @@ def help_text(description: str, values: flags.FlagValues) -> str:
 
 
 def _shown(default: object) -> str:
-    return ",".join(map(str, default)) if isinstance(default, list) else str(default)
+    text = ",".join(map(str, default)) if isinstance(default, list) else str(default)
+    return "~" if text == str(Path.home()) else text
 
 
 def absolute(folder: str) -> str:
@@ -147,20 +194,37 @@ def load_config(spec: str, overrides: dict[str, str], variant: str = "") -> Conf
         flags.Error: a value of another type.
     """
     path, _, argument = spec.partition(":")
-    if not Path(path).is_file():
-        raise InputError(f"there is no config file {path!r}")
-    try:
-        get_config = runpy.run_path(path).get("get_config")
-    except SyntaxError as error:
-        raise InputError(f"{path} is not a Python file: {error}") from error
-    if get_config is None:
-        raise InputError(f"{path} defines no get_config(variant)")
     if "preset" in overrides:
         # The other fields would stay those of the preset that the variant names.
         raise InputError(f"name the preset in the variant: {spec},preset={overrides['preset']}")
-    config = get_config(",".join(part for part in (argument, variant) if part))
+    config = _run_file(path, ",".join(part for part in (argument, variant) if part))
     override(config, overrides)
     return config.lock()
+
+
+def _run_file(path: str, argument: str) -> ConfigDict:
+    """What ``get_config(argument)`` of a config file returns."""
+    if not os.path.isfile(path):
+        raise InputError(f"there is no config file {path!r}")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise InputError(f"{path} defines no get_config(variant)")
+        config = get_config(argument)
+    except InputError:
+        raise
+    except SyntaxError as error:
+        raise InputError(f"{path} is not a Python file: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{path} raises {type(error).__name__}: {reason(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"get_config of {path} returns {type(config).__name__}, not a ConfigDict")
+    missing = [name for name in REQUIRED if name not in config]
+    if missing:
+        raise InputError(f"the config of {path} lacks {', '.join(missing)}")
+    if not isinstance(config.recipe, ConfigDict):
+        raise InputError(f"field recipe of {path} is {config.recipe!r}, not a section")
+    return config
 
 
 def override(config: ConfigDict, overrides: dict[str, str]) -> None:

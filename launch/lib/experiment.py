@@ -59,11 +59,6 @@ def load(config: Config, data_dir: str) -> Experiment:
         InputError: an unknown model or data set, one that is not in ``data_dir``, fewer
             calibration images than the config asks for, or a size that is not a whole number.
     """
-    for name in ("calibration_size", "eval_batch_size", "test_limit", *LENGTHS):
-        value = config.get(name, 1)
-        positive = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        if not positive and not (name == "test_limit" and value is None):
-            raise InputError(f"config field {name} is {value!r}; it must be a positive integer")
     dataset, calibration = open_data(config, data_dir)
     calibration.check_calibration(config.calibration_size)  # before hours of scoring
     apply, variables, check = create(config, data_dir, dataset)
@@ -195,7 +190,7 @@ def run(
         compiler=compiler or aq.Compiler(gpu_ops.backend()),
         resume=directory.blocks, restart_from=restart_from,
     )  # fmt: skip
-    aq.save(quantized, directory.network(), _test_inputs(experiment.dataset, config))
+    aq.save(quantized, directory.network, _test_inputs(experiment.dataset, config))
     metrics = score(quantized, experiment.dataset, config, "quantized", corrupt, experiment.check)
     content = {
         "config": spec,
@@ -227,8 +222,14 @@ def open_data(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset
     """The data set to score on, and the one to calibrate on.
 
     Raises:
-        InputError: an unknown data set, or one that is not in ``data_dir``.
+        InputError: an unknown data set, one that is not in ``data_dir``, or a size in the config
+            that is not a whole number.
     """
+    for name in ("calibration_size", "eval_batch_size", "test_limit", *LENGTHS):
+        value = config.get(name, 1)
+        positive = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not positive and not (name == "test_limit" and value is None):
+            raise InputError(f"config field {name} is {value!r}; it must be a positive integer")
     if config.model == BERT:
         return _open_sentences(config, data_dir)
     fields = config.get("preprocessing")

@@ -1,10 +1,12 @@
 """Data sets of tfds, written here as tfds would, and the real ones where they are."""
 
+import io
 import json
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from aquant_jax import data
 from aquant_jax.errors import InputError
@@ -188,3 +190,23 @@ def test_the_shared_imagenet_subsets(shared_data):
     sample = data.load("imagenet_sample_1000", shared_data, data.EFFICIENTNET_LITE)
     assert (sample.train_size, sample.test_size) == (1000, 0)
     assert len(set(sample.calibration(50).labels.tolist())) == 50
+
+
+@pytest.mark.parametrize("damage", ["middle", "cut", "empty"])
+def test_a_damaged_file_is_an_input_error(tmp_path, damage):
+    noise = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(noise, "PNG")
+    write_set(tmp_path, "shapes", {"train": [(noise.getvalue(), 0)] * 20})
+    (file,) = tmp_path.glob("tensorflow_datasets/shapes/*/*.array_record*")
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    damaged = {
+        "middle": whole[:middle] + bytes(2000) + whole[middle + 2000 :],
+        "cut": whole[:middle],
+        "empty": b"",
+    }
+    file.write_bytes(damaged[damage])
+    shapes = data.load("shapes", tmp_path, SMALL)
+    with pytest.raises(InputError, match=r"corrupt image number \d+ of train in shapes \(.*ec"):
+        shapes.calibration(20, 0)

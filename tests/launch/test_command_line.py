@@ -59,12 +59,13 @@ def test_a_wrong_flag_is_one_line(name, capsys):
     assert error.count("\n") == 1
 
 
-def raising(error):
+def raising(error, *argv):
     @command_line.program
-    def main(argv):
+    def main(rest):
+        assert rest == ["program"]
         raise error
 
-    return main(["program"])
+    return main(["program", *argv])
 
 
 def test_exit_codes(capsys):
@@ -74,8 +75,24 @@ def test_exit_codes(capsys):
     assert capsys.readouterr().err == (
         "error: wrong input\nerror: the loss is nan\nerror: no flag\n"
     )
-    with pytest.raises(ZeroDivisionError):
-        raising(ZeroDivisionError())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ZeroDivisionError("a\nb"), 1, "ZeroDivisionError: a (--traceback shows where)"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on where it can resume"),
+        (FileNotFoundError(2, "No such file or directory", "a/b"), 2,
+         "a/b: No such file or directory"),
+        (OSError("odd"), 1, "OSError: odd (--traceback shows where)"),
+    ],
+)  # fmt: skip
+def test_any_other_error_is_one_line(error, code, line, capsys):
+    assert raising(error) == code
+    assert capsys.readouterr().err == f"error: {line}\n"
+    for kept in (error, InputError("wrong")):
+        with pytest.raises(type(kept)):
+            raising(kept, "--traceback")
 
 
 def test_the_log_is_shown_inside_a_program_only(capsys):

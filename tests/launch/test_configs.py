@@ -214,14 +214,26 @@ def test_missing_config_file():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def get_config(:", "is not a Python file: invalid syntax"),
-        ("x = 1", "defines no get_config"),
+        ("def get_config(:", "X is not a Python file: invalid syntax"),
+        ("x = 1", "X defines no get_config"),
+        ("import nothing_here", "X raises ModuleNotFoundError: No module named 'nothing_here'"),
+        ("1 / 0", "X raises ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit(0)", "X raises SystemExit: 0"),
+        ("def get_config(): pass", r"X raises TypeError: get_config\(\) takes 0"),
+        ("get_config = 3", "X raises TypeError: 'int' object is not callable"),
+        ("def get_config(argument): return {'model': 'x'}", "of X returns dict, not a ConfigDict"),
+        (
+            "import ml_collections\ndef get_config(argument):\n"
+            "    return ml_collections.ConfigDict({'model': 'x', 'recipe': {}})",
+            "of X lacks weights, dataset, calibration_size, test_limit, eval_batch_size, preset",
+        ),
     ],
 )
 def test_a_file_that_is_no_config(tmp_path, text, message):
     command_line.load_config("configs/digits.py", {})  # whose get_config is not that of the next
     (tmp_path / "config.py").write_text(text)
-    with pytest.raises(InputError, match=rf"config\.py {message}"):
+    message = message.replace("X", str(tmp_path / "config.py"))
+    with pytest.raises(InputError, match=message):
         command_line.load_config(str(tmp_path / "config.py"), {})
 
 

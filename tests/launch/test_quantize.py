@@ -65,6 +65,13 @@ WRONG = {
     "limit that is not a number": ([DIGITS, "--config.test_limit=abc"], "test_limit is 'abc'"),
     "overrides": ([DIGITS, "--config.recipe.overrides=[5]"], "overrides: 5 must be a dict"),
     "field of a wrong type": ([DIGITS, "--config.recipe.reconstruction.steps=x"], "steps=x"),
+    "empty workdir": ([DIGITS, "--workdir="], "--workdir=: a path cannot be empty"),
+    "NUL in a path": ([DIGITS, "--data_dir=a\0b"], "a path cannot hold a NUL byte"),
+    "unknown home": ([DIGITS, "--data_dir=~nosuchuser/x"], "home folder of '~nosuchuser/x' is unk"),
+    "long workdir": ([DIGITS, f"--workdir=a/{'b' * 300}"], "File name too long"),
+    "long config": ([f"--config={'b' * 300}.py"], "there is no config file"),
+    "long weights": ([DIGITS, f"--config.weights=/{'b' * 300}"], "File name too long"),
+    "NUL in the weights": ([DIGITS, "--config.weights=/a\0b"], "there is no such file"),
     "stray argument": ([DIGITS, "runs/x"], "runs/x"),
     "bits": ([DIGITS, "--config.recipe.weight_bits=9"], "9"),
     "unknown border": ([DIGITS, "--config.recipe.border=cubic"], "cubic"),
@@ -93,6 +100,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(flags, word, tmp_path, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_home_folder_is_meant(pretend, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert quantize.main(["quantize", DIGITS, "--workdir=~/run", *FEW, STEPS]) == 0
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_the_limit_of_a_score_is_checked(capsys):
+    argv = ["evaluate", DIGITS, "--checkpoint=/nonexistent", "--config.test_limit=x"]
+    assert evaluate.main(argv) == 2
+    assert "test_limit is 'x'; it must be a positive integer" in capsys.readouterr().err
+
+
 def test_a_finished_run_does_not_answer_for_other_data(pretend, tmp_path, capsys):
     argv = ["quantize", DIGITS, f"--workdir={tmp_path}", *FEW, STEPS]
     assert quantize.main([*argv, "--data_dir=/one"]) == 0
@@ -103,7 +122,7 @@ def test_a_finished_run_does_not_answer_for_other_data(pretend, tmp_path, capsys
 def test_an_unwritable_workdir(pretend, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert quantize.main(["quantize", DIGITS, f"--workdir={tmp_path / 'file' / 'run'}"]) == 2
-    assert capsys.readouterr().err.startswith("error: workdir")
+    assert capsys.readouterr().err.endswith("run cannot be written: Not a directory\n")
     assert pretend == []
 
 
@@ -117,10 +136,12 @@ def test_a_reconstruction_that_fails_is_one_line(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+def test_a_bug_keeps_its_traceback_where_that_is_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, "load", lambda *_: 1 / 0)
+    argv = ["quantize", DIGITS, f"--workdir={tmp_path}"]
     with pytest.raises(ZeroDivisionError):
-        quantize.main(["quantize", DIGITS, f"--workdir={tmp_path}"])
+        quantize.main([*argv, "--traceback"])
+    assert quantize.main(argv) == 1
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +193,7 @@ def test_a_saved_network_is_scored_from_itself_alone(nearest_run, capsys, monkey
     assert f"{results['quantized']['top1']:.2f}% top-1 of 60 samples" in out
     assert "borders add 0.00%" in out
     assert evaluate.main([*argv, f"--checkpoint={nearest_run}"]) == 2
-    assert f"{nearest_run} is no checkpoint: manifest.json" in capsys.readouterr().err
+    assert f"{nearest_run} is not a checkpoint: manifest.json" in capsys.readouterr().err
 
 
 @OPTAX

@@ -1,12 +1,14 @@
 import errno
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 
 from aquant_jax.errors import InputError, ReconstructionError
-from aquant_jax.storage import json_file
+from aquant_jax.storage import archive, json_file
+from aquant_jax.storage.folder_lock import LOCK
 from launch import export, quantize
 from launch.lib import run_directory
 from tests.support.process import REPOSITORY
@@ -15,7 +17,8 @@ OLD = REPOSITORY / "tests" / "golden" / "layout_1" / "run_directory"
 
 
 def files(path):
-    return sorted(entry.name for entry in path.iterdir()) if path.exists() else None
+    """The names in a folder, but for the lock of the process that holds it."""
+    return sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.exists() else None
 
 
 def fail(path, identity, error):
@@ -35,7 +38,7 @@ def test_results_come_last_and_are_read_back(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert lines == [{"block": 0, "curve": [[1, 0], [0, 1]]}, {"block": 1, "loss": None}]
     with run_directory.claim(tmp_path / "run", {"seed": 0}) as run:
-        assert run.stored == {"top1": 0.5}
+        assert run.stored == {"top1": 0.5, "plots": []}
 
 
 def test_a_full_disk_is_told_and_finished_blocks_stay(tmp_path):
@@ -46,7 +49,7 @@ def test_a_full_disk_is_told_and_finished_blocks_stay(tmp_path):
     assert (tmp_path / "run" / "blocks" / "000").exists()
 
 
-def test_blocks_are_used_after_a_full_disk_while_the_folder_is_claimed(tmp_path, monkeypatch):
+def test_blocks_are_used_after_a_full_disk_while_a_restart_begins(tmp_path, monkeypatch):
     (tmp_path / "blocks" / "000").mkdir(parents=True)
     json_file.write_json(tmp_path / "run.json", {"layout": 2, "seed": 0})
 
@@ -55,8 +58,11 @@ def test_blocks_are_used_after_a_full_disk_while_the_folder_is_claimed(tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(run_directory, "write_json", full)
-        with pytest.raises(InputError, match="No space left"):
-            fail(tmp_path, {"seed": 0}, AssertionError())
+        with (
+            pytest.raises(InputError, match="No space left"),
+            run_directory.claim(tmp_path, {"seed": 0}, restart=True) as run,
+        ):
+            run.begin()
     with run_directory.claim(tmp_path, {"seed": 0}) as run:
         assert list(run.blocks.iterdir()) == [tmp_path / "blocks" / "000"]
 
@@ -71,7 +77,9 @@ def test_an_unfinished_run_starts_afresh(tmp_path):
         fail(tmp_path, {"seed": 0}, KeyboardInterrupt())
     with run_directory.claim(tmp_path, {"seed": 0}) as run:
         assert run.stored is None
-        assert files(tmp_path) == ["run.json"]
+        assert files(tmp_path) == ["log.jsonl", "plots", "run.json"]  # until it is accepted
+        run.begin()
+        assert files(tmp_path) == ["plots", "run.json"]  # no results list the plots: they stay
 
 
 def test_another_run_is_rejected_and_left_alone(tmp_path):
@@ -86,11 +94,98 @@ def test_another_run_is_rejected_and_left_alone(tmp_path):
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-def test_files_of_unknown_origin_are_left_alone(tmp_path):
-    (tmp_path / "results.json").write_text("mine")
-    with pytest.raises(InputError, match=r"results\.json"), run_directory.claim(tmp_path, {}):
+@pytest.mark.parametrize(
+    "name", ["results.json", "export/onnx/network.onnx", "quantized/x", "checkpoint/x", "notes.txt"]
+)
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_folder_of_unknown_origin_is_left_alone(tmp_path, name, restart):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    (tmp_path / ".lock").write_text("mine, too")
+    first = name.partition("/")[0]
+    with (
+        pytest.raises(InputError, match=f"holds {first} of unknown origin: there is no run.json"),
+        run_directory.claim(tmp_path, {}, restart),
+    ):
         pass
-    assert (tmp_path / "results.json").read_text() == "mine"
+    assert (tmp_path / name).read_text() == "mine"
+    assert (tmp_path / ".lock").read_text() == "mine, too"
+
+
+def finished_run(path):
+    with run_directory.claim(path, {"seed": 0}) as run:
+        run.log({"block": 0})
+        (run.plots / "ours.png").touch()
+        archive.write(run.network, {"codes": np.zeros(3)}, {})
+        export = path / "export" / "onnx"
+        export.mkdir(parents=True)
+        (export / "network.onnx").touch()
+        json_file.write_json(export / "report.json", {"bytes": {"network.onnx": 0}})
+        run.finish({"top1": 1.0})
+
+
+def test_a_restart_removes_what_the_run_wrote(tmp_path):
+    finished_run(tmp_path)
+    (tmp_path / "plots" / "mine.png").write_text("mine")
+    (tmp_path / "export" / "mine").mkdir()
+    with run_directory.claim(tmp_path, {"seed": 0}, restart=True) as run:
+        run.begin()
+    assert files(tmp_path) == ["export", "plots", "run.json"]
+    assert files(tmp_path / "plots") == ["mine.png"]
+    assert files(tmp_path / "export") == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["quantized/mine.txt", "export/onnx/mine.txt"])
+def test_a_restart_that_would_remove_a_users_file_removes_nothing(tmp_path, name):
+    finished_run(tmp_path)
+    (tmp_path / name).write_text("mine")
+    before = archive.sizes(tmp_path)
+    with (
+        pytest.raises(InputError, match=f"{name} is of unknown origin; move it elsewhere"),
+        run_directory.claim(tmp_path, {"seed": 0}, restart=True) as run,
+    ):
+        run.begin()
+    assert archive.sizes(tmp_path) == before
+
+
+def test_a_restart_needs_a_run(tmp_path):
+    for path in (tmp_path / "absent", tmp_path):
+        with (
+            pytest.raises(InputError, match=f"{path} .*: there is no run to restart"),
+            run_directory.claim(path, {}, restart=True),
+        ):
+            pass
+    assert files(tmp_path) == []
+
+
+def test_a_second_claim_is_told_who_holds_the_directory(tmp_path):
+    with run_directory.claim(tmp_path / "run", {"seed": 0}) as run:
+        run.log({"block": 0})
+        holder = f"in use by process {os.getpid()} on "
+        for restart in (False, True):
+            with (
+                pytest.raises(InputError, match=holder),
+                run_directory.claim(tmp_path / "run", {"seed": 0}, restart),
+            ):
+                pass
+        assert files(run.path) == ["log.jsonl", "run.json"]
+        run.finish({})
+    with run_directory.claim(tmp_path / "run", {"seed": 0}) as run:
+        assert run.stored == {"plots": []}
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+@pytest.mark.parametrize("model", ["", "resnet18"])
+def test_an_error_keeps_the_cells_of_a_sweep_and_its_own_owner(tmp_path, model):
+    def sweep():
+        with run_directory.claim(tmp_path / "sweep", {"program": "sweep"}):
+            finished_run(tmp_path / "sweep" / model / "qdrop-s0")
+            raise InputError("wrong")
+
+    with pytest.raises(InputError, match="wrong"):
+        sweep()
+    with run_directory.claim(tmp_path / "sweep", {"program": "sweep"}):
+        assert (tmp_path / "sweep" / model / "qdrop-s0" / "results.json").exists()
 
 
 def test_a_user_error_leaves_nothing_behind(tmp_path):
@@ -112,13 +207,6 @@ def test_a_reconstruction_that_failed_keeps_its_log(tmp_path):
     assert "log.jsonl" in files(tmp_path / "run")
 
 
-def test_a_user_error_keeps_what_was_there(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError):
-        fail(tmp_path, {}, InputError("wrong"))
-    assert files(tmp_path) == ["notes.txt"]
-
-
 @pytest.mark.parametrize("below", ["", "deeper/still"])
 def test_a_workdir_that_is_a_file(tmp_path, below):
     (tmp_path / "file").write_text("mine")
@@ -130,13 +218,21 @@ def test_a_workdir_that_is_a_file(tmp_path, below):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_damaged_owner_file(tmp_path):
-    (tmp_path / "run.json").write_text("{")
-    with (
-        pytest.raises(InputError, match=r"run\.json is not JSON"),
-        run_directory.claim(tmp_path, {}),
-    ):
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("run.json", "{", r"run\.json is not JSON"),
+        ("run.json", "[]", r"run\.json is damaged: it holds \[\], not an object"),
+        ("run.json", "null", r"run\.json is damaged: it holds None, not an object"),
+        ("results.json", "3", r"results\.json is damaged: it holds 3, not an object"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, text, message):
+    finished_run(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message), run_directory.claim(tmp_path, {"seed": 0}):
         pass
+    assert (tmp_path / name).read_text() == text
 
 
 def test_a_directory_says_its_layout(tmp_path):

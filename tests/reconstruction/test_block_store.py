@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 
 import jax
@@ -11,14 +12,14 @@ import pytest
 import aquant_jax as aq
 from aquant_jax.errors import InputError
 from aquant_jax.storage import archive
-from tests.support.nets import images, residual_net
+from tests.support.nets import images, small_net
 from tests.support.observers import Recorder
 from tests.support.process import REPOSITORY
 
-pytestmark = pytest.mark.user_model  # optax promotes
 X = images(0, 12, size=5)
 COMPILER = aq.Compiler()
 RECIPE = aq.recipes.aquant(3, 3, steps=3, batch_size=4)
+OTHER = RECIPE.replace(steps=6, step_lr=1e-2)
 
 
 class StopHereError(Exception):
@@ -26,7 +27,7 @@ class StopHereError(Exception):
 
 
 def quantize(recipe=RECIPE, x=X, seed=0, observer=None, **more):
-    apply, variables = residual_net()
+    apply, variables = small_net()
     observer = observer or aq.Observer()
     return aq.quantize(
         apply, variables, x, recipe, seed=seed, observer=observer, compiler=COMPILER, **more
@@ -96,22 +97,22 @@ def test_another_call_is_told_by_what_differs(tmp_path, change, message):
 
 def test_other_weights_are_told(tmp_path):
     interrupt_after(1, tmp_path)
-    apply, variables = residual_net(seed=1)
+    apply, variables = small_net(seed=1)
     with pytest.raises(InputError, match=r"which differs in weights \('"):
         aq.quantize(apply, variables, X, RECIPE, observer=aq.Observer(), resume=tmp_path)
 
 
 def test_a_restart_learns_the_rest_by_another_recipe(tmp_path):
     first = quantize(resume=tmp_path)
-    longer, observer = RECIPE.replace(steps=6, step_lr=1e-2), Recorder()
-    other = quantize(longer, observer=observer, resume=tmp_path, restart_from=2)
+    observer = Recorder()
+    other = quantize(OTHER, observer=observer, resume=tmp_path, restart_from=2)
     assert observer.learned == [2]
     for path in ("stem/kernel", "block_1/conv1/kernel"):
         jax.tree.map(np.testing.assert_array_equal, other.layers[path], first.layers[path])
     assert other.activations["head/kernel"].step_size != first.activations["head/kernel"].step_size
     # It is now a run of the new recipe.
     again = Recorder()
-    assert_same(quantize(longer, observer=again, resume=tmp_path), other)
+    assert_same(quantize(OTHER, observer=again, resume=tmp_path), other)
     assert again.learned == []
 
 
@@ -146,7 +147,7 @@ def test_a_restart_forgets_blocks_behind_a_gap_too(tmp_path):
     quantize(resume=tmp_path)
     shutil.rmtree(tmp_path / "001")
     observer = Recorder()
-    quantize(RECIPE.replace(steps=4), observer=observer, resume=tmp_path, restart_from=1)
+    quantize(OTHER, observer=observer, resume=tmp_path, restart_from=1)
     assert observer.learned == [1, 2]
 
 
@@ -161,12 +162,12 @@ def test_another_network_of_the_same_layers_is_told(tmp_path):
 
         return aq.quantize(apply, variables, x, recipe, observer=aq.Observer(), resume=tmp_path)
 
-    run(jax.nn.relu, x[0])
-    run(jax.nn.relu, x[0])
+    run(jax.nn.relu, x[:1])
+    run(jax.nn.relu, x[:1])
     with pytest.raises(InputError, match=r"which differs in network \("):
-        run(jax.numpy.tanh, x[0])
+        run(jax.numpy.tanh, x[:1])
     with pytest.raises(InputError, match=r"which differs in constants \("):
-        run(jax.nn.relu, x[1])
+        run(jax.nn.relu, x[1:2])
 
 
 def test_half_precision_and_keys_have_fingerprints(tmp_path):
@@ -201,7 +202,7 @@ def test_a_damaged_block_is_named(tmp_path):
 
 def test_the_fingerprint_can_be_read(tmp_path):
     interrupt_after(1, tmp_path)
-    call = json.loads((tmp_path / "fingerprint.json").read_text())
+    call = json.loads((tmp_path / "fingerprint.json").read_text())["call"]
     assert call["recipe"]["reconstruction"]["steps"] == 3
     assert (call["layout"], call["seed"], call["backend"]) == (2, 0, "reference")
     assert call["versions"]["jax"] == jax.__version__
@@ -218,3 +219,64 @@ def test_blocks_of_the_first_layout_are_refused_and_stay(tmp_path):
     with pytest.raises(InputError, match=wanted):
         quantize(resume=folder)
     assert archive.sizes(folder) == before
+
+
+def test_blocks_without_an_owner_are_refused(tmp_path):
+    interrupt_after(1, tmp_path)
+    (tmp_path / "fingerprint.json").unlink()
+    before = archive.sizes(tmp_path)
+    for first in (None, 0):
+        message = "holds 000 of unknown origin: there is no fingerprint.json in it"
+        with pytest.raises(InputError, match=message):
+            quantize(RECIPE.replace(act_bits=4), resume=tmp_path, restart_from=first)
+    assert archive.sizes(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '{"call": 1, "kept": []}', '{"call": {}}', "{}"])
+def test_a_damaged_owner_is_named(tmp_path, text):
+    interrupt_after(1, tmp_path)
+    (tmp_path / "fingerprint.json").write_text(text)
+    with pytest.raises(InputError, match=r"fingerprint\.json is malformed"):
+        quantize(resume=tmp_path)
+    assert (tmp_path / "fingerprint.json").read_text() == text
+
+
+@pytest.mark.parametrize("first", [None, 2])
+def test_a_block_of_another_run_is_refused(tmp_path, first):
+    interrupt_after(2, tmp_path / "ours")
+    interrupt_after(1, tmp_path / "other", recipe=OTHER)
+    shutil.rmtree(tmp_path / "ours" / "000")
+    shutil.copytree(tmp_path / "other" / "000", tmp_path / "ours" / "000")
+    message = r"000 is a block of another run, which differs in recipe\.reconstruction\.step_lr"
+    with pytest.raises(InputError, match=message):
+        quantize(resume=tmp_path / "ours", restart_from=first)
+
+
+def test_kept_blocks_stay_those_of_the_call_that_learned_them(tmp_path):
+    quantize(resume=tmp_path)
+    for first, recipe in ((2, OTHER), (1, RECIPE), (2, OTHER)):
+        quantize(recipe, resume=tmp_path, restart_from=first)
+    interrupted = json.loads((tmp_path / "fingerprint.json").read_text())
+    steps = [call["recipe"]["reconstruction"]["steps"] for call in interrupted["kept"]]
+    assert steps == [3, 3]
+    observer = Recorder()
+    quantize(OTHER, resume=tmp_path, observer=observer)
+    assert observer.learned == []
+
+
+def test_a_folder_of_the_user_is_not_forgotten_as_a_block(tmp_path):
+    quantize(resume=tmp_path)
+    (tmp_path / "2026").mkdir()
+    (tmp_path / "2026" / "photo.jpg").write_text("mine")
+    before = archive.sizes(tmp_path)
+    with pytest.raises(InputError, match=r"2026 is not a checkpoint: manifest\.json"):
+        quantize(resume=tmp_path, restart_from=1)
+    assert archive.sizes(tmp_path) == before
+
+
+def test_one_call_at_a_time_uses_a_folder(tmp_path):
+    def second(report):
+        with pytest.raises(InputError, match=f"is in use by process {os.getpid()} on "):
+            quantize(resume=tmp_path)
+
+    assert_same(quantize(resume=tmp_path, observer=Recorder(second)), uninterrupted())

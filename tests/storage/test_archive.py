@@ -1,5 +1,6 @@
 """Folders that are whole or absent, and tell a flipped byte."""
 
+import os
 import re
 
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from aquant_jax.errors import InputError
-from aquant_jax.storage import archive
+from aquant_jax.storage import archive, folder_lock
 from tests.support.process import run_python
 
 ARRAYS = {
@@ -57,8 +58,7 @@ def test_a_flipped_byte_of_any_file_is_told_and_named(folder):
             file.write_bytes(flipped)
             with pytest.raises(
                 InputError,
-                match=f"{re.escape(name)}.* (damaged|no checkpoint)|"
-                f"no checkpoint: {re.escape(name)}",
+                match=f"{re.escape(name)}.* damaged|not a checkpoint: {re.escape(name)}",
             ):
                 archive.read(folder)
         file.write_bytes(whole)
@@ -73,13 +73,13 @@ def test_missing_and_foreign_files_are_told(folder):
     with pytest.raises(InputError, match=r"saved/program is missing"):
         archive.read(folder)
     (folder / archive.MANIFEST).unlink()
-    with pytest.raises(InputError, match=r"saved is no checkpoint: manifest\.json"):
+    with pytest.raises(InputError, match=r"saved is not a checkpoint: manifest\.json"):
         archive.read(folder)
 
 
 def test_what_is_there_stays(folder):
     before = archive.sizes(folder)
-    with pytest.raises(InputError, match="is there already; nothing was written"):
+    with pytest.raises(InputError, match="already exists; nothing was written"):
         write(folder)
     assert archive.sizes(folder) == before
 
@@ -93,12 +93,23 @@ def test_what_a_killed_write_left_is_no_checkpoint_and_in_nobodys_way(folder):
     assert not half.exists()
 
 
+def test_two_processes_do_not_write_the_same_archive(folder):
+    path = folder.with_name("other")
+    with (
+        folder_lock.lock(folder.with_name(".other.lock"), path),
+        pytest.raises(InputError, match=f"other is in use by process {os.getpid()} on "),
+    ):
+        write(path)
+    write(path)
+    assert sorted(p.name for p in folder.parent.iterdir()) == sorted([folder.name, "other"])
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     # A limit on the size of files is what a full disk looks like without one.
     done = run_python(f"""
 import pathlib, resource, signal
 import numpy as np
-from aquant_jax.storage import archive
+from aquant_jax.storage import archive, folder_lock
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 path = pathlib.Path({str(tmp_path)!r}) / "saved"
@@ -109,6 +120,7 @@ except archive.InputError as error:
     print(str(error).count("\\n"), error)
 """)
     assert done.stdout.startswith(f"0 {tmp_path}/saved cannot be written: "), done.stderr
+    assert done.stderr == ""
     assert list(tmp_path.iterdir()) == []
 
 
