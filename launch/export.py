@@ -89,7 +89,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def compare(
     reference: Runner, other: Runner, batches: Iterator[data.Split], classes: int = 0
 ) -> Comparison:
-    """Runs both on the same inputs; with `classes`, outputs of so many columns are logits."""
+    """Runs both on the same inputs; outputs with `classes` columns are logits."""
     samples = same = 0
     difference = 0.0
     for batch in batches:

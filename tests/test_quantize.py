@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,10 @@ from tests.support.layer_codes import input_codes
 from tests.support.nets import images, normal, relative_error, rng_of, small_net
 from tests.support.observers import Recorder
 
-pytestmark = pytest.mark.user_model
 X = images(0, 16, size=5)
 # Shared, and with the backend of fewer operations, since most of the time here is compilation.
 COMPILER = aq.Compiler(gpu_ops.backend())
+COMMON = {"steps": 25, "weight_lr": 2e-2, "step_lr": 1e-3, "seed": 7}
 
 
 def quantize(preset, wbits=3, abits=3, net=None, calibration=X, **options):
@@ -28,17 +30,26 @@ def quantize(preset, wbits=3, abits=3, net=None, calibration=X, **options):
     return aq.quantize(apply, variables, calibration, recipe, compiler=COMPILER, **keywords)
 
 
-@pytest.fixture(scope="module")
-def pair():
-    """A qdrop run, and an aquant run whose borders are kept at one half."""
-    common = {"steps": 20, "weight_lr": 2e-2, "step_lr": 1e-3, "seed": 7}
+@functools.cache
+def at_one_half():
+    """A qdrop run, an aquant run whose borders are kept at one half, and what observed the latter.
+
+    A cache and no fixture of the module, which would be set up outside strict promotion.
+    """
     still = {"border_lr": 1e-30, "border": "quadratic", "phi": "clamp"}
     defaults = aq.recipes.qdrop().reconstruction
     shared = (
         "input_mixing", "quant_drop_prob", "final_full_quant_fraction", "rounding_weight",
     )  # fmt: skip
     still |= {name: getattr(defaults, name) for name in shared}
-    return quantize("qdrop", **common), quantize("aquant", **common, **still)
+    observer = Recorder()
+    aquant = quantize("aquant", **COMMON, **still, observer=observer)
+    return quantize("qdrop", **COMMON), aquant, observer
+
+
+@pytest.fixture
+def pair():
+    return at_one_half()[:2]
 
 
 class TestAquantIsQdropAtOneHalf:
@@ -149,14 +160,13 @@ def test_an_observer_sees_steps_and_the_end_of_a_run_that_fails():
 
     observer = Failing()
     with pytest.raises(RuntimeError, match="stop"):
-        quantize("qdrop", steps=25, observer=observer)
+        quantize("qdrop", **COMMON, observer=observer)
     assert observer.steps == [(0, 20), (0, 25), (1, 20), (1, 25)]
     assert observer.ended == 1
 
 
 def test_reports_of_the_blocks():
-    observer = Recorder()
-    quantized = quantize("aquant", steps=25, observer=observer)
+    _, quantized, observer = at_one_half()
     seen = observer.reports
     assert list(quantized.reports) == seen
     assert [r.name for r in seen] == ["stem", "block_1", "head"]

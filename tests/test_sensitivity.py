@@ -3,7 +3,6 @@ import pytest
 import aquant_jax as aq
 from tests.support.nets import images, residual_net
 
-pytestmark = pytest.mark.user_model
 X = images(0, 16, size=5)
 
 

@@ -123,7 +123,7 @@ def _around(
         return (score, jnp.where(better, f, fraction), jnp.where(better, z, zero)), None
 
     rows = values.shape[0]
-    start = (jnp.full(rows, jnp.inf), jnp.ones(rows), jnp.zeros(rows))
+    start = tuple(jnp.full(rows, value, jnp.float32) for value in (jnp.inf, 1.0, 0.0))
     (_, fraction, zero), _ = jax.lax.scan(body, start, offsets)
     return jnp.stack([fraction, zero])
 

@@ -53,7 +53,7 @@ def load(
     classes = getattr(features.get("label"), "num_classes", None)
     if "image" not in features or classes is None:
         raise InputError(
-            f"{name} is no image classification set: it has {', '.join(features)}, "
+            f"{name} is not an image classification set: it has {', '.join(features)}, "
             "not an image and the label of a class"
         )
     train = _records(sources["train"], "train") if "train" in sources else NONE

@@ -85,7 +85,7 @@ def load(path: str | Path) -> Callable:
 
     Returns:
       Takes a pytree of arrays, leaves in the order of the file's inputs; gives a list of arrays.
-      A number of samples that is fixed in the file is run in batches of so many.
+      A number of samples that is fixed in the file is run in batches of that size.
 
     Raises:
       InputError: onnxruntime is not installed or cannot read the file.

@@ -12,7 +12,7 @@ import numpy as np
 from aquant_jax.deployment.quantized import Quantized
 from aquant_jax.layers.fake_quant import LayerState
 
-SMALL_BITS = 4  # up to so many bits a code is an uint4, two a byte; more are uint8
+SMALL_BITS = 4  # up to this many bits, a code is a uint4, two a byte; above, a uint8
 
 
 class ReadWeight(NamedTuple):

@@ -163,7 +163,7 @@ def run_layer(
     x, quantizer, keep = inputs
     if quantizer is not None and spec.border and _needs_columns(op):
         padded, kernel, geometry = conv_operands(op, x.astype(jnp.float32), weights.weight)
-        # QDrop drops elements of the tensor; padding is none of them and is always quantized.
+        # QDrop drops elements of the tensor; not padding, which is always quantized.
         mask = None if keep is None else pad(op, keep, fill=True)
         operands = (padded, mask, quantizer, weights.border, kernel)
         y = conv_result(op, convolve(*operands, geometry, rounding_of(spec)))

@@ -53,11 +53,11 @@ def read_config(folder: str | Path) -> BertConfig:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder} is no checkpoint of BERT: there is no config.json in it")
+        raise InputError(f"{folder} is not a checkpoint of BERT: there is no config.json in it")
     try:
         fields = json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}") from error
+        raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise InputError(f"{path} holds no names and values")
     for name, (default, served) in _SERVED.items():
@@ -73,7 +73,7 @@ def read_config(folder: str | Path) -> BertConfig:
         )
     if config.hidden_size % config.num_attention_heads:
         raise InputError(
-            f"{path}: hidden_size {config.hidden_size} is no multiple of num_attention_heads "
+            f"{path}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
             f"{config.num_attention_heads}"
         )
     return config

@@ -164,7 +164,7 @@ def random_keep(
     For one half, every random bit gives an element, which is six times faster on CPU.
     """
     if probability != 0.5:
-        return jax.random.bernoulli(key, probability, shape)
+        return jax.random.bernoulli(key, np.float32(probability), shape)
     size = int(np.prod(shape))
     words = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32)
     bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None]) & jnp.uint32(1)

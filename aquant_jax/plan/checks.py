@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,21 +19,56 @@ from aquant_jax.recipe import Recipe
 MIN_SAMPLES = 2
 
 
-def check_variables(variables: Any) -> None:
+def check_recipe(recipe: Any) -> None:
+    """InputError unless `recipe` is a `Recipe`."""
+    if not isinstance(recipe, Recipe):
+        raise InputError(
+            f"recipe is of type {type(recipe).__name__}; it must be a Recipe, such as "
+            "aq.recipes.aquant(2, 2)"
+        )
+
+
+def check_seed(seed: Any) -> int:
+    """The seed as an int; InputError unless it is a whole number of 0 or more."""
+    try:
+        number = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise InputError(f"seed is {seed!r}; it must be a whole number of 0 or more")
+    return number
+
+
+def check_variables(variables: Any) -> Any:
     """Check the variables of a network.
 
+    Returns:
+      The variables, their NumPy arrays in the byte order of this machine.
+
     Raises:
-      InputError: there is no leaf, or a leaf is not an array of numbers or holds NaN or infinity.
+      InputError: there is no leaf, or a leaf is not an array of numbers, is a tracer, is deleted or
+        holds NaN or infinity.
     """
-    leaves = jax.tree.leaves(variables)
-    if not leaves:
+    if not jax.tree.leaves(variables):
         raise InputError("variables is an empty pytree; the weights must be passed in it")
-    for name, leaf in zip(path_names(variables), leaves, strict=True):
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex):
-            raise InputError(f"variables/{name} is {leaf!r}, which is no array")
-        if isinstance(leaf, np.ndarray | np.generic) and not _holds_numbers(leaf.dtype):
-            raise InputError(f"variables/{name} has dtype {leaf.dtype}, which is none of numbers")
+    variables = _map_leaves(_readable, "variables", variables)
     _check_finite("variables", variables)
+    return variables
+
+
+def host_arrays(calibration: Any) -> Any:
+    """The calibration set as NumPy arrays in the byte order of this machine.
+
+    Raises:
+      InputError: a leaf is not an array of numbers, is a tracer or is deleted.
+    """
+
+    def on_host(path: str, leaf: Any) -> np.ndarray:
+        readable = _readable(path, leaf)
+        _check_numbers(path, jnp.result_type(readable))
+        return np.asarray(readable)
+
+    return _map_leaves(on_host, "calibration", calibration)
 
 
 def check_calibration(calibration: Any, recipe: Recipe) -> int:
@@ -62,10 +98,10 @@ def check_calibration(calibration: Any, recipe: Recipe) -> int:
             "(batch_size)"
         )
     for name, leaf in zip(names, leaves, strict=True):
-        if leaf.dtype in (np.float64, np.complex128) or not _holds_numbers(leaf.dtype):
+        if leaf.dtype in (np.float64, np.complex128):
             raise InputError(
-                f"calibration{'/' + name if name else ''} has dtype {leaf.dtype}; give float32, "
-                "bfloat16, float16 or integers"
+                f"{_join('calibration', name)} has dtype {leaf.dtype}; give float32, bfloat16, "
+                "float16 or integers"
             )
     _check_finite("calibration", calibration)
     return samples
@@ -102,19 +138,60 @@ def check_mask(calibration: Any, name: str) -> Bool[np.ndarray, "samples positio
     return mask.astype(bool)
 
 
-def _holds_numbers(dtype: Any) -> bool:
-    return dtype == np.bool_ or jnp.issubdtype(dtype, jnp.number)
+def _join(argument: str, name: str) -> str:
+    """The path of a leaf: the name of the argument and the path in it, which may be empty."""
+    return f"{argument}/{name}" if name else argument
+
+
+def _map_leaves(function: Callable[[str, Any], Any], argument: str, tree: Any) -> Any:
+    """``function(path, leaf)`` of every leaf of an argument."""
+    leaves, treedef = jax.tree.flatten(tree)
+    named = zip(path_names(tree), leaves, strict=True)
+    return treedef.unflatten([function(_join(argument, name), leaf) for name, leaf in named])
+
+
+def _readable(path: str, leaf: Any) -> Any:
+    """A leaf whose values can be read, in the byte order of this machine.
+
+    Raises:
+      InputError: it is not an array of numbers or of random keys, is a tracer or is deleted.
+    """
+    if isinstance(leaf, jax.core.Tracer):
+        raise InputError(
+            f"{path} is a tracer of {jax.typeof(leaf)}; quantize runs outside of jax.jit, vmap and "
+            "grad"
+        )
+    if isinstance(leaf, jax.Array):
+        if leaf.is_deleted():
+            raise InputError(f"{path} ({leaf.dtype}{list(leaf.shape)}) was deleted or donated")
+        return leaf
+    if isinstance(leaf, bool | int | float | complex) and not isinstance(leaf, np.generic):
+        return leaf
+    if not hasattr(leaf, "dtype"):
+        raise InputError(f"{path} is {leaf!r}, which is no array")
+    array = np.asarray(leaf)
+    _check_numbers(path, array.dtype)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _check_numbers(path: str, dtype: Any) -> None:
+    if dtype != np.bool_ and not jnp.issubdtype(dtype, jnp.number):
+        raise InputError(f"{path} has dtype {dtype}, which is none of numbers")
 
 
 def _check_finite(argument: str, tree: Any) -> None:
     """InputError when a leaf holds NaN or infinity; the message starts with the argument's name."""
     for name, leaf in zip(path_names(tree), jax.tree.leaves(tree), strict=True):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
             continue
-        bad = int(np.count_nonzero(~np.isfinite(np.asarray(leaf, np.float32))))
+        single = np.float32 if jnp.issubdtype(dtype, jnp.floating) else np.complex64
+        bad = int(np.count_nonzero(~np.isfinite(np.asarray(leaf, single))))
         if bad:
-            path = f"{argument}/{name}" if name else argument
-            raise InputError(f"{path} has {bad} of {np.size(leaf)} values that are NaN or infinite")
+            raise InputError(
+                f"{_join(argument, name)} has {bad} of {np.size(leaf)} values that are NaN or "
+                "infinite"
+            )
 
 
 def check_outputs(graph: Graph, sampled: frozenset[int], recipe: Recipe) -> None:
@@ -150,6 +227,6 @@ def cache_bytes(graph: Graph, blocks: Sequence[Block], samples: int) -> int:
 
     def size(values: Sequence[int]) -> int:
         avals = [graph.avals[v] for v in values]
-        return sum(int(np.prod(a.shape[1:])) * min(a.dtype.itemsize, 2) for a in avals)
+        return sum(int(np.prod(a.shape[1:])) * stored_dtype(a.dtype).itemsize for a in avals)
 
     return max(samples * (2 * size(b.start) + 2 * size(b.end) + size(b.targets)) for b in blocks)

@@ -43,7 +43,21 @@ def make_optimizer(program: BlockProgram, learning: Reconstruction) -> optax.Gra
         "border": optax.adam(border_rate),
     }
     groups = optax.multi_transform(parts, lambda params: {name: name for name in params})
-    return optax.chain(groups, optax.stateless(scale_borders))
+    return optax.chain(_under_default_types(groups), optax.stateless(scale_borders))
+
+
+def _under_default_types(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Trace `optimizer` under standard promotion in 32 bits, whatever is in force around it.
+
+    optax's Adam raises a Python float to an int32 power. Strict promotion forbids this, and with
+    ``jax_enable_x64`` its result is float64, which would change the last bit of an update.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
+            return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def coefficient_rate(spec: LayerSpec, learning: Reconstruction, name: str) -> float:

@@ -55,7 +55,7 @@ class Run(NamedTuple):
 
 
 class State(NamedTuple):
-    """What one block hands on to the next (immutable).
+    """The values that one block hands on to the next (immutable).
 
     Attributes:
       index: number of finished blocks.

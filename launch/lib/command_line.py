@@ -95,6 +95,8 @@ class _PathParser(flags.ArgumentParser):
             raise ValueError("a path cannot be empty")
         if "\0" in argument:
             raise ValueError("a path cannot hold a NUL byte")
+        if not argument.isascii() and sys.getfilesystemencoding() != "utf-8":
+            raise ValueError("this locale has no such characters: set PYTHONUTF8=1")
         try:
             return str(Path(argument).expanduser())
         except RuntimeError as error:
@@ -203,7 +205,7 @@ def load_config(spec: str, overrides: dict[str, str], variant: str = "") -> Conf
 
 
 def _run_file(path: str, argument: str) -> ConfigDict:
-    """What ``get_config(argument)`` of a config file returns."""
+    """The result of ``get_config(argument)`` of a config file."""
     if not os.path.isfile(path):
         raise InputError(f"there is no config file {path!r}")
     try:

@@ -140,7 +140,7 @@ def test_a_corrupt_record_is_named(tmp_path):
 
 def test_records_that_are_no_labelled_images(tmp_path):
     write_set(tmp_path, "odd", {"train": pairs(2)}, label="objects")
-    with pytest.raises(InputError, match=r"odd is no image classification set.*objects"):
+    with pytest.raises(InputError, match=r"odd is not an image classification set.*objects"):
         data.load("odd", tmp_path)
 
 

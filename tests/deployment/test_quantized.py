@@ -10,7 +10,6 @@ import gpu_ops
 from aquant_jax.reconstruction.report import History
 from tests.support.nets import images, relative_error, small_net
 
-pytestmark = pytest.mark.user_model
 X = images(0, 8, size=5)
 COMPILER = aq.Compiler(gpu_ops.backend())  # shared: compilation is what takes time here
 
@@ -42,21 +41,6 @@ def test_it_is_a_pytree():
     assert again.recipe == q.recipe
     dtypes = {leaf.dtype for leaf in leaves}
     assert dtypes == {jnp.dtype("uint8"), jnp.dtype("float32")}
-
-
-def test_the_float_weights_are_not_kept():
-    apply, variables = small_net()
-    q = aq.quantize(
-        apply, variables, X, aq.recipes.nearest(3, 3, batch_size=8), observer=aq.Observer()
-    )
-    before = q(X)
-    for leaf in jax.tree.leaves(variables):
-        leaf[...] = np.nan
-    jax.clear_caches()
-    np.testing.assert_array_equal(q(X), before)
-    kernels = sum(np.size(layer.codes) for layer in q.layers.values())
-    floats = sum(leaf.size for leaf in jax.tree.leaves(q) if leaf.dtype == jnp.float32)
-    assert floats < kernels
 
 
 def test_codes_change_the_output():
@@ -114,6 +98,21 @@ def test_reports_are_no_part_of_what_it_computes():
 
 def test_gradients_flow_through_it():
     """For adversarial examples or fine-tuning of what comes before."""
-    gradient = jax.grad(lambda x: jnp.sum(quantized("qdrop")(x) ** 2))(jnp.asarray(X))
+    q = quantized("qdrop", 2, 4)
+    gradient = jax.grad(lambda x: jnp.sum(q(x) ** 2))(jnp.asarray(X))
     assert np.isfinite(gradient).all()
     assert np.abs(gradient).max() > 0
+
+
+def test_the_float_weights_are_not_kept():
+    apply, variables = small_net()
+    recipe = aq.recipes.nearest(3, 3, batch_size=8)
+    q = aq.quantize(apply, variables, X, recipe, observer=aq.Observer(), compiler=COMPILER)
+    before = q(X)
+    for leaf in jax.tree.leaves(variables):
+        leaf[...] = np.nan
+    jax.clear_caches()  # and so the last test of the file, since COMPILER's functions go too
+    np.testing.assert_array_equal(q(X), before)
+    kernels = sum(np.size(layer.codes) for layer in q.layers.values())
+    floats = sum(leaf.size for leaf in jax.tree.leaves(q) if leaf.dtype == jnp.float32)
+    assert floats < kernels

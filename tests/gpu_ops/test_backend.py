@@ -92,7 +92,6 @@ class QuickCompiler(aq.Compiler):
         return super().get(key, build, compiler_options=fast, **options)
 
 
-@pytest.mark.user_model  # optax's Adam raises a float to an integer power
 def test_quantizing_with_it_learns_the_same_as_without():
     recipe = aq.recipes.aquant(weight_bits=2, act_bits=2, steps=30, batch_size=8)
     calibration = images(0, 16, size=6)

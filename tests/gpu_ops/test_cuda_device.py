@@ -87,7 +87,6 @@ def test_the_int8_convolution_sums_exactly(bits):
         np.testing.assert_allclose(int8.call(case, own, weights), expected, rtol=3e-7)
 
 
-@pytest.mark.user_model  # optax promotes
 @pytest.mark.parametrize("preset", ["nearest", "aquant"])
 def test_a_deployed_network_gives_the_outputs_of_the_reference(preset):
     apply, variables = residual_net()

@@ -37,7 +37,7 @@ def tokens(seed=0, samples=16, length=LENGTH):
 
 def bert(labels=None, layers=2):
     model = Bert(dataclasses.replace(CONFIG, num_hidden_layers=layers), labels)
-    variables = model.init(jax.random.key(0), tokens(samples=1))
+    variables = jax.jit(model.init)(jax.random.key(0), tokens(samples=1))
     rng = rng_of(1)
     return model.apply, jax.tree.map(lambda a: a + 0.1 * normal(rng, *a.shape), variables)
 

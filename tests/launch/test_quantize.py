@@ -11,7 +11,7 @@ import aquant_jax as aq
 from aquant_jax import models
 from launch import evaluate, quantize
 from launch.lib import experiment, plots
-from tests.launch.conftest import DIGITS, OPTAX, SMALL
+from tests.launch.conftest import DIGITS, SMALL
 from tests.support.process import REPOSITORY
 
 FEW = ["--config.calibration_size=32", "--config.test_limit=60"]
@@ -168,7 +168,6 @@ def test_end_to_end_by_nearest(nearest_run):
 
 
 # The other presets differ in their recipes alone, which tests/test_quantize.py runs.
-@OPTAX
 def test_eight_bits_by_aquant_are_close_to_float(tmp_path):
     config = "--config=configs/digits.py:w8a8,preset=aquant"
     assert quantize.main(["quantize", config, f"--workdir={tmp_path}", *FEW, STEPS]) == 0
@@ -196,7 +195,6 @@ def test_a_saved_network_is_scored_from_itself_alone(nearest_run, capsys, monkey
     assert f"{nearest_run} is not a checkpoint: manifest.json" in capsys.readouterr().err
 
 
-@OPTAX
 def test_a_restart_keeps_the_blocks_before_and_replaces_the_results(
     finished_run, tmp_path, capsys, monkeypatch
 ):

@@ -11,7 +11,7 @@ from PIL import Image
 from aquant_jax import models
 from launch import quantize, sweep
 from launch.lib import command_line, experiment, paper_tables
-from tests.launch.conftest import DIGITS, OPTAX
+from tests.launch.conftest import DIGITS
 from tests.support.nets import small_net
 
 FEW = [
@@ -145,7 +145,6 @@ def interrupt(monkeypatch):
     return state
 
 
-@OPTAX
 def test_an_interrupted_table_goes_on_and_stands_beside_the_papers(tiny, tmp_path, interrupt):
     rows, interrupt["after"] = ["--rows=nearest,qdrop"], 1
     assert sweep.main(tiny + rows) == 130
@@ -170,7 +169,6 @@ def test_an_interrupted_table_goes_on_and_stands_beside_the_papers(tiny, tmp_pat
     assert [c["steps"] for c in cells] == ["0", "2"]
 
 
-@OPTAX
 def test_a_finished_table_runs_nothing_and_takes_more_rows(tiny, interrupt):
     assert sweep.main([*tiny, "--rows=nearest"]) == 0
     assert sweep.main([*tiny, "--rows=nearest"]) == 0

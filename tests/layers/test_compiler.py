@@ -2,7 +2,6 @@ import gc
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 import aquant_jax as aq
 from aquant_jax.layers.backend import ReferenceBackend
@@ -24,7 +23,6 @@ def test_a_function_is_built_once_a_key():
     assert built == [2.0, 5.0]
 
 
-@pytest.mark.user_model  # optax
 def test_a_shared_compiler_keeps_no_calibration_set_alive():
     """Nor the cached activations, which can be gigabytes."""
     compiler = Compiler()
@@ -40,7 +38,6 @@ def test_a_shared_compiler_keeps_no_calibration_set_alive():
     assert all(array.shape[:1] != (len(x),) for array in left)
 
 
-@pytest.mark.user_model  # optax
 def test_quantizing_runs_on_the_operations_of_the_compilers_backend():
     calls = []
 

@@ -135,7 +135,7 @@ def test_a_new_head_is_drawn_by_its_seed():
         ({"hidden_act": ["gelu"]}, r"hidden_act is \['gelu'\], not a name"),
         ({"position_embedding_type": "relative_key"}, r"'relative_key'; only 'absolute'"),
         ({"hidden_act": "swish"}, r"hidden_act is 'swish'; there are gelu"),
-        ({"num_attention_heads": 3}, r"hidden_size 16 is no multiple of num_attention_heads 3"),
+        ({"num_attention_heads": 3}, r"hidden_size 16 is not a multiple of num_attention_heads 3"),
         ({"num_hidden_layers": 3}, r"lack 16 of the model's arrays"),
         ({"num_hidden_layers": 1}, r"16 .*encoder.layer.1"),
         ({"vocab_size": 13}, r"embeddings.word_embeddings.weight.*\(12, 16\).*\(13, 16\)"),
@@ -160,7 +160,7 @@ def test_what_is_missing_is_named(checkpoint):
     with pytest.raises(InputError, match=r"no model.safetensors or pytorch_model.bin"):
         bert.create(checkpoint)
     (checkpoint / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config.json is no JSON"):
+    with pytest.raises(InputError, match=r"config.json is not JSON"):
         bert.create(checkpoint)
     with pytest.raises(InputError, match=r"there is no config.json"):
         bert.create(checkpoint.parent)

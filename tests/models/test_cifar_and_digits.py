@@ -11,8 +11,6 @@ from aquant_jax.models import importers
 from launch.lib.metrics import evaluate
 from tests.support import torch_zoo_states as states
 
-pytestmark = pytest.mark.user_model
-
 LOGITS = {name: 1000 if name in models.LINEN else 10 for name in models.MODELS}
 LOGITS |= {f"resnet{depth}_cifar": 10 for depth in (20, 32, 44, 56)}
 INPUT_SHAPES = dict.fromkeys(models.MODELS, (2, 32, 32, 3)) | {"digits_cnn": (2, 8, 8, 1)}

@@ -12,9 +12,6 @@ from aquant_jax import models
 from tests.golden import zoo_regenerate as golden
 from tests.support import torch_zoo_states as states
 
-pytestmark = pytest.mark.user_model
-
-
 PARAMETERS = {
     "resnet18": 11_689_512, "resnet50": 25_557_032, "mobilenetv2": 3_504_872,
     "mnasnet2": 12_469_944, "regnetx_600mf": 6_196_040, "regnetx_3200mf": 15_296_552,

@@ -7,8 +7,6 @@ import pytest
 import aquant_jax as aq
 from aquant_jax import models
 
-pytestmark = pytest.mark.user_model
-
 BASIC = ("conv1", "conv2")
 BOTTLENECK = ("conv1", "conv2", "conv3")
 SEPARABLE = ("depthwise", "project")

@@ -1,5 +1,7 @@
 """Padding counts neither in losses nor in the search of step sizes."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -7,11 +9,13 @@ import pytest
 import aquant_jax as aq
 from aquant_jax.errors import InputError
 from aquant_jax.models.bert import Bert
-from tests.graph.test_activation_rules import CONFIG, LENGTH, bert, recipe, tokens
+from tests.graph.test_activation_rules import CONFIG, LENGTH, recipe, tokens
+from tests.graph.test_activation_rules import bert as build
 
-pytestmark = pytest.mark.user_model
 STEPS = {"steps": 20, "batch_size": 8, "init_samples": 16}
 COMPILER = aq.Compiler()
+BORDERS = {"granularity": "block", "border": "quadratic"}
+bert = functools.cache(build)
 
 
 def padded_with(x, token):
@@ -34,7 +38,7 @@ def state(quantized):
 def test_what_stands_in_the_padding_has_no_influence(granularity):
     x = tokens()
     one, two = (
-        quantize(padded_with(x, t), "mask", granularity=granularity, border="quadratic")
+        quantize(padded_with(x, t), "mask", **BORDERS | {"granularity": granularity})
         for t in (0, 29)
     )
     for a, b in zip(state(one), state(two), strict=True):
@@ -53,7 +57,8 @@ def test_without_a_mask_it_has():
 def test_a_mask_of_ones_changes_nothing():
     x = tokens()
     x = {**x, "mask": np.ones_like(x["mask"])}
-    for a, b in zip(state(quantize(x, "mask")), state(quantize(x, None)), strict=True):
+    one, two = (quantize(x, mask, **BORDERS) for mask in ("mask", None))
+    for a, b in zip(state(one), state(two), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 

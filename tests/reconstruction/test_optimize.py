@@ -28,11 +28,7 @@ from aquant_jax.reconstruction.training_step import (
 from aquant_jax.reconstruction.weights import make_weight_quantizers
 from tests.support.nets import images, rng_of, small_net
 
-# optax promotes integer counts, so nothing that runs it can be strict.
-pytestmark = pytest.mark.user_model
 X = images(0, 16, size=5)
-
-
 SILENT = aq.Observer()
 COMPILER = Compiler()  # shared, since most of the time here is compilation
 
@@ -218,10 +214,14 @@ def test_a_block_that_got_worse_falls_back_to_nearest(capsys):
     assert "block_1: reconstruction did not reduce the error" in capsys.readouterr().out
 
 
+@functools.cache
+def learned():
+    return quantize("brecq", act_bits=8, steps=150, weight_lr=3e-2, step_lr=1e-3)
+
+
 def test_a_kept_block_never_ends_worse_than_it_started():
-    quantized = quantize("brecq", steps=30, weight_lr=1e-2)
-    assert all(report.final_error <= report.start_error for report in quantized.reports)
-    assert any(not report.fell_back_to_nearest for report in quantized.reports)
+    assert all(report.final_error <= report.start_error for report in learned().reports)
+    assert any(not report.fell_back_to_nearest for report in learned().reports)
 
 
 def test_a_loss_that_is_not_finite_names_its_block():
@@ -246,23 +246,25 @@ class CountingCompiler(Compiler):
         return super().get(key, counted, **options)
 
 
-def test_blocks_of_one_shape_share_their_compiled_step():
+@functools.cache
+def alone():
+    """A deeper network, quantized with a compiler that no other network has used."""
     compiler = CountingCompiler()
-    net = small_net(width=4, blocks=3)
-    quantize(net=net, compiler=compiler, steps=1)
+    return quantize(net=small_net(width=4, blocks=3), compiler=compiler), compiler
+
+
+def test_blocks_of_one_shape_share_their_compiled_step():
+    _, compiler = alone()
     assert compiler.built["step"] == 3  # stem, one for the three blocks, head
     before = dict(compiler.built)
-    quantize(net=net, compiler=compiler, steps=1, seed=1)
+    quantize(net=small_net(width=4, blocks=3), compiler=compiler, seed=1)
     assert compiler.built == before
 
 
 def test_shared_steps_do_not_mix_up_the_weights_of_blocks():
     """Quantized alone or with a shared compiler, a network gets the same codes."""
-    net = small_net(width=4, blocks=2)
-    compiler = Compiler()
-    quantize(net=small_net(seed=5, width=4, blocks=2), compiler=compiler)
-    shared = quantize(net=net, compiler=compiler)
-    assert same(shared, quantize(net=net, compiler=Compiler()))
+    quantize(net=small_net(seed=5, width=4, blocks=3))
+    assert same(alone()[0], quantize(net=small_net(width=4, blocks=3)))
 
 
 def test_reconstruction_beats_nearest_rounding():
@@ -274,5 +276,4 @@ def test_reconstruction_beats_nearest_rounding():
     def error(quantized):
         return float(jnp.mean((quantized(fresh) - exact) ** 2))
 
-    learned = quantize("brecq", act_bits=8, steps=150, weight_lr=3e-2, step_lr=1e-3)
-    assert error(learned) < 0.7 * error(quantize("nearest", act_bits=8, steps=0))
+    assert error(learned()) < 0.7 * error(quantize("nearest", act_bits=8, steps=0))

@@ -16,10 +16,7 @@ from aquant_jax.reconstruction.weights import alpha_of, make_weight_quantizers
 from tests.support.nets import images, residual_net, rng_of
 
 torch = pytest.importorskip("torch", reason="the twin is PyTorch (pip install aquant-jax[torch])")
-pytestmark = [
-    pytest.mark.user_model,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 STEPS, BATCH, SAMPLES, SEED = 50, 8, 32, 11
 
 
@@ -121,6 +118,6 @@ def test_loss_curve_is_that_of_the_pytorch_twin(monkeypatch):
     assert np.abs(np.array(steps) / np.array(start) - 1).min() > 1e-3
     for layer, alpha, quantizer in zip(result.layers, alphas, quantizers.weights, strict=True):
         up = (alpha > 0).transpose(2, 3, 1, 0)
-        floor = np.floor(np.asarray(quantizer.weight / quantizer.scale))
+        floor = np.floor(np.asarray(quantizer.weight) / np.asarray(quantizer.scale))
         codes = np.clip(floor + np.asarray(quantizer.zero_point) + up, 0, 15)
         assert (np.asarray(layer.codes) == codes).mean() > 0.98

@@ -10,7 +10,6 @@ import aquant_jax as aq
 from aquant_jax import models
 from aquant_jax.reconstruction import optimize
 from launch.bench import calibrate
-from tests.launch.conftest import OPTAX
 from tests.support.nets import images, small_net
 
 
@@ -21,7 +20,6 @@ def test_the_block_is_the_first_with_a_residual_sum():
     assert net.blocks[calibrate.BLOCK].name == "params/layer1_0"
 
 
-@OPTAX
 @pytest.mark.parametrize("scanned", [1, 2], ids=["one by one", "scanned"])
 def test_steps_are_timed(monkeypatch, tmp_path, capsys, scanned):
     monkeypatch.setattr(models, "create", lambda name: small_net())
