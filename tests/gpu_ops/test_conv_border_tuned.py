@@ -38,7 +38,7 @@ def geometry_of(x, kernel=(3, 3), **options):
         ({"zero": 16}, "zero_point is 16.0, not an integer of 0 to 15"),
         ({"border": "mine"}, "border 'mine' has no custom call"),
         ({"bias": np.ones((1,), "f")}, r"bias is float32 \(1,\), not floats \(64,\)"),
-        ({"border": "linear"}, "coefficient 'b2' does not belong to border 'linear'"),
+        ({"border": "linear"}, "coefficient 'b2' is not one of border 'linear'"),
     ],
     ids=str,
 )
