@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from aquant_jax.deployment.quantized import Quantized, traced
-from aquant_jax.errors import InputError
 from aquant_jax.graph.subgraph import constant_inputs, extract_subgraph
 from aquant_jax.layers.compiler import Compiler
+from aquant_jax.plan import checks
 from aquant_jax.plan.network import Network, prepare
 from aquant_jax.recipe import Recipe
 from aquant_jax.reconstruction.block_store import open_block_store
@@ -22,6 +21,7 @@ from aquant_jax.reconstruction.report import BlockReport, History
 from aquant_jax.reconstruction.sequential import Run, State, quantize_block
 
 
+@jax.transfer_guard("allow")
 def quantize(
     apply: Callable,
     variables: Any,
@@ -36,6 +36,8 @@ def quantize(
     restart_from: int | None = None,
 ) -> Quantized:
     """Quantize the network ``apply(variables, x)`` after training.
+
+    Arrays move between host and device in it, whatever `jax.transfer_guard` is in force.
 
     Args:
       apply: any traceable inference function (Flax NNX after `nnx.split`, linen, plain JAX).
@@ -59,13 +61,13 @@ def quantize(
       The quantized network.
 
     Raises:
-      InputError: see `network.prepare`; a negative seed; the block store cannot be written, is
-        damaged, or holds the blocks of another call (the fields that differ are listed).
+      InputError: see `network.prepare`; a seed that is no whole number of 0 or more; the block
+        store cannot be written, is damaged, or holds the blocks of another call (the fields that
+        differ are listed).
       ReconstructionError: a block's loss, or a layer's float input, is not finite.
     """
-    if seed < 0:
-        raise InputError(f"seed is {seed}; it must be 0 or more")
-    calibration = jax.tree.map(np.asarray, calibration)
+    checks.check_recipe(recipe)
+    seed, calibration = checks.check_seed(seed), checks.host_arrays(calibration)
     net = prepare(apply, variables, calibration, recipe, mask)
     compiler, observer = compiler or Compiler(), observer or default_observer()
     leaves = map(jnp.asarray, jax.tree.leaves(calibration))
@@ -91,7 +93,7 @@ def _build(
     everything = extract_subgraph(net.graph, (), net.graph.outputs)
     values = constant_inputs(net.graph, everything, net.variables)
     constants = {
-        net.graph.variables[i]: jnp.asarray(value)
+        net.graph.variables[i]: jnp.array(value)  # copied: the caller may donate its own
         for i, value in zip(everything.constants, values, strict=True) if i in net.graph.variables
     }  # fmt: skip
     return Quantized(

@@ -12,8 +12,8 @@ import numpy as np
 from aquant_jax.graph.ir import Op
 from aquant_jax.graph.subgraph import BlockInputs, bind_inputs, run
 from aquant_jax.layers.fake_quant import LayerInput, run_layer
+from aquant_jax.plan import checks
 from aquant_jax.plan.block_program import BlockProgram, forward, make_block_program
-from aquant_jax.plan.checks import check_calibration
 from aquant_jax.plan.network import Network, prepare
 from aquant_jax.recipe import Recipe
 from aquant_jax.reconstruction.observe_ranges import observe_ranges
@@ -32,6 +32,7 @@ class Sensitivity(NamedTuple):
     error: float
 
 
+@jax.transfer_guard("allow")
 def sensitivity(
     apply: Callable, variables: Any, calibration: Any, recipe: Recipe
 ) -> list[Sensitivity]:
@@ -48,8 +49,9 @@ def sensitivity(
     Raises:
       InputError: see `quantize`.
     """
-    calibration = jax.tree.map(np.asarray, calibration)
-    check_calibration(calibration, recipe.replace(steps=0))
+    checks.check_recipe(recipe)
+    calibration = checks.host_arrays(calibration)
+    checks.check_calibration(calibration, recipe.replace(steps=0))
     samples = min(len(jax.tree.leaves(calibration)[0]), recipe.reconstruction.init_samples)
     calibration = jax.tree.map(lambda leaf: leaf[:samples], calibration)
     net = prepare(apply, variables, calibration, recipe.replace(batch_size=samples, steps=0))
@@ -108,7 +110,8 @@ def _observe(net: Network, program: BlockProgram, calibration: Any) -> list:
 
 def _error(outputs: Sequence[jax.Array], reference: Sequence[jax.Array]) -> float:
     pairs = [
-        (np.asarray(a, np.float64), np.asarray(b, np.float64))
-        for a, b in zip(outputs, reference, strict=True) if jnp.issubdtype(b.dtype, jnp.floating)
+        (np.asarray(a, np.complex128), np.asarray(b, np.complex128))
+        for a, b in zip(outputs, reference, strict=True) if jnp.issubdtype(b.dtype, jnp.inexact)
     ]  # fmt: skip
-    return float(sum(((a - b) ** 2).sum() for a, b in pairs) / sum((b**2).sum() for _, b in pairs))
+    errors = sum((np.abs(a - b) ** 2).sum() for a, b in pairs)
+    return float(errors / sum((np.abs(b) ** 2).sum() for _, b in pairs))

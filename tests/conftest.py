@@ -3,10 +3,12 @@
 import os
 import shutil
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import jax
 import pytest
+from packaging.version import Version
 
 from tests.support import typecheck
 from tests.support.process import SHARED_DATA
@@ -14,12 +16,28 @@ from tests.support.process import SHARED_DATA
 typecheck.install()
 
 COMPILED = pytest.StashKey[str]()
+FUSION_EMITTERS = "0.11"  # from this version of jaxlib on there is no other way to emit a fusion
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fast-compile",
+        action="store_true",
+        help="XLA optimizes no machine code: half the time, for tests that do not depend on it",
+    )
 
 
 def pytest_configure(config):
     """Programs that several workers, or processes that tests start, compile are compiled once."""
+    fast = config.getoption("fast_compile")
+    jax.config.update("jax_disable_most_optimizations", fast)
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
+    if fast:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        if Version(metadata.version("jaxlib")) < Version(FUSION_EMITTERS):
+            flags = os.environ.get("XLA_FLAGS", "")
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
     config.stash[COMPILED] = tempfile.mkdtemp(prefix="aquant-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[COMPILED]
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"

@@ -1,10 +1,15 @@
-"""The documents: their tables are those of the measurements, and their links lead somewhere."""
+"""The documents: tables are those of the measurements, links lead somewhere, code and builds do."""
 
 import importlib.util
+import inspect
 import re
+import shutil
+import subprocess
+import tomllib
 
 import pytest
 
+import aquant_jax as aq
 from tests.support.process import REPOSITORY
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
@@ -40,3 +45,39 @@ def test_files_that_a_page_names_exist(page):
     for name in named:
         places = (page.parent / name, REPOSITORY / name)
         assert any(place.exists() for place in places), f"{page.name} names {name}"
+
+
+def test_the_code_of_the_readme_fits_the_library(monkeypatch):
+    """Its names, arguments and data; other tests quantize, save and restore."""
+    text = (REPOSITORY / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    for name, result in (("quantize", "network"), ("save", None), ("restore", len)):
+        bind = inspect.signature(getattr(aq, name)).bind
+        check = lambda *own, bind=bind, result=result, **more: bind(*own, **more) and result  # noqa: E731
+        monkeypatch.setattr(aq, name, check)
+    found = {}
+    exec(code, found)
+    assert found["quantized"] == "network"
+    assert found["logits"] == 500
+
+
+def test_what_an_installation_builds():
+    build = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["scikit-build"]
+    assert build["wheel"]["packages"] == ["aquant_jax", "gpu_ops"]
+    option = {"env": "GPU_OPS_CUDA", "default": "AUTO"}
+    assert build["cmake"]["define"]["GPU_OPS_CUDA"] == option
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_a_change_of_requirements_or_of_cpp_updates_the_environment(tmp_path):
+    for stamp in (".created", ".test"):
+        (tmp_path / stamp).touch()
+
+    def commands(*changed):
+        assumed = [option for name in changed for option in ("-W", name)]
+        command = ["make", "-n", f"VENV={tmp_path}", *assumed, f"{tmp_path}/.test"]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
+
+    assert "install" not in commands()
+    for name in ("pyproject.toml", "gpu_ops/bindings.cc", "gpu_ops/include/geometry.h"):
+        assert "pip install --quiet --editable '.[test]'" in commands(name)

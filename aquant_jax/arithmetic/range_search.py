@@ -89,8 +89,9 @@ def _search(
       bits: 2 to 8.
     """
     best = jnp.zeros((2, values.shape[0]), jnp.float32)
-    for offsets in rounds:
-        best = _around(values, mass, span, best, offsets, bits)
+    with jax.disable_jit(False):  # op by op, thousands of candidates take minutes
+        for offsets in rounds:
+            best = _around(values, mass, span, best, offsets, bits)
     return jnp.asarray(span) * best[0] / np.float32(max_code(bits)), best[1]
 
 
@@ -123,7 +124,8 @@ def _around(
         return (score, jnp.where(better, f, fraction), jnp.where(better, z, zero)), None
 
     rows = values.shape[0]
-    start = tuple(jnp.full(rows, value, jnp.float32) for value in (jnp.inf, 1.0, 0.0))
+    ones = jnp.ones(rows, jnp.float32)
+    start = (ones * jnp.inf, ones, jnp.zeros_like(ones))
     (_, fraction, zero), _ = jax.lax.scan(body, start, offsets)
     return jnp.stack([fraction, zero])
 

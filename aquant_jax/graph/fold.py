@@ -22,7 +22,8 @@ class Folded(NamedTuple):
     """Weight and bias of a layer after folding.
 
     Attributes:
-      weight: float32, the operand of the op with the slope multiplied in.
+      weight: float32, the operand of the op with the slope multiplied in; a complex operand stays
+        complex, and nothing is folded into it.
       bias: float32, one value per output channel, shaped like the op's channel axes.
     """
 
@@ -131,6 +132,8 @@ def _fold_one(graph: Graph, op: Op, chain: _Chain, values: Mapping[int, Any]) ->
         step = graph.ops[index]
         value = None if operand is None else _vector(layer, operand, values, channels)
         slope, offset = _follow(step, operand, slope, offset, value)
+    if np.iscomplexobj(values[layer.weight]):
+        return Folded(np.asarray(values[layer.weight]), offset.astype(np.float32))
     weight = np.asarray(values[layer.weight], np.float64)
     shape = [1] * weight.ndim
     for axis, size in zip(layer.channel_axes, channels, strict=True):

@@ -13,8 +13,9 @@ SHAPE_ONLY = {"reshape", "transpose", "squeeze", "expand_dims", "slice", "rev", 
 # ``x[:, 0]`` is a gather, not a slice, in a trace with a symbolic number of samples.
 STATIC_GATHER = "gather at constant places"
 PAD_WITH_VALUE = "pad with a value"  # makes a new tensor, unlike a pad with zero or -infinity
+TO_COMPLEX = "convert to complex"  # passes its tensor on exactly: nothing complex is quantized
 ALIASES = SHAPE_ONLY | {
-    "pad", "convert_element_type", "reduce_window_max", "stop_gradient", STATIC_GATHER,
+    "pad", "convert_element_type", "reduce_window_max", "stop_gradient", STATIC_GATHER, TO_COMPLEX,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from aquant_jax.graph.ir import ALIASES, SHAPE_ONLY, Atom, Graph, Op
+from aquant_jax.graph.ir import ALIASES, SHAPE_ONLY, TO_COMPLEX, Atom, Graph, Op
 
 LayerFn = Callable[[Op, Any], Any]
 ReadFn = Callable[[int, Any], Any]
@@ -122,10 +122,14 @@ def run(
 
 
 def source_tensor(producers: dict[int, Op], value: int) -> int:
-    """The tensor that `value` is a reshaped, padded, cast or max-pooled view of."""
+    """The tensor that `value` is a reshaped, padded, cast or max-pooled view of.
+
+    A complex value is a view of no real tensor.
+    """
     while value in producers:
         op = producers[value]
-        if op.layer is not None or op.name not in ALIASES or not op.reads:
+        passes_on = op.name in ALIASES and op.name != TO_COMPLEX
+        if op.layer is not None or not passes_on or not op.reads:
             break
         value = op.reads[0]
     return value

@@ -10,7 +10,16 @@ import jax.extend.core as jex
 import numpy as np
 
 from aquant_jax.errors import InputError
-from aquant_jax.graph.ir import PAD_WITH_VALUE, STATIC_GATHER, Atom, Graph, Layer, Op, path_names
+from aquant_jax.graph.ir import (
+    PAD_WITH_VALUE,
+    STATIC_GATHER,
+    TO_COMPLEX,
+    Atom,
+    Graph,
+    Layer,
+    Op,
+    path_names,
+)
 
 _INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"}
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
@@ -136,6 +145,8 @@ class _Flattener:
             name = STATIC_GATHER
         if name == "convert_element_type" and not dynamic:
             self.scalars[outputs[0]] = self._scalar(inputs[0])
+        if name == "convert_element_type" and params["new_dtype"].kind == "c":
+            name = TO_COMPLEX
         self.ops.append(Op(name, params, call, inputs, outputs, layer, _primitives(eqn)))
 
     def _scalar(self, value: Atom) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Inexact, Shaped, UInt8
 
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.array_types import AnyArray
@@ -60,7 +60,7 @@ class Weights(NamedTuple):
       border: coefficients by name; empty for nearest rounding.
     """
 
-    weight: Float[Array, "..."]
+    weight: Inexact[Array, "..."]
     bias: Float32[Array, "..."]
     border: dict[str, Float32[Array, "taps C"]]
 
@@ -69,13 +69,14 @@ class LayerState(NamedTuple):
     """State of a deployed layer (a pytree).
 
     Attributes:
-      codes: weight codes, laid out as the op's operand; the weights themselves in a float layer.
+      codes: weight codes, laid out as the op's operand; the weights themselves in a float layer,
+        which may be complex.
       scale, zero_point: one per output channel; empty for a float layer.
       bias: one value per output channel.
       border: coefficients by name; empty for nearest rounding.
     """
 
-    codes: UInt8[Array, "..."] | Float32[Array, "..."]
+    codes: UInt8[Array, "..."] | Inexact[Array, "..."]
     scale: Float32[Array, "channels"]
     zero_point: Float32[Array, "channels"]
     bias: Float32[Array, "..."]
@@ -136,7 +137,7 @@ class LayerInput(NamedTuple):
         all.
     """
 
-    x: Float[AnyArray, "..."]
+    x: Inexact[AnyArray, "..."]
     quantizer: ActivationQuantizer | None = None
     keep: Bool[AnyArray, "..."] | None = None
 
@@ -147,7 +148,7 @@ def run_layer(
     inputs: LayerInput,
     weights: Weights,
     convolve: Callable[..., jax.Array] = im2col.convolve,
-) -> Float32[Array, "..."]:
+) -> Inexact[Array, "..."]:
     """Run one layer: quantize its input, apply the op, add the bias.
 
     Args:
@@ -178,10 +179,11 @@ def run_layer(
 
 
 def add_bias(
-    op: Op, y: Float[Array, "*shape"], bias: Float32[AnyArray, "..."]
-) -> Float32[Array, "*shape"]:
-    """The op's result `y` plus `bias` (per output channel), float32."""
-    return y.astype(jnp.float32) + output_channels(op, y, bias)
+    op: Op, y: Inexact[Array, "*shape"], bias: Float32[AnyArray, "..."]
+) -> Inexact[Array, "*shape"]:
+    """The op's result `y` plus `bias` (per output channel), float32 or wider or complex."""
+    dtype = np.promote_types(y.dtype, np.float32)
+    return y.astype(dtype) + output_channels(op, y, bias).astype(dtype)
 
 
 def output_channels(
@@ -194,7 +196,7 @@ def output_channels(
     return values.reshape(shape)
 
 
-def dequantize_weight(op: Op, state: LayerState) -> Float32[Array, "..."]:
+def dequantize_weight(op: Op, state: LayerState) -> Inexact[Array, "..."]:
     """The real weights of a deployed layer, laid out as the op's operand."""
     if state.scale.size == 0:
         return state.codes
@@ -224,8 +226,8 @@ def contracted_axes(op: Op) -> tuple[int, ...]:
 
 
 def _bind(
-    op: Op, value: Float[AnyArray, "..."], weight: Float[AnyArray, "..."]
-) -> Float[Array, "..."]:
+    op: Op, value: Inexact[AnyArray, "..."], weight: Inexact[AnyArray, "..."]
+) -> Inexact[Array, "..."]:
     """The op itself on new operands, in the dtypes that it was traced with."""
     if _is_slow(op):
         return _grouped_convolution(op, value, weight)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Inexact, UInt8
 
 from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.arithmetic.uniform import ActivationQuantizer, dequantize, product, to_units
@@ -74,7 +74,7 @@ def run_deployed_layer(
     real: Callable[[Op, LayerState], jax.Array] = dequantize_weight,
     integer: Callable[[Op, LayerState], jax.Array] = integer_weight,
     convolve: Callable[..., jax.Array] = im2col.convolve,
-) -> Float32[Array, "..."]:
+) -> Inexact[Array, "..."]:
     """Run a deployed layer in float32: the reference implementation.
 
     The integers ``q - z`` of both operands are multiplied in float32, and their sum is scaled once:
@@ -114,7 +114,7 @@ def run_integer_layer(
     state: LayerState,
     *,
     convolve: Callable[..., jax.Array],
-) -> Float32[Array, "..."]:
+) -> Inexact[Array, "..."]:
     """Run a deployed layer by a convolution of codes.
 
     A layer with a float input or float weights, a dense layer with batch axes, and a layer with an

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from aquant_jax.errors import InputError
 from aquant_jax.graph.activation_rules import match_rules, weighted_sources
 from aquant_jax.graph.ir import ALIASES, Graph
@@ -45,13 +47,14 @@ def make_plan(graph: Graph, recipe: Recipe) -> Plan:
 
     Raises:
       InputError: an override matches nothing, is not a regular expression, or sets the bits of a
-        float input.
+        float input; a layer with complex operands is not left in float.
     """
     producers = graph.producers()
     matches = match_rules(graph, recipe.activations)
     keys = [match.key for match in matches]
     overrides = _match(recipe, [layer.path for layer in graph.layers], keys)
     layers = _layer_specs(graph, recipe, overrides)
+    _check_complex(graph, layers)
     _check_act_bits(recipe, layers, overrides)
     tensors: dict[int, Tensor] = {}
     for op in graph.ops:
@@ -125,6 +128,19 @@ def _raw_values(graph: Graph) -> frozenset[int]:
         if reads and op.layer is None and not looked_up and raw.issuperset(reads):
             raw.update(op.outputs)
     return frozenset(raw)
+
+
+def _check_complex(graph: Graph, specs: Mapping[str, LayerSpec]) -> None:
+    """InputError for a quantized layer with complex operands."""
+    for op in graph.ops:
+        if op.layer is None or specs[op.layer.path].weight_bits is None:
+            continue
+        for dtype in op.params["operand_dtypes"]:
+            if jnp.issubdtype(dtype, jnp.complexfloating):
+                raise InputError(
+                    f"{op.layer.path} multiplies {dtype} values; only real ones can be quantized: "
+                    "leave the layer in float with an override (keep_float)"
+                )
 
 
 def _check_act_bits(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Inexact, Key
 
 from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.arithmetic.uniform import ActivationQuantizer, fake_quantize
@@ -115,7 +115,7 @@ def forward(
     index_of = {op.layer.path: i for i, op in enumerate(program.subgraph.weighted)}
     mask = _masks(program, keep)
 
-    def layer_fn(op: Op, x: AnyArray) -> Float[Array, "..."]:
+    def layer_fn(op: Op, x: AnyArray) -> Inexact[Array, "..."]:
         index = index_of[op.layer.path]
         spec, activation = program.specs[index], LayerInput(x)
         if quantizers is not None and spec.tensor is not None:

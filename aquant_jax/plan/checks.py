@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Bool
 
 from aquant_jax.errors import InputError
@@ -17,6 +18,12 @@ from aquant_jax.graph.partition import Block
 from aquant_jax.recipe import Recipe
 
 MIN_SAMPLES = 2
+
+
+def check_not_traced() -> None:
+    """InputError inside `jax.jit`, where nothing has a value."""
+    if isinstance(jnp.zeros(()), Tracer):
+        raise InputError("quantize was called inside jax.jit; call it outside")
 
 
 def check_recipe(recipe: Any) -> None:
@@ -156,16 +163,16 @@ def _readable(path: str, leaf: Any) -> Any:
     Raises:
       InputError: it is not an array of numbers or of random keys, is a tracer or is deleted.
     """
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         raise InputError(
-            f"{path} is a tracer of {jax.typeof(leaf)}; quantize runs outside of jax.jit, vmap and "
-            "grad"
+            f"{path} is a tracer of {jax.typeof(leaf)}: quantize was called inside jax.jit, vmap "
+            "or grad; call it outside"
         )
     if isinstance(leaf, jax.Array):
         if leaf.is_deleted():
             raise InputError(f"{path} ({leaf.dtype}{list(leaf.shape)}) was deleted or donated")
         return leaf
-    if isinstance(leaf, bool | int | float | complex) and not isinstance(leaf, np.generic):
+    if isinstance(leaf, bool | int | float | complex):
         return leaf
     if not hasattr(leaf, "dtype"):
         raise InputError(f"{path} is {leaf!r}, which is no array")
@@ -227,6 +234,7 @@ def cache_bytes(graph: Graph, blocks: Sequence[Block], samples: int) -> int:
 
     def size(values: Sequence[int]) -> int:
         avals = [graph.avals[v] for v in values]
-        return sum(int(np.prod(a.shape[1:])) * stored_dtype(a.dtype).itemsize for a in avals)
+        widths = [2 if a.dtype == np.float32 else a.dtype.itemsize for a in avals]
+        return sum(int(np.prod(a.shape[1:])) * w for a, w in zip(avals, widths, strict=True))
 
     return max(samples * (2 * size(b.start) + 2 * size(b.end) + size(b.targets)) for b in blocks)

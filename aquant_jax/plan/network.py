@@ -24,7 +24,7 @@ class Network(NamedTuple):
 
     Attributes:
       graph: the folded graph.
-      variables: the pytree that `prepare` was given.
+      variables: the pytree that `prepare` was given, in the byte order of this machine.
       folded: weight and bias of every layer, by weight path.
       plan: the quantized layers and activations.
       blocks: in the order of reconstruction.
@@ -45,6 +45,7 @@ class Network(NamedTuple):
     valid_mask: Bool[np.ndarray, "samples positions"] | None = None
 
 
+@jax.transfer_guard("allow")
 def prepare(
     apply: Callable[..., Any],
     variables: Any,
@@ -58,12 +59,16 @@ def prepare(
       apply, variables, calibration, recipe, mask: see `quantize`.
 
     Raises:
-      InputError: non-finite variables or calibration samples (named by path), an empty or too
-        small calibration set, a network that cannot be traced or has no weighted op, a regex of
-        the recipe that matches nothing, or a leaf that is not a mask.
+      InputError: a recipe of another type; variables or calibration samples that are no numbers,
+        not finite, deleted or tracers (named by path); an empty or too small calibration set; a
+        network that cannot be traced or has no weighted op; a quantized layer with complex
+        operands; a regex of the recipe that matches nothing; a leaf that is not a mask.
     """
+    checks.check_recipe(recipe)
+    calibration = checks.host_arrays(calibration)
     samples = checks.check_calibration(calibration, recipe)
-    checks.check_variables(variables)
+    variables = checks.check_variables(variables)
+    checks.check_not_traced()
     batch = min(recipe.reconstruction.batch_size, samples)
     unfolded, other = (
         trace(apply, variables, _shapes(calibration, count)) for count in (batch, batch + 1)

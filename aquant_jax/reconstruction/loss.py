@@ -24,16 +24,18 @@ def output_loss(
 
     Args:
       program: the block; its last layer says which axes are channels.
-      outputs, targets: its outputs, and those of the float network; integer ones are ignored.
+      outputs, targets: its outputs, and those of the float network, real or complex; integer ones
+        are ignored.
       power: of the error.
       valid_mask: bool ``[batch, positions]``; padding is excluded from the average.
     """
     op = program.subgraph.weighted[-1]
     total = jnp.float32(0.0)
     for output, target, positions in zip(outputs, targets, program.position_axes, strict=True):
-        if not jnp.issubdtype(output.dtype, jnp.floating):
+        if not jnp.issubdtype(output.dtype, jnp.inexact):
             continue
-        error = jnp.abs(output.astype(jnp.float32) - target.astype(jnp.float32))
+        dtype = np.promote_types(output.dtype, np.float32)
+        error = jnp.abs(output.astype(dtype) - target.astype(dtype)).astype(jnp.float32)
         axes = [axis for axis in op.layer.output_axes if axis < output.ndim]
         channels = np.prod([output.shape[axis] for axis in axes or [output.ndim - 1]])
         powers = error**2 if power == 2.0 else error**power
@@ -48,7 +50,7 @@ def rounding_loss(
     learning: Reconstruction, alphas: Sequence[jax.Array | None], step: jax.Array
 ) -> jax.Array:
     """AdaRound's regularizer at a step: zero during the warm-up, then with falling beta."""
-    progress = step.astype(jnp.float32) / learning.steps
+    progress = jnp.asarray(step, jnp.float32) / learning.steps
     beta = beta_schedule(progress, learning.rounding_warmup, learning.beta_start, learning.beta_end)
     total = sum(regularizer(alpha, beta) for alpha in alphas if alpha is not None)
     on = (progress >= learning.rounding_warmup).astype(jnp.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.reconstruction.activation_cache import Cache
@@ -51,12 +52,17 @@ class History(tuple):
 
 
 def propagated_error(quantized: Sequence[Cache], floating: Sequence[Cache]) -> np.ndarray:
-    """``[16, 4]`` for `BlockReport`, from 256 samples of a block's first input (Fig. 2)."""
+    """``[16, 4]`` for `BlockReport`, from 256 samples of a block's first input (Fig. 2).
+
+    The real and the imaginary part of a complex value count as two values.
+    """
     if not quantized:
         return np.zeros((0, 4), np.float32)
+    dtype = np.complex64 if jnp.iscomplexobj(floating[0].values) else np.float32
+    rows = np.arange(min(256, len(floating[0].values)))
     noised, exact = (
-        np.asarray(cache[0].take(np.arange(min(256, cache[0].values.shape[0])), np.float32)).ravel()
-        for cache in (quantized, floating)
+        np.asarray(caches[0].take(rows, dtype)).ravel().view(np.float32)
+        for caches in (quantized, floating)
     )
     magnitude, error = np.abs(noised), noised - exact
     edges = np.linspace(0.0, magnitude.max(), CLUSTERS + 1)[1:-1]

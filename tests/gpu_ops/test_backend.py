@@ -11,6 +11,7 @@ import aquant_jax as aq
 import gpu_ops
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.layers.backend import Backend
+from gpu_ops import targets
 from tests.layers.test_im2col import (
     CASES,
     assert_close,
@@ -82,6 +83,11 @@ def test_a_registered_border_is_served_by_the_reference(monkeypatch):
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert_close(one, other, 1e-5)
     assert "gpu_ops" not in lowered(BACKEND, mine)
+
+
+def test_on_a_device_without_handlers_the_reference_runs(monkeypatch):
+    monkeypatch.setattr(targets, "PLATFORMS", ())
+    assert "gpu_ops" not in lowered(BACKEND, CASES["2x3"])
 
 
 class QuickCompiler(aq.Compiler):

@@ -223,6 +223,18 @@ def test_the_handler_checks_again_and_never_crashes(changed, words):
         raw_call(**changed)
 
 
+def test_operations_of_deployment_have_no_derivative():
+    case = Case()
+    x, step, zero, coefficients = case.operands()
+    values = case._replace(output="float32")
+    for run in (
+        lambda x: values.run(x, step, zero, coefficients),
+        lambda x: gpu_ops.img2col(x, case.geometry()),
+    ):
+        with pytest.raises(NotImplementedError, match="Differentiation rule"):
+            jax.grad(lambda x, run=run: run(x).sum())(jnp.asarray(x))
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -1,6 +1,7 @@
 """An export by launch.export computes what the network computes, on other runtimes."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 
 import aquant_jax as aq
+from aquant_jax import data
 from aquant_jax.deployment import onnx as onnx_export
 from aquant_jax.deployment import stablehlo
 from aquant_jax.errors import InputError
 from aquant_jax.storage import archive
 from launch import export
-from tests.support.nets import conv, images, normal, rng_of, small_net
+from tests.support.nets import conv, images, mlp, normal, rng_of, small_net
 from tests.support.process import run_python
 
 onnx = pytest.importorskip("onnx", reason="needs aquant-jax[onnx]")
@@ -95,6 +97,15 @@ def test_onnxruntime_gives_the_same_outputs(tmp_path, net, shared_across_taps, b
     small, whole = onnx.TensorProto.UINT4, onnx.TensorProto.UINT8
     wide = {spec.path: spec.weight_bits > 4 for spec in network.specs}
     assert kinds == {f"{path}:codes": whole if wide[path] else small for path in wide}
+
+
+def test_onnxruntime_gives_the_same_bits_where_all_sums_are_of_whole_numbers(tmp_path):
+    x = normal(rng_of(0), 32, 6)
+    recipe = aq.recipes.nearest(4, 4, batch_size=8, quantize_input=True)
+    network = aq.quantize(*mlp(sizes=(6, 64, 4)), x, recipe, observer=aq.Observer())
+    path = tmp_path / "network.onnx"
+    path.write_bytes(onnx_export.to_onnx(network).SerializeToString())
+    np.testing.assert_array_equal(onnx_export.load(path)(x)[0], network(x))
 
 
 def test_onnx_names_inputs_and_outputs_by_their_paths():
@@ -189,6 +200,18 @@ def test_an_export_that_is_another_network_is_not_kept(argv, tmp_path, capsys, m
     assert export.main([*argv, "--format=onnx"]) == 2
     assert "network.onnx is not the network: " in capsys.readouterr().err
     assert list((tmp_path / "run" / "export").iterdir()) == []
+
+
+@pytest.mark.parametrize("classes", [10, 0], ids=["classes", "outputs"])
+def test_one_sample_in_a_hundred_may_differ(classes):
+    outputs = np.eye(10, dtype=np.float32)[np.arange(500) % 10]
+    batch = data.Split(outputs, np.zeros(500, np.int32))
+    refused = pytest.raises(InputError, match="x is not the network: 6 of 500 samples differ")
+    for differing, outcome in ((5, contextlib.nullcontext()), (6, refused)):
+        other = np.where(np.arange(500)[:, None] < differing, outputs[:, ::-1], outputs)
+        runs = (lambda x: x), (lambda x, other=other: other)
+        with outcome:
+            export._check("x", export.compare(*runs, iter([batch]), classes))
 
 
 def test_wrong_folders_are_one_line(argv, tmp_path, capsys):

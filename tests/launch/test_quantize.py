@@ -181,6 +181,7 @@ def test_end_to_end_by_aquant(finished_run):
     assert [block["steps"] for block in results["blocks"]] == [2] * 5
     assert (finished_run / "plots" / "propagated_error.png").exists()
     assert (finished_run / "plots" / "borders.png").exists()
+    assert read(finished_run / "blocks" / "fingerprint.json")["call"]["backend"] == "gpu_ops"
 
 
 def test_a_saved_network_is_scored_from_itself_alone(nearest_run, capsys, monkeypatch):

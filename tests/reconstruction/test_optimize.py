@@ -73,9 +73,9 @@ def block_problem(preset="qdrop", samples=16, **fields):
     caches = [store([[value]], samples) for value in (noised, floating, target)]
     data = CalibrationData(*caches)
     start = ActivationQuantizer(jnp.float32(0.3), jnp.float32(0.0))
-    quantizers = Quantizers(
-        make_weight_quantizers(program, net.folded), (start,) * len(program.tensors), (True, True)
-    )
+    tensors = len(program.tensors)
+    weights = make_weight_quantizers(program, net.folded)
+    quantizers = Quantizers(weights, (start,) * tensors, (True,) * tensors)
     return program, quantizers, data, recipe
 
 
@@ -112,6 +112,14 @@ class TestStep:
         assert learned[0].step_size == start[0].step_size
         assert learned[1].step_size != start[1].step_size
         assert [q.zero_point for q in learned] == [q.zero_point for q in start]
+
+    def test_step_sizes_of_activations_between_layers_are_trained(self):
+        problem = block_problem(step_lr=1e-2, steps=2, activations=("sum",))
+        assert "block_1/conv2/kernel:sum" in {tensor.key for tensor in problem[0].tensors}
+        for quantizer, start in zip(
+            optimize(*problem).activations, problem[1].activations, strict=True
+        ):
+            assert quantizer.step_size != start.step_size
 
     @pytest.mark.parametrize("step_lr", [1.0, 1e4])
     def test_step_sizes_stay_positive(self, step_lr):
