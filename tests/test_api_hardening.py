@@ -13,6 +13,7 @@ from jax import lax
 
 import aquant_jax as aq
 from aquant_jax.plan.block_program import random_keep
+from aquant_jax.plan.checks import cache_bytes
 from tests.support.nets import normal, relative_error, rng_of
 
 X = normal(rng_of(0), 16, 5, 2)
@@ -79,6 +80,14 @@ def test_a_flag_changes_no_bit(name):
         quantized = quantize()
         outputs = jax.device_get(quantized(x))
     check_same(quantized, outputs)
+
+
+def test_prepare_and_sensitivity_move_arrays():
+    with jax.transfer_guard("disallow"):
+        assert list(aq.prepare(apply, network(), X, NEAREST).folded) == [
+            "layer0/kernel", "layer1/kernel",
+        ]  # fmt: skip
+        assert len(aq.sensitivity(apply, network(), X, NEAREST)) == 2
 
 
 def test_networks_are_saved_and_restored_under_x64(tmp_path):
@@ -270,15 +279,22 @@ class TestComplex:
 
     @pytest.mark.parametrize("granularity", ["block", "layer"])
     def test_a_transform_between_layers_is_exact(self, granularity):
-        """The complex tensor crosses from one block to the next."""
+        """A complex tensor crosses from one block to the next."""
 
         def function(v, x):
-            return jnp.abs(jnp.fft.fft(jnp.tanh(x @ v["a"]))) @ v["b"]
+            h = x @ v["a"]
+            z = lax.complex(h, jnp.sin(h)).reshape(-1, 2, 4)
+            return jnp.abs(jnp.fft.fft(z)).reshape(-1, 8) @ v["b"]
 
         rules = ("matmul", "sum", "norm", "softmax", "activation")
         quantized = self.quantize(function, activations=rules, granularity=granularity)
         assert list(quantized.activations) == ["b"]
         assert relative_error(quantized(self.X), function(self.variables(), self.X)) < 0.02
+        net = aq.prepare(function, self.variables(), self.X, quantized.recipe)
+        (boundary,) = net.blocks[1].start
+        assert net.graph.avals[boundary].dtype == np.complex64
+        assert cache_bytes(net.graph, net.blocks, 16) > 2 * 16 * 8 * 8  # it is an input twice
+        assert quantized.reports[1].propagated[:, 3].sum() == 16 * 8 * 2
 
     def test_the_error_of_complex_outputs_counts(self):
         def function(v, x):
