@@ -100,6 +100,14 @@ def test_networks_are_saved_and_restored_under_x64(tmp_path):
         np.testing.assert_array_equal(aq.restore(tmp_path / "outside")(X), expected)
 
 
+def test_saving_and_restoring_move_arrays(tmp_path):
+    quantized, expected = plain()
+    with jax.transfer_guard("disallow"):
+        aq.save(quantized, tmp_path / "saved")
+        restored = aq.restore(tmp_path / "saved")
+    np.testing.assert_array_equal(restored(X), expected)
+
+
 def test_x64_draws_the_same_masks():
     def draw():
         return np.asarray(random_keep(jax.random.key(2**31 + 5), 0.3, (1000,)))
@@ -180,10 +188,10 @@ def test_variables_that_the_caller_overwrites_afterwards():
         ({"seed": True}, r"^seed is True; it must be a whole number"),
         ({"recipe": None}, r"^recipe is of type NoneType; it must be a Recipe, such as aq"),
         ({"recipe": {"weight_bits": 2}}, r"^recipe is of type dict; it must be a Recipe"),
-        ({"x": "photos"}, r"^calibration is 'photos', which is no array$"),
+        ({"x": "photos"}, r"^calibration is 'photos', which is not an array$"),
         ({"x": {"text": np.array(["a"] * 16)}}, r"^calibration/text has dtype <U1, which is no"),
         ({"x": {"key": jax.random.key(0)}}, r"^calibration/key has dtype key<fry>, which is no"),
-        ({"variables": {"w": "no"}}, r"^variables/w is 'no', which is no array$"),
+        ({"variables": {"w": "no"}}, r"^variables/w is 'no', which is not an array$"),
         ({"variables": {"w": jax.ShapeDtypeStruct((2,), np.float32)}}, r"^variables/w has dtype o"),
     ],
 )  # fmt: skip

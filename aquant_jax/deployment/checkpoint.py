@@ -12,6 +12,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
@@ -94,6 +95,7 @@ def summary(quantized: Quantized) -> Sizes:
     return found
 
 
+@jax.transfer_guard("allow")
 def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
     """Saves a network to a folder; `restore` gives the same codes and outputs, bit for bit.
 
@@ -131,6 +133,7 @@ def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
     archive.write(Path(path), arrays, jsonable(metadata), files, _packed_bits(quantized))
 
 
+@jax.transfer_guard("allow")
 def restore(path: str | Path) -> Quantized:
     """Restores a saved network. Nothing in it can run code, except as an XLA program.
 

@@ -175,7 +175,7 @@ def _readable(path: str, leaf: Any) -> Any:
     if isinstance(leaf, bool | int | float | complex):
         return leaf
     if not hasattr(leaf, "dtype"):
-        raise InputError(f"{path} is {leaf!r}, which is no array")
+        raise InputError(f"{path} is {leaf!r}, which is not an array")
     array = np.asarray(leaf)
     _check_numbers(path, array.dtype)
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
@@ -183,7 +183,7 @@ def _readable(path: str, leaf: Any) -> Any:
 
 def _check_numbers(path: str, dtype: Any) -> None:
     if dtype != np.bool_ and not jnp.issubdtype(dtype, jnp.number):
-        raise InputError(f"{path} has dtype {dtype}, which is none of numbers")
+        raise InputError(f"{path} has dtype {dtype}, which is not one of numbers")
 
 
 def _check_finite(argument: str, tree: Any) -> None:

@@ -81,7 +81,7 @@ def test_what_holds_no_numbers_is_named(values):
     with pytest.raises(InputError, match="calibration has dtype"):
         quantize(calibration=values)
     variables = residual_net()[1]
-    with pytest.raises(InputError, match=r"variables/name has dtype .*, which is none of numbers"):
+    with pytest.raises(InputError, match=r"variables/name has dtype .*, which is not one of"):
         quantize({**variables, "name": values})
 
 
