@@ -219,11 +219,11 @@ def main(argv: list[str]) -> None:
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of values without a type
     target = Path(values.workdir) / run_directory.EXPORTS / values.format
     partial = target.with_name(f".{values.format}.partial")
-    with hold(Path(values.workdir), lambda: read_run(values.workdir)):
+    with hold(Path(values.workdir), lambda: read_run(values.workdir)) as run:
         replaced = run_directory.exported_files(target)
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            report = export(read_run(values.workdir), values, partial)
+            report = export(run, values, partial)
             sizes = archive.sizes(partial)
             content = {"exports": report, "bytes": sizes, **environment()}
             json_file.write_json(partial / run_directory.REPORT, content)

@@ -98,17 +98,19 @@ class BlockStore:
 
     Args:
       path: the folder.
-      call: its `fingerprint`.
+      owner: of the folder, as `_read_owner` gives it; None where it is empty.
+      call: the `fingerprint` of this call.
       restart_from: remove this block and all later ones; the call may then differ in `LEARNING`.
 
     Raises:
-      InputError: the folder holds the blocks of another call (it lists the fields that differ), or
-        of an unknown one, fewer blocks than `restart_from`, or cannot be written.
+      InputError: the folder cannot be written, or holds files of unknown origin that a restart
+        would remove.
     """
 
-    def __init__(self, path: Path, call: dict[str, Any], restart_from: int | None = None) -> None:
+    def __init__(
+        self, path: Path, owner: Owner | None, call: dict[str, Any], restart_from: int | None
+    ) -> None:
         self.path = path
-        owner = _read_owner(path, call, restart_from)
         self._owner = owner or Owner(call, [])
         if owner is not None and restart_from is not None:
             self._owner = Owner(call, [owner.of(index) for index in range(restart_from)])
@@ -184,7 +186,8 @@ def open_block_store(
     """The finished blocks of a call of `quantize`, held while it runs; None where it has no folder.
 
     Raises:
-      InputError: see `BlockStore`; another process holds the folder; a restart without a folder.
+      InputError: see `BlockStore` and `_read_owner`; another process holds the folder; a restart
+        without a folder.
     """
     if folder is None:
         if restart_from is not None:
@@ -192,15 +195,16 @@ def open_block_store(
         yield None
         return
     path, call = Path(folder), fingerprint(net, calibration, seed, compiler)
-    with hold(path, functools.partial(_read_owner, path, call, restart_from)):
-        yield BlockStore(path, call, restart_from)
+    with hold(path, functools.partial(_read_owner, path, call, restart_from)) as owner:
+        yield BlockStore(path, owner, call, restart_from)
 
 
 def _read_owner(path: Path, call: dict[str, Any], restart_from: int | None) -> Owner | None:
     """The owner of a folder; None where it is empty.
 
     Raises:
-      InputError: see `BlockStore`.
+      InputError: it holds the blocks of another call (the fields that differ are listed), or of an
+        unknown one, or fewer blocks than `restart_from`.
     """
     old, known = path / OLD_FINGERPRINT, path / FINGERPRINT
     if old.exists() and "convolution" in read_json(old):

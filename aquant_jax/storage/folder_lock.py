@@ -15,17 +15,19 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from absl import logging
 
 from aquant_jax.errors import InputError, reason
 
 LOCK = ".lock"
+Result = TypeVar("Result")
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
-def hold(folder: Path, check: Callable[[], object]) -> Iterator[None]:
+def hold(folder: Path, check: Callable[[], Result]) -> Iterator[Result]:
     """A context in which no other process, and no other thread, holds the folder.
 
     The folder and its parents are created if necessary. Those that are empty at the end, and were
@@ -36,6 +38,9 @@ def hold(folder: Path, check: Callable[[], object]) -> Iterator[None]:
       check: raises an InputError where the folder belongs to something else. It is called before
         the folder is touched, and again when it is held.
 
+    Yields:
+      The result of the second call of `check`.
+
     Raises:
       InputError: by `check`; the folder cannot be written; it is held already (the message names
         the process and its host).
@@ -44,8 +49,7 @@ def hold(folder: Path, check: Callable[[], object]) -> Iterator[None]:
     created = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         with lock(folder / LOCK, folder):
-            check()
-            yield
+            yield check()
     finally:
         for path in created:
             with contextlib.suppress(OSError):

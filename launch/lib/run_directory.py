@@ -129,8 +129,8 @@ def claim(
     path = Path(path)
     identity = json.loads(json.dumps(jsonable({"layout": archive.LAYOUT, **identity})))
     check = functools.partial(_read_owned, path, identity, restart)
-    with hold(path, check):
-        new, stored = not (path / IDENTITY).exists(), None if restart else check()
+    with hold(path, check) as results:
+        new, stored = not (path / IDENTITY).exists(), None if restart else results
         try:
             with _writable(path, FULL):
                 if new:

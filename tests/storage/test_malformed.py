@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory):
     """A block store with one block of one layer."""
-    store = BlockStore(tmp_path_factory.mktemp("blocks"), {"seed": 1})
+    store = BlockStore(tmp_path_factory.mktemp("blocks"), None, {"seed": 1}, None)
     two, path = jnp.ones(2), "head/kernel"
     layer = LayerState(jnp.ones((3, 2), jnp.uint8), two, two, two, {"b0": jnp.ones((1, 3))})
     curves = np.zeros((1, 2), np.float32), np.zeros((16, 4), np.float32)
