@@ -9,7 +9,7 @@ import pytest
 
 import aquant_jax as aq
 from launch import quantize
-from launch.lib import experiment
+from launch.lib import experiment, plots
 from tests.support.process import REPOSITORY
 
 # One recipe for all tests that reconstruct the digits network: what one compiled, all have.
@@ -25,6 +25,13 @@ OPTAX = pytest.mark.user_model(reason="optax's Adam raises a float to an integer
 @pytest.fixture(autouse=True)
 def in_checkout(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.fixture(autouse=True)
+def without_plots(request, monkeypatch):
+    """A run of a test draws nothing, unless the test reads its plots (draws)."""
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(plots, "run_plots", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

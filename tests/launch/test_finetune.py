@@ -10,7 +10,6 @@ from safetensors.numpy import load_file
 from aquant_jax.data import glue
 from aquant_jax.data.glue import TASKS
 from launch import finetune, quantize
-from launch.lib import plots
 from tests.launch.conftest import OPTAX
 from tests.models.test_bert import TINY
 
@@ -132,7 +131,7 @@ def test_no_other_run_goes_on_with_the_epochs_of_one(argv, tmp_path, monkeypatch
 
 
 @OPTAX
-def test_the_checkpoint_is_quantized_by_its_config(run, tmp_path, monkeypatch):
+def test_the_checkpoint_is_quantized_by_its_config(run, tmp_path):
     out = tmp_path / "quantized"
     argv = [
         "quantize", "--config=configs/glue_bert.py:sst2,w8a8,preset=adaround", f"--workdir={out}",
@@ -140,7 +139,6 @@ def test_the_checkpoint_is_quantized_by_its_config(run, tmp_path, monkeypatch):
         "--config.calibration_size=32", "--config.max_length=12", "--config.calibration_length=12",
         "--config.eval_batch_size=16", "--config.calibration_dataset=glue/rte",
     ]  # fmt: skip
-    monkeypatch.setattr(plots, "run_plots", lambda *_: None)
     assert quantize.main(argv) == 0
     results = json.loads((out / "results.json").read_text())
     assert results["metric"] == "accuracy"

@@ -3,19 +3,20 @@
 AQUANT_KILLS=20 pytest tests/launch/test_kill.py kills at as many random moments too.
 """
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from aquant_jax.storage import archive
 from launch import quantize
+from launch.lib import plots
 from tests.launch.conftest import DIGITS, SMALL
-from tests.support.process import REPOSITORY
 
 KILLS = int(os.environ.get("AQUANT_KILLS", "0"))
 LONGEST = 10  # seconds before a random kill; a run takes longer
@@ -28,25 +29,40 @@ MOMENTS = {
 }
 
 
-def start(path):
-    command = [sys.executable, "-m", "launch.quantize", DIGITS, *SMALL, f"--workdir={path}"]
+def run(path):
+    """A launched run, in a process of its own."""
     # With what tests/conftest.py caches; here each run compiles little, and all of it again.
-    caching = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | caching
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=-3, stderr=-3)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+    plots.run_plots = lambda *_: None
+    sys.exit(quantize.main(["quantize", DIGITS, *SMALL, f"--workdir={path}"]))
+
+
+def start(path):
+    """Its process, forked from one that has imported everything and run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=run, args=(path,))
+    process.start()
+    return process
 
 
 def kill_when(path, condition):
     """Starts a run and kills it; whether it was killed in time."""
-    run = start(path)
-    while run.poll() is None and not condition():
+    process = start(path)
+    while process.is_alive() and not condition():
         time.sleep(0.0005)
-    run.send_signal(signal.SIGKILL)
-    return run.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 def finish(path):
-    assert start(path).wait() == 0
+    process = start(path)
+    process.join()
+    assert process.exitcode == 0
     return archive.read(path / "quantized")
 
 

@@ -7,6 +7,7 @@ import pytest
 from aquant_jax.errors import InputError
 from launch.lib import plots
 
+pytestmark = pytest.mark.draws
 POINTS = np.linspace(0, 3, 7, dtype=np.float32)
 
 

@@ -10,7 +10,7 @@ import pytest
 import aquant_jax as aq
 from aquant_jax import models
 from launch import evaluate, quantize
-from launch.lib import experiment, plots
+from launch.lib import experiment
 from tests.launch.conftest import DIGITS, SMALL
 from tests.support.process import REPOSITORY
 
@@ -22,6 +22,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.draws
 def test_quantize_writes_results_log_and_plots(pretend, tmp_path, capsys):
     path = tmp_path / "run"
     assert quantize.main(["quantize", DIGITS, f"--workdir={path}", "--seed=3", *FEW, STEPS]) == 0
@@ -196,10 +197,7 @@ def test_a_saved_network_is_scored_from_itself_alone(nearest_run, capsys, monkey
     assert f"{nearest_run} is not a checkpoint: manifest.json" in capsys.readouterr().err
 
 
-def test_a_restart_keeps_the_blocks_before_and_replaces_the_results(
-    finished_run, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(plots, "run_plots", lambda *_: None)
+def test_a_restart_keeps_the_blocks_before_and_replaces_the_results(finished_run, tmp_path, capsys):
     path = shutil.copytree(finished_run, tmp_path / "run")
     argv = ["quantize", DIGITS, f"--workdir={path}", *SMALL]
     blocks = sorted((path / "blocks").glob("0*"))

@@ -24,6 +24,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.draws
 def test_presets_resume_cell_by_cell_and_takes_more_seeds(pretend, tmp_path, capsys):
     argv = ["sweep", DIGITS, "--presets=nearest,aquant", f"--workdir={tmp_path}", *FEW]
     assert sweep.main([*argv, "--seeds=0"]) == 0
