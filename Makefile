@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 BUILT_FROM := pyproject.toml $(wildcard CMakeLists.txt gpu_ops/CMakeLists.txt gpu_ops/*.cc gpu_ops/*/*.cc gpu_ops/*/*.cu gpu_ops/*/*.h)
 # Neither needs the CUDA handlers, which take minutes to compile: GPU_OPS_CUDA=AUTO builds them.
 export GPU_OPS_CUDA ?= OFF
-OPTIMIZED_TESTS := tests/arithmetic tests/gpu_ops $(addprefix tests/layers/test_,fake_quant.py golden_codes.py)
+OPTIMIZED_TESTS := tests/arithmetic tests/layers tests/gpu_ops
 DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant
 
 .PHONY: demo test lint type bench gpu gpu-here clean

@@ -3,20 +3,17 @@
 AQUANT_KILLS=20 pytest tests/launch/test_kill.py kills at as many random moments too.
 """
 
-import multiprocessing
 import os
 import signal
-import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 
 from aquant_jax.storage import archive
 from launch import quantize
-from launch.lib import plots
 from tests.launch.conftest import DIGITS, SMALL
+from tests.launch.processes import exit_code, start
 
 KILLS = int(os.environ.get("AQUANT_KILLS", "0"))
 LONGEST = 10  # seconds before a random kill; a run takes longer
@@ -29,40 +26,17 @@ MOMENTS = {
 }
 
 
-def run(path):
-    """A launched run, in a process of its own."""
-    # With what tests/conftest.py caches; here each run compiles little, and all of it again.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 1)
-        os.dup2(nothing.fileno(), 2)
-    plots.run_plots = lambda *_: None
-    sys.exit(quantize.main(["quantize", DIGITS, *SMALL, f"--workdir={path}"]))
-
-
-def start(path):
-    """Its process, forked from one that has imported everything and run nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=run, args=(path,))
-    process.start()
-    return process
-
-
 def kill_when(path, condition):
     """Starts a run and kills it; whether it was killed in time."""
     process = start(path)
     while process.is_alive() and not condition():
         time.sleep(0.0005)
     process.kill()
-    process.join()
-    return process.exitcode == -signal.SIGKILL
+    return exit_code(process) == -signal.SIGKILL
 
 
 def finish(path):
-    process = start(path)
-    process.join()
-    assert process.exitcode == 0
+    assert exit_code(start(path)) == 0
     return archive.read(path / "quantized")
 
 
