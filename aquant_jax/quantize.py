@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,19 @@ import jax.numpy as jnp
 from aquant_jax.deployment.quantized import Quantized, traced
 from aquant_jax.graph.subgraph import constant_inputs, extract_subgraph
 from aquant_jax.layers.compiler import Compiler
-from aquant_jax.plan import checks
+from aquant_jax.plan import augmentation, checks
+from aquant_jax.plan.augmentation import Augment
 from aquant_jax.plan.network import Network, prepare
 from aquant_jax.recipe import Recipe
-from aquant_jax.reconstruction.block_store import open_block_store
+from aquant_jax.reconstruction.block_store import BlockResult, open_block_store
+from aquant_jax.reconstruction.finetune import finetune
+from aquant_jax.reconstruction.finetune_checks import check_finetune
+from aquant_jax.reconstruction.fingerprint import fingerprint
 from aquant_jax.reconstruction.observer import Observer, default_observer
-from aquant_jax.reconstruction.report import BlockReport, History
+from aquant_jax.reconstruction.report import History, Report
 from aquant_jax.reconstruction.sequential import Run, State, quantize_block
+
+Stage = Callable[[Run, State], tuple[State, BlockResult]]
 
 
 @jax.transfer_guard("allow")
@@ -32,6 +39,7 @@ def quantize(
     seed: int = 0,
     observer: Observer | None = None,
     compiler: Compiler | None = None,
+    augment: Augment | None = None,
     resume: str | Path | None = None,
     restart_from: int | None = None,
 ) -> Quantized:
@@ -52,6 +60,9 @@ def quantize(
       observer: receives the progress. None shows a bar on a terminal and logs through absl
         elsewhere; ``aq.Observer()`` is silent.
       compiler: shares compiled steps between calls; ``Compiler(gpu_ops.backend())`` is faster.
+      augment: ``augment(key, batch) -> batch`` makes random inputs from a batch of calibration
+        samples, of the same shapes, for the whole-network stage; it needs no labels. None leaves
+        the samples as they are.
       resume: folder of a block store. Every finished block is kept there, and the same call resumes
         after the last one, with bit-identical results.
       restart_from: with `resume`, the first block to learn again; the recipe may then differ from
@@ -72,13 +83,20 @@ def quantize(
     compiler, observer = compiler or Compiler(), observer or default_observer()
     leaves = map(jnp.asarray, jax.tree.leaves(calibration))
     inputs = dict(zip(net.graph.inputs, leaves, strict=True))
+    on_leaves = augmentation.on_leaves(augment, calibration, net) if augment else None
+    run = Run(net, inputs, seed, compiler, observer, augment=on_leaves)
+    stages: list[Stage] = [functools.partial(quantize_block, block=b) for b in net.blocks]
+    if recipe.reconstruction.whole_network_steps:
+        check_finetune(run)
+        stages.append(finetune)
+    call = functools.partial(fingerprint, net, calibration, seed, compiler, augment)
     state, reports = State(), []
-    with open_block_store(resume, restart_from, net, calibration, seed, compiler) as block_store:
-        run = Run(net, inputs, seed, compiler, observer, block_store)
+    with open_block_store(resume, restart_from, call) as block_store:
+        run = run._replace(block_store=block_store)
         observer.on_start(net)
         try:
-            for block in net.blocks:
-                state, result = quantize_block(run, state, block)
+            for stage in stages:
+                state, result = stage(run, state)
                 reports.append(result.report)
                 observer.on_block_end(result.report)
         finally:
@@ -87,7 +105,7 @@ def quantize(
 
 
 def _build(
-    apply: Callable, calibration: Any, net: Network, state: State, reports: list[BlockReport]
+    apply: Callable, calibration: Any, net: Network, state: State, reports: list[Report]
 ) -> Quantized:
     """The quantized network after its last block."""
     everything = extract_subgraph(net.graph, (), net.graph.outputs)

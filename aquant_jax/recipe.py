@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -13,19 +12,10 @@ from aquant_jax.arithmetic.packing import FORMATS
 from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS
 from aquant_jax.errors import InputError
 from aquant_jax.graph.activation_rules import RULES
-from aquant_jax.recipe_checks import check_choice, check_ranges, check_types, field_names, hint
+from aquant_jax.recipe_checks import check_choice, check_types, field_names, hint
+from aquant_jax.recipe_reconstruction import Reconstruction
 
-SCHEDULES = ("constant", "cosine")
 GRANULARITIES = ("block", "layer")
-_FRACTIONS = (
-    "input_mixing", "quant_drop_prob", "final_full_quant_fraction", "border_warmup",
-    "rounding_warmup",
-)  # fmt: skip
-_POSITIVE = (
-    "batch_size", "init_samples", "weight_lr", "step_lr", "border_lr", "loss_power",
-    "border_gain", "border_range", "beta_start", "beta_end",
-)  # fmt: skip
-_COUNTS = ("steps", "rounding_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,63 +35,6 @@ class Override:
     weight_bits: int | None = None
     act_bits: int | None = None
     keep_float: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Reconstruction:
-    """How the quantizers of a block are learned. The defaults are those of the public QDrop code.
-
-    A restart (``quantize(restart_from=...)``) may change these fields.
-
-    Attributes:
-      steps: optimisation steps per block; 0 rounds to nearest.
-      batch_size: samples per step.
-      input_mixing: probability that an element of a block's input is the float network's.
-      quant_drop_prob: probability that an element inside a block stays unquantized (QDrop).
-      final_full_quant_fraction: fraction of the steps, at the end, without mixing or dropping.
-        Borders and step sizes then see the network that is deployed.
-      weight_lr, step_lr, border_lr: Adam learning rates of alpha, step sizes and coefficients.
-      step_schedule, border_schedule: "constant" or "cosine" (to zero).
-      border_gain: factor on the learning rate of every coefficient. Under Adam it is equivalent to
-        learning p with B = phi(1/2 + gain * p).
-      border_range: scales the learning rates as if u ran from 0 to this value instead of Qmax: one
-        step of Adam then moves the border by the same share of the tensor's range at every
-        bit-width. None disables it.
-      border_warmup: fraction of the steps before the coefficients start to move.
-      rounding_weight: lambda of the rounding loss.
-      rounding_warmup: fraction of the steps without rounding loss.
-      beta_start, beta_end: exponent of the rounding loss.
-      loss_power: the reconstruction loss is mean ``|error|^loss_power``, summed over channels.
-      init_samples: samples for the initial step sizes.
-    """
-
-    steps: int = 20_000
-    batch_size: int = 32
-    input_mixing: float = 0.0
-    quant_drop_prob: float = 0.0
-    final_full_quant_fraction: float = 0.0
-    weight_lr: float = 1e-3
-    step_lr: float = 4e-5
-    border_lr: float = 1e-3
-    step_schedule: str = "cosine"
-    border_schedule: str = "constant"
-    border_gain: float = 1.0
-    border_range: float | None = 3.0
-    border_warmup: float = 0.0
-    rounding_weight: float = 0.01
-    rounding_warmup: float = 0.2
-    beta_start: float = 20.0
-    beta_end: float = 2.0
-    loss_power: float = 2.0
-    init_samples: int = 256
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("step_schedule", "border_schedule"):
-            check_choice(self, name, SCHEDULES)
-        check_ranges(self, _FRACTIONS, lambda v: 0.0 <= v < 1.0, "in [0, 1)")
-        check_ranges(self, _POSITIVE, lambda v: 0 < v < math.inf, "positive and finite")
-        check_ranges(self, _COUNTS, lambda v: 0 <= v < math.inf, "0 or more, and finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +77,7 @@ class Recipe:
     shared_across_taps: bool = True
     phi: str = "clamp"
     border_format: str = "float32"
-    reconstruction: Reconstruction = Reconstruction()
+    reconstruction: Reconstruction = dataclasses.field(default_factory=Reconstruction)
 
     def __post_init__(self) -> None:
         # Lists and dicts come from config files and JSON; the recipe must stay hashable.
@@ -179,6 +112,7 @@ class Recipe:
 
 _QDROP = {"input_mixing": 0.5, "quant_drop_prob": 0.5}
 _ELEMENTWISE = {"border": "quadratic", "shared_across_taps": False, "phi": "identity"}
+_AQUANT = {**_QDROP, **_ELEMENTWISE, "final_full_quant_fraction": 0.5}
 
 # One preset per row of the paper's tables; see docs/design.md.
 PRESETS: dict[str, Mapping[str, Any]] = {
@@ -186,7 +120,8 @@ PRESETS: dict[str, Mapping[str, Any]] = {
     "adaround": {"granularity": "layer"},
     "brecq": {},
     "qdrop": _QDROP,
-    "aquant": {**_QDROP, **_ELEMENTWISE, "final_full_quant_fraction": 0.5},
+    "aquant": _AQUANT,
+    "aquant_plus": {**_AQUANT, "finetune_steps": None},
     "aquant_bert": {"granularity": "layer", **_ELEMENTWISE},
 }
 
@@ -231,6 +166,11 @@ def qdrop(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
 def aquant(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
     """AQuant (Li et al. 2022): QDrop with learned border functions of the activations."""
     return preset("aquant", weight_bits=weight_bits, act_bits=act_bits, **fields)
+
+
+def aquant_plus(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
+    """AQuant, and then the whole-network stage, of as many steps as a block's."""
+    return preset("aquant_plus", weight_bits=weight_bits, act_bits=act_bits, **fields)
 
 
 def aquant_bert(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:

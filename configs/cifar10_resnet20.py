@@ -27,6 +27,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.calibration_size = 1024
     config.test_limit = None  # of the test images; None for all
     config.eval_batch_size = 500
+    config.augment = "flip_and_shift"  # in the whole-network stage
     config.preset = variant.settings["preset"]
-    config.recipe = variants.recipe(variant, steps=1000)
+    config.recipe = variants.recipe(variant, steps=1000, finetune_loss="kl")
     return config

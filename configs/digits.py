@@ -28,6 +28,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.calibration_size = 1024
     config.test_limit = None  # of the held-out images; None for all
     config.eval_batch_size = 250
+    config.augment = "shift"  # in the whole-network stage
     config.preset = variant.settings["preset"]
-    config.recipe = variants.recipe(variant, steps=250)
+    config.recipe = variants.recipe(variant, steps=250, finetune_loss="kl")
     return config

@@ -45,8 +45,9 @@ def config(
     chosen.skip_corrupt = False
     chosen.test_limit = None
     chosen.eval_batch_size = 100
+    chosen.augment = "flip_and_shift"  # in the whole-network stage
     chosen.preset = variant.settings["preset"]
-    if chosen.preset == "aquant":
+    if chosen.preset in ("aquant", "aquant_plus"):
         fields |= {"shared_across_taps": True, "border": "linear" if light else "quadratic"}
-    chosen.recipe = variants.recipe(variant, steps=20_000, **fields)
+    chosen.recipe = variants.recipe(variant, steps=20_000, finetune_loss="kl", **fields)
     return chosen

@@ -16,7 +16,8 @@ ARROWS: dict[str, set[str]] = {
     "storage": {"arithmetic", "errors"},
     "layers": {"graph", "arithmetic", "errors"},
     "recipe_checks": {"errors"},
-    "recipe": {"recipe_checks", "graph", "arithmetic", "errors"},
+    "recipe_reconstruction": {"recipe_checks", "errors"},
+    "recipe": {"recipe_reconstruction", "recipe_checks", "graph", "arithmetic", "errors"},
     "plan": {"layers", "recipe", "graph", "arithmetic", "errors"},
     "reconstruction": {
         "plan", "layers", "recipe", "graph", "arithmetic", "storage", "errors",

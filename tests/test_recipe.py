@@ -30,7 +30,10 @@ def test_a_recipe_survives_json(name):
 
 
 def test_presets_mean_what_the_papers_rows_mean():
-    nearest, adaround, brecq, qdrop, aquant, aquant_bert = (preset(n) for n in PRESETS)
+    nearest, adaround, brecq, qdrop, aquant, plus, aquant_bert = (preset(n) for n in PRESETS)
+    fields = {"preset": "aquant", "finetune_steps": 0}
+    assert plus.replace(**fields) == aquant
+    assert plus.replace(steps=7).reconstruction.whole_network_steps == 7
     assert nearest.reconstruction.steps == 0
     assert adaround.granularity == aquant_bert.granularity == "layer"
     assert {r.granularity for r in (brecq, qdrop, aquant)} == {"block"}

@@ -71,7 +71,7 @@ def prepare(
     checks.check_not_traced()
     batch = min(recipe.reconstruction.batch_size, samples)
     unfolded, other = (
-        trace(apply, variables, _shapes(calibration, count)) for count in (batch, batch + 1)
+        trace(apply, variables, batch_shapes(calibration, count)) for count in (batch, batch + 1)
     )
     sampled = sample_first(unfolded, other, batch)
     checks.check_outputs(unfolded, sampled, recipe)
@@ -87,7 +87,7 @@ def prepare(
     return Network(graph, variables, folded, plan, blocks, recipe, samples, batch, valid_mask)
 
 
-def _shapes(calibration: Any, samples: int) -> Any:
+def batch_shapes(calibration: Any, samples: int) -> Any:
     """Shapes and dtypes of `samples` samples of a calibration set."""
     return jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), a.dtype), calibration
@@ -112,7 +112,7 @@ def _position_axes(
 
     shorter = jax.tree.map(shorten, calibration)
     try:
-        other = trace(apply, variables, _shapes(shorter, batch))
+        other = trace(apply, variables, batch_shapes(shorter, batch))
     except InputError as error:
         raise InputError(
             f"mask {mask!r}: sequence axes are found by tracing the network with sequences of "

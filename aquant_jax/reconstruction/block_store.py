@@ -9,24 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.errors import InputError, reason
-from aquant_jax.graph.subgraph import extract_subgraph, signature
-from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import LayerState, skeletons
-from aquant_jax.plan.network import Network, describe
-from aquant_jax.reconstruction.report import BlockReport
+from aquant_jax.reconstruction.report import BlockReport, FinetuneReport, Report
 from aquant_jax.storage import archive
-from aquant_jax.storage.environment import environment
 from aquant_jax.storage.folder_lock import hold
 from aquant_jax.storage.json_file import differences, jsonable, read_json, write_json
 from aquant_jax.storage.ownership import archive_files, check_unclaimed, remove_files
@@ -35,9 +29,9 @@ from aquant_jax.storage.parsing import malformed, record
 FINGERPRINT = "fingerprint.json"
 OLD_FINGERPRINT = "run.json"  # its name in layout 1
 # Fields that a restart may change: how blocks are learned, and the name of the preset.
-LEARNING = ("recipe.reconstruction.", "recipe.preset ")
-MAY_CHANGE = "a restart may change recipe.reconstruction only"
-CURVES = ("loss_curve", "propagated")  # fields of a report
+LEARNING = ("recipe.reconstruction.", "recipe.preset ", "augment ")
+MAY_CHANGE = "a restart may change recipe.reconstruction and augment only"
+CURVES = ("loss_curve", "propagated", "held_out_curve")  # fields of a report
 NUMBERS = ("start_error", "final_error", "seconds")
 
 
@@ -48,33 +42,13 @@ class BlockResult(NamedTuple):
       layers: deployed, by weight path.
       activations: quantizers of the tensors first read in this block, by key.
       report: how its reconstruction went.
+
+    That of the whole-network stage, which follows the last block, has all layers and tensors.
     """
 
     layers: dict[str, LayerState]
     activations: dict[str, ActivationQuantizer]
-    report: BlockReport
-
-
-def fingerprint(net: Network, calibration: Any, seed: int, compiler: Compiler) -> dict[str, Any]:
-    """Everything that the bits of a quantization depend on, JSON-able; arrays by SHA-256.
-
-    ``network`` covers blocks and equations; ``constants`` are the arrays that it closes over.
-    """
-    everything = signature(net.graph, extract_subgraph(net.graph, (), net.graph.outputs))
-    return jsonable(
-        {
-            "layout": archive.LAYOUT,
-            "network": hashlib.sha256(f"{describe(net)}\n{everything}".encode()).hexdigest(),
-            "constants": _digest(list(net.graph.constants.values())),
-            "weights": _digest(net.variables),
-            "calibration": _digest(calibration),
-            "valid_mask": _digest(net.valid_mask),
-            "recipe": net.recipe.to_dict(),
-            "seed": seed,
-            "backend": compiler.backend.name,
-            **environment(),
-        }
-    )
+    report: Report
 
 
 class Owner(NamedTuple):
@@ -133,19 +107,16 @@ class BlockStore:
             return None
         stored = archive.read(folder)
         metadata, arrays = stored.metadata, stored.arrays
-        with malformed(folder / archive.INDEX):
-            changed = differences(metadata["call"], self._owner.of(index))
-        if changed:
-            raise InputError(
-                f"{folder} is a block of another run, which differs in {', '.join(changed)}"
-            )
+        self._check_call(folder, metadata, index)
         with malformed(folder / archive.INDEX):
             layers = skeletons(metadata["borders"])
             empty = ActivationQuantizer(jnp.zeros(0), jnp.zeros(0))
             activations = dict.fromkeys(metadata["activations"], empty)
-            fields = dict(metadata["report"]) | {name: arrays.pop(name) for name in CURVES}
+            kind = FinetuneReport if "held_out_curve" in arrays else BlockReport
+            curves = [name for name in CURVES if name in arrays]
+            fields = dict(metadata["report"]) | {name: arrays.pop(name) for name in curves}
             fields |= {name: arrays.pop(name).item() for name in NUMBERS}
-            report = record(BlockReport, fields | {"layers": tuple(fields["layers"])})
+            report = record(kind, fields | {"layers": tuple(fields["layers"])})
             layers, activations = archive.fill((layers, activations), arrays)
             return BlockResult(layers, activations, report)
 
@@ -157,7 +128,8 @@ class BlockStore:
         """
         report = block.report._asdict()
         # As arrays: JSON has neither NaN nor infinity.
-        arrays = {name: np.asarray(report.pop(name)) for name in CURVES + NUMBERS}
+        names = [name for name in CURVES + NUMBERS if name in report]
+        arrays = {name: np.asarray(report.pop(name)) for name in names}
         metadata = {
             "borders": {path: list(layer.border) for path, layer in block.layers.items()},
             "activations": list(block.activations),
@@ -166,8 +138,62 @@ class BlockStore:
         }
         arrays |= archive.flatten((block.layers, block.activations))
         archive.write(_folder(self.path, index), arrays, jsonable(metadata))
+        self._forget_progress(index)
+
+    def read_progress(self, index: int, like: Any) -> Any:
+        """The last progress of the whole-network stage, which follows block ``index - 1``.
+
+        Args:
+          index: number of blocks.
+          like: a pytree of its structure.
+
+        Returns:
+          The pytree, its leaves as arrays, or None where there is none.
+
+        Raises:
+          InputError: a file of it is damaged or malformed, or it is that of another call.
+        """
+        folders = self._progress(index)
+        if not folders:
+            return None
+        folder = folders[-1]
+        stored = archive.read(folder)
+        self._check_call(folder, stored.metadata, index)
+        with malformed(folder / archive.INDEX):
+            return archive.fill(like, stored.arrays)
+
+    def write_progress(self, index: int, step: int, progress: Any) -> None:
+        """Keeps the progress of the whole-network stage after a step, in place of the last.
+
+        Raises:
+          InputError: the folder cannot be written; the last progress stays unchanged.
+        """
+        folder = self.path / f"{index:03d}-{step:09d}"
+        arrays = archive.flatten(progress)
+        archive.write(folder, arrays, jsonable({"call": self._owner.of(index)}))
+        self._forget_progress(index, keep=folder)
+
+    def _progress(self, first: int) -> list[Path]:
+        """Folders of the progress behind the block of that number or a later one."""
+        found = self.path.glob("[0-9][0-9][0-9]-[0-9]*")
+        return sorted(path for path in found if int(path.name[:3]) >= first)
+
+    def _forget_progress(self, first: int, keep: Path | None = None) -> None:
+        for folder in self._progress(first):
+            if folder != keep:
+                remove_files(folder, archive_files(folder))
+
+    def _check_call(self, folder: Path, metadata: Any, index: int) -> None:
+        """InputError unless the call of an archive is that of its block."""
+        with malformed(folder / archive.INDEX):
+            changed = differences(metadata["call"], self._owner.of(index))
+        if changed:
+            raise InputError(
+                f"{folder} is a block of another run, which differs in {', '.join(changed)}"
+            )
 
     def _forget(self, first: int) -> None:
+        self._forget_progress(0)
         rest = [p for p in self.path.glob("[0-9]*") if p.name.isdecimal() and int(p.name) >= first]
         files = {folder: archive_files(folder) for folder in rest}
         for folder in sorted(rest, key=lambda p: -int(p.name)):  # a gap would hide those behind it
@@ -178,12 +204,14 @@ class BlockStore:
 def open_block_store(
     folder: str | Path | None,
     restart_from: int | None,
-    net: Network,
-    calibration: Any,
-    seed: int,
-    compiler: Compiler,
+    call: Callable[[], dict[str, Any]],
 ) -> Iterator[BlockStore | None]:
     """The finished blocks of a call of `quantize`, held while it runs; None where it has no folder.
+
+    Args:
+      folder: of the blocks.
+      restart_from: see `BlockStore`.
+      call: gives the `fingerprint` of the call.
 
     Raises:
       InputError: see `BlockStore` and `_read_owner`; another process holds the folder; a restart
@@ -194,9 +222,9 @@ def open_block_store(
             raise InputError(f"restart_from is {restart_from}, but resume is None")
         yield None
         return
-    path, call = Path(folder), fingerprint(net, calibration, seed, compiler)
-    with hold(path, functools.partial(_read_owner, path, call, restart_from)) as owner:
-        yield BlockStore(path, owner, call, restart_from)
+    path, identity = Path(folder), call()
+    with hold(path, functools.partial(_read_owner, path, identity, restart_from)) as owner:
+        yield BlockStore(path, owner, identity, restart_from)
 
 
 def _read_owner(path: Path, call: dict[str, Any], restart_from: int | None) -> Owner | None:
@@ -232,15 +260,3 @@ def _read_owner(path: Path, call: dict[str, Any], restart_from: int | None) -> O
 
 def _folder(path: Path, index: int) -> Path:
     return path / f"{index:03d}"
-
-
-def _digest(tree: Any) -> str:
-    """SHA-256 of the paths, dtypes, shapes and bytes of the arrays of a pytree."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -44,6 +44,30 @@ def make_optimizer(program: BlockProgram, learning: Reconstruction) -> optax.Gra
     }
     groups = optax.multi_transform(parts, lambda params: {name: name for name in params})
     return optax.chain(_under_default_types(groups), optax.stateless(scale_borders))
+
+
+def make_finetune_optimizer(
+    specs: Mapping[str, LayerSpec], learning: Reconstruction
+) -> optax.GradientTransformation:
+    """Adam with a cosine schedule for the parameters of `finetune_step.Finetuner`."""
+    schedule = optax.cosine_decay_schedule(
+        learning.finetune_lr, max(learning.whole_network_steps, 1)
+    )
+
+    def scale_borders(updates: Any, _: Any) -> Any:
+        layers = {
+            path: own | {"border": _scaled(own["border"], specs[path], learning)}
+            for path, own in updates["layers"].items()
+        }
+        return updates | {"layers": layers}
+
+    return optax.chain(_under_default_types(optax.adam(schedule)), optax.stateless(scale_borders))
+
+
+def _scaled(border: Any, spec: LayerSpec, learning: Reconstruction) -> dict[str, jax.Array]:
+    return {
+        name: update * coefficient_rate(spec, learning, name) for name, update in border.items()
+    }
 
 
 def _under_default_types(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""The two terms of a block's loss: the error of its outputs, and AdaRound's regularizer."""
+"""The terms of a block's loss, output error and AdaRound's regularizer, and a whole network's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.arithmetic.adaround import beta_schedule, regularizer
+from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.plan.block_program import BlockProgram, valid_elements
 from aquant_jax.recipe import Reconstruction
+
+SMALLEST_SQUARE = 1e-12  # of outputs that are all zero
+LEAST_LOGIT = -1e9  # of a class at padding
 
 
 def output_loss(
@@ -55,3 +59,46 @@ def rounding_loss(
     total = sum(regularizer(alpha, beta) for alpha in alphas if alpha is not None)
     on = (progress >= learning.rounding_warmup).astype(jnp.float32)
     return learning.rounding_weight * on * total
+
+
+def network_loss(
+    kind: str,
+    position_axes: Sequence[tuple[int, ...]],
+    outputs: Sequence[jax.Array],
+    targets: Sequence[jax.Array],
+    valid_mask: jax.Array | None = None,
+) -> jax.Array:
+    """The distance of a network's outputs from the float network's, summed over the outputs.
+
+    Args:
+      kind: "kl", the Kullback-Leibler divergence of class probabilities over the last axis, mean
+        over the rest; "mse", the squared error over the squares of the targets.
+      position_axes: the sequence axes of each output.
+      outputs, targets: inexact, in pairs.
+      valid_mask: bool ``[batch, positions]``; padding is left out.
+    """
+    total = jnp.float32(0.0)
+    for output, target, positions in zip(outputs, targets, position_axes, strict=True):
+        valid = None
+        if valid_mask is not None and positions:
+            valid = valid_elements(valid_mask, positions, output.ndim)
+        if kind == "kl":
+            total = total + _divergence(output, target, valid)
+        else:
+            dtype = np.promote_types(output.dtype, np.float32)
+            error = jnp.abs(output.astype(dtype) - target.astype(dtype)) ** 2
+            size = jnp.mean(jnp.abs(target.astype(dtype)) ** 2, where=valid)
+            total = total + jnp.mean(error, where=valid) / jnp.maximum(size, SMALLEST_SQUARE)
+    return total
+
+
+def _divergence(output: jax.Array, target: jax.Array, valid: AnyArray | None) -> jax.Array:
+    """Mean KL divergence of the classes of `output` from those of `target`."""
+    logits, wanted = output.astype(jnp.float32), target.astype(jnp.float32)
+    rows = None
+    if valid is not None:
+        valid = jnp.broadcast_to(valid, output.shape)
+        rows = jnp.any(valid, -1)
+        logits, wanted = (jnp.where(valid, v, LEAST_LOGIT) for v in (logits, wanted))
+    logits, wanted = jax.nn.log_softmax(logits), jax.nn.log_softmax(wanted)
+    return jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - logits), -1), where=rows)

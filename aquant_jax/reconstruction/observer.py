@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 from absl import logging
@@ -9,11 +10,14 @@ from tqdm import tqdm
 
 from aquant_jax.graph.partition import Block
 from aquant_jax.plan.network import Network, describe
-from aquant_jax.reconstruction.report import BlockReport
+from aquant_jax.reconstruction.report import Report
 
 
 class Observer:
-    """Receives the progress of `quantize`. Override the methods of interest; the base is silent."""
+    """Receives the progress of `quantize`. Override the methods of interest; the base is silent.
+
+    The whole-network stage counts as one more block, whose report is a `FinetuneReport`.
+    """
 
     def on_start(self, net: Network) -> None:
         """The input was accepted; the first block follows."""
@@ -24,7 +28,7 @@ class Observer:
     def on_step(self, index: int, step: int, loss: float) -> None:
         """`step` steps of a block are done; `loss` is the mean since the call before."""
 
-    def on_block_end(self, report: BlockReport) -> None:
+    def on_block_end(self, report: Report) -> None:
         """A block is finished, or was read from a block store."""
 
     def on_end(self) -> None:
@@ -36,21 +40,20 @@ class TerminalObserver(Observer):
 
     def on_start(self, net: Network) -> None:
         print(describe(net))
-        self._steps, self._blocks = net.recipe.reconstruction.steps, len(net.blocks)
-        total = self._steps * self._blocks
-        self._bar = tqdm(total=total, disable=not total, unit="step")
+        self._ends = list(itertools.accumulate(_steps(net)))
+        self._bar = tqdm(total=self._ends[-1], disable=not self._ends[-1], unit="step")
 
     def on_block_start(self, index: int, block: Block) -> None:
-        self._bar.set_description(f"block {index + 1}/{self._blocks} {block.name}")
+        self._bar.set_description(f"block {index + 1}/{len(self._ends)} {block.name}")
 
     def on_step(self, index: int, step: int, loss: float) -> None:
-        self._bar.update(index * self._steps + step - self._bar.n)
+        self._bar.update((self._ends[index - 1] if index else 0) + step - self._bar.n)
         self._bar.set_postfix(loss=f"{loss:.4g}")
 
-    def on_block_end(self, report: BlockReport) -> None:
-        self._bar.update((report.index + 1) * self._steps - self._bar.n)
-        if report.fell_back_to_nearest:
-            self._bar.write(f"{report.name}: {FELL_BACK}")
+    def on_block_end(self, report: Report) -> None:
+        self._bar.update(self._ends[report.index] - self._bar.n)
+        if report.warning:
+            self._bar.write(f"{report.name}: {report.warning}")
 
     def on_end(self) -> None:
         self._bar.close()
@@ -61,16 +64,16 @@ class LogObserver(Observer):
 
     def on_start(self, net: Network) -> None:
         logging.info("%s", describe(net))
-        self._blocks = len(net.blocks)
+        self._blocks = len(_steps(net))
 
-    def on_block_end(self, report: BlockReport) -> None:
+    def on_block_end(self, report: Report) -> None:
         logging.info(
-            "block %d/%d %s: error %.4g, nearest %.4g, %.1f s",
+            "block %d/%d %s: error %.4g, at the start %.4g, %.1f s",
             report.index + 1, self._blocks, report.name,
             report.final_error, report.start_error, report.seconds,
         )  # fmt: skip
-        if report.fell_back_to_nearest:
-            logging.warning("%s: %s", report.name, FELL_BACK)
+        if report.warning:
+            logging.warning("%s: %s", report.name, report.warning)
 
 
 class Observers(Observer):
@@ -91,7 +94,7 @@ class Observers(Observer):
         for observer in self.observers:
             observer.on_step(index, step, loss)
 
-    def on_block_end(self, report: BlockReport) -> None:
+    def on_block_end(self, report: Report) -> None:
         for observer in self.observers:
             observer.on_block_end(report)
 
@@ -100,9 +103,13 @@ class Observers(Observer):
             observer.on_end()
 
 
-FELL_BACK = "reconstruction did not reduce the error; using nearest rounding"
-
-
 def default_observer() -> Observer:
     """A `TerminalObserver` where standard error is a terminal, else a `LogObserver`."""
     return TerminalObserver() if sys.stderr.isatty() else LogObserver()
+
+
+def _steps(net: Network) -> list[int]:
+    """The steps of every block, and of the whole-network stage if there is one."""
+    learning = net.recipe.reconstruction
+    finetune = learning.whole_network_steps
+    return [learning.steps] * len(net.blocks) + ([finetune] if finetune else [])

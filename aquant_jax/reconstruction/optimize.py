@@ -16,7 +16,7 @@ from aquant_jax.errors import ReconstructionError
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import LayerState
 from aquant_jax.plan.block_program import BlockProgram
-from aquant_jax.recipe import Recipe, Reconstruction
+from aquant_jax.recipe import Recipe
 from aquant_jax.reconstruction.learning_rates import make_optimizer
 from aquant_jax.reconstruction.training_step import (
     CalibrationData,
@@ -77,7 +77,8 @@ def optimize(
     )
     params = initial_params(program, quantizers)
     carry = (params, trainer.optimizer.init(params))
-    index = draw_batches(np.random.default_rng(seed), len(data.targets[0].values), learning)
+    samples = np.arange(len(data.targets[0].values))
+    index = draw_batches(np.random.default_rng(seed), samples, learning.steps, learning.batch_size)
     key, chunk = jax.random.key(seed), steps_a_call()
     losses: list[jax.Array] = []
     curve = []
@@ -101,10 +102,12 @@ def steps_a_call() -> int:
     return 1 if jax.default_backend() == "cpu" else GPU_CHUNK
 
 
-def draw_batches(rng: np.random.Generator, samples: int, learning: Reconstruction) -> np.ndarray:
-    """Sample indices of every step: int32 ``[steps, batch_size]``, without repeats in a batch."""
-    size = min(learning.batch_size, samples)
-    draws = [rng.choice(samples, size, replace=False) for _ in range(learning.steps)]
+def draw_batches(
+    rng: np.random.Generator, samples: np.ndarray, steps: int, batch_size: int
+) -> np.ndarray:
+    """`samples` of every step: int32 ``[steps, batch_size]``, without repeats in a batch."""
+    size = min(batch_size, len(samples))
+    draws = [rng.choice(samples, size, replace=False) for _ in range(steps)]
     return np.array(draws, np.int32)
 
 
@@ -130,7 +133,7 @@ def _result(
         q if step is None else q._replace(step_size=step)
         for q, step in zip(quantizers.activations, params["step"], strict=True)
     )
-    coefficients = [_as_stored(layer, border_format) for layer in params["border"]]
+    coefficients = [as_stored(layer, border_format) for layer in params["border"]]
     layers = deploy(program, quantizers.weights, params["alpha"], coefficients)
     return Result(layers, activations, curve)
 
@@ -143,7 +146,7 @@ def _check_finite(losses: np.ndarray, program: BlockProgram, done: int, steps: i
         )
 
 
-def _as_stored(coefficients: dict[str, jax.Array], border_format: str) -> dict[str, jax.Array]:
+def as_stored(coefficients: dict[str, jax.Array], border_format: str) -> dict[str, jax.Array]:
     """Coefficients rounded to the format in which they are saved."""
     return {
         name: jnp.asarray(packing.decode(*packing.encode(np.asarray(values), border_format)))

@@ -39,6 +39,47 @@ class BlockReport(NamedTuple):
     seconds: float
     propagated: np.ndarray
 
+    @property
+    def warning(self) -> str | None:
+        """What a user should know about it."""
+        fell_back = "reconstruction did not reduce the error; using nearest rounding"
+        return fell_back if self.fell_back_to_nearest else None
+
+
+class FinetuneReport(NamedTuple):
+    """How the whole-network stage went.
+
+    Attributes:
+      index: number of blocks before it.
+      name, layers: of the network.
+      steps: optimisation steps taken.
+      loss_curve: ``[k, 2]``: step, loss (mean since the row before).
+      held_out_curve: ``[k, 2]``: step, loss of the deployed network on the samples held out.
+      start_error, final_error: that loss before the stage, and as deployed.
+      best_step: the step that is deployed; 0 keeps the start, which no step improved on.
+      seconds: wall clock.
+    """
+
+    index: int
+    name: str
+    layers: tuple[str, ...]
+    steps: int
+    loss_curve: np.ndarray
+    held_out_curve: np.ndarray
+    start_error: float
+    final_error: float
+    best_step: int
+    seconds: float
+
+    @property
+    def warning(self) -> str | None:
+        """What a user should know about it."""
+        kept = "no step reduced the error on the samples held out; keeping the start"
+        return None if self.best_step else kept
+
+
+Report = BlockReport | FinetuneReport
+
 
 class History(tuple):
     """Reports of the blocks. All histories compare equal: how a network was made does not change

@@ -44,6 +44,7 @@ class Run(NamedTuple):
       compiler: shares compiled functions.
       observer: receives the progress.
       block_store: finished blocks on disk, or None.
+      augment: ``augment(key, leaves) -> leaves``, by value id, for the whole-network stage.
     """
 
     net: Network
@@ -52,6 +53,7 @@ class Run(NamedTuple):
     compiler: Compiler
     observer: Observer
     block_store: BlockStore | None = None
+    augment: Callable[..., dict[int, jax.Array]] | None = None
 
 
 class State(NamedTuple):

@@ -17,7 +17,7 @@ from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.observer import default_observer
 from aquant_jax.storage import json_file
 from aquant_jax.storage.environment import environment
-from launch.lib import plots, results
+from launch.lib import augmentations, plots, results
 from launch.lib.command_line import Config, absolute
 from launch.lib.metrics import Predict, evaluate_batches
 from launch.lib.run_directory import RunDirectory
@@ -131,6 +131,16 @@ def recipe_of(config: Config) -> aq.Recipe:
     return aq.recipes.preset(config.preset, **fields, **learning)
 
 
+def augment_of(config: Config, recipe: aq.Recipe) -> Any:
+    """The augmentation of a config, where its recipe has a stage that uses it.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    augment = augmentations.get(config.get("augment"))
+    return augment if recipe.reconstruction.whole_network_steps else None
+
+
 def identity(config: Config, seed: int, data_dir: str) -> dict[str, Any]:
     """Two cells are the same run if these are equal."""
     return {
@@ -188,6 +198,7 @@ def run(
         mask=config.get("mask"), seed=seed,
         observer=aq.Observers(default_observer(), DirectoryObserver(directory)),
         compiler=compiler or aq.Compiler(gpu_ops.backend()),
+        augment=augment_of(config, recipe),
         resume=directory.blocks, restart_from=restart_from,
     )  # fmt: skip
     aq.save(quantized, directory.network, _test_inputs(experiment.dataset, config))

@@ -13,8 +13,8 @@ import numpy as np
 
 from aquant_jax.arithmetic import border
 from aquant_jax.errors import InputError
+from launch.lib.results import Report, split_reports
 
-Report = Mapping[str, Any]
 Drawing = tuple[str, Callable[[Any], None]]  # title, draw(axes)
 
 CURVES_PER_LAYER = 8
@@ -39,7 +39,7 @@ def run_plots(recipe: Any, reports: Sequence[Report], layers: Sequence[Any], fol
 
     Args:
         recipe: of the run; its preset is the name in the legends.
-        reports: the fields of every ``BlockReport``.
+        reports: the fields of the report of every block, and of the whole-network stage.
         layers: the ``LayerSummary`` of every layer.
         folder: where to write.
 
@@ -47,10 +47,11 @@ def run_plots(recipe: Any, reports: Sequence[Report], layers: Sequence[Any], fol
         InputError: matplotlib is not installed.
     """
     trained = [report for report in reports if len(report["loss_curve"])]
-    draw_loss = [(report["name"], _loss(report["loss_curve"])) for report in trained]
-    _grid(folder / "loss.png", draw_loss, "step", "reconstruction loss")
-    block_errors({recipe.preset: reports}, folder / "block_error.png")
-    propagated_errors({recipe.preset: reports}, folder / "propagated_error.png")
+    draw_loss = [(report["name"], _loss(report)) for report in trained]
+    _grid(folder / "loss.png", draw_loss, "step", "loss (dashed: on held-out samples)")
+    blocks, _ = split_reports(reports)
+    block_errors({recipe.preset: blocks}, folder / "block_error.png")
+    propagated_errors({recipe.preset: blocks}, folder / "propagated_error.png")
     draw_borders = [
         (layer.path, _border_curves(layer, recipe)) for layer in layers if layer.border is not None
     ]
@@ -158,11 +159,14 @@ def _propagated(clusters: Mapping[str, np.ndarray]) -> Callable[[Any], None]:
     return draw
 
 
-def _loss(curve: Any) -> Callable[[Any], None]:
+def _loss(report: Report) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
-        steps, losses = np.asarray(curve, np.float64).T
-        axes.plot(steps, losses)
-        _log_scale(axes, losses)
+        drawn = []
+        for name, style in (("loss_curve", "-"), ("held_out_curve", "--")):
+            steps, losses = np.reshape(np.asarray(report.get(name, ()), np.float64), (-1, 2)).T
+            axes.plot(steps, losses, style, color="C0")
+            drawn.append(losses)
+        _log_scale(axes, *drawn)
 
     return draw
 

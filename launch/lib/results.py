@@ -1,18 +1,22 @@
 """The results of a run: the part that describes its recipe and blocks, and one line of text."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aquant_jax as aq
 
+Report = Mapping[str, Any]  # fields of a block's report
 METRIC_NAMES = {"top1": "top-1"}  # others are called by their names
 
 
 def describe(quantized: aq.Quantized) -> dict[str, Any]:
-    """Recipe and block reports, without their loss curves, which are in the log."""
+    """Recipe and reports, of the blocks without their loss curves, which are in the log."""
     recipe = quantized.recipe
-    blocks = [report._asdict() for report in quantized.reports]
-    for block in blocks:
-        del block["loss_curve"]
+    reports = [report._asdict() for report in quantized.reports]
+    blocks, stages = split_reports(reports)
+    blocks = [
+        {name: value for name, value in block.items() if name != "loss_curve"} for block in blocks
+    ]
     return {
         "preset": recipe.preset,
         "weight_bits": recipe.weight_bits,
@@ -20,7 +24,14 @@ def describe(quantized: aq.Quantized) -> dict[str, Any]:
         "recipe": recipe.to_dict(),
         "seconds": sum(report.seconds for report in quantized.reports),
         "blocks": blocks,
+        "finetune": stages[0] if stages else None,
     }
+
+
+def split_reports(reports: Sequence[Report]) -> tuple[list[Report], list[Report]]:
+    """The fields of the reports of blocks, and those of the whole-network stage, if it ran."""
+    blocks = [report for report in reports if "held_out_curve" not in report]
+    return blocks, [report for report in reports if "held_out_curve" in report]
 
 
 def metric_name(metric: str) -> str:

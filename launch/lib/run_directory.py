@@ -38,7 +38,8 @@ EXPORTS = "export"
 REPORT = "report.json"  # of an export: the bytes of its files, and how it compares
 CHECKPOINT = "checkpoint"  # of a fine-tuning
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-RESTARTS = ("config.preset ", "config.recipe.reconstruction.")  # what a restart may change
+RESTARTS = ("config.preset ", "config.recipe.reconstruction.", "config.augment ")
+MAY_CHANGE = " (a restart may change recipe.reconstruction and augment only)"  # that is RESTARTS
 
 
 class RunDirectory:
@@ -173,7 +174,7 @@ def _read_owned(path: Path, identity: dict[str, Any], restart: bool) -> dict[str
             return None
         changed = differences(_read_identity(path), identity, RESTARTS if restart else ())
         if changed:
-            may = " (a restart may change recipe.reconstruction only)" if restart else ""
+            may = MAY_CHANGE if restart else ""
             raise InputError(
                 f"workdir {path} holds another run, which differs in "
                 f"{', '.join(changed)}{may}; choose another --workdir"

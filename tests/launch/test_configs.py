@@ -66,8 +66,9 @@ def test_a_variant_sets_bits_and_preset(path, preset):
         act_bits=4,
         steps=recipe.reconstruction.steps,
         rounding_weight=LAMBDA.get(path.stem, 0.01),
+        finetune_loss="kl",
     )
-    if preset == "aquant":
+    if preset in ("aquant", "aquant_plus"):
         form = "linear" if path.stem in LINEAR else "quadratic"
         expected = expected.replace(border=form, shared_across_taps=path.stem not in BORDER_PER_TAP)
     assert recipe == expected

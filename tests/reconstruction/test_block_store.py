@@ -122,7 +122,7 @@ def test_a_restart_learns_the_rest_by_another_recipe(tmp_path):
         (
             RECIPE.replace(act_bits=4),
             1,
-            r"recipe\.act_bits .* may change recipe\.reconstruction only",
+            r"recipe\.act_bits .* may change recipe\.reconstruction and augment only",
         ),
         (RECIPE, 2, r"restart from block 2: .* has 1 finished blocks"),
     ],

@@ -73,7 +73,9 @@ def twin(program, quantizers, data, recipe):
         np.asarray(c[0].take(everything, jnp.float32))
         for c in (data.quantized, data.floating, data.targets)
     )
-    order = optimize.draw_batches(np.random.default_rng(SEED), SAMPLES, recipe.reconstruction)
+    learning = recipe.reconstruction
+    rng = np.random.default_rng(SEED)
+    order = optimize.draw_batches(rng, everything, learning.steps, learning.batch_size)
     for step, index in enumerate(order):
         mixed, drops = masks_of(program, recipe, step, (BATCH, *noised.shape[1:]))
         x = np.where(mixed, floating[index], noised[index])

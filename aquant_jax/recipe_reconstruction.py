@@ -1,0 +1,102 @@
+"""The part of a recipe that says how the quantizers are learned."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from aquant_jax.recipe_checks import check_choice, check_ranges, check_types
+
+SCHEDULES = ("constant", "cosine")
+FINETUNE_LOSSES = ("mse", "kl")
+_FRACTIONS = (
+    "input_mixing", "quant_drop_prob", "final_full_quant_fraction", "border_warmup",
+    "rounding_warmup",
+)  # fmt: skip
+_POSITIVE = (
+    "batch_size", "init_samples", "weight_lr", "step_lr", "border_lr", "loss_power",
+    "border_gain", "border_range", "beta_start", "beta_end", "finetune_lr", "finetune_eval_every",
+)  # fmt: skip
+_COUNTS = ("steps", "rounding_weight", "finetune_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """How the quantizers of a block are learned. The defaults are those of the public QDrop code.
+
+    A restart (``quantize(restart_from=...)``) may change these fields.
+
+    Attributes:
+      steps: optimisation steps per block; 0 rounds to nearest.
+      batch_size: samples per step.
+      input_mixing: probability that an element of a block's input is the float network's.
+      quant_drop_prob: probability that an element inside a block stays unquantized (QDrop).
+      final_full_quant_fraction: fraction of the steps, at the end, without mixing or dropping.
+        Borders and step sizes then see the network that is deployed.
+      weight_lr, step_lr, border_lr: Adam learning rates of alpha, step sizes and coefficients.
+      step_schedule, border_schedule: "constant" or "cosine" (to zero).
+      border_gain: factor on the learning rate of every coefficient. Under Adam it is equivalent to
+        learning p with B = phi(1/2 + gain * p).
+      border_range: scales the learning rates as if u ran from 0 to this value instead of Qmax: one
+        step of Adam then moves the border by the same share of the tensor's range at every
+        bit-width. None disables it.
+      border_warmup: fraction of the steps before the coefficients start to move.
+      rounding_weight: lambda of the rounding loss.
+      rounding_warmup: fraction of the steps without rounding loss.
+      beta_start, beta_end: exponent of the rounding loss.
+      loss_power: the reconstruction loss is mean ``|error|^loss_power``, summed over channels.
+      init_samples: samples for the initial step sizes.
+      finetune_steps: steps of the whole-network stage after the last block, on batches of
+        `batch_size`; 0 leaves it out, None takes as many as `steps`.
+      finetune_lr: Adam learning rate of that stage: relative for step sizes and weight scales,
+        absolute for biases, in codes for weights; of coefficients as for `border_lr`. Falls to
+        zero as a cosine.
+      finetune_loss: "kl" from the float network's class probabilities, for outputs that are logits
+        over the last axis; "mse", the mean squared error relative to the mean square of the output.
+      finetune_weights: learn the rounding of the weights too, with straight-through gradients.
+      finetune_held_out: fraction of the calibration set on which the best step is chosen. That
+        stage does not learn from it.
+      finetune_eval_every: steps between two evaluations, each of which is also a step from which
+        an interrupted run resumes.
+    """
+
+    steps: int = 20_000
+    batch_size: int = 32
+    input_mixing: float = 0.0
+    quant_drop_prob: float = 0.0
+    final_full_quant_fraction: float = 0.0
+    weight_lr: float = 1e-3
+    step_lr: float = 4e-5
+    border_lr: float = 1e-3
+    step_schedule: str = "cosine"
+    border_schedule: str = "constant"
+    border_gain: float = 1.0
+    border_range: float | None = 3.0
+    border_warmup: float = 0.0
+    rounding_weight: float = 0.01
+    rounding_warmup: float = 0.2
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+    loss_power: float = 2.0
+    init_samples: int = 256
+    finetune_steps: int | None = 0
+    finetune_lr: float = 1e-3
+    finetune_loss: str = "mse"
+    finetune_weights: bool = True
+    finetune_held_out: float = 0.1
+    finetune_eval_every: int = 100
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("step_schedule", "border_schedule"):
+            check_choice(self, name, SCHEDULES)
+        check_choice(self, "finetune_loss", FINETUNE_LOSSES)
+        check_ranges(self, _FRACTIONS, lambda v: 0.0 <= v < 1.0, "in [0, 1)")
+        check_ranges(self, _POSITIVE, lambda v: 0 < v < math.inf, "positive and finite")
+        check_ranges(self, _COUNTS, lambda v: 0 <= v < math.inf, "0 or more, and finite")
+        check_ranges(self, ("finetune_held_out",), lambda v: 0.0 < v < 1.0, "in (0, 1)")
+
+    @property
+    def whole_network_steps(self) -> int:
+        """Steps of the whole-network stage."""
+        return self.steps if self.finetune_steps is None else self.finetune_steps

@@ -1,0 +1,105 @@
+"""Checks of the whole-network stage, before the first block is learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.errors import InputError
+from aquant_jax.layers.fake_quant import Weights
+from aquant_jax.reconstruction.chain import Chain, Parts, inexact
+from aquant_jax.reconstruction.finetune import float_parts, split
+from aquant_jax.reconstruction.memory import free_bytes
+from aquant_jax.reconstruction.sequential import Run
+from aquant_jax.reconstruction.weights import init_borders
+
+COPIES = 6  # of the parameters: themselves, the best, their gradient, Adam's two, and the update
+TOLERANCE = 1e-3  # of the sum of probabilities
+
+
+def check_finetune(run: Run) -> None:
+    """Check that the whole-network stage can run.
+
+    Args:
+      run: the fixed part.
+
+    Raises:
+      InputError: the samples that are not held out make no batch; the outputs are no logits, with
+        loss "kl"; no output has a gradient; there is not enough memory.
+    """
+    net, learning = run.net, run.net.recipe.reconstruction
+    train, held_out = split(net.samples, 0, learning.finetune_held_out)
+    if len(train) < learning.batch_size:
+        raise InputError(
+            f"finetune_held_out {learning.finetune_held_out} holds out {len(held_out)} of "
+            f"{net.samples} samples and leaves {len(train)}, fewer than batch_size "
+            f"{learning.batch_size}"
+        )
+    chain = Chain(net, run.compiler)
+    _check_memory(run, chain)
+    rows = np.arange(net.batch) % net.samples
+    leaves = {i: leaf[rows] for i, leaf in run.inputs.items()}
+    last = chain.programs[-1]
+    outputs = chain.forward(float_parts(net), leaves, quantized=False)[-1]
+    outputs = inexact(last, last.subgraph.outputs, outputs)
+    if not outputs:
+        raise InputError("the whole-network stage needs a floating-point output of the network")
+    if learning.finetune_loss == "kl":
+        _check_logits(outputs)
+
+
+def _check_logits(outputs: Sequence[jax.Array]) -> None:
+    for output in outputs:
+        what = None
+        if jnp.iscomplexobj(output) or output.ndim < 2 or output.shape[-1] < 2:
+            what = "it needs real outputs with the classes, two or more, on the last axis"
+        elif _is_distribution(np.asarray(output, np.float32)):
+            what = "its rows are probabilities: return what softmax was applied to"
+        if what:
+            raise InputError(
+                f'finetune_loss "kl": an output {output.dtype}{list(output.shape)} is not one of '
+                f'logits; {what}; or use "mse"'
+            )
+
+
+def _is_distribution(values: np.ndarray) -> bool:
+    return bool((values >= 0).all() and np.allclose(values.sum(-1), 1, atol=TOLERANCE))
+
+
+def _check_memory(run: Run, chain: Chain) -> None:
+    needed, free = _bytes_needed(run, chain), free_bytes()
+    if needed > free:
+        raise InputError(
+            f"the whole-network stage needs about {needed / 2**30:.2f} GiB, and "
+            f"{free / 2**30:.2f} GiB are free; lower batch_size, or set finetune_steps=0"
+        )
+
+
+def _bytes_needed(run: Run, chain: Chain) -> int:
+    """Bytes of the stage: activations, parameters, and the weights and their gradient."""
+    net, folded = run.net, run.net.folded
+    borders: dict[str, dict[str, jax.Array]] = {}
+    for program in chain.programs:
+        pairs = zip(program.specs, init_borders(program), strict=True)
+        borders |= {spec.path: coefficients for spec, coefficients in pairs}
+    weights = {
+        path: Weights(jnp.asarray(weight), jnp.asarray(bias), borders[path])
+        for path, (weight, bias) in folded.items()
+    }
+    scalar = jnp.zeros(())
+    activations = {
+        tensor.key: ActivationQuantizer(scalar, scalar)
+        for program in chain.programs for tensor in program.tensors
+    }  # fmt: skip
+    parts = Parts(weights, activations)
+    leaves = {
+        i: jax.ShapeDtypeStruct((net.batch, *leaf.shape[1:]), leaf.dtype)
+        for i, leaf in run.inputs.items()
+    }
+    size = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(parts))
+    return chain.backward_bytes(parts, leaves) + (COPIES + 3) * size

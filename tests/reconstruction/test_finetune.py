@@ -1,0 +1,392 @@
+"""The whole-network stage: its gradient, what it learns and deploys, resuming, and wrong input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import aquant_jax as aq
+from aquant_jax.errors import InputError, ReconstructionError
+from aquant_jax.graph.subgraph import bind_inputs
+from aquant_jax.plan.block_program import forward, make_block_program
+from aquant_jax.plan.network import prepare
+from aquant_jax.reconstruction import finetune_checks
+from aquant_jax.reconstruction.chain import Chain, Parts
+from aquant_jax.reconstruction.finetune import float_parts, split
+from aquant_jax.reconstruction.loss import network_loss
+from aquant_jax.storage import archive
+from tests.support.nets import images, mlp, normal, rng_of, small_net
+from tests.support.observers import Recorder
+
+X = images(0, 24, size=5)
+COMPILER = aq.Compiler()
+BLOCKS = aq.recipes.aquant(2, 2, steps=3, batch_size=4)
+FIELDS = {
+    "finetune_steps": 6, "finetune_lr": 3e-3, "finetune_eval_every": 2, "finetune_held_out": 0.3,
+}  # fmt: skip
+RECIPE = BLOCKS.replace(**FIELDS)
+
+
+class StopHereError(Exception):
+    pass
+
+
+def quantize(recipe=RECIPE, x=X, net=None, observer=None, **more):
+    apply, variables = net or small_net()
+    observer = observer or aq.Observer()
+    return aq.quantize(apply, variables, x, recipe, observer=observer, compiler=COMPILER, **more)
+
+
+def jitter(key, batch):
+    return batch + np.float32(0.05) * jax.random.normal(key, batch.shape)
+
+
+@functools.cache
+def finetuned():
+    return quantize()
+
+
+@functools.cache
+def before():
+    return quantize(BLOCKS)
+
+
+def assert_same(one, two):
+    for name in ("layers", "activations", "constants"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(one, name), getattr(two, name))
+
+
+def squared(output, target):
+    """The relative squared error, in numpy."""
+    output, target = np.asarray(output, np.float64), np.asarray(target, np.float64)
+    return np.mean((output - target) ** 2) / np.mean(target**2)
+
+
+class TestChain:
+    """The gradient, block by block, is that of the whole network."""
+
+    def two_outputs(self):
+        """One output is made in the first block, and integers cross a boundary."""
+        apply, variables = small_net()
+
+        def wide(variables, x):
+            early = jax.nn.relu(x @ variables["first"])
+            logits = apply(variables["net"], early)
+            return {"logits": logits, "early": early, "class": jnp.argmax(logits, -1)}
+
+        return wide, {"net": variables, "first": normal(rng_of(3), 3, 3)}
+
+    @pytest.mark.parametrize("name", ["small_net", "two_outputs"])
+    def test_gradient_and_outputs_of_the_whole(self, name):
+        apply, variables = small_net() if name == "small_net" else self.two_outputs()
+        quantized = aq.quantize(
+            apply, variables, X, BLOCKS, observer=aq.Observer(), compiler=COMPILER
+        )
+        net = prepare(apply, variables, X, BLOCKS)
+        chain = Chain(net, COMPILER)
+        assert len(chain.programs) > 2
+        leaves = {net.graph.inputs[0]: jnp.asarray(X[: net.batch])}
+        ends = net.blocks[-1].end
+        whole = make_block_program(net.graph, net.plan, (), ends)
+        inputs = bind_inputs(net.graph, whole.subgraph, net.variables, leaves)
+        weights = {
+            spec.path: float_parts(net)
+            .weights[spec.path]
+            ._replace(border=quantized.layers[spec.path].border)
+            for spec in whole.specs
+        }
+        parts = Parts(weights, quantized.activations)
+        floats = [
+            i for i, v in enumerate(ends) if jnp.issubdtype(net.graph.avals[v].dtype, np.inexact)
+        ]
+
+        def outputs_of(parts):
+            own = [parts.weights[spec.path] for spec in whole.specs]
+            activations = [parts.activations[tensor.key] for tensor in whole.tensors]
+            return forward(whole, own, activations, inputs)
+
+        wanted = jax.jit(outputs_of)(parts)
+        boundaries = chain.forward(parts, leaves)
+        for one, two in zip(boundaries[-1], wanted, strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+        cotangents = [jnp.cos(jnp.arange(wanted[i].size)).reshape(wanted[i].shape) for i in floats]
+
+        def total(parts):
+            outputs = outputs_of(parts)
+            return sum(jnp.sum(outputs[i] * c) for i, c in zip(floats, cotangents, strict=True))
+
+        expected = jax.jit(jax.grad(total))(parts)
+        found = chain.backward(parts, leaves, boundaries, cotangents)
+        assert found.weights.keys() == expected.weights.keys()
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-3), found, expected
+        )
+
+
+class TestWhatIsLearned:
+    def test_the_report_is_the_loss_of_what_is_deployed(self):
+        report = finetuned().reports[-1]
+        apply, variables = small_net()
+        seed = int(np.random.SeedSequence([0, 3]).generate_state(1)[0])
+        learned, held_out = split(len(X), seed, 0.3)
+        assert len(held_out) == 8
+        assert sorted([*learned, *held_out]) == list(range(len(X)))
+        for q, error in ((before(), report.start_error), (finetuned(), report.final_error)):
+            batches = [X[rows] for rows in np.split(held_out, 2)]
+            losses = [squared(q(x), apply(variables, x)) for x in batches]
+            np.testing.assert_allclose(error, np.mean(losses), rtol=1e-4)
+        assert report.final_error < report.start_error
+        assert report.best_step in (2, 4, 6)
+        assert report.held_out_curve[:, 0].tolist() == [0, 2, 4, 6]
+        assert (report.index, report.name, report.steps) == (3, "whole network", 6)
+        assert np.isfinite(report.loss_curve).all()
+        assert report.warning is None
+
+    def test_everything_of_a_layer_moves_and_keeps_its_form(self):
+        path = "block_1/conv2/kernel"
+        old, new = before().layers[path], finetuned().layers[path]
+        for name in ("scale", "bias"):
+            assert (getattr(old, name) != getattr(new, name)).any()
+        for name, coefficients in old.border.items():
+            assert (coefficients != new.border[name]).any()
+        np.testing.assert_array_equal(old.zero_point, new.zero_point)
+        assert new.codes.dtype == jnp.uint8
+        shapes = [
+            jax.tree.map(lambda a: (a.shape, a.dtype), q.layers) for q in (before(), finetuned())
+        ]
+        assert shapes[0] == shapes[1]
+        steps = [q.activations[path].step_size for q in (before(), finetuned())]
+        assert steps[0] != steps[1]
+
+    def test_codes_move_only_if_asked(self):
+        many = {"finetune_lr": 0.02, "finetune_steps": 60, "finetune_held_out": 0.3}
+        for weights in (True, False):
+            q = quantize(BLOCKS.replace(**many, finetune_weights=weights, steps=0))
+            assert q.reports[-1].best_step
+            start = quantize(BLOCKS.replace(steps=0))
+            moved = [
+                (layer.codes != start.layers[path].codes).any() for path, layer in q.layers.items()
+            ]
+            assert any(moved) == weights
+            assert all(
+                layer.codes.max() < 2**bits
+                for layer, bits in zip(q.layers.values(), (8, 2, 2, 8), strict=True)
+            )
+
+    def test_the_start_is_kept_bit_for_bit_if_nothing_is_better(self):
+        q = quantize(RECIPE.replace(finetune_lr=1.0))
+        assert_same(q, before())
+        report = q.reports[-1]
+        assert report.best_step == 0
+        assert report.final_error == report.start_error
+        assert "keeping the start" in report.warning
+
+    def test_augmentation_changes_what_is_learned(self):
+        one, two, other = (
+            quantize(augment=a) for a in (jitter, jitter, lambda key, x: jitter(key, -x))
+        )
+        assert_same(one, two)
+        for q in (other, finetuned()):
+            assert one.layers["head/kernel"].bias.tolist() != q.layers["head/kernel"].bias.tolist()
+
+    def test_saved_and_restored(self, tmp_path):
+        aq.save(finetuned(), tmp_path / "net", X[:2])
+        restored = aq.restore(tmp_path / "net")
+        np.testing.assert_array_equal(restored(X[:2]), finetuned()(X[:2]))
+
+    def test_any_preset_and_pytree_of_outputs(self):
+        apply, variables = mlp()
+
+        def named(variables, x):
+            logits = apply(variables, x["x"])
+            return {
+                "twice": np.float32(2) * logits,
+                "logits": logits,
+                "class": jnp.argmax(logits, -1),
+            }
+
+        x = {"x": normal(rng_of(0), 32, 6)}
+        recipe = aq.recipes.nearest(2, 2, **FIELDS | {"finetune_steps": 20}, finetune_loss="kl")
+        q = quantize(recipe.replace(batch_size=8), x, (named, variables))
+        assert q.reports[-1].final_error < q.reports[-1].start_error
+        assert set(q(x)) == {"twice", "logits", "class"}
+
+    def test_a_loss_that_is_not_finite_is_told(self):
+        with pytest.raises(ReconstructionError, match=r"whole network: the loss is nan near step"):
+            quantize(augment=lambda key, x: x * np.float32(np.nan))
+
+
+class TestResume:
+    def interrupt(self, folder, at, recipe=RECIPE):
+        class Stop(aq.Observer):
+            def on_step(self, index, step, loss):
+                if (index, step) == (3, at):
+                    raise StopHereError
+
+        with pytest.raises(StopHereError):
+            quantize(recipe, resume=folder, observer=Stop())
+
+    @pytest.mark.parametrize("at", [2, 6])
+    def test_to_the_same_bits(self, tmp_path, at):
+        self.interrupt(tmp_path, at)
+        observer = Recorder()
+        again = quantize(resume=tmp_path, observer=observer)
+        assert observer.learned == [3]
+        assert_same(again, finetuned())
+        one, two = again.reports[-1], finetuned().reports[-1]
+        np.testing.assert_array_equal(one.loss_curve, two.loss_curve)
+        np.testing.assert_array_equal(one.held_out_curve, two.held_out_curve)
+        names = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+        assert names == {"000", "001", "002", "003"}
+        finished = Recorder()
+        assert_same(quantize(resume=tmp_path, observer=finished), again)
+        assert finished.learned == []
+        assert finished.reports[-1].best_step == two.best_step
+
+    def test_it_goes_on_where_it_was(self, tmp_path):
+        self.interrupt(tmp_path, 6)
+        assert (tmp_path / "003-000000004").is_dir()
+
+        class Steps(aq.Observer):
+            taken: list[int] = []  # noqa: RUF012
+
+            def on_step(self, index, step, loss):
+                self.taken.append(step)
+
+        quantize(resume=tmp_path, observer=Steps())
+        assert Steps.taken == [6]
+
+    def test_a_restart_of_the_stage_alone(self, tmp_path):
+        self.interrupt(tmp_path, 4)
+        recipe = RECIPE.replace(finetune_lr=1e-3)
+        with pytest.raises(InputError, match=r"differs in recipe\.reconstruction\.finetune_lr"):
+            quantize(recipe, resume=tmp_path)
+        observer = Recorder()
+        again = quantize(recipe, resume=tmp_path, restart_from=3, observer=observer, augment=jitter)
+        assert observer.learned == [3]
+        assert_same(again, quantize(recipe, augment=jitter))
+        with pytest.raises(InputError, match="differs in augment"):
+            quantize(recipe, resume=tmp_path)
+
+    def test_damaged_progress_is_named(self, tmp_path):
+        self.interrupt(tmp_path, 6)
+        index = tmp_path / "003-000000004" / archive.INDEX
+        index.write_text(index.read_text()[:-20])
+        with pytest.raises(InputError, match=r"003-000000004"):
+            quantize(resume=tmp_path)
+
+
+class TestWrongInput:
+    def probabilities(self):
+        apply, variables = small_net()
+        return lambda v, x: jax.nn.softmax(apply(v, x)), variables
+
+    def one_class(self):
+        apply, variables = small_net()
+        return lambda v, x: apply(v, x)[:, :1], variables
+
+    @pytest.mark.parametrize(
+        ("net", "message"),
+        [
+            ("probabilities", r"float32\[4, 5\] is not one of logits; its rows are probabilities"),
+            ("one_class", r"float32\[4, 1\] is not one of logits; it needs real outputs with"),
+        ],
+    )
+    def test_kl_of_no_logits(self, net, message):
+        observer = Recorder()
+        with pytest.raises(InputError, match=message):
+            quantize(
+                RECIPE.replace(finetune_loss="kl"), net=getattr(self, net)(), observer=observer
+            )
+        assert observer.learned == []
+
+    @pytest.mark.parametrize(
+        ("augment", "message"),
+        [
+            (
+                lambda key, x: x[:, 1:],
+                r"calibration float32\[4, 4, 5, 3\] of float32\[4, 5, 5, 3\]",
+            ),
+            (lambda key, x: x.astype(jnp.float16), r"calibration float16\[4, 5, 5, 3\] of float32"),
+            (lambda key, x: [x], "augment returns PyTreeDef"),
+            (lambda key, x: x.no_such, r"augment fails on 4 samples: AttributeError"),
+            (lambda x: x, r"augment fails on 4 samples: TypeError"),
+        ],
+    )
+    def test_augmentations(self, augment, message):
+        observer = Recorder()
+        with pytest.raises(InputError, match=message) as raised:
+            quantize(augment=augment, observer=observer)
+        assert "\n" not in str(raised.value)
+        assert observer.learned == []
+
+    def test_an_augmentation_that_nothing_uses(self):
+        with pytest.raises(InputError, match="augment is given, but finetune_steps is 0"):
+            quantize(BLOCKS, augment=jitter)
+
+    def test_too_much_held_out(self):
+        message = "finetune_held_out 0.9 holds out 22 of 24 samples and leaves 2, .* batch_size 4"
+        with pytest.raises(InputError, match=message):
+            quantize(RECIPE.replace(finetune_held_out=0.9))
+
+    def test_too_little_memory(self, monkeypatch):
+        monkeypatch.setattr(finetune_checks, "free_bytes", lambda: 2**10)
+        message = r"needs about \d+\.\d\d GiB, and 0\.00 GiB are free; lower batch_size"
+        with pytest.raises(InputError, match=message):
+            quantize()
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"finetune_loss": "l1"}, "finetune_loss is 'l1'; known: mse, kl"),
+            ({"finetune_held_out": 0.0}, "finetune_held_out is 0.0"),
+            ({"finetune_held_out": 1.0}, "finetune_held_out is 1.0"),
+            ({"finetune_steps": -1}, "finetune_steps is -1"),
+            ({"finetune_lr": 0.0}, "finetune_lr is 0.0"),
+            ({"finetune_eval_every": 0}, "finetune_eval_every is 0"),
+        ],
+    )
+    def test_fields(self, fields, message):
+        with pytest.raises(InputError, match=message):
+            RECIPE.replace(**fields)
+
+
+class TestNetworkLoss:
+    def test_kl_leaves_padding_out(self):
+        rng = rng_of(1)
+        output, target = normal(rng, 2, 3, 5), normal(rng, 2, 3, 5)
+        valid = np.array([[1, 1, 0], [1, 0, 0]], bool)
+
+        def kl(y, t):
+            p, q = (np.exp(v) / np.exp(v).sum(-1, keepdims=True) for v in (t, y))
+            return (p * np.log(p / q)).sum(-1)
+
+        found = network_loss("kl", [(1,)], [output], [target], valid)
+        np.testing.assert_allclose(found, kl(output, target)[valid].mean(), rtol=1e-5)
+
+    def test_kl_over_positions(self):
+        """Logits whose classes are the positions, as those of an answer's start."""
+        rng = rng_of(2)
+        output, target = normal(rng, 2, 4), normal(rng, 2, 4)
+        valid = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
+        found = network_loss("kl", [(1,)], [output], [target], valid)
+        rows = []
+        for y, t, v in zip(output, target, valid, strict=True):
+            p, q = (np.exp(a[v]) / np.exp(a[v]).sum() for a in (t, y))
+            rows.append((p * np.log(p / q)).sum())
+        np.testing.assert_allclose(found, np.mean(rows), rtol=1e-5)
+
+    def test_mse_is_relative_and_sums_outputs(self):
+        rng = rng_of(3)
+        output, target = normal(rng, 4, 3), normal(rng, 4, 3)
+        pairs = [output, np.float32(10) * output], [target, np.float32(10) * target]
+        found = network_loss("mse", [(), ()], *pairs)
+        np.testing.assert_allclose(found, 2 * squared(output, target), rtol=1e-5)
+
+    def test_mse_of_complex_values_and_zeros(self):
+        z = np.array([[1 + 1j, 2j]], np.complex64)
+        found = network_loss("mse", [()], [z], [np.zeros_like(z)])
+        assert np.isfinite(found)
+        assert found > 1
