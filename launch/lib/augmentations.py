@@ -15,7 +15,7 @@ def shift(key: jax.Array, images: jax.Array) -> jax.Array:
     sides = images.shape[1:3]
     margins = [-(-side // SHIFT) for side in sides]
     padded = jnp.pad(images, [(0, 0), *((m, m) for m in margins), (0, 0)], mode="reflect")
-    counts = 2 * jnp.array(margins) + 1
+    counts = 2 * jnp.array([margins]) + 1
     starts = jax.random.randint(key, (len(images), 2), 0, counts)
 
     def crop(image: jax.Array, start: jax.Array) -> jax.Array:
