@@ -35,6 +35,8 @@ def get_config(argument: str = "") -> ConfigDict:
     variant = variants.parse(argument, "w4a4", task=tasks, **glue.CHOICES)
     task = variant.settings["task"]
     keep = ({"pattern": "classifier", "keep_float": True},)
-    config = glue.config(variant, task, f"weights/bert-{task}", keep, steps=20_000)
+    loss = "mse" if TASKS[task].labels == 1 else "kl"
+    fields = {"steps": 20_000, "finetune_loss": loss}
+    config = glue.config(variant, task, f"weights/bert-{task}", keep, **fields)
     config.max_length = config.calibration_length = 128
     return config

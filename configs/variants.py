@@ -9,7 +9,7 @@ from aquant_jax.errors import InputError
 
 # The default of the configs first.
 PRESETS = ("aquant", "nearest", "adaround", "brecq", "qdrop", "aquant_plus")
-BERT_PRESETS = ("aquant_bert", "nearest", "adaround")
+BERT_PRESETS = ("aquant_bert", "nearest", "adaround", "aquant_plus")
 _BITS = ((4, 4), (2, 4), (3, 3), (2, 2), (4, 2), (4, 6), (4, 8), (8, 8))
 BIT_WIDTHS = {f"w{w}a{a}": (w, a) for w, a in _BITS}
 

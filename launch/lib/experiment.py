@@ -233,9 +233,10 @@ def open_data(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset
     """The data set to score on, and the one to calibrate on.
 
     Raises:
-        InputError: an unknown data set, one that is not in ``data_dir``, or a size in the config
-            that is not a whole number.
+        InputError: an unknown data set, one that is not in ``data_dir``, a size in the config that
+            is not a whole number, or an unknown augmentation.
     """
+    augmentations.get(config.get("augment"))
     for name in ("calibration_size", "eval_batch_size", "test_limit", *LENGTHS):
         value = config.get(name, 1)
         positive = isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -50,6 +50,17 @@ def test_nothing_learned_draws_neither_losses_nor_borders(tmp_path):
     assert names == ["block_error.png", "propagated_error.png"]
 
 
+def test_the_whole_network_stage_has_losses_but_is_no_block(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "block_errors", lambda reports, _: drawn.append(reports))
+    curve = np.array([[10, 2.0], [20, 1.0]])
+    stage = {"name": "whole network", "loss_curve": curve, "held_out_curve": curve}
+    recipe = SimpleNamespace(preset="aquant_plus", border=None)
+    plots.run_plots(recipe, [report("stem", 0.0), stage], [], tmp_path)
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    assert [r["name"] for r in drawn[0]["aquant_plus"]] == ["stem"]
+
+
 def test_presets_with_other_blocks_are_left_out_of_shared_axes(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "block_errors", lambda reports, _: drawn.append(list(reports)))

@@ -64,6 +64,8 @@ WRONG = {
     "moved field": ([DIGITS, "--config.recipe.steps=5"], "recipe.reconstruction.steps"),
     "no Python": (["--config=README.md"], "README.md is not a Python file"),
     "limit that is not a number": ([DIGITS, "--config.test_limit=abc"], "test_limit is 'abc'"),
+    "augment": ([DIGITS, "--config.augment=mixup"], "unknown augment 'mixup'; known: shift"),
+    "loss": ([DIGITS, "--config.recipe.reconstruction.finetune_loss=l1"], "known: mse, kl"),
     "overrides": ([DIGITS, "--config.recipe.overrides=[5]"], "overrides: 5 must be a dict"),
     "field of a wrong type": ([DIGITS, "--config.recipe.reconstruction.steps=x"], "steps=x"),
     "empty workdir": ([DIGITS, "--workdir="], "--workdir=: a path cannot be empty"),
