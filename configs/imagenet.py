@@ -47,6 +47,6 @@ def config(
     chosen.eval_batch_size = 100
     chosen.preset = variant.settings["preset"]
     if chosen.preset == "aquant":
-        fields |= {"shared_across_taps": True, "border": "linear" if light else "quadratic"}
+        fields |= {"border_granularity": "mean", "border": "linear" if light else "quadratic"}
     chosen.recipe = variants.recipe(variant, steps=20_000, **fields)
     return chosen

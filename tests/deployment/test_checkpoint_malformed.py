@@ -127,6 +127,7 @@ BORDER = f"[0]['{PATH}'].border['b0']"
         ((*LAYER, "act_bits"), 1, "act_bits=1"),
         ((*LAYER, "tensor"), "other", "tensor='other'"),
         ((*LAYER, "phi"), "other", "phi"),
+        ((*LAYER, "border_granularity"), "tap", "border_granularity='tap'"),
         (("metadata", "layers"), [], "layers [], borders ['head/kernel']"),
         (("metadata", "activations"), [], "tensor='head/kernel'"),
         (("metadata", "constants"), ["shift", "more"], "no place or no array for"),
