@@ -32,7 +32,7 @@ def network():
     two = jnp.ones(2)
     codes = jnp.arange(6, dtype=jnp.uint8).reshape(3, 2)
     layer = LayerState(codes, two, two, two, {"b0": jnp.full((1, 3), 0.5)})
-    spec = LayerSpec(PATH, "dense", 4, PATH, 4, "linear", "identity", False)
+    spec = LayerSpec(PATH, "dense", 4, PATH, 4, "linear", "identity", "element")
     recipe = Recipe(border="linear", border_format="int8", overrides=({"pattern": "x"},))
     activations = {PATH: ActivationQuantizer(jnp.float32(0.5), jnp.float32(1))}
 
