@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.packing import FORMATS
-from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS
 from aquant_jax.errors import InputError
 from aquant_jax.graph.activation_rules import RULES
-from aquant_jax.recipe_checks import check_choice, check_types, field_names, hint
+from aquant_jax.recipe_checks import check_bits, check_choice, check_types, field_names, hint
 from aquant_jax.recipe_reconstruction import Reconstruction
 
 GRANULARITIES = ("block", "layer")
@@ -55,7 +53,9 @@ class Recipe:
         `activation_rules.RULES`, such as "matmul" for the operands of a product of activations.
       overrides: exceptions by path regex; the last match decides.
       border: name of the border function, or None to round activations to nearest.
-      shared_across_taps: average the border over the taps of a channel (Eq. 9), as the paper does.
+      border_granularity: "element": one border a column element (input channel and tap); "mean":
+        their average over the taps of a channel (Eq. 9), as the paper does; "channel": one border
+        an input channel, so that an activation has one code and the convolution needs no columns.
       phi: see `border.PHIS`.
       border_format: of the deployed coefficients, see `packing.FORMATS`; `quantize` rounds to it.
       reconstruction: how the quantizers are learned.
@@ -74,7 +74,7 @@ class Recipe:
     activations: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
     border: str | None = None
-    shared_across_taps: bool = True
+    border_granularity: str = "mean"
     phi: str = "clamp"
     border_format: str = "float32"
     reconstruction: Reconstruction = dataclasses.field(default_factory=Reconstruction)
@@ -90,7 +90,7 @@ class Recipe:
         object.__setattr__(self, "overrides", tuple(items))
         if not isinstance(self.reconstruction, Reconstruction):
             object.__setattr__(self, "reconstruction", _reconstruction(self.reconstruction))
-        _check_bits(self)
+        check_bits(self)
         check_types(self)
         _check_recipe(self)
 
@@ -111,7 +111,7 @@ class Recipe:
 
 
 _QDROP = {"input_mixing": 0.5, "quant_drop_prob": 0.5}
-_ELEMENTWISE = {"border": "quadratic", "shared_across_taps": False, "phi": "identity"}
+_ELEMENTWISE = {"border": "quadratic", "border_granularity": "element", "phi": "identity"}
 _AQUANT = {**_QDROP, **_ELEMENTWISE, "final_full_quant_fraction": 0.5}
 
 # One preset per row of the paper's tables; see docs/design.md.
@@ -213,6 +213,12 @@ def _reconstruction(fields: Any) -> Reconstruction:
 def _check_recipe(recipe: Recipe) -> None:
     check_choice(recipe, "granularity", GRANULARITIES)
     check_choice(recipe, "border_format", FORMATS)
+    check_choice(recipe, "border_granularity", borders.GRANULARITIES)
+    border = borders.BORDERS.get(recipe.border or "")
+    if border and border.needs_taps and recipe.border_granularity == "channel":
+        raise InputError(
+            f"border {recipe.border!r} depends on the tap; border_granularity 'channel' has no taps"
+        )
     for rule in recipe.activations:
         if rule not in RULES:
             raise InputError(f"activations: unknown rule {rule!r}; there are {', '.join(RULES)}")
@@ -223,16 +229,3 @@ def _check_recipe(recipe: Recipe) -> None:
     for override in recipe.overrides:
         if not isinstance(override.keep_float, bool):
             raise InputError(f"overrides: keep_float is {override.keep_float!r}, not True or False")
-
-
-def _check_bits(recipe: Recipe) -> None:
-    bits = {name: getattr(recipe, name) for name in field_names(Recipe) if name.endswith("_bits")}
-    for override in recipe.overrides:
-        bits[f"overrides[{override.pattern!r}].weight_bits"] = override.weight_bits
-        bits[f"overrides[{override.pattern!r}].act_bits"] = override.act_bits
-    for name, value in bits.items():
-        if value is None and name not in ("weight_bits", "act_bits"):
-            continue
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not whole or value not in range(MIN_BITS, MAX_BITS + 1):
-            raise InputError(f"{name} is {value!r}; it must be a whole number of 2 to 8 bits")

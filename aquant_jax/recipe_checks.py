@@ -10,12 +10,14 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS
 from aquant_jax.errors import InputError
 
-# Names of the fields in version 0.1, for hints.
+# Earlier names of the fields, for hints.
 RENAMED = {
     "unit": "granularity",
-    "fused": "shared_across_taps",
+    "fused": "border_granularity",
+    "shared_across_taps": "border_granularity",
     "drop": "reconstruction.quant_drop_prob",
     "settle": "reconstruction.final_full_quant_fraction",
 }
@@ -59,6 +61,21 @@ def check_types(part: Any) -> None:
             raise InputError(f"{name} is {value!r}; it must be of type {wanted}")
         if value != value:
             raise InputError(f"{name} is {value}")
+
+
+def check_bits(recipe: Any) -> None:
+    """InputError unless the bits of a recipe and its overrides are 2 to 8, or None if optional."""
+    names = [name for name in field_names(type(recipe)) if name.endswith("_bits")]
+    bits = {name: getattr(recipe, name) for name in names}
+    for override in recipe.overrides:
+        bits[f"overrides[{override.pattern!r}].weight_bits"] = override.weight_bits
+        bits[f"overrides[{override.pattern!r}].act_bits"] = override.act_bits
+    for name, value in bits.items():
+        if value is None and name not in ("weight_bits", "act_bits"):
+            continue
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not whole or value not in range(MIN_BITS, MAX_BITS + 1):
+            raise InputError(f"{name} is {value!r}; it must be a whole number of 2 to 8 bits")
 
 
 def check_choice(part: Any, name: str, known: Sequence[str]) -> None:

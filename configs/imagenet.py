@@ -48,6 +48,6 @@ def config(
     chosen.augment = "flip_and_shift"  # in the whole-network stage
     chosen.preset = variant.settings["preset"]
     if chosen.preset in ("aquant", "aquant_plus"):
-        fields |= {"shared_across_taps": True, "border": "linear" if light else "quadratic"}
+        fields |= {"border_granularity": "mean", "border": "linear" if light else "quadratic"}
     chosen.recipe = variants.recipe(variant, steps=20_000, finetune_loss="kl", **fields)
     return chosen

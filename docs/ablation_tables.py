@@ -11,7 +11,7 @@ from table_text import Json, Load, markdown, score
 SEEDS = ("0", "1", "2")
 RATE = re.compile(r"\(range / Qmax\)\^(\S+|\(.*?\)) times")
 # The default of the study's last part; rows of that part name the fields that they change.
-DEFAULT = {"border": "quadratic", "shared_across_taps": False, "rate of u^k": "k - 1"}
+DEFAULT = {"border": "quadratic", "border_granularity": "element", "rate of u^k": "k - 1"}
 
 
 def _rate(row: Json) -> str:
@@ -80,7 +80,7 @@ def default(load: Load) -> str:
         told = [f"`{name}={_text(value)}`" for name, value in row["fields"].items()]
         return ", ".join(told)
 
-    same = {"nothing": {}, "`shared_across_taps=True`": {"shared_across_taps": True}}
+    same = {"nothing": {}, "`border_granularity=mean`": {"border_granularity": "mean"}}
     lines = []
     for text, fields in same.items():
         wanted = {**DEFAULT, **fields}.items()
@@ -95,8 +95,7 @@ def three_bits(load: Load) -> str:
     lines = []
     for run in load("border_ablation_w3a3")["rows"].values():
         recipe = run["recipe"]
-        shared = "yes" if recipe["shared_across_taps"] else "no"
         border = recipe["border"]
-        kind = [border, shared] if border else ["none", "-"]
+        kind = [border, recipe["border_granularity"]] if border else ["none", "-"]
         lines.append([run["preset"], *kind, f"{score(run):.2f}"])
-    return markdown(["preset", "border", "shared across taps", "top-1 %"], lines)
+    return markdown(["preset", "border", "border_granularity", "top-1 %"], lines)

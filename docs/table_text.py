@@ -12,7 +12,6 @@ MEASUREMENTS = Path(__file__).resolve().parent / "measurements"
 # A measurement keeps the field names of the version that wrote it: old name -> name of today.
 RENAMED = {
     "unit": "granularity",
-    "fused": "shared_across_taps",
     "settle": "final_full_quant_fraction",
     "drop": "quant_drop_prob",
     "kept_start": "fell_back_to_nearest",
@@ -32,9 +31,15 @@ def modernise(value: Any) -> Any:
         return [modernise(item) for item in value]
     if not isinstance(value, dict):
         return value
-    fields = {RENAMED.get(key, key): modernise(item) for key, item in value.items()}
+    fields = dict(_field(key, item) for key, item in value.items())
     part = fields.get("reconstruction")
     return {**fields, **part} if isinstance(part, dict) else fields
+
+
+def _field(name: str, value: Any) -> tuple[str, Any]:
+    if name in ("fused", "shared_across_taps"):
+        return "border_granularity", "mean" if value else "element"
+    return RENAMED.get(name, name), modernise(value)
 
 
 def load(name: str) -> Any:

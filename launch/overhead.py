@@ -1,7 +1,8 @@
 """Prints what the borders add to each network, beside the paper's Sec. 4.3, as Markdown tables.
 
 Nothing is loaded or run: the counts come from the shapes of the traced networks. A column element
-is one (tap, input channel) of a conv's im2col row, or one input of a dense layer.
+is one (tap, input channel) of a conv's im2col row, or one input of a dense layer. The second table
+has the three values of ``border_granularity``.
 
 Example:
 
@@ -9,6 +10,7 @@ Example:
 """
 
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -41,19 +43,47 @@ HEADER = (
     " 4-bit weights | 8-bit weights | preset aquant stores |"
 )
 
+GRANULARITY_HEADER = (
+    "| network | border_granularity | coefficients | bytes | operations of borders, an image |"
+    " of the layers' operations |"
+)
+
 
 class LayerCounts(NamedTuple):
-    """Counts of one weighted op; `stored` are the coefficients of the aquant preset."""
+    """Counts of one weighted op.
+
+    Attributes:
+        weights: elements of its weight.
+        taps, channels: of one column.
+        depthwise: whether it is a depthwise convolution.
+        terms: coefficients of a border of the aquant preset; none where the input stays float.
+        inputs: elements of its activation, for one image.
+        pixels: columns of one image.
+    """
 
     weights: int
     taps: int
     channels: int
     depthwise: bool
-    stored: int
+    terms: int
+    inputs: int
+    pixels: int
 
     @property
     def elements(self) -> int:
         return self.taps * self.channels
+
+    def coefficients(self, granularity: str) -> int:
+        """The coefficients that are stored."""
+        return self.terms * (self.channels if granularity == "channel" else self.elements)
+
+    def operations(self, granularity: str) -> int:
+        """Additions and products of the borders of one image, those of the mean included."""
+        if not self.terms:
+            return 0
+        borders = self.inputs if granularity == "channel" else self.elements * self.pixels
+        averaged = granularity == "mean" and self.taps > 1
+        return (2 * (self.terms - 1) + averaged) * borders
 
 
 # Counts that the paper may have made, the plainest first: coefficients of a layer, and layers.
@@ -104,13 +134,22 @@ def _count(
     for op in graph.ops:
         if op.layer is None:
             continue
-        taps, channels = border_shape(op, graph.avals[op.x].shape)
+        x, y = (graph.avals[value].shape for value in (op.x, op.outputs[0]))
+        taps, channels = border_shape(op, "element", x)
         groups = op.params.get("feature_group_count", 1)
         name = specs[op.layer.path].border
-        stored = taps * channels * len(border.get(name).powers) if name else 0
-        weights = int(np.prod(op.layer.weight_shape))
-        depthwise = 1 < groups == channels
-        layers.append(LayerCounts(weights, taps, channels, depthwise, stored))
+        outer = math.prod(op.layer.weight_shape[axis] for axis in op.layer.channel_axes)
+        layers.append(
+            LayerCounts(
+                weights=math.prod(op.layer.weight_shape),
+                taps=taps,
+                channels=channels,
+                depthwise=1 < groups == channels,
+                terms=len(border.get(name).powers) if name else 0,
+                inputs=math.prod(x),
+                pixels=math.prod(y) // outer,
+            )
+        )
     return layers
 
 
@@ -128,12 +167,11 @@ def explanation(layers: list[LayerCounts], paper: float) -> str:
     return f"none of ours; the nearest is {nearest} ({percent[nearest]:.3f})"
 
 
-def row(name: str) -> str:
+def row(name: str, layers: list[LayerCounts]) -> str:
     """The model's line of the table."""
-    layers = count_layers(name)
     weights = sum(layer.weights for layer in layers)
     coefficients = sum(map(RULES["three an element"], layers))
-    stored = sum(layer.stored for layer in layers)
+    stored = sum(layer.coefficients("element") for layer in layers)
     paper = PAPER.get(name)
     cells = [
         name,
@@ -148,11 +186,31 @@ def row(name: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def granularity_lines(name: str, layers: list[LayerCounts]) -> list[str]:
+    """The model's lines of the second table."""
+    lines = []
+    products = sum(layer.weights * layer.pixels for layer in layers)
+    for granularity in border.GRANULARITIES:
+        coefficients = sum(layer.coefficients(granularity) for layer in layers)
+        operations = sum(layer.operations(granularity) for layer in layers)
+        cells = [
+            name,
+            granularity,
+            f"{coefficients:,}",
+            f"{coefficients * COEFFICIENT_BITS // 8:,}",
+            f"{operations:,}",
+            f"{100 * operations / (2 * products):.2f}%",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def bert_lines() -> list[str]:
     """The cost of the borders in BERT-base, beside the paper's 0.75%."""
     layers, embeddings = count_bert(bert.BertConfig())
     encoder = layers[:-2]  # without pooler and classifier
-    weights, stored = (sum(getattr(e, name) for e in encoder) for name in ("weights", "stored"))
+    weights = sum(layer.weights for layer in encoder)
+    stored = sum(layer.coefficients("element") for layer in encoder)
     size = weights * ENCODER_BITS + embeddings * EMBEDDING_BITS
     percent = 100 * stored * COEFFICIENT_BITS / size
     return [
@@ -174,14 +232,21 @@ def _size(weights: int, bits: int, coefficients: int) -> str:
 def main(argv: list[str]) -> None:
     """Prints the table: the paper's networks, then the others."""
     command_line.parse(argv, lambda _: None, __doc__)
+    names = [*PAPER, *(name for name in models.LINEN if name not in PAPER)]
+    counts = {name: count_layers(name) for name in names}
     print(HEADER)
     print("| --- " + "| ---: " * (HEADER.count("|") - 2) + "|")
-    for name in [*PAPER, *(name for name in models.LINEN if name not in PAPER)]:
-        print(row(name))
+    for name, layers in counts.items():
+        print(row(name, layers))
     print(
         f"\nSizes: all weights at that many bits, quadratic borders in all layers at "
         f"{COEFFICIENT_BITS} bits a coefficient; biases and step sizes left out.\n"
     )
+    print(GRANULARITY_HEADER)
+    print("| --- | --- " + "| ---: " * (GRANULARITY_HEADER.count("|") - 3) + "|")
+    for name, layers in counts.items():
+        print("\n".join(granularity_lines(name, layers)))
+    print()
     print("\n".join(bert_lines()))
 
 

@@ -15,7 +15,7 @@ ARROWS: dict[str, set[str]] = {
     "graph": {"errors"},
     "storage": {"arithmetic", "errors"},
     "layers": {"graph", "arithmetic", "errors"},
-    "recipe_checks": {"errors"},
+    "recipe_checks": {"arithmetic", "errors"},
     "recipe_reconstruction": {"recipe_checks", "errors"},
     "recipe": {"recipe_reconstruction", "recipe_checks", "graph", "arithmetic", "errors"},
     "plan": {"layers", "recipe", "graph", "arithmetic", "errors"},

@@ -8,6 +8,7 @@ import pytest
 import aquant_jax as aq
 import gpu_ops
 from aquant_jax.arithmetic import border
+from aquant_jax.layers.backend import ReferenceBackend
 from tests.support import numpy_reference as reference
 from tests.support.layer_codes import input_codes
 from tests.support.nets import images, normal, relative_error, rng_of, small_net
@@ -257,9 +258,8 @@ def test_other_border_functions_go_through():
     aq.register_border("test_wave", init, lambda c, u: c["a"] + c["b"] * jnp.sin(u))
     try:
         for name in ("linear", "test_wave"):
-            quantized = quantize(
-                "aquant", border=name, steps=2, shared_across_taps=name != "linear"
-            )
+            granularity = "element" if name == "linear" else "mean"
+            quantized = quantize("aquant", border=name, steps=2, border_granularity=granularity)
             entry = quantized.summary()[1]
             assert set(entry.border) == set(border.get(name).init((1, 1), 0.5))
             assert any((c != c.flat[0]).any() for c in entry.border.values())
@@ -277,3 +277,28 @@ def test_signed_activations_have_a_zero_point():
     entry = quantized.summary()[1]
     assert 0 < entry.zero_point < 255
     assert relative_error(quantized(x), apply(variables, x)) < 0.02
+
+
+class NoColumns(ReferenceBackend):
+    """Refuses to make columns."""
+
+    def convolve(self, *_):
+        raise AssertionError("a convolution ran over columns")
+
+
+def test_one_border_a_channel_is_learned_without_columns():
+    apply, variables = small_net()
+    fields = {"batch_size": 8, "steps": 60, "weight_lr": 2e-2, "border_lr": 1e-2}
+    recipe = aq.recipes.aquant(2, 2, border_granularity="channel", **fields)
+    compiler = aq.Compiler(NoColumns())
+    found = aq.quantize(apply, variables, X, recipe, observer=aq.Observer(), compiler=compiler)
+    layers = {layer.path: layer for layer in found.summary()}
+    assert {layer.border_granularity for layer in layers.values()} == {"channel"}
+    for path in ("block_1/conv1/kernel", "block_1/conv2/kernel", "head/kernel"):
+        assert {c.shape for c in layers[path].border.values()} == {(1, 4)}
+        assert np.abs(layers[path].border["b0"] - 0.5).max() > 0.01
+    nearest = {report.name: report.final_error for report in quantize("nearest", 2, 2).reports}
+    learned = {report.name: report.final_error for report in found.reports}
+    assert learned.keys() == nearest.keys()
+    for name in ("block_1", "head"):
+        assert learned[name] < 0.9 * nearest[name]

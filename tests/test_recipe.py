@@ -6,6 +6,7 @@ import pytest
 
 import aquant_jax as aq
 from aquant_jax import recipes
+from aquant_jax.arithmetic import border as borders
 from aquant_jax.errors import InputError
 from aquant_jax.recipe import PRESETS, Override, Recipe, Reconstruction, preset
 
@@ -44,8 +45,8 @@ def test_presets_mean_what_the_papers_rows_mean():
         learning = recipe.reconstruction
         assert (learning.input_mixing, learning.quant_drop_prob) == (0.5, 0.5)
     assert (aquant.border, aquant_bert.border) == ("quadratic", "quadratic")
-    assert not aquant_bert.shared_across_taps
-    assert not aquant.shared_across_taps  # docs/results.md
+    assert aquant.border_granularity == aquant_bert.border_granularity == "element"
+    assert {r.border_granularity for r in (nearest, adaround, brecq, qdrop)} == {"mean"}
     assert all(r.border is None for r in (nearest, adaround, brecq, qdrop))
     for r in (adaround, brecq, qdrop, aquant):
         assert (r.first_weight_bits, r.last_weight_bits, r.last_act_bits) == (8, 8, 8)
@@ -80,7 +81,8 @@ def test_the_reconstruction_may_be_given_as_a_whole():
     ("old", "new"),
     [
         ("unit", "granularity"),
-        ("fused", "shared_across_taps"),
+        ("fused", "border_granularity"),
+        ("shared_across_taps", "border_granularity"),
         ("drop", "reconstruction.quant_drop_prob"),
         ("settle", "reconstruction.final_full_quant_fraction"),
     ],
@@ -88,6 +90,21 @@ def test_the_reconstruction_may_be_given_as_a_whole():
 def test_old_names_of_fields_say_the_new_ones(old, new):
     with pytest.raises(InputError, match=rf"unknown recipe field '{old}'; '{old}' is now '{new}'"):
         preset("qdrop", **{old: 0.5})
+
+
+def test_a_border_that_depends_on_the_tap_is_refused_where_there_are_none(monkeypatch):
+    monkeypatch.setattr(borders, "BORDERS", dict(borders.BORDERS))
+    linear = borders.get("linear")
+    aq.register_border("by_tap", linear.init, linear.apply, needs_taps=True)
+    aq.register_border("any", linear.init, linear.apply)
+    recipe = recipes.aquant(border="by_tap")
+    message = "^border 'by_tap' depends on the tap; border_granularity 'channel' has no taps$"
+    with pytest.raises(InputError, match=message):
+        recipes.aquant(border="by_tap", border_granularity="channel")
+    with pytest.raises(InputError, match=message):
+        recipe.replace(border_granularity="channel")
+    assert recipe.replace(border_granularity="mean").border == "by_tap"
+    assert recipe.replace(border="any", border_granularity="channel").border == "any"
 
 
 def test_overrides_may_be_dicts():
@@ -133,6 +150,11 @@ def test_optional_bits_may_be_none_and_the_others_may_not():
 
 BAD = [
     ("granularity", "stage", "granularity is 'stage'; known: block, layer"),
+    (
+        "border_granularity",
+        "tensor",
+        "border_granularity is 'tensor'; known: element, mean, channel",
+    ),
     ("step_schedule", "linear", "step_schedule is 'linear'; known: constant, cosine"),
     ("border_schedule", "", "border_schedule is ''"),
     ("quant_drop_prob", 1.0, r"quant_drop_prob is 1.0; it must be in \[0, 1\)"),
@@ -162,7 +184,7 @@ def test_values_out_of_range(field, value, message):
 
 WRONG_TYPES = [
     ("steps", "10"), ("steps", 1.5), ("quant_drop_prob", "half"), ("batch_size", 2.5),
-    ("shared_across_taps", "no"),
+    ("border_granularity", True),
     ("blocks", "block_1"), ("overrides", Override("a")), ("rounding_weight", float("nan")),
     ("overrides", ({"pattern": 3},)), ("overrides", (5,)), ("overrides", ("abc",)),
     ("overrides", ({"pattern": "a", "keep_float": "yes"},)), ("border", [1]), ("border", 2),

@@ -24,6 +24,9 @@ CoefficientRows = Mapping[str, list[Float[Array, "..."]]]  # the same, one array
 
 # The largest float32 below one: a border of exactly one would round zero padding down to -1.
 BELOW_ONE = 1.0 - 2.0**-24
+# What has a border of its own: a column element; the taps of an input channel, whose element
+# borders are averaged (Eq. 9); an input channel, whose elements are rounded before they are padded.
+GRANULARITIES = ("element", "mean", "channel")
 
 
 class Border(NamedTuple):
@@ -36,11 +39,14 @@ class Border(NamedTuple):
       powers: the power of u that each coefficient multiplies. The trainer scales the learning rate
         of a coefficient by it (``Recipe.border_range``); a coefficient that is not listed keeps
         its learning rate.
+      needs_taps: whether the polynomial depends on the tap, so that a border needs one for every
+        tap.
     """
 
     init: Callable[[tuple[int, ...], float], dict[str, jax.Array]]
     apply: Callable[[Mapping[str, Any], Any], jax.Array]
     powers: Mapping[str, int]
+    needs_taps: bool = False
 
 
 class Phi(NamedTuple):
@@ -110,6 +116,7 @@ def register(
     init: Callable[[tuple[int, ...], float], dict[str, jax.Array]],
     apply: Callable[[Mapping[str, Any], Any], jax.Array],
     powers: Mapping[str, int] | None = None,
+    needs_taps: bool = False,
 ) -> None:
     """Add a border function to the table; ``Recipe(border=name)`` then selects it.
 
@@ -118,13 +125,15 @@ def register(
       init: ``init(shape, half) -> dict of float32 arrays of that shape``.
       apply: ``apply(coefficients, u) -> P``; elementwise, differentiable, broadcasting.
       powers: see `Border`.
+      needs_taps: whether the polynomial depends on the tap. Such a border is refused with
+        ``border_granularity="channel"``.
 
     Raises:
       InputError: the name is taken.
     """
     if name in BORDERS:
         raise InputError(f"border {name!r} is already registered; registered: {sorted(BORDERS)}")
-    BORDERS[name] = Border(init, apply, powers or {})
+    BORDERS[name] = Border(init, apply, powers or {}, needs_taps)
 
 
 def get(name: str) -> Border:

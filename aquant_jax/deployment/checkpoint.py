@@ -18,7 +18,7 @@ import numpy as np
 from jax import export
 
 from aquant_jax.arithmetic import packing
-from aquant_jax.arithmetic.border import get_phi
+from aquant_jax.arithmetic.border import GRANULARITIES, get_phi
 from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS, ActivationQuantizer
 from aquant_jax.deployment.quantized import Quantized
 from aquant_jax.deployment.stablehlo import (
@@ -212,7 +212,8 @@ def _spec(fields: Mapping[str, Any], activations: Container[str]) -> LayerSpec:
     bits = range(MIN_BITS, MAX_BITS + 1)
     quantizes = spec.act_bits in bits and spec.weight_bits in (None, *bits)
     reads = spec.tensor is None or spec.tensor in activations
-    if spec.kind not in ("conv", "dense") or not quantizes or not reads:
+    known = spec.kind in ("conv", "dense") and spec.border_granularity in GRANULARITIES
+    if not known or not quantizes or not reads:
         raise ValueError(f"layer {spec}")
     return spec
 

@@ -17,7 +17,7 @@ class LayerSummary(NamedTuple):
       weight_scale, weight_zero_point: per output channel, or None.
       border: coefficients ``(taps, channels)`` by name, or None for nearest rounding.
       phi: map from the polynomial to the border.
-      shared_across_taps: whether the border is averaged over a channel's taps.
+      border_granularity: see `Recipe`.
       codes: uint8 weight codes (float weights of a float layer).
     """
 
@@ -32,5 +32,5 @@ class LayerSummary(NamedTuple):
     weight_zero_point: np.ndarray | None
     border: dict[str, np.ndarray] | None
     phi: str
-    shared_across_taps: bool
+    border_granularity: str
     codes: np.ndarray

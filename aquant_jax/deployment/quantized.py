@@ -142,7 +142,7 @@ class Quantized:
             weight_zero_point=None if exact else state.zero_point,
             border=dict(state.border) or None,
             phi=borders.get_phi(spec.phi).deployed,
-            shared_across_taps=spec.shared_across_taps,
+            border_granularity=spec.border_granularity,
             codes=state.codes,
         )
 

@@ -15,7 +15,6 @@ from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.arithmetic.border import Coefficients
 from aquant_jax.arithmetic.uniform import (
-    NEAREST,
     ActivationQuantizer,
     dequantize,
     fake_quantize,
@@ -38,7 +37,7 @@ class LayerSpec(NamedTuple):
       act_bits: bits of that tensor.
       border: name of its border function; None rounds to nearest.
       phi: see `border.PHIS`.
-      shared_across_taps: whether the border is averaged over a channel's taps.
+      border_granularity: see `border.GRANULARITIES`.
     """
 
     path: str
@@ -48,7 +47,7 @@ class LayerSpec(NamedTuple):
     act_bits: int
     border: str | None
     phi: str
-    shared_across_taps: bool
+    border_granularity: str
 
 
 class Weights(NamedTuple):
@@ -92,18 +91,20 @@ def skeletons(borders: Mapping[str, Sequence[str]]) -> dict[str, LayerState]:
     }
 
 
-def border_shape(op: Op, x_shape: tuple[Any, ...]) -> tuple[int, int]:
+def border_shape(op: Op, granularity: str, x_shape: tuple[Any, ...]) -> tuple[int, int]:
     """Shape (taps, input channels) of a weighted op's coefficients.
 
     Args:
       op: the weighted op.
+      granularity: see `border.GRANULARITIES`; "channel" has one tap.
       x_shape: shape of its activation, whose first size may be symbolic.
     """
     if op.layer.kind == "dense":
         axes = contracted_axes(op)
         return 1, int(np.prod([x_shape[a] for a in axes]))
     numbers = op.params["dimension_numbers"]
-    taps = int(np.prod([op.layer.weight_shape[a] for a in numbers.rhs_spec[2:]]))
+    spatial = [op.layer.weight_shape[a] for a in numbers.rhs_spec[2:]]
+    taps = 1 if granularity == "channel" else int(np.prod(spatial))
     return taps, x_shape[numbers.lhs_spec[1]]
 
 
@@ -162,7 +163,7 @@ def run_layer(
       The output, in the layout of the op.
     """
     x, quantizer, keep = inputs
-    if quantizer is not None and spec.border and _needs_columns(op):
+    if quantizer is not None and spec.border and _needs_columns(op, spec):
         padded, kernel, geometry = conv_operands(op, x.astype(jnp.float32), weights.weight)
         # QDrop drops elements of the tensor; not padding, which is always quantized.
         mask = None if keep is None else pad(op, keep, fill=True)
@@ -171,8 +172,7 @@ def run_layer(
     else:
         value = x
         if quantizer is not None:
-            bound = _broadcast_border(op, spec, x, quantizer, weights.border)
-            value = fake_quantize(x, quantizer, spec.act_bits, bound)
+            value = quantize_elements(op, spec, x, quantizer, weights.border)
             value = value if keep is None else jnp.where(keep, value, x.astype(jnp.float32))
         y = _bind(op, value, weights.weight)
     return add_bias(op, y, weights.bias)
@@ -214,8 +214,8 @@ def _dequantize(
 
 
 def rounding_of(spec: LayerSpec) -> Rounding:
-    """The bits and the border of a layer's activation."""
-    return Rounding(spec.act_bits, spec.border, spec.phi, spec.shared_across_taps)
+    """The bits and the border of a column's elements."""
+    return Rounding(spec.act_bits, spec.border, spec.phi, spec.border_granularity == "mean")
 
 
 def contracted_axes(op: Op) -> tuple[int, ...]:
@@ -256,16 +256,16 @@ def _grouped_convolution(
     return conv_result(op, geometry.crop(rows, padded.shape[0]))
 
 
-def _broadcast_border(
+def quantize_elements(
     op: Op,
     spec: LayerSpec,
     x: Float[AnyArray, "*shape"],
     quantizer: ActivationQuantizer,
     border: Coefficients,
-) -> Float32[Array, "*shape"] | float:
-    """Border of every element of `x` for ops with one tap; 0.5 for nearest rounding."""
+) -> Float32[Array, "*shape"]:
+    """Quantize and dequantize `x` itself: every element has one border, whatever tap reads it."""
     if not spec.border:
-        return NEAREST
+        return fake_quantize(x, quantizer, spec.act_bits)
     if op.layer.kind == "dense":
         axes = contracted_axes(op)
     else:
@@ -280,13 +280,14 @@ def _broadcast_border(
         for name, c in border.items()
     }
     u = to_units(x, 1.0 / quantizer.step_size)
-    return borders.borders(spec.border, spec.phi, False, shaped, [u])[0]
+    (bound,) = borders.borders(spec.border, spec.phi, False, shaped, [u])
+    return fake_quantize(x, quantizer, spec.act_bits, bound)
 
 
-def _needs_columns(op: Op) -> bool:
-    """Whether the layer runs over columns: it has several taps, or padding, which is a column
-    element too."""
-    if op.layer.kind == "dense":
+def _needs_columns(op: Op, spec: LayerSpec) -> bool:
+    """Whether the borders of a layer are those of its columns: it has several taps, or padding,
+    which is a column element too."""
+    if op.layer.kind == "dense" or spec.border_granularity == "channel":
         return False
     spatial = op.params["dimension_numbers"].rhs_spec[2:]
     taps = [op.layer.weight_shape[a] for a in spatial]

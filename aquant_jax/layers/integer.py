@@ -33,6 +33,7 @@ from aquant_jax.layers.fake_quant import (
     dequantize_weight,
     output_channels,
     per_channel,
+    quantize_elements,
     rounding_of,
     run_layer,
 )
@@ -118,7 +119,9 @@ def run_integer_layer(
     """Run a deployed layer by a convolution of codes.
 
     A layer with a float input or float weights, a dense layer with batch axes, and a layer with an
-    empty batch run in the reference implementation.
+    empty batch run in the reference implementation. Where a convolution has one border a channel,
+    its input is quantized first; the convolution rounds the quantized values to nearest, which
+    gives their codes.
 
     Args:
       op, spec, inputs, state: see `run_deployed_layer`; no element may stay unquantized.
@@ -131,12 +134,16 @@ def run_integer_layer(
     batched = op.layer.kind == "dense" and op.params["dimension_numbers"][1][op.layer.x_position]
     if quantizer is None or spec.weight_bits is None or batched or not inputs.x.size:
         return run_deployed_layer(op, spec, inputs, state)
+    x, border, rounding = inputs.x.astype(jnp.float32), state.border, rounding_of(spec)
+    if op.layer.kind == "conv" and spec.border and spec.border_granularity == "channel":
+        x = quantize_elements(op, spec, x, quantizer, border)
+        border, rounding = {}, rounding._replace(border=None)
     weights = QuantizedWeights(state.codes, state.scale, state.zero_point, spec.weight_bits)
     multiply = functools.partial(
-        convolve, quantizer=quantizer, coefficients=state.border, rounding=rounding_of(spec)
+        convolve, quantizer=quantizer, coefficients=border, rounding=rounding
     )
     run = _conv if op.layer.kind == "conv" else _dense
-    return add_bias(op, run(op, inputs.x.astype(jnp.float32), weights, multiply), state.bias)
+    return add_bias(op, run(op, x, weights, multiply), state.bias)
 
 
 def _conv(

@@ -110,7 +110,7 @@ def _layer_specs(
             act_bits=recipe.act_bits,
             border=recipe.border if tensor else None,
             phi=recipe.phi,
-            shared_across_taps=recipe.shared_across_taps,
+            border_granularity=recipe.border_granularity,
         )
     return _share_act_bits(recipe, specs, above, first, last, overrides)
 

@@ -231,8 +231,8 @@ def _read_owner(path: Path, call: dict[str, Any], restart_from: int | None) -> O
     """The owner of a folder; None where it is empty.
 
     Raises:
-      InputError: it holds the blocks of another call (the fields that differ are listed), or of an
-        unknown one, or fewer blocks than `restart_from`.
+      InputError: it holds the blocks of another call (the fields that differ are listed), of an
+        unknown one or of another layout, or fewer blocks than `restart_from`.
     """
     old, known = path / OLD_FINGERPRINT, path / FINGERPRINT
     if old.exists() and "convolution" in read_json(old):
@@ -241,7 +241,10 @@ def _read_owner(path: Path, call: dict[str, Any], restart_from: int | None) -> O
     if known.exists():
         with malformed(known):
             owner = record(Owner, read_json(known))
+            layout = owner.call["layout"]
             changed = differences(owner.call, call, () if restart_from is None else LEARNING)
+        if layout != archive.LAYOUT:
+            raise InputError(f"{path} holds blocks of {archive.written_by(layout)}")
         if changed:
             may = "" if restart_from is None else f" ({MAY_CHANGE})"
             raise InputError(

@@ -68,7 +68,7 @@ def init_borders(program: BlockProgram) -> list[dict[str, jax.Array]]:
         if spec.border is None:
             coefficients.append({})
             continue
-        shape = border_shape(op, program.avals[op.x].shape)
+        shape = border_shape(op, spec.border_granularity, program.avals[op.x].shape)
         half = borders.get_phi(spec.phi).half
         coefficients.append(borders.get(spec.border).init(shape, half))
     return coefficients

@@ -44,8 +44,8 @@ from aquant_jax.storage.parsing import malformed, printable
 INDEX = "index.json"
 ARRAYS = "arrays"
 PAYLOAD = "payload"
-LAYOUT = 2  # version of archives written now; layout 1 used other names
-WRITTEN_BY = {1: "aquant-jax 0.1.0"}
+LAYOUT = 3  # version of archives written now; earlier ones have other names of fields
+WRITTEN_BY = {1: "aquant-jax 0.1.0", 2: "an earlier aquant-jax 0.2.0.dev0"}
 INLINE = 1024  # bytes of a value that tensorstore compresses; longer ones take their own bytes
 
 
@@ -213,7 +213,7 @@ def written_by(layout: Any) -> str:
     """A layout, the version that wrote it, and the layout that is read, for messages.
 
     >>> written_by(1)
-    'layout 1, written by aquant-jax 0.1.0; this version reads layout 2'
+    'layout 1, written by aquant-jax 0.1.0; this version reads layout 3'
     """
     writer = WRITTEN_BY.get(layout, "another version of aquant-jax")
     return (

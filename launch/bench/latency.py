@@ -59,14 +59,14 @@ class Workload:
     Attributes:
         model, size, batch_size: network of the zoo, side of its input, images.
         rounds: runs of each figure.
-        shared_across_taps: whether a channel's taps share their border; the paper's do not.
+        border_granularity: "element" or "mean"; a border per channel needs no columns.
     """
 
     model: str
     size: int
     batch_size: int
     rounds: int
-    shared_across_taps: bool
+    border_granularity: str
 
 
 class Way(NamedTuple):
@@ -91,7 +91,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("size", 224, "side of the network's input", 1, flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "images", 1, flag_values=values)
     flags.DEFINE_alias("batch", "batch_size", flag_values=values)
-    flags.DEFINE_boolean("shared_across_taps", False, "one border a channel", flag_values=values)
+    kinds = ["element", "mean"]
+    flags.DEFINE_enum("border_granularity", "element", kinds, "of a recipe", flag_values=values)
     timing.define_flags(values)
 
 
@@ -159,7 +160,7 @@ def _times(layer: Layer, work: Workload) -> dict[str, dict[str, float]]:
     number = min(MOST_BUFFERS, 2 + CACHE // size)
     keys = jax.random.split(jax.random.key(0), number)
     calls = {}
-    for name, way in ways(layer, work.shared_across_taps).items():
+    for name, way in ways(layer, work.border_granularity).items():
         inputs = [jax.random.normal(key, layer.x, way.dtype) for key in keys]
         compiled, turns = jax.jit(way.run), itertools.cycle(inputs)
         calls[name] = lambda run=compiled, rest=way.operands, turns=turns: run(next(turns), *rest)
@@ -167,7 +168,7 @@ def _times(layer: Layer, work: Workload) -> dict[str, dict[str, float]]:
     return {name: timing.summary(values) for name, values in times.items()}
 
 
-def ways(layer: Layer, shared_across_taps: bool) -> dict[str, Way]:
+def ways(layer: Layer, border_granularity: str) -> dict[str, Way]:
     """The compared ways to run a layer, by name."""
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.normal(size=layer.kernel), jnp.float32)
@@ -181,7 +182,7 @@ def ways(layer: Layer, shared_across_taps: bool) -> dict[str, Way]:
     outer = layer.kernel[-1]
     weights = (codes, jnp.ones(outer), jnp.full(outer, 8.0))
     nearest = Rounding(BITS)
-    rounding = Rounding(BITS, "quadratic", shared_across_taps=shared_across_taps)
+    rounding = Rounding(BITS, "quadratic", shared_across_taps=border_granularity == "mean")
     chosen = {
         **_float_ways(layer, rounding, kernel, (quantizer, borders)),
         "nearest int8": _integer(layer, nearest, (quantizer, {}, weights)),

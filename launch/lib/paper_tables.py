@@ -58,10 +58,10 @@ TABLE_3: dict[tuple[str, str, str], float] = {
 }
 
 ABLATION = {
-    "aquant": {"recipe.border": "quadratic", "recipe.shared_across_taps": "True"},
-    "linear": {"recipe.border": "linear", "recipe.shared_across_taps": "True"},
-    "not fused": {"recipe.border": "quadratic", "recipe.shared_across_taps": "False"},
-    "linear, not fused": {"recipe.border": "linear", "recipe.shared_across_taps": "False"},
+    "aquant": {"recipe.border": "quadratic", "recipe.border_granularity": "mean"},
+    "linear": {"recipe.border": "linear", "recipe.border_granularity": "mean"},
+    "not fused": {"recipe.border": "quadratic", "recipe.border_granularity": "element"},
+    "linear, not fused": {"recipe.border": "linear", "recipe.border_granularity": "element"},
 }
 
 

@@ -177,7 +177,7 @@ def _border_curves(layer: Any, recipe: Any) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
         zero_point = float(np.ravel(layer.zero_point)[0])
         u = np.linspace(0, 2**layer.act_bits - 1, 101, dtype=np.float32) - np.float32(zero_point)
-        curves = border_values(recipe.border, layer.border, layer.phi, layer.shared_across_taps, u)
+        curves = border_values(recipe.border, layer.border, layer.phi, layer.border_granularity, u)
         bend = np.max(np.abs(curves - 0.5), axis=1)
         for curve in curves[np.argsort(-bend)[:CURVES_PER_LAYER]]:
             axes.plot(u, curve, lw=1)
@@ -187,7 +187,7 @@ def _border_curves(layer: Any, recipe: Any) -> Callable[[Any], None]:
 
 
 def border_values(
-    name: str, coefficients: Mapping[str, Any], phi: str, shared_across_taps: bool, u: np.ndarray
+    name: str, coefficients: Mapping[str, Any], phi: str, granularity: str, u: np.ndarray
 ) -> np.ndarray:
     """Evaluates learned borders where every tap sees the same u.
 
@@ -195,19 +195,18 @@ def border_values(
         name: of the border function.
         coefficients: arrays [taps, channels], as in ``LayerSummary.border``.
         phi: its name.
-        shared_across_taps: whether the taps of a channel share the mean of their polynomials
-            (Eq. 9).
+        granularity: see ``Recipe.border_granularity``.
         u: [points].
 
     Returns:
-        [channels, points] if shared, else [taps * channels, points].
+        [taps * channels, points] for "element", else [channels, points].
     """
     rows: Any = {
         key: np.asarray(value, np.float32)[:, None, :] for key, value in coefficients.items()
     }
     taps, _, channels = next(iter(rows.values())).shape
     columns = np.broadcast_to(np.asarray(u, np.float32)[:, None], (len(u), channels))
-    values = border.borders(name, phi, shared_across_taps, rows, [columns] * taps)
+    values = border.borders(name, phi, granularity == "mean", rows, [columns] * taps)
     return np.concatenate([np.asarray(value).T for value in values])
 
 

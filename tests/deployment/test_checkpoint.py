@@ -29,13 +29,14 @@ COMPILER = aq.Compiler(gpu_ops.backend())
 
 
 @functools.cache
-def quantized(bits=3, border_format="float32"):
+def quantized(bits=3, border_format="float32", granularity="element"):
     """Weights of `bits`, of 4 and of 8 bits."""
     apply, variables = residual_net()
     overrides = ({"pattern": "block_1/conv1", "weight_bits": 4},)
     recipe = aq.recipes.aquant(
         bits, bits, steps=2, batch_size=4,
-        border_format=border_format, border_lr=0.02, overrides=overrides,
+        border_format=border_format, border_granularity=granularity, border_lr=0.02,
+        overrides=overrides,
     )  # fmt: skip
     return aq.quantize(apply, variables, X, recipe, observer=aq.Observer(), compiler=COMPILER)
 
@@ -50,11 +51,14 @@ def assert_same(one, two):
 
 
 @pytest.mark.parametrize(
-    ("bits", "border_format"),
-    [(3, "float32"), (2, "float16"), (3, "int8")],
-)
-def test_restores_codes_and_outputs_bit_for_bit(tmp_path, bits, border_format):
-    one = quantized(bits, border_format)
+    ("bits", "border_format", "granularity"),
+    [
+        (3, "float32", "element"), (2, "float16", "element"), (3, "int8", "element"),
+        (3, "float32", "channel"),
+    ],
+)  # fmt: skip
+def test_restores_codes_and_outputs_bit_for_bit(tmp_path, bits, border_format, granularity):
+    one = quantized(bits, border_format, granularity)
     aq.save(one, tmp_path / "saved")
     two = aq.restore(tmp_path / "saved")
     assert_same(one, two)
@@ -296,12 +300,17 @@ def test_the_code_reads_no_pickle():
             assert "import pickle" not in path.read_text(), path
 
 
-def test_a_network_of_the_first_layout_names_its_version():
-    old = REPOSITORY / "tests" / "golden" / "layout_1" / "checkpoint"
+@pytest.mark.parametrize(
+    ("layout", "writer"), [(1, "aquant-jax 0.1.0"), (2, "an earlier aquant-jax 0.2.0.dev0")]
+)
+def test_a_network_of_an_earlier_layout_names_its_version(layout, writer):
+    old = REPOSITORY / "tests" / "golden" / f"layout_{layout}" / "checkpoint"
     before = archive.sizes(old)
-    wanted = r"has layout 1, written by aquant-jax 0\.1\.0; this version reads layout 2"
-    with pytest.raises(InputError, match=wanted):
+    with pytest.raises(InputError) as refused:
         aq.restore(old)
+    assert str(refused.value) == (
+        f"{old} has layout {layout}, written by {writer}; this version reads layout 3"
+    )
     assert archive.sizes(old) == before
 
 
@@ -311,6 +320,15 @@ def test_another_layout_is_told(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(InputError, match="layout 99, written by another version of aquant-jax"):
         aq.restore(tmp_path / "saved")
+
+
+def test_one_border_a_channel_takes_a_ninth_of_the_coefficients():
+    """Two 3x3 convolutions and a dense head of four channels, of which the head stays."""
+    each, channel = (checkpoint.sizes(quantized(granularity=g)) for g in ("element", "channel"))
+    bytes_of_four_borders = 4 * 3 * np.float32().nbytes
+    assert each.borders == (9 + 9 + 1) * bytes_of_four_borders
+    assert channel.borders == (1 + 1 + 1) * bytes_of_four_borders
+    assert each._replace(borders=0) == channel._replace(borders=0)
 
 
 def test_every_array_has_a_role():

@@ -32,7 +32,7 @@ def network():
     two = jnp.ones(2)
     codes = jnp.arange(6, dtype=jnp.uint8).reshape(3, 2)
     layer = LayerState(codes, two, two, two, {"b0": jnp.full((1, 3), 0.5)})
-    spec = LayerSpec(PATH, "dense", 4, PATH, 4, "linear", "identity", False)
+    spec = LayerSpec(PATH, "dense", 4, PATH, 4, "linear", "identity", "element")
     recipe = Recipe(border="linear", border_format="int8", overrides=({"pattern": "x"},))
     activations = {PATH: ActivationQuantizer(jnp.float32(0.5), jnp.float32(1))}
 
@@ -127,6 +127,7 @@ BORDER = f"[0]['{PATH}'].border['b0']"
         ((*LAYER, "act_bits"), 1, "act_bits=1"),
         ((*LAYER, "tensor"), "other", "tensor='other'"),
         ((*LAYER, "phi"), "other", "phi"),
+        ((*LAYER, "border_granularity"), "tap", "border_granularity='tap'"),
         (("metadata", "layers"), [], "layers [], borders ['head/kernel']"),
         (("metadata", "activations"), [], "tensor='head/kernel'"),
         (("metadata", "constants"), ["shift", "more"], "no place or no array for"),

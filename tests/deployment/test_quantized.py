@@ -69,7 +69,7 @@ def test_summary_tells_what_is_deployed():
     assert (head.kind, head.weight_bits, head.act_bits) == ("dense", 8, 8)
     assert {c.shape for c in head.border.values()} == {(1, 4)}
     assert conv.phi in ("identity", "clamp")
-    assert isinstance(conv.shared_across_taps, bool)
+    assert conv.border_granularity == "element"
     assert all(isinstance(entry.codes, np.ndarray) for entry in summary.values())
 
 

@@ -18,12 +18,13 @@ from aquant_jax.layers.fake_quant import LayerInput, LayerSpec, Weights, run_lay
 from tests.support.layer_codes import input_codes
 
 FOLDER = Path(__file__).parent
-# name -> (kernel size, strides, padding, groups, border, phi, fused)
+# name -> (kernel size, strides, padding, groups, border, phi, border granularity)
 CASES = {
-    "conv_fused": ((2, 2), (1, 1), ((1, 0), (0, 1)), 1, "quadratic", "clamp", True),
-    "conv_each": ((3, 3), (2, 1), ((1, 1), (1, 1)), 1, "quadratic", "clamp", False),
-    "grouped": ((2, 4), (1, 2), ((0, 1), (2, 1)), 2, "linear", "identity", True),
-    "nearest": ((3, 3), (1, 1), ((1, 1), (1, 1)), 1, None, "clamp", True),
+    "conv_fused": ((2, 2), (1, 1), ((1, 0), (0, 1)), 1, "quadratic", "clamp", "mean"),
+    "conv_each": ((3, 3), (2, 1), ((1, 1), (1, 1)), 1, "quadratic", "clamp", "element"),
+    "grouped": ((2, 4), (1, 2), ((0, 1), (2, 1)), 2, "linear", "identity", "mean"),
+    "nearest": ((3, 3), (1, 1), ((1, 1), (1, 1)), 1, None, "clamp", "mean"),
+    "conv_channel": ((3, 3), (2, 1), ((1, 1), (0, 2)), 1, "quadratic", "identity", "channel"),
 }
 POWERS = {"linear": ("b0", "b1"), "quadratic": ("b0", "b1", "b2"), None: ()}
 STEP, ZERO, BITS = 0.25, 2.0, 3
@@ -36,10 +37,10 @@ def dyadic(rng, shape, denominator, limit):
 
 def inputs(name, seed):
     """What the case is made of; stored beside the results."""
-    size, _, _, groups, border, _, _ = CASES[name]
+    size, _, _, groups, border, _, granularity = CASES[name]
     rng = np.random.default_rng(seed)
     scales = {"b0": 16, "b1": 64, "b2": 512}
-    taps = int(np.prod(size))
+    taps = 1 if granularity == "channel" else int(np.prod(size))
     return {
         "x": dyadic(rng, (2, 5, 6, 4), 16, 2),
         "kernel": dyadic(rng, (*size, 4 // groups, 4), 8, 1),
@@ -55,7 +56,7 @@ def inputs(name, seed):
 
 def compute(name, given):
     """Codes of the input columns and of the weights, and the layer's output, under jit."""
-    _, strides, padding, groups, border, phi, shared_across_taps = CASES[name]
+    _, strides, padding, groups, border, phi, granularity = CASES[name]
 
     def apply(variables, x):
         return jax.lax.conv_general_dilated(
@@ -64,7 +65,7 @@ def compute(name, given):
         )  # fmt: skip
 
     (op,) = trace(apply, {"kernel": given["kernel"]}, given["x"]).ops
-    spec = LayerSpec("kernel", "conv", 4, "kernel", BITS, border, phi, shared_across_taps)
+    spec = LayerSpec("kernel", "conv", 4, "kernel", BITS, border, phi, granularity)
     state = ActivationQuantizer(jnp.float32(STEP), jnp.float32(ZERO))
     coefficients = {name: given[name] for name in POWERS[border]}
     units, zero = given["kernel"] * np.float32(8.0), given["weight_zero"].reshape(1, 1, 1, 4)

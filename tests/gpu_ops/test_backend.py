@@ -136,11 +136,14 @@ def quantize(apply, variables, x, recipe):
 
 
 @functools.cache
-def quantized_net(net, bits, preset):
+def quantized_net(net, bits, preset, granularity="element"):
     """A small network, without learning, and inputs."""
     apply, variables = net()
     x = images(0, 32) if net is residual_net else normal(rng_of(0), 32, 6)
-    recipe = aq.recipes.preset(preset, weight_bits=bits, act_bits=bits, batch_size=8, steps=0)
+    recipe = aq.recipes.preset(
+        preset, weight_bits=bits, act_bits=bits, batch_size=8, steps=0,
+        border_granularity=granularity,
+    )  # fmt: skip
     quantized = quantize(apply, variables, x, recipe)
     return quantized if preset == "nearest" else with_random_borders(quantized), x
 
@@ -151,11 +154,14 @@ NETS = pytest.mark.parametrize("net", [residual_net, mlp], ids=["residual", "mlp
 class TestDeployedNetworks:
     """``quantized.with_backend``: the same predictions, and outputs up to float rounding."""
 
-    @pytest.mark.parametrize("preset", ["nearest", "aquant"])
+    @pytest.mark.parametrize(
+        ("preset", "granularity"),
+        [("nearest", "element"), ("aquant", "element"), ("aquant", "channel")],
+    )
     @pytest.mark.parametrize("bits", [2, 8])
     @NETS
-    def test_give_the_same_outputs(self, net, bits, preset):
-        quantized, x = quantized_net(net, bits, preset)
+    def test_give_the_same_outputs(self, net, bits, preset, granularity):
+        quantized, x = quantized_net(net, bits, preset, granularity)
         deployed = quantized.with_backend(BACKEND)
         np.testing.assert_array_equal(jax.jit(deployed)(x), quantized(x))
         text = jax.jit(deployed).lower(x).as_text()

@@ -75,7 +75,7 @@ class Pretended(SimpleNamespace):
             name: np.full((9, 4), value) for name, value in (("b0", 0.4), ("b1", 0.1), ("b2", 0))
         }
         border = border if self.recipe.border else None
-        fields = {"act_bits": 2, "zero_point": 0, "phi": "clamp", "shared_across_taps": True}
+        fields = {"act_bits": 2, "zero_point": 0, "phi": "clamp", "border_granularity": "mean"}
         return [
             SimpleNamespace(path="stem", border=None, **fields),
             SimpleNamespace(path="block1/conv1", border=border, **fields),

@@ -70,7 +70,10 @@ def test_a_variant_sets_bits_and_preset(path, preset):
     )
     if preset in ("aquant", "aquant_plus"):
         form = "linear" if path.stem in LINEAR else "quadratic"
-        expected = expected.replace(border=form, shared_across_taps=path.stem not in BORDER_PER_TAP)
+        expected = expected.replace(
+            border=form,
+            border_granularity="element" if path.stem in BORDER_PER_TAP else "mean",
+        )
     assert recipe == expected
     assert (recipe.reconstruction.steps == 0) == (preset == "nearest")
 
@@ -107,8 +110,11 @@ def test_overrides_reach_any_field():
     assert config.recipe.reconstruction.steps == 7
     assert (config.test_limit, config.eval_batch_size) == (100, 50)
     overrides = {"recipe.border": "linear", "recipe.reconstruction.border_range": "none"}
-    recipe = command_line.load_config("configs/digits.py", overrides).recipe
-    assert (recipe.border, recipe.reconstruction.border_range) == ("linear", None)
+    overrides["recipe.border_granularity"] = "channel"
+    config = command_line.load_config("configs/digits.py", overrides)
+    recipe = experiment.recipe_of(config)
+    assert (recipe.border, recipe.border_granularity) == ("linear", "channel")
+    assert recipe.reconstruction.border_range is None
 
 
 @pytest.mark.parametrize(
@@ -133,7 +139,7 @@ def test_wrong_overrides_name_the_field(overrides, message):
         ("recipe.reconstruction.steps", "many"),
         ("recipe.reconstruction.steps", "2.5"),
         ("recipe.reconstruction.weight_lr", "fast"),
-        ("recipe.shared_across_taps", "3"),
+        ("recipe.quantize_input", "3"),
     ],
 )
 def test_values_of_a_wrong_type_are_named(field, text):
@@ -149,7 +155,8 @@ def test_a_list_of_no_regular_expressions():
 
 RENAMED = {
     "unit": "granularity",
-    "fused": "shared_across_taps",
+    "fused": "border_granularity",
+    "shared_across_taps": "border_granularity",
     "drop": "reconstruction.quant_drop_prob",
     "settle": "reconstruction.final_full_quant_fraction",
 }

@@ -53,12 +53,10 @@ def odd_net():
 
 
 @functools.cache
-def quantized(net, shared_across_taps=False, bits=2):
+def quantized(net, granularity="element", bits=2):
     """Rounded to nearest, then with borders as if they were learned."""
     apply, variables = net()
-    recipe = aq.recipes.aquant(
-        bits, bits, steps=0, batch_size=4, shared_across_taps=shared_across_taps
-    )
+    recipe = aq.recipes.aquant(bits, bits, steps=0, batch_size=4, border_granularity=granularity)
     network = aq.quantize(apply, variables, X, recipe, observer=aq.Observer())
     rng, layers = rng_of(7), {}
     for path, layer in network.layers.items():
@@ -78,11 +76,14 @@ def assert_same_outputs(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("net", "shared_across_taps", "bits"),
-    [(small_net, True, 4), (odd_net, False, 3)],
-)
-def test_onnxruntime_gives_the_same_outputs(tmp_path, net, shared_across_taps, bits):
-    network = quantized(net, shared_across_taps, bits)
+    ("net", "granularity", "bits"),
+    [
+        (small_net, "mean", 4), (odd_net, "element", 3),
+        (small_net, "channel", 4), (odd_net, "channel", 3),
+    ],
+)  # fmt: skip
+def test_onnxruntime_gives_the_same_outputs(tmp_path, net, granularity, bits):
+    network = quantized(net, granularity, bits)
     model = onnx_export.to_onnx(network)
     onnx.checker.check_model(model, full_check=True)
     path = tmp_path / "network.onnx"
@@ -99,6 +100,15 @@ def test_onnxruntime_gives_the_same_outputs(tmp_path, net, shared_across_taps, b
     assert kinds == {f"{path}:codes": whole if wide[path] else small for path in wide}
 
 
+def test_one_border_a_channel_is_a_plain_padded_convolution_in_onnx():
+    """One Conv a layer, with its padding, where columns need a second one and a MatMul."""
+    model = onnx_export.to_onnx(quantized(small_net, "channel", 4))
+    counts = collections.Counter(node.op_type for node in model.graph.node)
+    assert (counts["Conv"], counts["Pad"]) == (3, 0)
+    assert counts["MatMul"] + counts["Gemm"] == 1  # the head
+    assert counts["Ceil"] == 4  # two convolutions, the skip and the head
+
+
 def test_onnxruntime_gives_the_same_bits_where_all_sums_are_of_whole_numbers(tmp_path):
     x = normal(rng_of(0), 32, 6)
     recipe = aq.recipes.nearest(4, 4, batch_size=8, quantize_input=True)
@@ -109,7 +119,7 @@ def test_onnxruntime_gives_the_same_bits_where_all_sums_are_of_whole_numbers(tmp
 
 
 def test_onnx_names_inputs_and_outputs_by_their_paths():
-    model = onnx_export.to_onnx(quantized(odd_net, False, 3))
+    model = onnx_export.to_onnx(quantized(odd_net, "element", 3))
     shapes = {
         value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
         for value in (*model.graph.input, *model.graph.output)
@@ -148,11 +158,11 @@ def test_what_onnx_lacks_is_one_line():
 
 
 def test_a_restored_network_needs_the_code_for_onnx(tmp_path):
-    aq.save(quantized(small_net, True, 4), tmp_path / "saved")
+    aq.save(quantized(small_net, "mean", 4), tmp_path / "saved")
     with pytest.raises(InputError, match="the ONNX export needs the model's code"):
         onnx_export.to_onnx(aq.restore(tmp_path / "saved"))
     program = stablehlo.self_contained(aq.restore(tmp_path / "saved"))
-    np.testing.assert_array_equal(program.call(X[:3]), quantized(small_net, True, 4)(X[:3]))
+    np.testing.assert_array_equal(program.call(X[:3]), quantized(small_net, "mean", 4)(X[:3]))
 
 
 @pytest.fixture

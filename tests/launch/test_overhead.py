@@ -9,6 +9,7 @@ import pytest
 
 import aquant_jax as aq
 from aquant_jax import models
+from aquant_jax.arithmetic import border
 from launch import overhead
 
 
@@ -77,6 +78,35 @@ def test_counts_of_resnet18_by_hand(table):
     assert cells["8-bit weights"] == "11.14 -> 11.32 MiB (+1.6%)"
 
 
+def test_granularities_of_one_layer_by_hand():
+    """A strided 3x3 convolution of four channels, 8x6 to 4x3 pixels, with quadratic borders."""
+    layer = overhead.LayerCounts(9 * 4 * 5, 9, 4, False, terms=3, inputs=8 * 6 * 4, pixels=12)
+    counts = {g: (layer.coefficients(g), layer.operations(g)) for g in border.GRANULARITIES}
+    columns = 12 * 9 * 4
+    assert counts == {
+        "element": (3 * 9 * 4, 4 * columns),
+        "mean": (3 * 9 * 4, 5 * columns),  # eight additions and a product of nine taps
+        "channel": (3 * 4, 4 * 8 * 6 * 4),
+    }
+    assert layer._replace(terms=0).operations("mean") == 0
+    pointwise = layer._replace(taps=1)
+    assert pointwise.operations("mean") == pointwise.operations("element")
+
+
+def test_granularities_of_resnet18(printed):
+    """The first, whose input is float, has no border; each image has 4 operations an input."""
+    found = {}
+    for line in printed.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] == "resnet18" and cells[1] in border.GRANULARITIES:
+            found[cells[1]] = cells[2:]
+    channels = 4 * 64 + (64 + 3 * 128 + 64) + (128 + 3 * 256 + 128) + (256 + 3 * 512 + 256) + 512
+    assert found["channel"][:2] == [f"{3 * channels:,}", f"{6 * channels:,}"]
+    assert found["element"][:2] == found["mean"][:2] == ["94,464", "188,928"]
+    shares = {name: float(cells[-1].removesuffix("%")) for name, cells in found.items()}
+    assert shares["channel"] < shares["element"] < shares["mean"] < 2
+
+
 def test_depthwise_elements_are_per_tap_and_channel():
     layers = overhead.count_layers("mobilenetv2")
     assert [(x.taps, x.channels, x.depthwise) for x in layers[:3]] == [
@@ -100,20 +130,21 @@ class Tiny(nn.Module):
         return nn.Dense(2, name="head")(jnp.mean(x, axis=(1, 2)))
 
 
-def test_what_the_preset_stores_is_what_a_quantized_network_holds(monkeypatch):
+@pytest.mark.parametrize(("granularity", "taps"), [("element", 3), ("channel", 1)])
+def test_what_is_counted_is_what_a_quantized_network_holds(monkeypatch, granularity, taps):
     monkeypatch.setitem(models.LINEN, "tiny", (Tiny, ()))
     apply, shapes = models.abstract("tiny")
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, leaf.dtype), shapes)
     images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
-    recipe = aq.recipes.aquant(steps=0, batch_size=4)
+    recipe = aq.recipes.aquant(steps=0, batch_size=4, border_granularity=granularity)
     quantized = aq.quantize(apply, variables, images, recipe, observer=aq.Observer())
-    counted = {x.taps: x.stored for x in overhead.count_layers("tiny")}
+    counted = {x.taps: x.coefficients(granularity) for x in overhead.count_layers("tiny")}
     held = {
         path.split("/")[1]: sum(leaf.size for leaf in jax.tree.leaves(layer.border))
         for path, layer in quantized.layers.items()
     }
     assert held == {"stem": counted[9], "depthwise": counted[3], "head": counted[1]}
-    assert held == {"stem": 0, "depthwise": 3 * 3 * 4, "head": 3 * 4}
+    assert held == {"stem": 0, "depthwise": 3 * taps * 4, "head": 3 * 4}
 
 
 def test_bert_base_from_its_shapes(printed):

@@ -28,7 +28,7 @@ def coefficients(taps=9, channels=4):
 
 def test_border_values_of_every_column():
     border = coefficients()
-    values = plots.border_values("quadratic", border, "clamp", False, POINTS)
+    values = plots.border_values("quadratic", border, "clamp", "element", POINTS)
     assert values.shape == (36, 7)
     expected = border["b0"][2, 3] + border["b1"][2, 3] * 1.5 + border["b2"][2, 3] * 1.5**2
     assert values[2 * 4 + 3, 3] == pytest.approx(np.clip(expected, 0, 1), abs=1e-6)
@@ -36,7 +36,7 @@ def test_border_values_of_every_column():
 
 def test_fused_border_is_phi_of_the_mean_over_taps():
     border = coefficients() | {"b0": np.array([[-4.0], [1.0], [2.0]] * 3) * np.ones(4)}
-    values = plots.border_values("quadratic", border, "clamp", True, POINTS)
+    values = plots.border_values("quadratic", border, "clamp", "mean", POINTS)
     mean = sum(border[f"b{k}"].mean(axis=0)[:, None] * POINTS**k for k in range(3))
     np.testing.assert_allclose(values, np.clip(mean, 0, 1), atol=1e-6)
 
@@ -44,7 +44,7 @@ def test_fused_border_is_phi_of_the_mean_over_taps():
 def test_nothing_learned_draws_neither_losses_nor_borders(tmp_path):
     layer = SimpleNamespace(path="stem", border=None)
     reports = [report("stem", 0.0), report("head", 0.0)]
-    recipe = SimpleNamespace(preset="nearest", border=None, shared_across_taps=True)
+    recipe = SimpleNamespace(preset="nearest", border=None)
     plots.run_plots(recipe, reports, [layer], tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["block_error.png", "propagated_error.png"]

@@ -13,7 +13,10 @@ from launch import export, quantize
 from launch.lib import run_directory
 from tests.support.process import REPOSITORY
 
-OLD = REPOSITORY / "tests" / "golden" / "layout_1" / "run_directory"
+OLD = {
+    layout: REPOSITORY / "tests" / "golden" / f"layout_{layout}" / "run_directory"
+    for layout in (1, 2)
+}
 
 
 def files(path):
@@ -43,7 +46,7 @@ def test_results_come_last_and_are_read_back(tmp_path):
 
 def test_a_full_disk_is_told_and_finished_blocks_stay(tmp_path):
     (tmp_path / "run" / "blocks" / "000").mkdir(parents=True)
-    json_file.write_json(tmp_path / "run" / "run.json", {"layout": 2, "seed": 0})
+    json_file.write_json(tmp_path / "run" / "run.json", {"layout": 3, "seed": 0})
     with pytest.raises(InputError, match=r"run cannot be written: No space left on device"):
         fail(tmp_path / "run", {"seed": 0}, OSError(errno.ENOSPC, "No space left on device"))
     assert (tmp_path / "run" / "blocks" / "000").exists()
@@ -51,7 +54,7 @@ def test_a_full_disk_is_told_and_finished_blocks_stay(tmp_path):
 
 def test_blocks_are_used_after_a_full_disk_while_a_restart_begins(tmp_path, monkeypatch):
     (tmp_path / "blocks" / "000").mkdir(parents=True)
-    json_file.write_json(tmp_path / "run.json", {"layout": 2, "seed": 0})
+    json_file.write_json(tmp_path / "run.json", {"layout": 3, "seed": 0})
 
     def full(path, value):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -237,15 +240,17 @@ def test_damaged_files_are_named(tmp_path, name, text, message):
 
 def test_a_directory_says_its_layout(tmp_path):
     with run_directory.claim(tmp_path, {"seed": 0}):
-        assert json_file.read_json(tmp_path / "run.json") == {"layout": 2, "seed": 0}
+        assert json_file.read_json(tmp_path / "run.json") == {"layout": 3, "seed": 0}
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_directory_of_version_0_1_is_refused_and_left_alone(tmp_path, restart):
-    path = shutil.copytree(OLD, tmp_path / "run")
+@pytest.mark.parametrize("layout", OLD)
+def test_a_directory_of_an_earlier_layout_is_refused_and_left_alone(tmp_path, layout, restart):
+    path = shutil.copytree(OLD[layout], tmp_path / "run")
     before = {file: file.read_bytes() for file in path.iterdir()}
-    identity = json_file.read_json(OLD / "run.json")
-    message = "run has layout 1, written by aquant-jax 0.1.0; this version reads layout 2"
+    identity = json_file.read_json(path / "run.json")
+    identity.pop("layout", None)
+    message = f"run has {archive.written_by(layout)}; choose another --workdir$"
     with pytest.raises(InputError, match=message), run_directory.claim(path, identity, restart):
         pass
     assert {file: file.read_bytes() for file in path.iterdir()} == before
@@ -256,12 +261,13 @@ def test_a_directory_of_version_0_1_is_refused_and_left_alone(tmp_path, restart)
     [(quantize, ["--config=configs/digits.py:w2a2"]), (export, ["--format=onnx"])],
     ids=["quantize", "export"],
 )
-def test_programs_refuse_it_in_one_line(program, argv, tmp_path, capsys):
-    path = shutil.copytree(OLD, tmp_path / "run")
+@pytest.mark.parametrize("layout", OLD)
+def test_programs_refuse_it_in_one_line(program, argv, layout, tmp_path, capsys):
+    path = shutil.copytree(OLD[layout], tmp_path / "run")
     assert program.main(["program", *argv, f"--workdir={path}"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"{path} has layout 1, written by aquant-jax 0.1.0" in error
+    assert f"{path} has {archive.written_by(layout)}" in error
     assert files(path) == ["log.jsonl", "results.json", "run.json"]
 
 
@@ -284,4 +290,4 @@ def test_a_restart_may_change_how_blocks_are_learned_and_nothing_else(tmp_path):
         assert files(tmp_path) == ["log.jsonl", "results.json", "run.json"]
         run.begin()
         assert files(tmp_path) == ["run.json"]
-    assert json_file.read_json(tmp_path / "run.json") == {"layout": 2, **identity("qdrop", 2, 20)}
+    assert json_file.read_json(tmp_path / "run.json") == {"layout": 3, **identity("qdrop", 2, 20)}

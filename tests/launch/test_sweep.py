@@ -88,7 +88,15 @@ MODE = "give --config=FILE to compare presets, or --table to fill a table"
         ([DIGITS, "--presets="], "no presets; there are: nearest"),
         ([DIGITS, "--config.recipe.settle=0.3"], "'settle' is now 'reconstruction.final_full"),
         ([DIGITS, "--config.recipe.steps=3"], "it is now 'recipe.reconstruction.steps'"),
-        (["--table=3", "--config.recipe.fused=True"], "'fused' is now 'shared_across_taps'"),
+        (
+            [DIGITS, "--config.recipe.border_granularity=tap"],
+            "border_granularity is 'tap'; known: element, mean, channel",
+        ),
+        (
+            [DIGITS, "--config.recipe.shared_across_taps=True"],
+            "'shared_across_taps' is now 'border_granularity'",
+        ),
+        (["--table=3", "--config.recipe.fused=True"], "'fused' is now 'border_granularity'"),
         (["--table=4"], "value should be one of <1|2|3>"),
         ([], MODE),
         ([DIGITS, "--table=1"], MODE),
@@ -209,20 +217,20 @@ def test_the_ablation_differs_from_aquant_in_the_border_alone():
     argv = ["sweep", "--table=3", "--workdir=x"]
     values, _ = command_line.parse(argv, sweep.define_flags, sweep.__doc__)
     # The fields that a row sets stay the row's, whatever else is given.
-    overrides = {"recipe.border": "constant", "recipe.shared_across_taps": "True"}
+    overrides = {"recipe.border": "constant", "recipe.border_granularity": "mean"}
     planned = sweep.plan_table(values, overrides)
     assert list(planned) == ["resnet18", "regnetx_600mf"]
     recipes = {key: cell.config.recipe for key, cell in planned["resnet18"].items()}
     assert len(recipes) == 8
     for bits in ("w2a2", "w3a3"):
         base = recipes[bits, "aquant"].to_dict()
-        for row, border, shared_across_taps in (
-            ("aquant", "quadratic", True),
-            ("linear", "linear", True),
-            ("not fused", "quadratic", False),
-            ("linear, not fused", "linear", False),
+        for row, border, granularity in (
+            ("aquant", "quadratic", "mean"),
+            ("linear", "linear", "mean"),
+            ("not fused", "quadratic", "element"),
+            ("linear, not fused", "linear", "element"),
         ):
-            wanted = base | {"border": border, "shared_across_taps": shared_across_taps}
+            wanted = base | {"border": border, "border_granularity": granularity}
             assert recipes[bits, row].to_dict() == wanted
 
 

@@ -40,13 +40,13 @@ def op_of(function, kernel, x):
     return op
 
 
-def spec_of(op, border="quadratic", phi="clamp", shared_across_taps=True):
-    return LayerSpec("w", op.layer.kind, 4, "w", BITS, border, phi, shared_across_taps)
+def spec_of(op, border="quadratic", phi="clamp", granularity="mean"):
+    return LayerSpec("w", op.layer.kind, 4, "w", BITS, border, phi, granularity)
 
 
-def coefficients_of(op, x_shape, border, phi="clamp", seed=0, size=0.1):
-    shape = border_shape(op, x_shape)
-    start = borders.get(border).init(shape, borders.get_phi(phi).half)
+def coefficients_of(op, spec, x_shape, seed=0, size=0.1):
+    shape = border_shape(op, spec.border_granularity, x_shape)
+    start = borders.get(spec.border).init(shape, borders.get_phi(spec.phi).half)
     rng = rng_of(seed)
     return {name: np.asarray(c) + size * normal(rng, *shape) for name, c in start.items()}
 
@@ -58,13 +58,21 @@ def convolution(options, size=3):
     return op_of(lambda v, x: conv(x, v["w"], **options), kernel, x), x, kernel
 
 
-@pytest.mark.parametrize("shared_across_taps", [True, False], ids=["fused", "each"])
+def as_columns(codes, granularity, kernel, options):
+    """The result of `input_codes` as [N, OH, OW, taps, C]; padding has the code of zero."""
+    if granularity != "channel":
+        return np.moveaxis(codes, 0, 3)
+    geometry = {name: value for name, value in options.items() if name != "groups"}
+    return reference.im2col(np.asarray(codes, int) - 2, kernel.shape[:2], **geometry) + 2
+
+
+@pytest.mark.parametrize("granularity", borders.GRANULARITIES)
 @pytest.mark.parametrize("phi", ["clamp", "identity"])
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
-def test_convolution_is_that_of_the_numpy_reference(options, phi, shared_across_taps):
+def test_convolution_is_that_of_the_numpy_reference(options, phi, granularity):
     op, x, kernel = convolution(options)
-    spec, bias = spec_of(op, phi=phi, shared_across_taps=shared_across_taps), normal(rng_of(3), 4)
-    coefficients = coefficients_of(op, x.shape, "quadratic")
+    spec, bias = spec_of(op, phi=phi, granularity=granularity), normal(rng_of(3), 4)
+    coefficients = coefficients_of(op, spec, x.shape)
     keep = rng_of(4).random(x.shape) < 0.5
     expected, codes = reference.quantized_conv(
         x,
@@ -75,7 +83,7 @@ def test_convolution_is_that_of_the_numpy_reference(options, phi, shared_across_
         BITS,
         coefficients,
         phi,
-        shared_across_taps,
+        granularity,
         keep=keep,
         **options,
     )
@@ -83,8 +91,8 @@ def test_convolution_is_that_of_the_numpy_reference(options, phi, shared_across_
         op, spec, LayerInput(x, GRID, jnp.asarray(keep)), Weights(kernel, bias, coefficients)
     )
     np.testing.assert_allclose(y, expected, atol=2e-5)
-    found = np.moveaxis(input_codes(op, spec, x, GRID, coefficients), 0, 3)
-    np.testing.assert_array_equal(found, codes)
+    found = input_codes(op, spec, x, GRID, coefficients)
+    np.testing.assert_array_equal(as_columns(found, granularity, kernel, options), codes)
 
 
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
@@ -103,25 +111,23 @@ def test_nearest_convolution_is_that_of_the_numpy_reference(options):
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "quadratic"])
-@pytest.mark.parametrize("shared_across_taps", [True, False])
+@pytest.mark.parametrize("granularity", borders.GRANULARITIES)
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
-def test_border_of_one_half_gives_the_codes_of_nearest(size, shared_across_taps, name):
+def test_border_of_one_half_gives_the_codes_of_nearest(size, granularity, name):
     """Ties included: the input is made of multiples of half a step."""
     options = {"padding": ((size // 2, size // 2),) * 2}
-    op, x, _ = convolution(options, size)
+    op, x, kernel = convolution(options, size)
     x = np.round(4 * x).astype(np.float32) / 4
     half = ActivationQuantizer(jnp.float32(0.5), jnp.float32(2.0))
-    start = coefficients_of(op, x.shape, name, size=0.0)
-    spec = spec_of(op, border=name, shared_across_taps=shared_across_taps)
+    spec = spec_of(op, border=name, granularity=granularity)
+    start = coefficients_of(op, spec, x.shape, size=0.0)
     nearest = np.asarray(input_codes(op, spec._replace(border=None), x, half, {}))
     found = np.asarray(input_codes(op, spec, x, half, start))
     if size == 1:
         np.testing.assert_array_equal(found, nearest)
     else:
-        # Padding has the code of zero.
-        shifted = nearest.astype(int) - 2
-        columns = reference.im2col(shifted, (size, size), padding=options["padding"])
-        np.testing.assert_array_equal(np.moveaxis(found, 0, 3), columns + 2)
+        columns = as_columns(nearest, "channel", kernel, options)
+        np.testing.assert_array_equal(as_columns(found, granularity, kernel, options), columns)
 
 
 def test_one_dimensional_convolution_equals_the_two_dimensional_one():
@@ -133,7 +139,7 @@ def test_one_dimensional_convolution_equals_the_two_dimensional_one():
         )
 
     op = op_of(line, kernel, x)
-    coefficients = coefficients_of(op, x.shape, "linear")
+    coefficients = coefficients_of(op, spec_of(op, "linear"), x.shape)
     y = run_layer(
         op,
         spec_of(op, "linear"),
@@ -151,7 +157,7 @@ def test_one_dimensional_convolution_equals_the_two_dimensional_one():
 def test_layouts_give_the_same_convolution(layout):
     options = CONVOLUTIONS["strided"]
     op, x, kernel = convolution(options)
-    coefficients, bias = coefficients_of(op, x.shape, "quadratic"), normal(rng_of(3), 4)
+    coefficients, bias = coefficients_of(op, spec_of(op), x.shape), normal(rng_of(3), 4)
     expected = run_layer(op, spec_of(op), LayerInput(x, GRID), Weights(kernel, bias, coefficients))
     order = ["NHWC".index(axis) for axis in layout]
     weights = {"NCHW": "OIHW", "CHWN": "IHWO"}[layout]
@@ -174,7 +180,7 @@ def test_layouts_give_the_same_convolution(layout):
 def test_dense_layer_has_one_border_an_input_channel():
     x, kernel, bias = normal(rng_of(7), 5, 6), normal(rng_of(8), 6, 4), normal(rng_of(9), 4)
     op = op_of(lambda v, x: x @ v["w"], kernel, x)
-    coefficients = coefficients_of(op, x.shape, "quadratic")
+    coefficients = coefficients_of(op, spec_of(op), x.shape)
     y = run_layer(op, spec_of(op), LayerInput(x, GRID), Weights(kernel, bias, coefficients))
     expected, codes = reference.quantized_conv(
         x[:, None, None], kernel[None, None], bias, np.float32(0.3), 2, BITS, coefficients
@@ -188,7 +194,7 @@ def test_dense_layer_whose_weight_is_on_the_left():
     x, kernel, bias = normal(rng_of(7), 5, 6), normal(rng_of(8), 6, 4), normal(rng_of(9), 4)
     op = op_of(lambda v, x: x @ v["w"], kernel, x)
     left = op_of(lambda v, x: jnp.einsum("io,ni->on", v["w"], x), kernel, x)
-    coefficients = coefficients_of(op, x.shape, "linear")
+    coefficients = coefficients_of(op, spec_of(op, "linear"), x.shape)
     y = run_layer(
         op, spec_of(op, "linear"), LayerInput(x, GRID), Weights(kernel, bias, coefficients)
     )
@@ -202,8 +208,8 @@ def test_two_contracted_axes_are_two_axes_of_column_elements():
     """The output projection of multi-head attention: [n, t, heads, depth] x [heads, depth, o]."""
     x, kernel = normal(rng_of(10), 3, 5, 2, 4), normal(rng_of(11), 2, 4, 6)
     op = op_of(lambda v, x: jnp.einsum("nthd,hdo->nto", x, v["w"]), kernel, x)
-    assert border_shape(op, x.shape) == (1, 8)
-    coefficients, bias = coefficients_of(op, x.shape, "quadratic"), normal(rng_of(12), 6)
+    assert {border_shape(op, g, x.shape) for g in borders.GRANULARITIES} == {(1, 8)}
+    coefficients, bias = coefficients_of(op, spec_of(op), x.shape), normal(rng_of(12), 6)
     y = run_layer(op, spec_of(op), LayerInput(x, GRID), Weights(kernel, bias, coefficients))
     # The elements are numbered in the order of the op's contracted axes.
     first, second = op.params["dimension_numbers"][0][0]
@@ -239,7 +245,7 @@ def test_dequantized_weights():
 def test_half_precision_operands_give_a_float32_result():
     x, kernel = normal(rng_of(7), 5, 6), normal(rng_of(8), 6, 4)
     op = op_of(lambda v, x: x @ v["w"], kernel.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
-    coefficients = coefficients_of(op, x.shape, "quadratic")
+    coefficients = coefficients_of(op, spec_of(op), x.shape)
     weights = Weights(kernel, np.zeros(4, "f"), coefficients)
     y = run_layer(op, spec_of(op), LayerInput(jnp.asarray(x, jnp.bfloat16), GRID), weights)
     assert y.dtype == jnp.float32
@@ -248,20 +254,20 @@ def test_half_precision_operands_give_a_float32_result():
 class TestGradients:
     """Against finite differences of the surrogate whose rounding residual and clips are frozen."""
 
-    @pytest.mark.parametrize("shared_across_taps", [True, False], ids=["fused", "each"])
+    @pytest.mark.parametrize("granularity", borders.GRANULARITIES)
     @pytest.mark.parametrize("phi", ["clamp", "identity"])
     @pytest.mark.parametrize("options", [CONVOLUTIONS["strided"], CONVOLUTIONS["grouped"]])
-    def test_of_step_size_and_border(self, options, phi, shared_across_taps):
+    def test_of_step_size_and_border(self, options, phi, granularity):
         op, x, kernel = convolution(options)
-        spec = spec_of(op, phi=phi, shared_across_taps=shared_across_taps)
-        coefficients = coefficients_of(op, x.shape, "quadratic")
+        spec = spec_of(op, phi=phi, granularity=granularity)
+        coefficients = coefficients_of(op, spec, x.shape)
         exact = jax.tree.map(np.float64, coefficients)
         frozen = reference.Frozen()
 
         def surrogate(step, coefficients):
             y, _ = reference.quantized_conv(
                 np.float64(x), np.float64(kernel), 0.0, np.float64(step), 2, BITS, coefficients,
-                phi, shared_across_taps, quantizer=frozen, **options,
+                phi, granularity, quantizer=frozen, **options,
             )  # fmt: skip
             return y
 

@@ -168,7 +168,8 @@ def test_values_and_codes_are_those_of_the_numpy_reference(case):
     hwio = hwio.reshape(*size, case.channels // case.groups, case.outputs)
     expected, codes = reference.quantized_conv(
         images, hwio, np.float32(0), np.float32(0.3), case.zero, 3,
-        jax.tree.map(np.asarray, coefficients), phi, case.shared_across_taps, groups=case.groups,
+        jax.tree.map(np.asarray, coefficients), phi,
+        "mean" if case.shared_across_taps else "element", groups=case.groups,
         keep=np.asarray(keep).reshape(images.shape), **options,
     )  # fmt: skip
     geometry, rounding = case.geometry(), case.rounding()

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import aquant_jax as aq
+from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.adaround import soft_codes
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.graph.subgraph import BlockInputs, constant_inputs
@@ -20,14 +21,12 @@ BITS = 3
 
 
 @functools.cache
-def block(shared_across_taps=True, preset="aquant"):
+def block(granularity="mean", preset="aquant"):
     """The residual block of a small network as a program, with its float weights."""
     apply, variables = residual_net(seed=3)
     recipe = getattr(aq.recipes, preset)(4, BITS, batch_size=4)
     if preset == "aquant":
-        recipe = recipe.replace(
-            shared_across_taps=shared_across_taps, border="quadratic", phi="clamp"
-        )
+        recipe = recipe.replace(border_granularity=granularity, border="quadratic", phi="clamp")
     net = aq.prepare(apply, variables, images(0, 8, size=5), recipe)
     program = make_block_program(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
     quantizers = make_weight_quantizers(program, net.folded)
@@ -56,7 +55,7 @@ def soft(program, quantizers, alphas):
     return found
 
 
-@pytest.fixture(params=[True, False], ids=["fused", "each"])
+@pytest.fixture(params=borders.GRANULARITIES)
 def case(request):
     program, quantizers = block(request.param)
     ops = program.subgraph.weighted
@@ -88,13 +87,13 @@ def numpy_weights(quantizers, alphas):
 
 
 def test_a_residual_block_is_that_of_the_numpy_reference(case):
-    shared_across_taps, program, quantizers, alphas, coefficients, x = case
+    granularity, program, quantizers, alphas, coefficients, x = case
     found = run(program, quantizers, soft(program, quantizers, alphas), TENSORS, coefficients, x)
     single = [np.float32(w) for w in numpy_weights(quantizers, alphas)]
     biases = [np.asarray(g.bias) for g in quantizers]
     boundary_inputs = [reference.Live] * 3
     expected = reference.residual_block(
-        x, single, biases, GRIDS, BITS, coefficients, shared_across_taps, boundary_inputs
+        x, single, biases, GRIDS, BITS, coefficients, granularity, boundary_inputs
     )
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     # The skip sees the tensor rounded to nearest, and not the float one.
@@ -104,7 +103,7 @@ def test_a_residual_block_is_that_of_the_numpy_reference(case):
 
 def test_gradients_of_a_residual_block_are_those_of_the_frozen_surrogate(case):
     """Step sizes, border coefficients and alpha, by finite differences in numpy."""
-    shared_across_taps, program, quantizers, alphas, coefficients, x = case
+    granularity, program, quantizers, alphas, coefficients, x = case
     dy = normal(rng_of(7), 4, 5, 5, 4)
     biases = [np.float64(g.bias) for g in quantizers]
     frozen = [reference.Frozen() for _ in range(3)]
@@ -113,7 +112,7 @@ def test_gradients_of_a_residual_block_are_those_of_the_frozen_surrogate(case):
         pairs = [(s, z) for s, (_, z) in zip(steps, GRIDS, strict=True)]
         y = reference.residual_block(
             np.float64(x), numpy_weights(quantizers, alphas), biases, pairs, BITS, coefficients,
-            shared_across_taps, frozen,
+            granularity, frozen,
         )  # fmt: skip
         return np.sum(dy * y)
 

@@ -204,20 +204,22 @@ def test_the_fingerprint_can_be_read(tmp_path):
     interrupt_after(1, tmp_path)
     call = json.loads((tmp_path / "fingerprint.json").read_text())["call"]
     assert call["recipe"]["reconstruction"]["steps"] == 3
-    assert (call["layout"], call["seed"], call["backend"]) == (2, 0, "reference")
+    assert (call["layout"], call["seed"], call["backend"]) == (3, 0, "reference")
     assert call["versions"]["jax"] == jax.__version__
     digests = {call[name] for name in ("network", "weights", "calibration")}
     assert {len(digest) for digest in digests} == {64}
     assert len(digests) == 3
 
 
-def test_blocks_of_the_first_layout_are_refused_and_stay(tmp_path):
+@pytest.mark.parametrize("first", [None, 1])
+@pytest.mark.parametrize("layout", [1, 2])
+def test_blocks_of_earlier_layouts_are_refused_and_stay(tmp_path, layout, first):
     folder = tmp_path / "blocks"
-    shutil.copytree(REPOSITORY / "tests" / "golden" / "layout_1" / "blocks", folder)
+    shutil.copytree(REPOSITORY / "tests" / "golden" / f"layout_{layout}" / "blocks", folder)
     before = archive.sizes(folder)
-    wanted = r"blocks of layout 1, written by aquant-jax 0\.1\.0; this version reads layout 2"
-    with pytest.raises(InputError, match=wanted):
-        quantize(resume=folder)
+    with pytest.raises(InputError) as refused:
+        quantize(resume=folder, restart_from=first)
+    assert str(refused.value) == f"{folder} holds blocks of {archive.written_by(layout)}"
     assert archive.sizes(folder) == before
 
 

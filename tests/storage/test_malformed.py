@@ -70,16 +70,16 @@ def test_any_index_is_one_line_or_read(folder):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"\xff\xfe{}", b"[" * 100_000, b"1" * 5000, b"[]", b"null", b'{"layout": 2}',
-        b'{"layout": 2, "metadata": {}, "arrays": [["a", "object", [1], null]]}',
-        b'{"layout": 2, "metadata": {}, "arrays": [["a", "float32,float32", [1], null]]}',
-        b'{"layout": 2, "metadata": {}, "arrays": [["a", "uint8", [0, 1e400], null]]}',
-        b'{"layout": 2, "metadata": [], "arrays": [["a", "uint8", [11], null]]}',
-        b'{"layout": 2, "metadata": {}, "arrays": [["a", "uint8", [-11], null]]}',
-        b'{"layout": 2, "metadata": {}, "arrays": [["a", "uint8", [true], null]]}',
-        b'{"layout": 2, "metadata": {}, "arrays": [["a", "uint8", [9], 9]]}',
-        b'{"layout": 2, "metadata": {}, "arrays": [["a", "int32", [22], 4]]}',
-        b'{"layout": 2, "metadata": {}, '
+        b"", b"\xff\xfe{}", b"[" * 100_000, b"1" * 5000, b"[]", b"null", b'{"layout": 3}',
+        b'{"layout": 3, "metadata": {}, "arrays": [["a", "object", [1], null]]}',
+        b'{"layout": 3, "metadata": {}, "arrays": [["a", "float32,float32", [1], null]]}',
+        b'{"layout": 3, "metadata": {}, "arrays": [["a", "uint8", [0, 1e400], null]]}',
+        b'{"layout": 3, "metadata": [], "arrays": [["a", "uint8", [11], null]]}',
+        b'{"layout": 3, "metadata": {}, "arrays": [["a", "uint8", [-11], null]]}',
+        b'{"layout": 3, "metadata": {}, "arrays": [["a", "uint8", [true], null]]}',
+        b'{"layout": 3, "metadata": {}, "arrays": [["a", "uint8", [9], 9]]}',
+        b'{"layout": 3, "metadata": {}, "arrays": [["a", "int32", [22], 4]]}',
+        b'{"layout": 3, "metadata": {}, '
         b'"arrays": [["a", "uint8", [11], null], ["a", "uint8", [0], null]]}',
     ],
 )  # fmt: skip

@@ -6,14 +6,17 @@ from aquant_jax.arithmetic.uniform import quantize, to_units
 from aquant_jax.layers import im2col
 from aquant_jax.layers.conv_geometry import ConvGeometry
 from aquant_jax.layers.conv_layout import padded_input
-from aquant_jax.layers.fake_quant import rounding_of
+from aquant_jax.layers.fake_quant import quantize_elements, rounding_of
 
 
 def input_codes(op, spec, x, quantizer, border):
-    """uint8 codes: like `x` where one tap reads it, else ``[taps, N, *out, C]``."""
+    """uint8 codes: like `x` where an element has one border, else ``[taps, N, *out, C]``."""
     if not spec.border:
         u = to_units(x, 1.0 / quantizer.step_size)
         return quantize(u, quantizer.zero_point, spec.act_bits).astype(jnp.uint8)
+    if spec.border_granularity == "channel":
+        values = quantize_elements(op, spec, x, quantizer, border)
+        return (values / quantizer.step_size + quantizer.zero_point).round().astype(jnp.uint8)
     if op.layer.kind == "dense":
         padded, geometry = x[:, None, None], ConvGeometry.pointwise(1)
     else:

@@ -105,17 +105,23 @@ def quantize_activation(x, step, zero, bits, border=0.5, quantizer=Live):
 
 
 def quantized_conv(
-    x, weight, bias, step, zero, bits, coefficients=None, phi_name="clamp", shared_across_taps=True,
+    x, weight, bias, step, zero, bits, coefficients=None, phi_name="clamp", granularity="mean",
     strides=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1), groups=1, keep=None, quantizer=Live,
 ):  # fmt: skip
-    """A convolution of fake-quantized columns; `weight` holds real values. Also the codes."""
+    """A convolution of fake-quantized columns; `weight` holds real values. Also the codes.
+
+    With one border a channel, padding is added to what is quantized: it has the code of zero.
+    """
     columns = im2col(x, weight.shape[:2], strides, padding, dilation)
     inverse = x.dtype.type(1.0) / x.dtype.type(step)
     u = columns * inverse
     border = x.dtype.type(0.5)
     if coefficients is not None:
-        border = column_borders(u, coefficients, phi_name, shared_across_taps)
+        border = column_borders(u, coefficients, phi_name, granularity == "mean")
     codes = quantizer.codes(u - border, zero, bits)
+    if granularity == "channel":
+        inside = im2col(np.ones(x.shape, bool), weight.shape[:2], strides, padding, dilation)
+        codes = np.where(inside, codes, zero).astype(codes.dtype)
     values = step * (codes - zero)
     if keep is not None:
         # Padding is no element of the tensor: nothing drops its quantizer.
@@ -142,7 +148,7 @@ def relu(x):
     return np.maximum(x, 0.0)
 
 
-def residual_block(x, weights, biases, grids, bits, coefficients, shared_across_taps, quantizers):
+def residual_block(x, weights, biases, grids, bits, coefficients, granularity, quantizers):
     """relu(conv2(relu(conv1(x))) + x), 3x3 convs of stride 1; the skip sees x rounded to nearest.
 
     Args:
@@ -151,7 +157,7 @@ def residual_block(x, weights, biases, grids, bits, coefficients, shared_across_
       coefficients: of the two borders.
       quantizers: three of `Live` or `Frozen`: first conv, second conv, skip.
     """
-    options = {"shared_across_taps": shared_across_taps, "padding": ((1, 1), (1, 1))}
+    options = {"granularity": granularity, "padding": ((1, 1), (1, 1))}
     y, _ = quantized_conv(
         x,
         weights[0],

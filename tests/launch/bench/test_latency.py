@@ -12,7 +12,7 @@ from aquant_jax.layers.column import Rounding
 from aquant_jax.layers.conv_geometry import ConvGeometry
 from launch.bench import latency
 
-WORK = latency.Workload("resnet20_cifar", 16, 2, 1, False)
+WORK = latency.Workload("resnet20_cifar", 16, 2, 1, "element")
 
 
 def test_layers_are_those_of_the_network():
@@ -31,7 +31,7 @@ def test_all_ways_convolve(groups):
     geometry = ConvGeometry((6, 5), (3, 3), (2, 1), (1, 1), ((1, 0), (1, 1)), groups)
     at = latency.Layer((2, 6, 5, 8), (3, 3, 8 // groups, 8), geometry)
     x = jax.random.normal(jax.random.key(1), at.x)
-    ways = latency.ways(at, False)
+    ways = latency.ways(at, "element")
     found = {name: way.run(x.astype(way.dtype), *way.operands) for name, way in ways.items()}
     shapes = {name: y.shape for name, y in found.items()}
     assert set(shapes.values()) == {(2, 3, 5, 8)}
@@ -67,7 +67,7 @@ def test_an_unknown_model_is_named(capsys):
 def test_layers_that_the_tuned_kernel_does_not_serve_run_in_int8(channels, served):
     geometry = ConvGeometry((6, 5), (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
     at = latency.Layer((2, 6, 5, channels), (3, 3, channels, 64), geometry)
-    way = latency.ways(at, False)["border int8"]
+    way = latency.ways(at, "element")["border int8"]
     tuned = latency.tuned(at, Rounding(latency.BITS, "quadratic"), way)
     assert isinstance(tuned.operands[0], gpu_ops.TunedConvolution) == served
     assert tuned.dtype == jnp.bfloat16
