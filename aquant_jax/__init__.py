@@ -17,7 +17,7 @@ from aquant_jax.reconstruction.observer import (
     Observers,
     TerminalObserver,
 )
-from aquant_jax.reconstruction.report import BlockReport
+from aquant_jax.reconstruction.report import BlockReport, FinetuneReport
 from aquant_jax.sensitivity import Sensitivity, sensitivity
 
 __version__ = "0.2.0.dev0"
@@ -26,6 +26,7 @@ __all__ = [
     "Backend",
     "BlockReport",
     "Compiler",
+    "FinetuneReport",
     "InputError",
     "LayerSummary",
     "LogObserver",

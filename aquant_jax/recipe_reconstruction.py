@@ -17,7 +17,7 @@ _POSITIVE = (
     "batch_size", "init_samples", "weight_lr", "step_lr", "border_lr", "loss_power",
     "border_gain", "border_range", "beta_start", "beta_end", "finetune_lr", "finetune_eval_every",
 )  # fmt: skip
-_COUNTS = ("steps", "rounding_weight", "finetune_steps")
+_COUNTS = ("steps", "rounding_weight", "finetune_steps", "finetune_weight_lr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Reconstruction:
       finetune_steps: steps of the whole-network stage after the last block, on batches of
         `batch_size`; 0 leaves it out, None takes as many as `steps`.
       finetune_lr: Adam learning rate of that stage: relative for step sizes and weight scales,
-        absolute for biases, in codes for weights; of coefficients as for `border_lr`. Falls to
-        zero as a cosine.
+        absolute for biases; of coefficients as for `border_lr`.
+      finetune_weight_lr: Adam learning rate of the weight codes in that stage, in codes, with
+        straight-through gradients; 0 keeps the codes. Both rates fall to zero as a cosine.
       finetune_loss: "kl" from the float network's class probabilities, for outputs that are logits
         over the last axis; "mse", the mean squared error relative to the mean square of the output.
-      finetune_weights: learn the rounding of the weights too, with straight-through gradients.
       finetune_held_out: fraction of the calibration set on which the best step is chosen. That
         stage does not learn from it.
       finetune_eval_every: steps between two evaluations, each of which is also a step from which
@@ -80,9 +80,9 @@ class Reconstruction:
     loss_power: float = 2.0
     init_samples: int = 256
     finetune_steps: int | None = 0
-    finetune_lr: float = 1e-3
+    finetune_lr: float = 2e-3
+    finetune_weight_lr: float = 2e-2
     finetune_loss: str = "mse"
-    finetune_weights: bool = True
     finetune_held_out: float = 0.1
     finetune_eval_every: int = 100
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
-from aquant_jax.graph.subgraph import BlockInputs, bind_inputs
+from aquant_jax.graph.subgraph import BlockInputs, constant_inputs
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import Weights
 from aquant_jax.plan.block_program import BlockProgram, forward, make_block_program
@@ -46,6 +46,10 @@ class Chain:
         self.programs = tuple(
             make_block_program(net.graph, net.plan, block.start, block.end) for block in net.blocks
         )
+        self._constants = [
+            jax.device_put(tuple(constant_inputs(net.graph, p.subgraph, net.variables)))
+            for p in self.programs
+        ]
 
     def forward(
         self, parts: Parts, leaves: Mapping[int, jax.Array], quantized: bool = True
@@ -58,9 +62,9 @@ class Chain:
           quantized: False runs the network in float.
         """
         boundaries: list[Sequence[jax.Array]] = [()]
-        for program in self.programs:
+        for index, program in enumerate(self.programs):
             function = self._compiled("chain forward", program, quantized, _forward)
-            inputs = self._inputs(program, leaves, boundaries[-1])
+            inputs = self._inputs(index, leaves, boundaries[-1])
             boundaries.append(function(*_of(program, parts, quantized), inputs))
         return boundaries
 
@@ -79,9 +83,9 @@ class Chain:
           cotangents: of the inexact outputs of the network.
         """
         total = Parts({}, {})
-        for program, boundary in zip(self.programs[::-1], boundaries[-2::-1], strict=True):
+        for index, program in reversed(list(enumerate(self.programs))):
             function = self._compiled("chain backward", program, True, _backward)
-            inputs = self._inputs(program, leaves, boundary)
+            inputs = self._inputs(index, leaves, boundaries[index])
             gradients = function(*_of(program, parts, True), inputs, cotangents)
             weights, activations, cotangents = gradients
             for spec, gradient in zip(program.specs, weights, strict=True):
@@ -102,13 +106,13 @@ class Chain:
         between, largest = 0, 0
         avals = self.net.graph.avals
         seen: dict[str, int] = {}
-        for program in self.programs:
+        for index, program in enumerate(self.programs):
             ends = [value for value in program.subgraph.outputs if isinstance(value, int)]
             between += sum(_bytes(avals[value]) for value in ends)
             if program.key not in seen:
                 boundary = [avals[v] for v in program.subgraph.boundary_inputs]
                 boundary = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in boundary]
-                inputs = self._inputs(program, leaves, boundary)
+                inputs = self._inputs(index, leaves, boundary)
                 pull = functools.partial(_pullback, program, self.compiler.layer)
                 kept = jax.eval_shape(pull, *_of(program, parts, True), inputs)
                 seen[program.key] = sum(map(_bytes, jax.tree.leaves(kept)))
@@ -116,10 +120,10 @@ class Chain:
         return between + 2 * largest
 
     def _inputs(
-        self, program: BlockProgram, leaves: Mapping[int, Any], boundary: Sequence[Any]
+        self, index: int, leaves: Mapping[int, Any], boundary: Sequence[Any]
     ) -> BlockInputs:
-        net = self.net
-        return bind_inputs(net.graph, program.subgraph, net.variables, leaves, tuple(boundary))
+        model = tuple(leaves[i] for i in self.programs[index].subgraph.model_inputs)
+        return BlockInputs(tuple(boundary), model, self._constants[index])
 
     def _compiled(
         self, name: str, program: BlockProgram, quantized: bool, function: Callable[..., Any]

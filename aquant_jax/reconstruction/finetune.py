@@ -140,7 +140,7 @@ class _Stage:
         ops = {op.layer.path: op for p in self.chain.programs for op in p.subgraph.weighted}
         specs = {path: net.plan.layers[path] for path in ops}
         optimizer = make_finetune_optimizer(specs, learning)
-        self.finetuner = Finetuner(ops, specs, optimizer, learning.finetune_weights)
+        self.finetuner = Finetuner(ops, specs, optimizer, learning.finetune_weight_lr > 0)
         last = self.chain.programs[-1]
         self._ends = last.subgraph.outputs
         axes = inexact(last, self._ends, last.position_axes)

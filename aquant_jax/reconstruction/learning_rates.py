@@ -54,20 +54,22 @@ def make_finetune_optimizer(
         learning.finetune_lr, max(learning.whole_network_steps, 1)
     )
 
-    def scale_borders(updates: Any, _: Any) -> Any:
-        layers = {
-            path: own | {"border": _scaled(own["border"], specs[path], learning)}
-            for path, own in updates["layers"].items()
+    codes = learning.finetune_weight_lr / learning.finetune_lr
+
+    def scaled(path: str, own: dict[str, Any]) -> dict[str, Any]:
+        border = {
+            name: update * coefficient_rate(specs[path], learning, name)
+            for name, update in own["border"].items()
         }
+        return (
+            own | {"border": border} | ({"codes": codes * own["codes"]} if "codes" in own else {})
+        )
+
+    def scale(updates: Any, _: Any) -> Any:
+        layers = {path: scaled(path, own) for path, own in updates["layers"].items()}
         return updates | {"layers": layers}
 
-    return optax.chain(_under_default_types(optax.adam(schedule)), optax.stateless(scale_borders))
-
-
-def _scaled(border: Any, spec: LayerSpec, learning: Reconstruction) -> dict[str, jax.Array]:
-    return {
-        name: update * coefficient_rate(spec, learning, name) for name, update in border.items()
-    }
+    return optax.chain(_under_default_types(optax.adam(schedule)), optax.stateless(scale))
 
 
 def _under_default_types(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

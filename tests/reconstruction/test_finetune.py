@@ -78,12 +78,9 @@ class TestChain:
 
         return wide, {"net": variables, "first": normal(rng_of(3), 3, 3)}
 
-    @pytest.mark.parametrize("name", ["small_net", "two_outputs"])
-    def test_gradient_and_outputs_of_the_whole(self, name):
-        apply, variables = small_net() if name == "small_net" else self.two_outputs()
-        quantized = aq.quantize(
-            apply, variables, X, BLOCKS, observer=aq.Observer(), compiler=COMPILER
-        )
+    def test_gradient_and_outputs_of_the_whole(self):
+        apply, variables = self.two_outputs()
+        quantized = quantize(BLOCKS.replace(steps=0), net=(apply, variables))
         net = prepare(apply, variables, X, BLOCKS)
         chain = Chain(net, COMPILER)
         assert len(chain.programs) > 2
@@ -162,7 +159,10 @@ class TestWhatIsLearned:
 
     @pytest.mark.parametrize("weights", [True, False])
     def test_codes_move_only_if_asked(self, weights):
-        x, fields = normal(rng_of(0), 32, 6), {"batch_size": 8, "finetune_weights": weights}
+        x, fields = (
+            normal(rng_of(0), 32, 6),
+            {"batch_size": 8, "finetune_weight_lr": 0.05 * weights},
+        )
         start = aq.recipes.nearest(2, 2)
         recipe = start.replace(**FIELDS | fields | {"finetune_lr": 0.05, "finetune_steps": 40})
         old, new = (quantize(r, x, mlp()) for r in (start, recipe))
@@ -342,6 +342,7 @@ class TestWrongInput:
             ({"finetune_held_out": 1.0}, "finetune_held_out is 1.0"),
             ({"finetune_steps": -1}, "finetune_steps is -1"),
             ({"finetune_lr": 0.0}, "finetune_lr is 0.0"),
+            ({"finetune_weight_lr": -1.0}, "finetune_weight_lr is -1.0"),
             ({"finetune_eval_every": 0}, "finetune_eval_every is 0"),
         ],
     )
