@@ -66,13 +66,14 @@ def quantize(
       resume: folder of a block store. Every finished block is kept there, and the same call resumes
         after the last one, with bit-identical results.
       restart_from: with `resume`, the first block to learn again; the recipe may then differ from
-        the previous one in ``recipe.reconstruction``.
+        the previous one in ``recipe.reconstruction``, and `augment` from the previous one.
 
     Returns:
       The quantized network.
 
     Raises:
-      InputError: see `network.prepare`; a seed that is no whole number of 0 or more; the block
+      InputError: see `network.prepare`, `finetune_checks.check_finetune` and
+        `augmentation.check_augment`; a seed that is no whole number of 0 or more; the block
         store cannot be written, is damaged, or holds the blocks of another call (the fields that
         differ are listed).
       ReconstructionError: a block's loss, or a layer's float input, is not finite.

@@ -90,6 +90,26 @@ def default(load: Load) -> str:
     return markdown(["changed", *(f"seed {seed}" for seed in SEEDS), "mean"], lines)
 
 
+def finetune_rates(load: Load) -> str:
+    """Rates of the whole-network stage, on training images."""
+    rows = []
+    for row in load("finetune_rates")["rows"]:
+        stage = ["", "", "", ""]
+        if row["finetune_steps"]:
+            rates = f"{row['finetune_lr']:g}", f"{row['finetune_weight_lr']:g}"
+            stage = [*rates, row["codes_start_at"], row["augment"]]
+        held_out = (
+            ["", ""] if row["held_out_kl"] is None else [f"{v:.3f}" for v in row["held_out_kl"]]
+        )
+        top1 = f"{row['top1_of_6000_training_images']:.2f}"
+        rows.append(
+            [row["bits"], row["borders"], *stage, *held_out, str(row["best_step"] or ""), top1]
+        )
+    head = ["bits", "borders", "finetune_lr", "finetune_weight_lr", "codes start at", "augment",
+            "held-out KL before", "after", "best step", "top-1 % of training images"]  # fmt: skip
+    return markdown(head, rows)
+
+
 def three_bits(load: Load) -> str:
     """Form and sharing at w3a3, seed 0."""
     lines = []

@@ -46,6 +46,24 @@ def resnet20_gain(load: Load) -> str:
     return markdown(["", *BITS], [["aquant - qdrop, points", *cells], ["seeds", *seeds]])
 
 
+def whole_network(load: Load) -> str:
+    """ResNet-20 by aquant_plus: what the whole-network stage adds to the run of `resnet20`."""
+    rows = []
+    for run in load("resnet20_aquant_plus")["runs"]:
+        bits = f"w{run['weight_bits']}a{run['act_bits']}"
+        stage, seed = run["finetune"], run["seed"]
+        aquant = load("resnet20_cifar10_jpeg").get(f"{bits}/aquant-s{seed}")
+        before = "not run" if aquant is None else f"{score(aquant):.2f}"
+        held_out = f"{stage['start_error']:.3f}", f"{stage['final_error']:.3f}"
+        rows.append(
+            [bits, str(seed), before, f"{score(run):.2f}", *held_out, str(stage["best_step"]),
+             f"{run['seconds']:.0f}", f"{stage['seconds']:.0f}"]
+        )  # fmt: skip
+    head = ["bits", "seed", "aquant", "aquant_plus", "held-out KL before", "after", "best step",
+            "seconds", "of these the stage"]  # fmt: skip
+    return markdown(head, rows)
+
+
 def demo(load: Load) -> str:
     """The digits network of ``make demo``."""
     rows = load("demo_digits_w2a2")["rows"]

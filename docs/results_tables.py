@@ -28,6 +28,7 @@ MARKED = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOT
 BUILDERS: dict[str, Callable[[Load], str]] = {
     "headline": accuracy_tables.headline,
     "demo": accuracy_tables.demo,
+    "whole-network": accuracy_tables.whole_network,
     "resnet20": accuracy_tables.resnet20,
     "resnet20-gain": accuracy_tables.resnet20_gain,
     "efficientnet-lite0": accuracy_tables.efficientnet,
@@ -43,6 +44,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "ablation-first": ablation_tables.first,
     "ablation-second": ablation_tables.second,
     "ablation-default": ablation_tables.default,
+    "finetune-rates": ablation_tables.finetune_rates,
     "ablation-w3a3": ablation_tables.three_bits,
 }
 

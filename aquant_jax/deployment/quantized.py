@@ -91,7 +91,7 @@ class Quantized:
       program: runs the network on a batch.
       specs: static part of every layer.
       recipe: how it was made.
-      reports: how the reconstruction of each block went.
+      reports: how the reconstruction of each block went, and the whole-network stage, if it ran.
       backend: runs its layers in integers; None runs the reference implementation, in float32.
     """
 

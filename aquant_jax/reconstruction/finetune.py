@@ -139,7 +139,7 @@ class _Stage:
         self.chain, self.targets = Chain(net, run.compiler), float_parts(net)
         ops = {op.layer.path: op for p in self.chain.programs for op in p.subgraph.weighted}
         specs = {path: net.plan.layers[path] for path in ops}
-        optimizer = make_finetune_optimizer(specs, learning)
+        optimizer = make_finetune_optimizer(specs, net.recipe)
         self.finetuner = Finetuner(ops, specs, optimizer, learning.finetune_weight_lr > 0)
         last = self.chain.programs[-1]
         self._ends = last.subgraph.outputs

@@ -13,7 +13,7 @@ from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.uniform import max_code
 from aquant_jax.layers.fake_quant import LayerSpec
 from aquant_jax.plan.block_program import BlockProgram
-from aquant_jax.recipe import Reconstruction
+from aquant_jax.recipe import Recipe, Reconstruction
 from aquant_jax.reconstruction.weights import init_borders
 
 
@@ -47,27 +47,24 @@ def make_optimizer(program: BlockProgram, learning: Reconstruction) -> optax.Gra
 
 
 def make_finetune_optimizer(
-    specs: Mapping[str, LayerSpec], learning: Reconstruction
+    specs: Mapping[str, LayerSpec], recipe: Recipe
 ) -> optax.GradientTransformation:
     """Adam with a cosine schedule for the parameters of `finetune_step.Finetuner`."""
-    schedule = optax.cosine_decay_schedule(
-        learning.finetune_lr, max(learning.whole_network_steps, 1)
-    )
+    learning = recipe.reconstruction
+    schedule = optax.cosine_decay_schedule(1.0, max(learning.whole_network_steps, 1))
+    bits = min(recipe.weight_bits, recipe.act_bits)
+    rate = learning.finetune_lr * max_code(2) / max_code(bits)
 
-    codes = learning.finetune_weight_lr / learning.finetune_lr
-
-    def scaled(path: str, own: dict[str, Any]) -> dict[str, Any]:
-        border = {
-            name: update * coefficient_rate(specs[path], learning, name)
-            for name, update in own["border"].items()
-        }
-        return (
-            own | {"border": border} | ({"codes": codes * own["codes"]} if "codes" in own else {})
-        )
+    def of_layer(path: str, own: dict[str, Any]) -> dict[str, Any]:
+        border = {n: rate * coefficient_rate(specs[path], learning, n) for n in own["border"]}
+        codes = learning.finetune_weight_lr
+        rates = {"bias": rate, "scale": rate, "codes": codes, "border": border}
+        return jax.tree.map(jnp.multiply, own, {name: rates[name] for name in own})
 
     def scale(updates: Any, _: Any) -> Any:
-        layers = {path: scaled(path, own) for path, own in updates["layers"].items()}
-        return updates | {"layers": layers}
+        steps = {key: rate * update for key, update in updates["steps"].items()}
+        layers = {path: of_layer(path, own) for path, own in updates["layers"].items()}
+        return {"layers": layers, "steps": steps}
 
     return optax.chain(_under_default_types(optax.adam(schedule)), optax.stateless(scale))
 
