@@ -18,7 +18,7 @@ from aquant_jax.plan.augmentation import Augment
 from aquant_jax.plan.network import Network, prepare
 from aquant_jax.recipe import Recipe
 from aquant_jax.reconstruction.block_store import BlockResult, open_block_store
-from aquant_jax.reconstruction.finetune import finetune
+from aquant_jax.reconstruction.finetune import finetune, split
 from aquant_jax.reconstruction.finetune_checks import check_finetune
 from aquant_jax.reconstruction.fingerprint import fingerprint
 from aquant_jax.reconstruction.observer import Observer, default_observer
@@ -89,6 +89,7 @@ def quantize(
     stages: list[Stage] = [functools.partial(quantize_block, block=b) for b in net.blocks]
     if recipe.reconstruction.whole_network_steps:
         check_finetune(run)
+        run = run._replace(learn_from=split(run)[0])
         stages.append(finetune)
     call = functools.partial(fingerprint, net, calibration, seed, compiler, augment)
     state, reports = State(), []

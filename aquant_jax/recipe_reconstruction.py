@@ -55,8 +55,8 @@ class Reconstruction:
         straight-through gradients; 0 keeps the codes. Both rates fall to zero as a cosine.
       finetune_loss: "kl" from the float network's class probabilities, for outputs that are logits
         over the last axis; "mse", the mean squared error relative to the mean square of the output.
-      finetune_held_out: fraction of the calibration set on which the best step is chosen. That
-        stage does not learn from it.
+      finetune_held_out: fraction of the calibration set on which the best step of that stage is
+        chosen. Where the stage runs, neither it nor the blocks learn from these samples.
       finetune_eval_every: steps between two evaluations, each of which is also a step from which
         an interrupted run resumes.
     """

@@ -78,10 +78,17 @@ def finetune(run: Run, state: State) -> tuple[State, BlockResult]:
     return state._replace(layers=result.layers, activations=result.activations), result
 
 
-def split(samples: int, seed: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """The samples to learn from, and those that are held out."""
-    order = np.random.default_rng(seed).permutation(samples).astype(np.int32)
-    count = math.ceil(fraction * samples)
+def stage_seed(run: Run) -> int:
+    """The seed of the stage: of the samples held out, of batches and of augmentations."""
+    sequence = np.random.SeedSequence([run.seed, len(run.net.blocks)])
+    return int(sequence.generate_state(1)[0])
+
+
+def split(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """The samples to learn from, in blocks too, and those that are held out."""
+    samples = run.net.samples
+    order = np.random.default_rng(stage_seed(run)).permutation(samples).astype(np.int32)
+    count = math.ceil(run.net.recipe.reconstruction.finetune_held_out * samples)
     return np.sort(order[count:]), np.sort(order[:count])
 
 
@@ -97,8 +104,8 @@ def float_parts(net: Network) -> Parts:
 def _learn(run: Run, start: Start) -> BlockResult:
     began = time.perf_counter()
     index, learning = len(run.net.blocks), run.net.recipe.reconstruction
-    seed = int(np.random.SeedSequence([run.seed, index]).generate_state(1)[0])
-    train, held_out = split(run.net.samples, seed, learning.finetune_held_out)
+    seed = stage_seed(run)
+    train, held_out = split(run)
     stage = _Stage(run, start, seed, held_out)
     steps = learning.whole_network_steps
     batches = draw_batches(np.random.default_rng(seed), train, steps, learning.batch_size)

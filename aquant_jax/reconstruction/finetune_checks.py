@@ -33,7 +33,7 @@ def check_finetune(run: Run) -> None:
         loss "kl"; no output has a gradient; there is not enough memory.
     """
     net, learning = run.net, run.net.recipe.reconstruction
-    train, held_out = split(net.samples, 0, learning.finetune_held_out)
+    train, held_out = split(run)
     if len(train) < learning.batch_size:
         raise InputError(
             f"finetune_held_out {learning.finetune_held_out} holds out {len(held_out)} of "

@@ -78,6 +78,7 @@ def optimize(
     params = initial_params(program, quantizers)
     carry = (params, trainer.optimizer.init(params))
     samples = np.arange(len(data.targets[0].values))
+    samples = samples if data.learn_from is None else data.learn_from
     index = draw_batches(np.random.default_rng(seed), samples, learning.steps, learning.batch_size)
     key, chunk = jax.random.key(seed), steps_a_call()
     losses: list[jax.Array] = []

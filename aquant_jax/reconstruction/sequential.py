@@ -45,6 +45,7 @@ class Run(NamedTuple):
       observer: receives the progress.
       block_store: finished blocks on disk, or None.
       augment: ``augment(key, leaves) -> leaves``, by value id, for the whole-network stage.
+      learn_from: the samples that are not held out for that stage; None for all.
     """
 
     net: Network
@@ -54,6 +55,7 @@ class Run(NamedTuple):
     observer: Observer
     block_store: BlockStore | None = None
     augment: Callable[..., dict[int, jax.Array]] | None = None
+    learn_from: np.ndarray | None = None
 
 
 class State(NamedTuple):
@@ -174,7 +176,8 @@ def _calibration_data(
     _, model, constants = _inputs(run, program, state.quantized)
     mask = run.net.valid_mask
     mask = None if mask is None else jnp.asarray(mask)
-    return CalibrationData(state.quantized, state.floating, targets, model, constants, mask)
+    caches = state.quantized, state.floating, targets
+    return CalibrationData(*caches, model, constants, mask, run.learn_from)
 
 
 def _learn(

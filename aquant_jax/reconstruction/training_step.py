@@ -35,6 +35,7 @@ class CalibrationData(NamedTuple):
       model_inputs: the leaves of the model's input that it reads, ``[samples, ...]``.
       constants: the arrays of the network that it reads.
       valid_mask: bool ``[samples, positions]``, False at padding; None without padding.
+      learn_from: numbers of the samples to draw batches from; None for all.
     """
 
     quantized: tuple[Cache, ...]
@@ -43,6 +44,7 @@ class CalibrationData(NamedTuple):
     model_inputs: Sequence[jax.Array] = ()
     constants: Sequence[jax.Array] = ()
     valid_mask: jax.Array | None = None
+    learn_from: np.ndarray | None = None
 
 
 @functools.partial(

@@ -1,6 +1,7 @@
 """The whole-network stage: its gradient, what it learns and deploys, resuming, and wrong input."""
 
 import functools
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from aquant_jax.plan.block_program import forward, make_block_program
 from aquant_jax.plan.network import prepare
 from aquant_jax.reconstruction import finetune_checks
 from aquant_jax.reconstruction.chain import Chain, Parts
-from aquant_jax.reconstruction.finetune import float_parts, split
+from aquant_jax.reconstruction.finetune import float_parts
 from aquant_jax.reconstruction.loss import network_loss
 from aquant_jax.storage import archive
 from tests.support.nets import images, mlp, normal, rng_of, small_net
@@ -48,9 +49,25 @@ def finetuned():
     return quantize()
 
 
+class StopAtStage(aq.Observer):
+    def on_block_start(self, index, block):
+        if block.name == "whole network":
+            raise StopHereError
+
+
 @functools.cache
 def before():
-    return quantize(BLOCKS)
+    """The network as the stage finds it: its blocks alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(StopHereError):
+            quantize(resume=folder, observer=StopAtStage())
+        return quantize(BLOCKS, resume=folder, restart_from=3)
+
+
+def held_out():
+    """The numbers of the samples of `X` that nothing learns from."""
+    seed = int(np.random.SeedSequence([0, 3]).generate_state(1)[0])
+    return np.sort(np.random.default_rng(seed).permutation(len(X))[:8])
 
 
 def assert_same(one, two):
@@ -126,12 +143,8 @@ class TestWhatIsLearned:
     def test_the_report_is_the_loss_of_what_is_deployed(self):
         report = finetuned().reports[-1]
         apply, variables = small_net()
-        seed = int(np.random.SeedSequence([0, 3]).generate_state(1)[0])
-        learned, held_out = split(len(X), seed, 0.3)
-        assert len(held_out) == 8
-        assert sorted([*learned, *held_out]) == list(range(len(X)))
         for q, error in ((before(), report.start_error), (finetuned(), report.final_error)):
-            batches = [X[rows] for rows in np.split(held_out, 2)]
+            batches = [X[rows] for rows in np.split(held_out(), 2)]
             losses = [squared(q(x), apply(variables, x)) for x in batches]
             np.testing.assert_allclose(error, np.mean(losses), rtol=1e-4)
         assert report.final_error < report.start_error
@@ -140,6 +153,15 @@ class TestWhatIsLearned:
         assert (report.index, report.name, report.steps) == (3, "whole network", 6)
         assert np.isfinite(report.loss_curve).all()
         assert report.warning is None
+
+    def test_blocks_learn_nothing_from_what_is_held_out(self):
+        other = X.copy()
+        other[held_out()[held_out() >= 4]] *= 3  # the first batch sets the scale of the caches
+        recipe = RECIPE.replace(init_samples=4)
+        curves = [[r.loss_curve for r in quantize(recipe, x).reports[:3]] for x in (X, other)]
+        np.testing.assert_array_equal(*curves)
+        with_all = quantize(recipe.replace(finetune_steps=0), other).reports
+        assert any((r.loss_curve != c).any() for r, c in zip(with_all, curves[0], strict=True))
 
     def test_everything_of_a_layer_moves_and_keeps_its_form(self):
         path = "block_1/conv2/kernel"
