@@ -47,6 +47,15 @@ def test_what_stands_in_the_padding_has_no_influence(granularity):
     np.testing.assert_allclose(*errors, rtol=1e-6)
 
 
+def test_what_stands_in_the_padding_has_no_influence_on_the_whole_network_stage():
+    x = tokens()
+    stage = {"granularity": "layer", "steps": 0, "finetune_steps": 3, "finetune_held_out": 0.3}
+    one, two = (quantize(padded_with(x, t), "mask", **stage) for t in (0, 29))
+    assert one.reports[-1].best_step == 3
+    for a, b in zip(state(one), state(two), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_without_a_mask_it_has():
     x = tokens()
     one, two = (quantize(padded_with(x, t), None, steps=0) for t in (0, 29))
