@@ -197,7 +197,8 @@ def output_channels(
 
 
 def dequantize_weight(op: Op, state: LayerState) -> Inexact[Array, "..."]:
-    """The real weights of a deployed layer, laid out as the op's operand."""
+    """The real weights of a deployed layer, laid out as the op's operand; its codes may be floats,
+    through which a gradient flows."""
     if state.scale.size == 0:
         return state.codes
     scale, zero = per_channel(op, state.scale), per_channel(op, state.zero_point)
@@ -206,7 +207,7 @@ def dequantize_weight(op: Op, state: LayerState) -> Inexact[Array, "..."]:
 
 @jax.jit
 def _dequantize(
-    codes: UInt8[AnyArray, "*shape"],
+    codes: UInt8[AnyArray, "*shape"] | Float32[AnyArray, "*shape"],
     scale: Float32[AnyArray, "..."],
     zero_point: Float32[AnyArray, "..."],
 ) -> Float32[Array, "*shape"]:

@@ -193,11 +193,11 @@ class BlockStore:
             )
 
     def _forget(self, first: int) -> None:
-        self._forget_progress(0)
         rest = [p for p in self.path.glob("[0-9]*") if p.name.isdecimal() and int(p.name) >= first]
-        files = {folder: archive_files(folder) for folder in rest}
-        for folder in sorted(rest, key=lambda p: -int(p.name)):  # a gap would hide those behind it
-            remove_files(folder, files[folder])
+        rest.sort(key=lambda p: -int(p.name))  # a gap would hide those behind it
+        files = {folder: archive_files(folder) for folder in (*self._progress(0), *rest)}
+        for folder, names in files.items():
+            remove_files(folder, names)
 
 
 @contextlib.contextmanager

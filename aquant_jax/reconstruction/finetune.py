@@ -17,16 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax.errors import ReconstructionError
 from aquant_jax.graph.partition import Block
-from aquant_jax.layers.fake_quant import Weights, dequantize_weight
+from aquant_jax.layers.fake_quant import Weights
 from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.block_store import BlockResult
 from aquant_jax.reconstruction.chain import Chain, Parts, inexact
 from aquant_jax.reconstruction.finetune_step import Finetuner, Params, Start
 from aquant_jax.reconstruction.learning_rates import make_finetune_optimizer
 from aquant_jax.reconstruction.loss import network_loss
-from aquant_jax.reconstruction.optimize import LOG_EVERY, as_stored, draw_batches
+from aquant_jax.reconstruction.optimize import LOG_EVERY, as_stored, draw_batches, mean_loss
 from aquant_jax.reconstruction.report import FinetuneReport
 from aquant_jax.reconstruction.sequential import Run, State
 
@@ -118,7 +117,7 @@ def _learn(run: Run, start: Start) -> BlockResult:
         done = step + 1
         evaluate = done % learning.finetune_eval_every == 0 or done == steps
         if evaluate or done % LOG_EVERY == 0:
-            mean = _mean(losses, done, steps)
+            mean = mean_loss(losses, f"{NAME}: the loss", done, steps)
             losses = []
             progress = progress._replace(loss_curve=_with(progress.loss_curve, done, mean))
             run.observer.on_step(index, done, mean)
@@ -213,11 +212,7 @@ class _Stage:
 
     def _error(self, network: Start) -> float:
         """Loss of a deployed network on the samples held out."""
-        weights = {
-            path: Weights(dequantize_weight(self.finetuner.ops[path], s), s.bias, s.border)
-            for path, s in network.layers.items()
-        }
-        parts, losses = Parts(weights, network.activations), []
+        parts, losses = self.finetuner.parts(network), []
         batch = self.run.net.batch
         for first in range(0, len(self.held_out), batch):
             rows = np.resize(np.roll(self.held_out, -first), batch)
@@ -248,11 +243,3 @@ def _resume(run: Run, stage: _Stage) -> Progress:
 
 def _with(curve: np.ndarray, step: int, value: float) -> np.ndarray:
     return np.concatenate([curve, np.array([[step, value]], np.float32)])
-
-
-def _mean(losses: list[jax.Array], done: int, steps: int) -> float:
-    values = np.array([float(loss) for loss in losses])
-    if not np.isfinite(values).all():
-        bad = values[~np.isfinite(values)][0]
-        raise ReconstructionError(f"{NAME}: the loss is {bad} near step {done} of {steps}")
-    return float(values.mean())

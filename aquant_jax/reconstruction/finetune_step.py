@@ -14,15 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aquant_jax.arithmetic.uniform import (
-    NEAREST,
-    ActivationQuantizer,
-    clip_codes,
-    dequantize,
-    ste_ceil,
-)
+from aquant_jax.arithmetic.uniform import NEAREST, ActivationQuantizer, clip_codes, ste_ceil
 from aquant_jax.graph.ir import Op
-from aquant_jax.layers.fake_quant import LayerSpec, LayerState, Weights, per_channel
+from aquant_jax.layers.fake_quant import LayerSpec, LayerState, Weights, dequantize_weight
 from aquant_jax.reconstruction.chain import Parts
 
 Params = dict[str, Any]
@@ -80,7 +74,7 @@ class Finetuner(NamedTuple):
     def parts(self, network: Start) -> Parts:
         """What the layers of a network compute with."""
         weights = {
-            path: Weights(_real(self.ops[path], layer), layer.bias, layer.border)
+            path: Weights(dequantize_weight(self.ops[path], layer), layer.bias, layer.border)
             for path, layer in network.layers.items()
         }
         return Parts(weights, network.activations)
@@ -108,11 +102,3 @@ def _layer(spec: LayerSpec, layer: LayerState, own: Params) -> LayerState:
     if "codes" in own:
         codes = clip_codes(ste_ceil(own["codes"] - NEAREST), spec.weight_bits)
     return layer._replace(codes=codes, scale=layer.scale * jnp.exp(own["scale"]))
-
-
-def _real(op: Op, layer: LayerState) -> jax.Array:
-    """The real weights of a layer whose codes are floats."""
-    if layer.scale.size == 0:
-        return layer.codes
-    scale, zero = per_channel(op, layer.scale), per_channel(op, layer.zero_point)
-    return dequantize(layer.codes, scale, zero)

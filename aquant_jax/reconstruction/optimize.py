@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -83,17 +83,17 @@ def optimize(
     key, chunk = jax.random.key(seed), steps_a_call()
     losses: list[jax.Array] = []
     curve = []
+    what = f"{', '.join(spec.path for spec in program.specs)}: the reconstruction loss"
     for start in range(0, learning.steps, chunk):
         steps = np.arange(start, min(start + chunk, learning.steps), dtype=np.int32)
         carry, loss = advance(carry, quantizers, data, key, steps, index[start : start + chunk])
         losses.append(loss)
         done = int(steps[-1]) + 1
         if done % LOG_EVERY == 0 or done == learning.steps or chunk > 1:
-            recent = np.concatenate([np.atleast_1d(np.asarray(value)) for value in losses])
+            mean = mean_loss(losses, what, done, learning.steps)
             losses = []
-            _check_finite(recent, program, done, learning.steps)
-            curve.append((done, float(recent.mean())))
-            on_step(done, curve[-1][1])
+            curve.append((done, mean))
+            on_step(done, mean)
     rows = np.array(curve, np.float32).reshape(-1, 2)
     return _result(program, quantizers, carry[0], recipe.border_format, rows)
 
@@ -139,12 +139,17 @@ def _result(
     return Result(layers, activations, curve)
 
 
-def _check_finite(losses: np.ndarray, program: BlockProgram, done: int, steps: int) -> None:
-    if not np.isfinite(losses).all():
-        raise ReconstructionError(
-            f"{', '.join(s.path for s in program.specs)}: the reconstruction loss is "
-            f"{losses[~np.isfinite(losses)][0]} near step {done} of {steps}"
-        )
+def mean_loss(losses: Sequence[jax.Array], what: str, done: int, steps: int) -> float:
+    """The mean of the losses since the last call, after `done` of `steps` steps.
+
+    Raises:
+      ReconstructionError: one is not finite; the message starts with `what`.
+    """
+    values = np.concatenate([np.atleast_1d(np.asarray(loss)) for loss in losses])
+    if not np.isfinite(values).all():
+        bad = values[~np.isfinite(values)][0]
+        raise ReconstructionError(f"{what} is {bad} near step {done} of {steps}")
+    return float(values.mean())
 
 
 def as_stored(coefficients: dict[str, jax.Array], border_format: str) -> dict[str, jax.Array]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from aquant_jax.errors import InputError, ReconstructionError
+from aquant_jax.reconstruction.block_store import MAY_CHANGE
 from aquant_jax.storage import archive
 from aquant_jax.storage.folder_lock import hold
 from aquant_jax.storage.json_file import differences, jsonable, read_json, write_json
@@ -38,8 +39,8 @@ EXPORTS = "export"
 REPORT = "report.json"  # of an export: the bytes of its files, and how it compares
 CHECKPOINT = "checkpoint"  # of a fine-tuning
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+# What `block_store.MAY_CHANGE` says, in a config.
 RESTARTS = ("config.preset ", "config.recipe.reconstruction.", "config.augment ")
-MAY_CHANGE = " (a restart may change recipe.reconstruction and augment only)"  # that is RESTARTS
 
 
 class RunDirectory:
@@ -174,7 +175,7 @@ def _read_owned(path: Path, identity: dict[str, Any], restart: bool) -> dict[str
             return None
         changed = differences(_read_identity(path), identity, RESTARTS if restart else ())
         if changed:
-            may = MAY_CHANGE if restart else ""
+            may = f" ({MAY_CHANGE})" if restart else ""
             raise InputError(
                 f"workdir {path} holds another run, which differs in "
                 f"{', '.join(changed)}{may}; choose another --workdir"

@@ -289,6 +289,14 @@ class TestResume:
         with pytest.raises(InputError, match="differs in augment"):
             quantize(recipe, resume=tmp_path)
 
+    def test_a_refused_restart_keeps_the_progress(self, tmp_path):
+        self.interrupt(tmp_path, 6)
+        (tmp_path / "002" / "notes.txt").write_text("mine")
+        before = archive.sizes(tmp_path)
+        with pytest.raises(InputError, match=r"notes\.txt is of unknown origin"):
+            quantize(resume=tmp_path, restart_from=1)
+        assert archive.sizes(tmp_path) == before
+
     def test_damaged_progress_is_named(self, tmp_path):
         self.interrupt(tmp_path, 6)
         index = tmp_path / "003-000000004" / archive.INDEX
