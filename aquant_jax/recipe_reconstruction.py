@@ -49,10 +49,11 @@ class Reconstruction:
       finetune_steps: steps of the whole-network stage after the last block, on batches of
         `batch_size`; 0 leaves it out, None takes as many as `steps`.
       finetune_lr: Adam learning rate of that stage at 2 bits: relative for step sizes and weight
-        scales, absolute for biases; of coefficients as for `border_lr`. At other bits it is
-        3 / (2^bits - 1) of it, where bits are the fewer of ``weight_bits`` and ``act_bits``.
-      finetune_weight_lr: Adam learning rate of the weight codes in that stage, in codes, with
-        straight-through gradients; 0 keeps the codes. Both rates fall to zero as a cosine.
+        scales, absolute for biases; of coefficients as for `border_lr`.
+      finetune_weight_lr: Adam learning rate of the weight codes in that stage at 2 bits, in codes,
+        with straight-through gradients; 0 keeps the codes. At other bits both rates are
+        3 / (2^bits - 1) of these, where bits are the fewer of ``weight_bits`` and ``act_bits``.
+        They fall to zero as a cosine.
       finetune_loss: "kl" from the float network's class probabilities, for outputs that are logits
         over the last axis; "mse", the mean squared error relative to the mean square of the output.
       finetune_held_out: fraction of the calibration set on which the best step of that stage is

@@ -52,12 +52,11 @@ def make_finetune_optimizer(
     """Adam with a cosine schedule for the parameters of `finetune_step.Finetuner`."""
     learning = recipe.reconstruction
     schedule = optax.cosine_decay_schedule(1.0, max(learning.whole_network_steps, 1))
-    bits = min(recipe.weight_bits, recipe.act_bits)
-    rate = learning.finetune_lr * max_code(2) / max_code(bits)
+    factor = max_code(2) / max_code(min(recipe.weight_bits, recipe.act_bits))
+    rate, codes = factor * learning.finetune_lr, factor * learning.finetune_weight_lr
 
     def of_layer(path: str, own: dict[str, Any]) -> dict[str, Any]:
         border = {n: rate * coefficient_rate(specs[path], learning, n) for n in own["border"]}
-        codes = learning.finetune_weight_lr
         rates = {"bias": rate, "scale": rate, "codes": codes, "border": border}
         return jax.tree.map(jnp.multiply, own, {name: rates[name] for name in own})
 
