@@ -8,7 +8,8 @@ from aquant_jax.deployment.quantized import Quantized
 from aquant_jax.errors import InputError, ReconstructionError
 from aquant_jax.layers.backend import Backend
 from aquant_jax.layers.compiler import Compiler
-from aquant_jax.plan.network import describe, prepare
+from aquant_jax.plan.network import describe
+from aquant_jax.plan.prepare import prepare
 from aquant_jax.quantize import quantize
 from aquant_jax.recipe import Override, Recipe, Reconstruction
 from aquant_jax.reconstruction.observer import (

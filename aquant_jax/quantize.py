@@ -15,7 +15,8 @@ from aquant_jax.graph.subgraph import constant_inputs, extract_subgraph
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan import augmentation, checks
 from aquant_jax.plan.augmentation import Augment
-from aquant_jax.plan.network import Network, prepare
+from aquant_jax.plan.network import Network
+from aquant_jax.plan.prepare import prepare
 from aquant_jax.recipe import Recipe
 from aquant_jax.reconstruction.block_store import BlockResult, open_block_store
 from aquant_jax.reconstruction.finetune import finetune, split
@@ -72,7 +73,7 @@ def quantize(
       The quantized network.
 
     Raises:
-      InputError: see `network.prepare`, `finetune_checks.check_finetune` and
+      InputError: see `prepare.prepare`, `finetune_checks.check_finetune` and
         `augmentation.check_augment`; a seed that is no whole number of 0 or more; the block
         store cannot be written, is damaged, or holds the blocks of another call (the fields that
         differ are listed).
@@ -103,12 +104,10 @@ def quantize(
                 observer.on_block_end(result.report)
         finally:
             observer.on_end()
-    return _build(apply, calibration, net, state, reports)
+    return _build(calibration, net, state, reports)
 
 
-def _build(
-    apply: Callable, calibration: Any, net: Network, state: State, reports: list[Report]
-) -> Quantized:
+def _build(calibration: Any, net: Network, state: State, reports: list[Report]) -> Quantized:
     """The quantized network after its last block."""
     everything = extract_subgraph(net.graph, (), net.graph.outputs)
     values = constant_inputs(net.graph, everything, net.variables)
@@ -120,7 +119,7 @@ def _build(
         state.layers,
         state.activations,
         constants,
-        traced(apply, net.variables, calibration),
+        traced(net.apply, net.variables, calibration),
         tuple(net.plan.layers[path] for path in state.layers),
         net.recipe,
         History(reports),

@@ -14,6 +14,7 @@ from aquant_jax.recipe_checks import check_bits, check_choice, check_types, fiel
 from aquant_jax.recipe_reconstruction import Reconstruction
 
 GRANULARITIES = ("block", "layer")
+TRANSFORMS = ("shift_scale", "hadamard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,9 @@ class Recipe:
       blocks: path regexes that replace the automatic merging of layers into blocks.
       activations: activations to round to nearest besides the inputs of weighted ops: names of
         `activation_rules.RULES`, such as "matmul" for the operands of a product of activations.
+      transforms: kinds of channel transforms to choose from for every quantized tensor, by the
+        error of what reads it (see `plan.channel_transform`): "shift_scale", a shift and a scale a
+        channel; "hadamard", a rotation of the channels.
       overrides: exceptions by path regex; the last match decides.
       border: name of the border function, or None to round activations to nearest.
       border_granularity: "element": one border a column element (input channel and tap); "mean":
@@ -72,6 +76,7 @@ class Recipe:
     granularity: str = "block"
     blocks: tuple[str, ...] = ()
     activations: tuple[str, ...] = ()
+    transforms: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
     border: str | None = None
     border_granularity: str = "mean"
@@ -81,11 +86,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         # Lists and dicts come from config files and JSON; the recipe must stay hashable.
-        for name in ("blocks", "activations", "overrides"):
+        for name in ("blocks", "activations", "transforms", "overrides"):
             if not isinstance(getattr(self, name), list | tuple):
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be a list or tuple")
         object.__setattr__(self, "blocks", tuple(self.blocks))
         object.__setattr__(self, "activations", tuple(self.activations))
+        object.__setattr__(self, "transforms", tuple(self.transforms))
         items = (o if isinstance(o, Override) else _override(o) for o in self.overrides)
         object.__setattr__(self, "overrides", tuple(items))
         if not isinstance(self.reconstruction, Reconstruction):
@@ -222,6 +228,9 @@ def _check_recipe(recipe: Recipe) -> None:
     for rule in recipe.activations:
         if rule not in RULES:
             raise InputError(f"activations: unknown rule {rule!r}; there are {', '.join(RULES)}")
+    for kind in recipe.transforms:
+        if kind not in TRANSFORMS:
+            raise InputError(f"transforms: unknown kind {kind!r}; known: {', '.join(TRANSFORMS)}")
     borders.get_phi(recipe.phi)
     for pattern in (*recipe.blocks, *(o.pattern for o in recipe.overrides)):
         if not isinstance(pattern, str):

@@ -17,7 +17,9 @@ _POSITIVE = (
     "batch_size", "init_samples", "weight_lr", "step_lr", "border_lr", "loss_power",
     "border_gain", "border_range", "beta_start", "beta_end", "finetune_lr", "finetune_eval_every",
 )  # fmt: skip
-_COUNTS = ("steps", "rounding_weight", "finetune_steps", "finetune_weight_lr")
+_COUNTS = (
+    "steps", "rounding_weight", "weight_scale_lr", "finetune_steps", "finetune_weight_lr",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Reconstruction:
       final_full_quant_fraction: fraction of the steps, at the end, without mixing or dropping.
         Borders and step sizes then see the network that is deployed.
       weight_lr, step_lr, border_lr: Adam learning rates of alpha, step sizes and coefficients.
+      weight_scale_lr: Adam learning rate of the logarithm of every weight scale, one per output
+        channel, as in Genie (Jeon et al. 2023): alpha and the codes stay those of the searched
+        scale, and the learned scale multiplies them. 0 keeps the searched scales. Its schedule is
+        `step_schedule`.
       step_schedule, border_schedule: "constant" or "cosine" (to zero).
       border_gain: factor on the learning rate of every coefficient. Under Adam it is equivalent to
         learning p with B = phi(1/2 + gain * p).
@@ -70,6 +76,7 @@ class Reconstruction:
     weight_lr: float = 1e-3
     step_lr: float = 4e-5
     border_lr: float = 1e-3
+    weight_scale_lr: float = 0.0
     step_schedule: str = "cosine"
     border_schedule: str = "constant"
     border_gain: float = 1.0

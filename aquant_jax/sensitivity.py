@@ -14,7 +14,8 @@ from aquant_jax.graph.subgraph import BlockInputs, bind_inputs, run
 from aquant_jax.layers.fake_quant import LayerInput, run_layer
 from aquant_jax.plan import checks
 from aquant_jax.plan.block_program import BlockProgram, forward, make_block_program
-from aquant_jax.plan.network import Network, prepare
+from aquant_jax.plan.network import Network
+from aquant_jax.plan.prepare import prepare
 from aquant_jax.recipe import Recipe
 from aquant_jax.reconstruction.observe_ranges import observe_ranges
 from aquant_jax.reconstruction.weights import (

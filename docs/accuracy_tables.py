@@ -108,6 +108,21 @@ def stsb(load: Load) -> str:
     return markdown(["bits", "sentences", "nearest", "adaround", "aquant_bert"], rows)
 
 
+def stsb_transforms(load: Load) -> str:
+    """MiniLM on STS-B with shifted and scaled channels, by the bits of activations and of sums."""
+    by: dict[tuple[str, int, str], list[float]] = {}
+    for run in sorted(load("stsb_minilm_transforms")["runs"], key=lambda run: run["seed"]):
+        sums = [o["act_bits"] for o in run["recipe"]["overrides"] if o["pattern"] == ":sum"]
+        bits = f"w{run['weight_bits']}a{run['act_bits']}", *(sums or [run["act_bits"]])
+        by.setdefault((*bits, run["preset"]), []).append(score(run))
+    presets = ("nearest", "adaround", "aquant_bert")
+    rows = [
+        [bits, str(sums), *(spread(by.get((bits, sums, preset), [])) for preset in presets)]
+        for bits, sums in sorted({key[:2] for key in by}, reverse=True)
+    ]
+    return markdown(["bits", "bits of sums", *presets], rows)
+
+
 def glue(load: Load) -> str:
     """Fine-tuned MiniLM on four tasks."""
     tasks = {"mrpc": load("mrpc_minilm"), **load("glue_minilm")}

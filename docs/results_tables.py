@@ -33,6 +33,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "resnet20-gain": accuracy_tables.resnet20_gain,
     "efficientnet-lite0": accuracy_tables.efficientnet,
     "stsb": accuracy_tables.stsb,
+    "stsb-transforms": accuracy_tables.stsb_transforms,
     "glue": accuracy_tables.glue,
     "calibrate": speed_tables.calibrate,
     "range-search": speed_tables.range_search,

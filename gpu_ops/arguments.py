@@ -66,9 +66,7 @@ def stack_coefficients(
     names = () if border is None else targets.COEFFICIENTS[border]
     for name, value in coefficients.items():
         if name not in names:
-            raise ValueError(
-                f"coefficient {name!r} is not one of border {border!r}: {list(names)}"
-            )
+            raise ValueError(f"coefficient {name!r} is not one of border {border!r}: {list(names)}")
         if str(value.dtype) != "float32":
             raise ValueError(f"coefficient {name!r} is {value.dtype}, not float32")
     for name in names:

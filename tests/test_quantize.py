@@ -24,7 +24,7 @@ def quantize(preset, wbits=3, abits=3, net=None, calibration=X, **options):
     known = {"seed", "observer"}
     fields = {"batch_size": 8, **{k: v for k, v in options.items() if k not in known}}
     if preset != "nearest":
-        fields = {"steps": 4, **fields}
+        fields = {"steps": 2, **fields}
     recipe = getattr(aq.recipes, preset)(wbits, abits, **fields)
     keywords = {"observer": aq.Observer(), **{k: v for k, v in options.items() if k in known}}
     apply, variables = net or small_net()
@@ -110,24 +110,24 @@ class TestAquantIsQdropAtOneHalf:
 @pytest.mark.parametrize("preset", ["brecq", "qdrop", "aquant"])
 def test_eight_bits_are_close_to_float(preset):
     apply, variables = small_net()
-    quantized = quantize(preset, 8, 8, steps=2)
+    quantized = quantize(preset, 8, 8)
     assert relative_error(quantized(X), apply(variables, X)) < 0.02
 
 
 def test_a_terminal_shows_the_blocks_and_the_memory(capsys):
-    quantize("qdrop", steps=1, observer=aq.TerminalObserver())
+    quantize("qdrop", observer=aq.TerminalObserver())
     out, err = capsys.readouterr()
     assert "3 blocks:" in out
     assert "block_1: block_1/conv1/kernel, block_1/conv2/kernel" in out
     assert "cached activations: 0.0 MiB at the peak" in out
     assert "block 3/3 head" in err
-    quantize("qdrop", steps=1, observer=aq.Observer())
+    quantize("qdrop", observer=aq.Observer())
     assert capsys.readouterr() == ("", "")
 
 
 def test_without_a_terminal_the_log_has_a_line_a_block(caplog, capsys):
     caplog.set_level("INFO", "absl")
-    quantize("qdrop", steps=1, observer=None)
+    quantize("qdrop", observer=None)
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0].startswith("3 blocks:")
     assert "cached activations: 0.0 MiB at the peak" in lines[0]
@@ -139,7 +139,7 @@ def test_without_a_terminal_the_log_has_a_line_a_block(caplog, capsys):
 
 def test_several_observers_see_the_same():
     one, two = Recorder(), Recorder()
-    quantize("qdrop", steps=1, observer=aq.Observers(one, two))
+    quantize("qdrop", observer=aq.Observers(one, two))
     assert one.learned == two.learned == [0, 1, 2]
     assert one.reports == two.reports
 
@@ -238,7 +238,7 @@ def test_half_precision_networks(dtype):
     apply, variables = small_net()
     half = jax.tree.map(lambda a: jnp.asarray(a, dtype), variables)
     x = np.asarray(jnp.asarray(X, dtype))
-    quantized = quantize("aquant", 8, 8, net=(apply, half), calibration=x, steps=2)
+    quantized = quantize("aquant", 8, 8, net=(apply, half), calibration=x)
     y = quantized(x)
     assert y.dtype == apply(half, x).dtype
     assert relative_error(y, apply(variables, X)) < 0.05
@@ -259,7 +259,7 @@ def test_other_border_functions_go_through():
     try:
         for name in ("linear", "test_wave"):
             granularity = "element" if name == "linear" else "mean"
-            quantized = quantize("aquant", border=name, steps=2, border_granularity=granularity)
+            quantized = quantize("aquant", border=name, border_granularity=granularity)
             entry = quantized.summary()[1]
             assert set(entry.border) == set(border.get(name).init((1, 1), 0.5))
             assert any((c != c.flat[0]).any() for c in entry.border.values())

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from aquant_jax.graph.ir import STATIC_GATHER, Graph, Op
+from aquant_jax.graph.ir import INVERSE, PRODUCTS, STATIC_GATHER, TRANSFORM, Graph, Op
 from aquant_jax.graph.subgraph import source_tensor
 
-_PRODUCTS = {"dot_general", "conv_general_dilated"}
-_MOVES = {*_PRODUCTS, "transpose", "rev", "gather", STATIC_GATHER, "sort", "concatenate"}
+_MOVES = {
+    *PRODUCTS, "transpose", "rev", "gather", STATIC_GATHER, "sort", "concatenate", INVERSE,
+}  # fmt: skip
 _PARTS = {"slice", "split"}
 _SUMS = {"add", "sub", "add_any"}
 _ROOTS = {"rsqrt", "sqrt"}
@@ -50,10 +51,12 @@ def match_rules(graph: Graph, rules: Sequence[str]) -> list[ActivationMatch]:
     view = _View(graph)
     order = {op.layer.path: i for i, op in enumerate(graph.ops) if op.layer is not None}
     made = {out: i for i, op in enumerate(graph.ops) for out in op.outputs}
+    transformed = {op.reads[0]: op.outputs[0] for op in graph.ops if op.name == TRANSFORM}
     rule_of: dict[int, str] = {}
     for rule in rules:
         for value in RULES[rule](view):
             tensor = source_tensor(view.producers, value)
+            tensor = transformed.get(tensor, tensor)
             if tensor in graph.weight_dependent and jnp.issubdtype(
                 graph.avals[tensor].dtype, jnp.floating
             ):
@@ -156,7 +159,7 @@ class _View:
 def _matmuls(view: _View) -> Iterator[int]:
     """Both operands of a product of two activations."""
     for op in view.plain:
-        if op.name in _PRODUCTS and all(i in view.graph.weight_dependent for i in op.inputs):
+        if op.name in PRODUCTS and all(i in view.graph.weight_dependent for i in op.inputs):
             yield from op.reads
 
 

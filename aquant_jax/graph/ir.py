@@ -14,9 +14,12 @@ SHAPE_ONLY = {"reshape", "transpose", "squeeze", "expand_dims", "slice", "rev", 
 STATIC_GATHER = "gather at constant places"
 PAD_WITH_VALUE = "pad with a value"  # makes a new tensor, unlike a pad with zero or -infinity
 TO_COMPLEX = "convert to complex"  # passes its tensor on exactly: nothing complex is quantized
+# Jitted functions of `plan.channel_transform`, which a trace keeps as one op each.
+TRANSFORM, INVERSE = "aquant_channel_transform", "aquant_inverse_transform"
 ALIASES = SHAPE_ONLY | {
     "pad", "convert_element_type", "reduce_window_max", "stop_gradient", STATIC_GATHER, TO_COMPLEX,
 }  # fmt: skip
+PRODUCTS = {"dot_general", "conv_general_dilated"}
 
 
 @runtime_checkable

@@ -11,9 +11,12 @@ import numpy as np
 
 from aquant_jax.errors import InputError
 from aquant_jax.graph.ir import (
+    INVERSE,
     PAD_WITH_VALUE,
+    PRODUCTS,
     STATIC_GATHER,
     TO_COMPLEX,
+    TRANSFORM,
     Atom,
     Graph,
     Layer,
@@ -24,7 +27,6 @@ from aquant_jax.graph.ir import (
 _INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"}
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _LOOPS = {"scan", "while", "cond"}
-_WEIGHTED = {"conv_general_dilated", "dot_general"}
 
 
 def trace(apply: Callable[..., Any], variables: Any, x: Any) -> Graph:
@@ -138,7 +140,7 @@ class _Flattener:
         if layer:
             avals: list[Any] = [atom.aval for atom in eqn.invars]
             params["operand_dtypes"] = tuple(aval.dtype for aval in avals)
-        name = eqn.primitive.name
+        name = eqn.params["name"] if _is_transform(eqn) else eqn.primitive.name
         if name == "pad" and self._scalar(inputs[1]) not in (0, -np.inf):
             name = PAD_WITH_VALUE
         if name == "gather" and [i for i in ids if i in self.dynamic] == [inputs[0]]:
@@ -158,7 +160,7 @@ class _Flattener:
 
     def _layer(self, eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> Layer | None:
         """The layer of a conv or dot with a static operand; None for any other equation."""
-        if eqn.primitive.name not in _WEIGHTED:
+        if eqn.primitive.name not in PRODUCTS:
             return None
         weighted = [
             side for side in (0, 1)
@@ -190,7 +192,7 @@ class _Flattener:
 def _called(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
     """The closed jaxpr that an equation calls, or None where the call is not inlined."""
     name = eqn.primitive.name
-    if name not in _INLINED and name not in _CUSTOM:
+    if (name not in _INLINED and name not in _CUSTOM) or _is_transform(eqn):
         return None
     inner = next(
         eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params
@@ -203,9 +205,13 @@ def _called(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
     return inner
 
 
+def _is_transform(eqn: jex.JaxprEqn) -> bool:
+    return eqn.params.get("name") in (TRANSFORM, INVERSE)
+
+
 def _contains_weighted(jaxpr: jex.Jaxpr) -> bool:
     return any(
-        eqn.primitive.name in _WEIGHTED or any(map(_contains_weighted, _inner_jaxprs(eqn)))
+        eqn.primitive.name in PRODUCTS or any(map(_contains_weighted, _inner_jaxprs(eqn)))
         for eqn in jaxpr.eqns
     )
 

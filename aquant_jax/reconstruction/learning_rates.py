@@ -1,4 +1,4 @@
-"""Learning rates: the optax transformation of alpha, step sizes and border coefficients."""
+"""Learning rates: the optax transformations of the learned parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from aquant_jax.reconstruction.weights import init_borders
 
 
 def make_optimizer(program: BlockProgram, learning: Reconstruction) -> optax.GradientTransformation:
-    """Adam with a schedule of its own for alpha, step sizes and border coefficients."""
+    """Adam with a schedule of its own for alpha, step sizes, weight scales and coefficients."""
     steps = max(learning.steps, 1)
 
     def schedule(rate: float, kind: str, warmup: float = 0.0) -> optax.Schedule:
@@ -42,6 +42,9 @@ def make_optimizer(program: BlockProgram, learning: Reconstruction) -> optax.Gra
         "step": optax.adam(schedule(learning.step_lr, learning.step_schedule)),
         "border": optax.adam(border_rate),
     }
+    if learning.weight_scale_lr > 0:
+        scale_rate = schedule(learning.weight_scale_lr, learning.step_schedule)
+        parts["scale"] = optax.adam(scale_rate)
     groups = optax.multi_transform(parts, lambda params: {name: name for name in params})
     return optax.chain(_under_default_types(groups), optax.stateless(scale_borders))
 

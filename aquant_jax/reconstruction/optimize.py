@@ -16,7 +16,7 @@ from aquant_jax.errors import ReconstructionError
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import LayerState
 from aquant_jax.plan.block_program import BlockProgram
-from aquant_jax.recipe import Recipe
+from aquant_jax.recipe import Recipe, Reconstruction
 from aquant_jax.reconstruction.learning_rates import make_optimizer
 from aquant_jax.reconstruction.training_step import (
     CalibrationData,
@@ -54,7 +54,7 @@ def optimize(
     compiler: Compiler,
     on_step: Callable[[int, float], None],
 ) -> Result:
-    """Learn weight rounding, step sizes and borders of one block.
+    """Learn weight rounding and scales, step sizes and borders of one block.
 
     Args:
       program: the block.
@@ -75,7 +75,7 @@ def optimize(
         lambda: functools.partial(train_steps, trainer),
         donate_argnums=0,
     )
-    params = initial_params(program, quantizers)
+    params = initial_params(program, quantizers, learning)
     carry = (params, trainer.optimizer.init(params))
     samples = np.arange(len(data.targets[0].values))
     samples = samples if data.learn_from is None else data.learn_from
@@ -112,15 +112,24 @@ def draw_batches(
     return np.array(draws, np.int32)
 
 
-def initial_params(program: BlockProgram, quantizers: Quantizers) -> Params:
-    """The learned parameters at the start."""
+def initial_params(
+    program: BlockProgram, quantizers: Quantizers, learning: Reconstruction
+) -> Params:
+    """The learned parameters at the start.
+
+    Those of a weight scale are the logarithms of its change, and exist only where it is learned.
+    """
     ops = program.subgraph.weighted
     pairs = zip(quantizers.activations, quantizers.trained, strict=True)
-    return {
+    params = {
         "alpha": [alpha_of(op, q) for op, q in zip(ops, quantizers.weights, strict=True)],
         "step": [jnp.copy(q.step_size) if trained else None for q, trained in pairs],
         "border": init_borders(program),
     }
+    if learning.weight_scale_lr > 0:
+        scales = (q.scale for q in quantizers.weights)
+        params["scale"] = [None if scale is None else jnp.zeros_like(scale) for scale in scales]
+    return params
 
 
 def _result(
@@ -136,7 +145,16 @@ def _result(
     )
     coefficients = [as_stored(layer, border_format) for layer in params["border"]]
     layers = deploy(program, quantizers.weights, params["alpha"], coefficients)
+    if "scale" in params:
+        layers = tuple(map(_with_scale, layers, params["scale"]))
     return Result(layers, activations, curve)
+
+
+def _with_scale(layer: LayerState, logarithm: jax.Array | None) -> LayerState:
+    """A layer with its learned scale; a float layer stays the same."""
+    if logarithm is None:
+        return layer
+    return layer._replace(scale=layer.scale * jnp.exp(logarithm))
 
 
 def mean_loss(losses: Sequence[jax.Array], what: str, done: int, steps: int) -> float:

@@ -164,7 +164,7 @@ def _mix(
 def _soft_weights(
     program: BlockProgram, quantizers: Sequence[WeightQuantizer], params: Params
 ) -> list[Weights]:
-    """Weights with soft rounding, differentiable in alpha."""
+    """Weights with soft rounding, differentiable in alpha and in the logarithms of the scales."""
     weights = []
     for i, (op, spec) in enumerate(zip(program.subgraph.weighted, program.specs, strict=True)):
         value, bias, scale, zero_point = quantizers[i]
@@ -172,6 +172,8 @@ def _soft_weights(
             scales, zeros = per_channel(op, scale), per_channel(op, zero_point)
             codes = soft_codes(value / scales, params["alpha"][i], zeros, spec.weight_bits)
             value = scales * (codes - zeros)
+            if "scale" in params:
+                value = value * per_channel(op, jnp.exp(params["scale"][i]))
         weights.append(Weights(value, bias, params["border"][i]))
     return weights
 

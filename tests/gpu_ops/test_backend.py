@@ -20,7 +20,7 @@ from tests.layers.test_im2col import (
     drop_zero,
     pulled,
 )
-from tests.support.nets import images, mlp, normal, residual_net, rng_of, small_net
+from tests.support.nets import images, mlp, normal, rng_of, small_net
 
 BACKEND = gpu_ops.backend()
 BUILT_IN = {name: case for name, case in CASES.items() if case.phi != "sigmoid"}
@@ -139,7 +139,7 @@ def quantize(apply, variables, x, recipe):
 def quantized_net(net, bits, preset, granularity="element"):
     """A small network, without learning, and inputs."""
     apply, variables = net()
-    x = images(0, 32) if net is residual_net else normal(rng_of(0), 32, 6)
+    x = images(0, 32) if net is small_net else normal(rng_of(0), 32, 6)
     recipe = aq.recipes.preset(
         preset, weight_bits=bits, act_bits=bits, batch_size=8, steps=0,
         border_granularity=granularity,
@@ -148,7 +148,7 @@ def quantized_net(net, bits, preset, granularity="element"):
     return quantized if preset == "nearest" else with_random_borders(quantized), x
 
 
-NETS = pytest.mark.parametrize("net", [residual_net, mlp], ids=["residual", "mlp"])
+NETS = pytest.mark.parametrize("net", [small_net, mlp], ids=["residual", "mlp"])
 
 
 class TestDeployedNetworks:

@@ -134,8 +134,8 @@ def test_no_other_run_goes_on_with_the_epochs_of_one(argv, tmp_path, monkeypatch
 def test_the_checkpoint_is_quantized_by_its_config(run, tmp_path):
     out = tmp_path / "quantized"
     argv = [
-        "quantize", "--config=configs/glue_bert.py:sst2,w8a8,preset=adaround", f"--workdir={out}",
-        f"--config.weights={run / 'checkpoint'}", "--config.recipe.reconstruction.steps=2",
+        "quantize", "--config=configs/glue_bert.py:sst2,w8a8,preset=nearest", f"--workdir={out}",
+        f"--config.weights={run / 'checkpoint'}", "--config.recipe.granularity=layer",
         "--config.calibration_size=32", "--config.max_length=12", "--config.calibration_length=12",
         "--config.eval_batch_size=16", "--config.calibration_dataset=glue/rte",
     ]  # fmt: skip

@@ -19,8 +19,7 @@ KILLS = int(os.environ.get("AQUANT_KILLS", "0"))
 LONGEST = 10  # seconds before a random kill; a run takes longer
 # A run is in the middle of this when a file of that name exists.
 MOMENTS = {
-    "writing a block": "blocks/.001.partial",
-    "a step": "blocks/002",
+    "writing a block": "blocks/.002.partial",
     "writing the network": ".quantized.partial",
     "evaluation": "quantized",
 }

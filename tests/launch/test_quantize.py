@@ -171,13 +171,6 @@ def test_end_to_end_by_nearest(nearest_run):
 
 
 # The other presets differ in their recipes alone, which tests/test_quantize.py runs.
-def test_eight_bits_by_aquant_are_close_to_float(tmp_path):
-    config = "--config=configs/digits.py:w8a8,preset=aquant"
-    assert quantize.main(["quantize", config, f"--workdir={tmp_path}", *FEW, STEPS]) == 0
-    results = read(tmp_path / "results.json")
-    assert results["quantized"]["top1"] >= results["float"]["top1"] - 2
-
-
 def test_end_to_end_by_aquant(finished_run):
     results = read(finished_run / "results.json")
     assert results["quantized"]["top1"] > 20  # two steps at 2 bits; by chance it were 10

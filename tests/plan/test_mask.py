@@ -34,13 +34,10 @@ def state(quantized):
     return jax.tree.leaves((quantized.layers, quantized.activations))
 
 
-@pytest.mark.parametrize("granularity", ["layer", "block"])
-def test_what_stands_in_the_padding_has_no_influence(granularity):
+@pytest.mark.parametrize("fields", [{"granularity": "layer"}, BORDERS], ids=["layer", "block"])
+def test_what_stands_in_the_padding_has_no_influence(fields):
     x = tokens()
-    one, two = (
-        quantize(padded_with(x, t), "mask", **BORDERS | {"granularity": granularity})
-        for t in (0, 29)
-    )
+    one, two = (quantize(padded_with(x, t), "mask", **fields) for t in (0, 29))
     for a, b in zip(state(one), state(two), strict=True):
         np.testing.assert_array_equal(a, b)
     errors = [[report.final_error for report in q.reports] for q in (one, two)]

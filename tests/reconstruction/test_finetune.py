@@ -12,7 +12,7 @@ import aquant_jax as aq
 from aquant_jax.errors import InputError, ReconstructionError
 from aquant_jax.graph.subgraph import bind_inputs
 from aquant_jax.plan.block_program import forward, make_block_program
-from aquant_jax.plan.network import prepare
+from aquant_jax.plan.prepare import prepare
 from aquant_jax.reconstruction import finetune_checks
 from aquant_jax.reconstruction.chain import Chain, Parts
 from aquant_jax.reconstruction.finetune import float_parts

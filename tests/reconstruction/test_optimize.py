@@ -89,7 +89,7 @@ class TestStep:
     def test_our_part_of_a_step_promotes_nothing(self, preset):
         program, quantizers, data, recipe = block_problem(preset, steps=1, granularity="block")
         trainer = Trainer(program, recipe, optax.sgd(1e-3), run_layer)
-        params = initial_params(program, quantizers)
+        params = initial_params(program, quantizers, recipe.reconstruction)
         carry = (params, trainer.optimizer.init(params))
         arguments = (jax.random.key(0), np.zeros(1, np.int32), np.arange(8, dtype=np.int32)[None])
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

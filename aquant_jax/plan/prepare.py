@@ -1,0 +1,112 @@
+"""Preparation of a network: checked, traced, folded, planned and split into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from aquant_jax.errors import InputError
+from aquant_jax.graph.fold import fold, folded_weights
+from aquant_jax.graph.ir import Graph, find_position_axes, sample_first
+from aquant_jax.graph.partition import partition
+from aquant_jax.graph.trace import trace
+from aquant_jax.plan import checks
+from aquant_jax.plan.assign import make_plan
+from aquant_jax.plan.channel_transform import transformed
+from aquant_jax.plan.network import Network, batch_shapes
+from aquant_jax.plan.transform_search import find_transforms
+from aquant_jax.recipe import Recipe
+
+
+@jax.transfer_guard("allow")
+def prepare(
+    apply: Callable[..., Any],
+    variables: Any,
+    calibration: Any,
+    recipe: Recipe,
+    mask: str | None = None,
+) -> Network:
+    """Check the arguments of `quantize`, trace the network, fold it and split it into blocks.
+
+    Args:
+      apply, variables, calibration, recipe, mask: see `quantize`.
+
+    Raises:
+      InputError: a recipe of another type; variables or calibration samples that are no numbers,
+        not finite, deleted or tracers (named by path); an empty or too small calibration set; a
+        network that cannot be traced or has no weighted op; a quantized layer with complex
+        operands; a regex of the recipe that matches nothing; a leaf that is not a mask.
+    """
+    checks.check_recipe(recipe)
+    calibration = checks.host_arrays(calibration)
+    checks.check_calibration(calibration, recipe)
+    variables = checks.check_variables(variables)
+    checks.check_not_traced()
+    net = _prepare(apply, variables, calibration, recipe, mask)
+    if not recipe.transforms:
+        return net
+    leaves = zip(net.graph.inputs, jax.tree.leaves(calibration), strict=True)
+    transforms = find_transforms(net, dict(leaves))
+    if not transforms:
+        return net
+    apply = transformed(apply, recipe, transforms)
+    net = _prepare(apply, variables, calibration, recipe, mask)
+    return net._replace(transforms=transforms)
+
+
+def _prepare(
+    apply: Callable[..., Any], variables: Any, calibration: Any, recipe: Recipe, mask: str | None
+) -> Network:
+    """The network of an inference function, whose arguments are checked."""
+    samples = len(jax.tree.leaves(calibration)[0])
+    batch = min(recipe.reconstruction.batch_size, samples)
+    unfolded, other = (
+        trace(apply, variables, batch_shapes(calibration, count)) for count in (batch, batch + 1)
+    )
+    sampled = sample_first(unfolded, other, batch)
+    checks.check_outputs(unfolded, sampled, recipe)
+    valid_mask = None
+    if mask is not None:
+        valid_mask = checks.check_mask(calibration, mask)
+        position_axes = _position_axes(unfolded, apply, variables, calibration, mask, sampled)
+        unfolded = unfolded._replace(position_axes=position_axes)
+    graph = fold(unfolded)
+    blocks = partition(graph, recipe.granularity, recipe.blocks, sampled)
+    plan = make_plan(graph, recipe)
+    folded = folded_weights(unfolded, variables)
+    return Network(
+        apply, graph, variables, folded, plan, blocks, recipe, samples, batch, valid_mask
+    )
+
+
+def _position_axes(
+    graph: Graph,
+    apply: Callable[..., Any],
+    variables: Any,
+    calibration: Any,
+    mask: str,
+    sampled: frozenset[int],
+) -> dict[int, tuple[int, ...]]:
+    """The axes of the values of `graph` that number the positions of `mask`."""
+    length = checks.leaf(calibration, mask).shape[1]
+    batch = graph.avals[graph.inputs[0]].shape[0]
+
+    def shorten(leaf: np.ndarray) -> np.ndarray:
+        has_positions = leaf.ndim > 1 and leaf.shape[1] == length
+        return leaf[:, :-1] if has_positions else leaf
+
+    shorter = jax.tree.map(shorten, calibration)
+    try:
+        other = trace(apply, variables, batch_shapes(shorter, batch))
+    except InputError as error:
+        raise InputError(
+            f"mask {mask!r}: sequence axes are found by tracing the network with sequences of "
+            f"{length - 1} instead of {length}, and it does not take these: {error}"
+        ) from error
+    position_axes = find_position_axes(graph, other, sampled)
+    if not any(value in graph.weight_dependent for value in position_axes):
+        raise InputError(f"mask {mask!r}: no activation has its {length} positions on an axis")
+    return position_axes
