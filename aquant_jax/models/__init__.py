@@ -7,6 +7,7 @@
 (2, 10)
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -55,7 +56,14 @@ def abstract(name: str) -> tuple[Apply, Variables]:
     Args:
         name: a key of ``LINEN``.
     """
-    module = LINEN[name][0]()
+    apply, shapes = _abstract(LINEN[name][0])
+    return apply, jax.tree.map(lambda leaf: leaf, shapes)
+
+
+@functools.cache
+def _abstract(make: Callable[[], nn.Module]) -> tuple[Apply, Variables]:
+    """Kept, since flax takes a second to trace 50 layers."""
+    module = make()
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)  # weights do not depend on the size
     return module.apply, jax.eval_shape(module.init, jax.random.key(0), image)
 

@@ -1,6 +1,7 @@
 """Activations between the layers: where they are, how they are named, that they are quantized."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -56,6 +57,13 @@ def short(names):
     return [name.removeprefix("params/encoder/").replace("/kernel", "") for name in names]
 
 
+@functools.cache
+def two_bits():
+    apply, variables = bert(layers=1)
+    chosen = recipe().replace(act_bits=2)
+    return aq.quantize(apply, variables, tokens(), chosen, observer=aq.Observer())
+
+
 @pytest.mark.user_model
 class TestBert:
     def test_each_rule_finds_its_own(self):
@@ -96,12 +104,8 @@ class TestBert:
         assert "softmax" not in without
 
     def test_they_are_rounded_to_few_values(self):
-        apply, variables = bert()
-        x = tokens()
-        quantized = aq.quantize(
-            apply, variables, x, recipe().replace(act_bits=2), observer=aq.Observer()
-        )
-        state = quantized.activations["params/encoder/layer_1/down/kernel:norm"]
+        x, quantized = tokens(), two_bits()
+        state = quantized.activations["params/encoder/layer_0/down/kernel:norm"]
         # One token a sample: the embedding is the last normalised tensor itself.
         alone = {**x, "mask": (np.arange(LENGTH) < 1).astype(np.int32)[None].repeat(16, 0)}
         codes = np.asarray(quantized(alone)) / state.step_size + state.zero_point
@@ -109,9 +113,7 @@ class TestBert:
         assert set(np.unique(np.round(codes))) <= {0, 1, 2, 3}
 
     def test_any_batch_and_length_run_with_the_same_tensors(self):
-        apply, variables = bert()
-        x = tokens()
-        quantized = aq.quantize(apply, variables, x, recipe(), observer=aq.Observer())
+        x, quantized = tokens(), two_bits()
         whole = np.asarray(quantized(x))
         part = np.asarray(quantized({name: leaf[:3] for name, leaf in x.items()}))
         np.testing.assert_allclose(part, whole[:3], atol=1e-5)
