@@ -23,6 +23,7 @@ from aquant_jax.errors import InputError, reason
 
 LOCK = ".lock"
 Result = TypeVar("Result")
+ATTEMPTS = 100
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -85,7 +86,7 @@ def _acquire(file: Path, owner: Path) -> int:
             # Closed in child programs, so that the lock ends with this process.
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:  # at first, or its last holder has removed the empty folder
-            file.parent.mkdir(parents=True, exist_ok=True)
+            _make(file.parent)
             continue
         try:
             _flock(descriptor, owner)
@@ -97,6 +98,14 @@ def _acquire(file: Path, owner: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _make(folder: Path) -> None:
+    """Creates a folder, which other holders may remove while it is made."""
+    for _ in range(ATTEMPTS):
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            return folder.mkdir(parents=True, exist_ok=True)
+    return folder.mkdir(parents=True, exist_ok=True)  # a broken link, for instance
 
 
 def _flock(descriptor: int, owner: Path) -> None:

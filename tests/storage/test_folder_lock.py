@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from absl import logging
@@ -67,6 +68,30 @@ def test_of_many_threads_one_holds_it_at_a_time(tmp_path):
     assert len(most) + len(refused) == 800
     assert max(most) == 1
     assert all("is in use by" in message for message in refused)
+
+
+def test_a_folder_that_vanishes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    """`Path.mkdir` finds it, and it is gone when that asks what it is."""
+    mkdir, failures = Path.mkdir, [FileExistsError(17, "File exists")] * 3
+
+    def racing(path, *args, **kwargs):
+        if failures:
+            raise failures.pop()
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", racing)
+    with hold(tmp_path / "run", nothing):
+        assert (tmp_path / "run" / LOCK).exists()
+    assert failures == []
+
+
+def test_a_broken_link_is_no_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "folder")
+    with (
+        pytest.raises(InputError, match=r"link cannot be written: File exists"),
+        hold(tmp_path / "link", nothing),
+    ):
+        pass
 
 
 def test_folders_that_stay_empty_are_removed_again(tmp_path):
