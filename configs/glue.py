@@ -4,6 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from aquant_jax.recipe import TRANSFORMS as KINDS
 from configs import variants
 
 # All intermediate activations, as in Bondarenko et al. (2021); the first rule that finds a tensor
@@ -14,7 +15,7 @@ BLOCKS = {
     "layers": (),  # of the encoder, whole
     "sub-blocks": (r"layer_\d+/(query|key|value|out)/", r"layer_\d+/(up|down)/"),
 }
-TRANSFORMS = {"none": (), "shift_scale": ("shift_scale",), "hadamard": ("hadamard",)}
+TRANSFORMS = {"none": ()} | {kind: (kind,) for kind in KINDS}
 CHOICES = {
     "preset": variants.BERT_PRESETS,
     "blocks": tuple(BLOCKS),

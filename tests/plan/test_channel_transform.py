@@ -10,7 +10,6 @@ from jax import lax
 
 import aquant_jax as aq
 from aquant_jax.deployment import onnx, stablehlo
-from aquant_jax.deployment.stablehlo import self_contained
 from aquant_jax.errors import InputError, ReconstructionError
 from aquant_jax.graph.fold import fold
 from aquant_jax.graph.ir import INVERSE, TRANSFORM
@@ -219,7 +218,7 @@ def test_it_is_deployed_like_any_network(tmp_path):
     expected = np.asarray(network(x))
     aq.save(network, tmp_path / "saved", rows(2))
     np.testing.assert_array_equal(aq.restore(tmp_path / "saved")(x), expected)
-    program = stablehlo.serialize(self_contained(network, rows(2)))
+    program = stablehlo.serialize(stablehlo.self_contained(network, rows(2)))
     run = jax.export.deserialize(bytearray(program)).call
     np.testing.assert_allclose(run(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -245,13 +244,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
     call = functools.partial(aq.quantize, apply, variables, rows(), chosen, compiler=aq.Compiler())
     with pytest.raises(KeyboardInterrupt):
         call(observer=Stop(), resume=tmp_path)
-    resumed, whole = (
-        call(observer=aq.Observer(), resume=tmp_path),
-        call(observer=aq.Observer()),
-    )
-    for one, two in zip(
-        jax.tree.leaves((resumed.layers, resumed.activations)),
-        jax.tree.leaves((whole.layers, whole.activations)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(one, two)
+    resumed = call(observer=aq.Observer(), resume=tmp_path)
+    whole = call(observer=aq.Observer())
+    for name in ("layers", "activations"):
+        states = getattr(resumed, name), getattr(whole, name)
+        jax.tree.map(np.testing.assert_array_equal, *states)
