@@ -10,7 +10,7 @@ from aquant_jax.layers.backend import Backend
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan.network import describe
 from aquant_jax.plan.prepare import prepare
-from aquant_jax.quantize import quantize
+from aquant_jax.quantize import quantize, quantize_seeds
 from aquant_jax.recipe import Override, Recipe, Reconstruction
 from aquant_jax.reconstruction.observer import (
     LogObserver,
@@ -43,6 +43,7 @@ __all__ = [
     "describe",
     "prepare",
     "quantize",
+    "quantize_seeds",
     "recipes",
     "register_border",
     "restore",

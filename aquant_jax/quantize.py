@@ -1,16 +1,18 @@
-"""`quantize`: the main loop of the library, one block after another."""
+"""`quantize` and `quantize_seeds`: the main loop of the library, one block after another."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from aquant_jax.deployment.quantized import Quantized, traced
+from aquant_jax.errors import InputError
 from aquant_jax.graph.subgraph import constant_inputs, extract_subgraph
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan import augmentation, checks
@@ -18,13 +20,16 @@ from aquant_jax.plan.augmentation import Augment
 from aquant_jax.plan.network import Network
 from aquant_jax.plan.prepare import prepare
 from aquant_jax.recipe import Recipe
+from aquant_jax.reconstruction.activation_cache import Cache
 from aquant_jax.reconstruction.block_store import BlockResult, open_block_store
 from aquant_jax.reconstruction.finetune import finetune, split
 from aquant_jax.reconstruction.finetune_checks import check_finetune
 from aquant_jax.reconstruction.fingerprint import fingerprint
+from aquant_jax.reconstruction.float_block import FloatBlock
 from aquant_jax.reconstruction.observer import Observer, default_observer
 from aquant_jax.reconstruction.report import History, Report
-from aquant_jax.reconstruction.sequential import Run, State, quantize_block
+from aquant_jax.reconstruction.run import Run
+from aquant_jax.reconstruction.sequential import State, quantize_block
 
 Stage = Callable[[Run, State], tuple[State, BlockResult]]
 
@@ -79,32 +84,133 @@ def quantize(
         differ are listed).
       ReconstructionError: a block's loss, or a layer's float input, is not finite.
     """
-    checks.check_recipe(recipe)
-    seed, calibration = checks.check_seed(seed), checks.host_arrays(calibration)
-    net = prepare(apply, variables, calibration, recipe, mask)
-    compiler, observer = compiler or Compiler(), observer or default_observer()
+    observers = None if observer is None else (observer,)
+    shared = _Shared(apply, variables, calibration, recipe, mask, compiler, augment)
+    return _quantize(shared, {checks.check_seed(seed): resume}, observers, restart_from)[0]
+
+
+@jax.transfer_guard("allow")
+def quantize_seeds(
+    apply: Callable,
+    variables: Any,
+    calibration: Any,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    *,
+    mask: str | None = None,
+    observers: Sequence[Observer] | None = None,
+    compiler: Compiler | None = None,
+    augment: Augment | None = None,
+    resume: str | Path | None = None,
+    restart_from: int | None = None,
+) -> list[Quantized]:
+    """Quantize a network once for each of several seeds; the bits are those of `quantize`.
+
+    The seeds take turns at every block, so that they share all that does not depend on a seed: the
+    activations of the float network, the searched ranges and the compiled functions.
+
+    Args:
+      apply, variables, calibration, recipe, mask, compiler, augment, restart_from: see `quantize`.
+      seeds: different whole numbers of 0 or more.
+      observers: one for each seed. None takes the default for the first seed only.
+      resume: folder with a block store for each seed, ``seed-N``, which is one of `quantize` too.
+
+    Returns:
+      The quantized networks, in the order of the seeds.
+
+    Raises:
+      InputError: see `quantize`; no seed, one twice, or another number of observers.
+      ReconstructionError: see `quantize`.
+    """
+    numbers = [checks.check_seed(seed) for seed in seeds]
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise InputError(f"seeds are {list(seeds)}; they must be different, and one or more")
+    if observers is not None and len(observers) != len(numbers):
+        raise InputError(f"{len(observers)} observers for {len(numbers)} seeds")
+    shared = _Shared(apply, variables, calibration, recipe, mask, compiler, augment)
+    folders = {n: None if resume is None else Path(resume) / f"seed-{n}" for n in numbers}
+    return _quantize(shared, folders, observers, restart_from)
+
+
+class _Shared(NamedTuple):
+    """The arguments of a call that are the same for all seeds."""
+
+    apply: Callable
+    variables: Any
+    calibration: Any
+    recipe: Recipe
+    mask: str | None
+    compiler: Compiler | None
+    augment: Augment | None
+
+
+def _quantize(
+    shared: _Shared,
+    folders: Mapping[int, str | Path | None],
+    observers: Sequence[Observer] | None,
+    restart_from: int | None,
+) -> list[Quantized]:
+    """One network for every seed; `folders` has its block store."""
+    checks.check_recipe(shared.recipe)
+    calibration = checks.host_arrays(shared.calibration)
+    net = prepare(shared.apply, shared.variables, calibration, shared.recipe, shared.mask)
+    if observers is None:
+        observers = [default_observer(), *(Observer() for _ in range(len(folders) - 1))]
+    runs = _runs(net, calibration, shared, list(zip(folders, observers, strict=True)))
+    with contextlib.ExitStack() as stack:
+        for i, (seed, folder) in enumerate(folders.items()):
+            call = functools.partial(
+                fingerprint, net, calibration, seed, runs[i].compiler, shared.augment
+            )
+            store = stack.enter_context(open_block_store(folder, restart_from, call))
+            runs[i] = runs[i]._replace(block_store=store)
+        for observer in observers:
+            observer.on_start(net)
+            stack.callback(observer.on_end)
+        return _all_stages(runs, calibration)
+
+
+def _runs(
+    net: Network, calibration: Any, shared: _Shared, seeds: Sequence[tuple[int, Observer]]
+) -> list[Run]:
+    """The fixed part of every seed, checked."""
+    compiler, augment = shared.compiler or Compiler(), shared.augment
     leaves = map(jnp.asarray, jax.tree.leaves(calibration))
     inputs = dict(zip(net.graph.inputs, leaves, strict=True))
     on_leaves = augmentation.on_leaves(augment, calibration, net) if augment else None
-    run = Run(net, inputs, seed, compiler, observer, augment=on_leaves)
-    stages: list[Stage] = [functools.partial(quantize_block, block=b) for b in net.blocks]
-    if recipe.reconstruction.whole_network_steps:
-        check_finetune(run)
-        run = run._replace(learn_from=split(run)[0])
-        stages.append(finetune)
-    call = functools.partial(fingerprint, net, calibration, seed, compiler, augment)
-    state, reports = State(), []
-    with open_block_store(resume, restart_from, call) as block_store:
-        run = run._replace(block_store=block_store)
-        observer.on_start(net)
-        try:
-            for stage in stages:
-                state, result = stage(run, state)
-                reports.append(result.report)
-                observer.on_block_end(result.report)
-        finally:
-            observer.on_end()
-    return _build(calibration, net, state, reports)
+    runs = [
+        Run(net, inputs, seed, compiler, observer, augment=on_leaves) for seed, observer in seeds
+    ]
+    if not net.recipe.reconstruction.whole_network_steps:
+        return runs
+    check_finetune(runs[0])
+    return [run._replace(learn_from=split(run)[0]) for run in runs]
+
+
+def _all_stages(runs: Sequence[Run], calibration: Any) -> list[Quantized]:
+    """Every block, and then the whole-network stage, one seed after another."""
+    net = runs[0].net
+    states = [State() for _ in runs]
+    reports: list[list[Report]] = [[] for _ in runs]
+
+    def advance(stage: Stage) -> None:
+        for i, run in enumerate(runs):
+            states[i], result = stage(run, states[i])
+            reports[i].append(result.report)
+            run.observer.on_block_end(result.report)
+
+    boundary: tuple[Cache, ...] = ()
+    for block in net.blocks:
+        floating = FloatBlock(runs[0], block, boundary, states[0].activations.keys())
+        advance(functools.partial(quantize_block, floating=floating))
+        if block is not net.blocks[-1]:
+            boundary = floating.end
+    if net.recipe.reconstruction.whole_network_steps:
+        advance(finetune)
+    return [
+        _build(calibration, net, state, reported)
+        for state, reported in zip(states, reports, strict=True)
+    ]
 
 
 def _build(calibration: Any, net: Network, state: State, reports: list[Report]) -> Quantized:

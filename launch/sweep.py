@@ -16,6 +16,7 @@ Example:
 import csv
 import functools
 import io
+import math
 import re
 import statistics
 import sys
@@ -111,7 +112,7 @@ def plan_presets(values: Any, overrides: dict[str, str]) -> list[cells.Cell]:
 
 
 def summarize(preset: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation of the runs of a preset."""
+    """Mean, standard deviation and standard error of the runs of a preset."""
     scores = [run["quantized"][run["metric"]] for run in runs]
     return {
         "preset": preset,
@@ -121,14 +122,38 @@ def summarize(preset: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "seeds": {str(run["seed"]): run["quantized"] for run in runs},
         "mean": statistics.fmean(scores),
         "std": statistics.stdev(scores) if len(scores) > 1 else None,
+        "standard_error": _standard_error(scores),
         "float": runs[0]["float"][runs[0]["metric"]],
         "seconds": statistics.fmean(run["seconds"] for run in runs),
         "devices": sorted({run["device"] for run in runs}),
     }
 
 
+def _standard_error(scores: Sequence[float]) -> float | None:
+    """Of the mean; None for a single score."""
+    return statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
+
+
+def among_the_best(rows: Sequence[dict[str, Any]]) -> set[str]:
+    """The presets whose mean is less than two standard errors of the difference below the best.
+
+    Two standard errors are the usual 95%. Without several seeds of each preset, none.
+    """
+    errors = {row["preset"]: row["standard_error"] for row in rows}
+    if len(rows) < 2 or None in errors.values():
+        return set()
+    best = max(rows, key=lambda row: row["mean"])
+    return {
+        row["preset"]
+        for row in rows
+        if best["mean"] - row["mean"]
+        <= 2 * math.hypot(errors[row["preset"]], errors[best["preset"]])
+    }
+
+
 def presets_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """The rows in Markdown; the best means are bold, with those that are not clearly worse."""
+    best = among_the_best(rows)
     name = metric_name(rows[0]["metric"])
     lines = [
         f"| preset | bits | {name} % | float % | drop | seeds | seconds a run |",
@@ -136,9 +161,11 @@ def presets_table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         spread = "" if row["std"] is None else f" ± {row['std']:.2f}"
+        score = f"{row['mean']:.2f}{spread}"
+        score = f"**{score}**" if row["preset"] in best else score
         lines.append(
             f"| {row['preset']} | w{row['weight_bits']}a{row['act_bits']} "
-            f"| {row['mean']:.2f}{spread} | {row['float']:.2f} "
+            f"| {score} | {row['float']:.2f} "
             f"| {row['float'] - row['mean']:.2f} | {len(row['seeds'])} "
             f"| {row['seconds']:.0f} |"
         )

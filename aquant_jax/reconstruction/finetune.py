@@ -27,7 +27,8 @@ from aquant_jax.reconstruction.learning_rates import make_finetune_optimizer
 from aquant_jax.reconstruction.loss import network_loss
 from aquant_jax.reconstruction.optimize import LOG_EVERY, as_stored, draw_batches, mean_loss
 from aquant_jax.reconstruction.report import FinetuneReport
-from aquant_jax.reconstruction.sequential import Run, State
+from aquant_jax.reconstruction.run import Run
+from aquant_jax.reconstruction.sequential import State
 
 NAME = "whole network"
 

@@ -15,7 +15,7 @@ from aquant_jax.layers.fake_quant import Weights
 from aquant_jax.reconstruction.chain import Chain, Parts, inexact
 from aquant_jax.reconstruction.finetune import float_parts, split
 from aquant_jax.reconstruction.memory import free_bytes
-from aquant_jax.reconstruction.sequential import Run
+from aquant_jax.reconstruction.run import Run
 from aquant_jax.reconstruction.weights import init_borders
 
 COPIES = 6  # of the parameters: themselves, the best, their gradient, Adam's two, and the update

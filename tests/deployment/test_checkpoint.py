@@ -16,7 +16,7 @@ from aquant_jax.arithmetic import border
 from aquant_jax.deployment import checkpoint, stablehlo
 from aquant_jax.errors import InputError
 from aquant_jax.storage import archive
-from tests.support.nets import images, normal, residual_net, rng_of, small_net
+from tests.support.nets import assert_same_network, images, normal, residual_net, rng_of, small_net
 from tests.support.process import REPOSITORY, run_python
 
 
@@ -41,15 +41,6 @@ def quantized(bits=3, border_format="float32", granularity="element"):
     return aq.quantize(apply, variables, X, recipe, observer=aq.Observer(), compiler=COMPILER)
 
 
-def assert_same(one, two):
-    for name in ("layers", "activations", "constants"):
-        a, b = getattr(one, name), getattr(two, name)
-        assert jax.tree.structure(a) == jax.tree.structure(b)
-        for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-            assert left.dtype == right.dtype
-            np.testing.assert_array_equal(left, right)
-
-
 @pytest.mark.parametrize(
     ("bits", "border_format", "granularity"),
     [
@@ -61,7 +52,7 @@ def test_restores_codes_and_outputs_bit_for_bit(tmp_path, bits, border_format, g
     one = quantized(bits, border_format, granularity)
     aq.save(one, tmp_path / "saved")
     two = aq.restore(tmp_path / "saved")
-    assert_same(one, two)
+    assert_same_network(one, two)
     for x in (X, X[:1], np.concatenate([X, X[:3]])):
         np.testing.assert_array_equal(two(x), one(x))
         np.testing.assert_array_equal(jax.jit(two)(x), one(x))
@@ -77,7 +68,7 @@ def test_what_was_restored_can_be_saved(tmp_path):
     assert one.metadata == two.metadata
     for name, array in one.arrays.items():
         np.testing.assert_array_equal(array, two.arrays[name])
-    assert_same(aq.restore(tmp_path / "two"), quantized(3, "int8"))
+    assert_same_network(aq.restore(tmp_path / "two"), quantized(3, "int8"))
 
 
 def tokens_net():
@@ -98,7 +89,7 @@ def test_trees_integers_and_static_arrays(tmp_path):
     longer = {"ids": jax.ShapeDtypeStruct((1, 9), np.int32)}
     aq.save(one, tmp_path / "saved", longer)
     two = aq.restore(tmp_path / "saved")
-    assert_same(one, two)
+    assert_same_network(one, two)
     ids = {"ids": np.arange(18, dtype=np.int32).reshape(2, 9) % 7}
     jax.tree.map(np.testing.assert_array_equal, two(ids), one(ids))
     with pytest.raises(InputError, match="does not take this input"):

@@ -64,6 +64,23 @@ def test_row_takes_the_sample_deviation():
     assert "| bits | f1 % |" in sweep.presets_table([row | {"metric": "f1"}])
 
 
+def test_the_best_is_bold_with_those_within_two_standard_errors():
+    def row(preset, mean, standard_error):
+        numbers = {"mean": mean, "std": 0.1, "standard_error": standard_error, "float": 99.0}
+        bits = {"weight_bits": 2, "act_bits": 2, "metric": "top1", "seconds": 1.0}
+        return {"preset": preset, "seeds": {"0": {}, "1": {}}, **numbers, **bits}
+
+    def bold(*rows):
+        lines = sweep.presets_table(rows).splitlines()[2:]
+        return [line.split("|")[1].strip() for line in lines if "**" in line]
+
+    # The difference to the best has a standard error of hypot(0.3, 0.4) = 0.5.
+    best, close, far = row("a", 52.0, 0.3), row("b", 51.05, 0.4), row("c", 50.95, 0.4)
+    assert bold(close, best, far) == ["b", "a"]
+    assert bold(best) == []
+    assert bold(best, row("d", 51.9, None)) == []
+
+
 @pytest.mark.parametrize("program", [quantize, sweep])
 def test_a_workdir_that_holds_another_run(program, pretend, tmp_path, capsys):
     argv = [DIGITS, f"--workdir={tmp_path}", *FEW]

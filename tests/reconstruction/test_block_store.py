@@ -12,7 +12,7 @@ import pytest
 import aquant_jax as aq
 from aquant_jax.errors import InputError
 from aquant_jax.storage import archive
-from tests.support.nets import images, small_net
+from tests.support.nets import assert_same_network, images, small_net
 from tests.support.observers import Recorder
 from tests.support.process import REPOSITORY
 
@@ -48,18 +48,13 @@ def interrupt_after(count, folder, **more):
         quantize(resume=folder, observer=Recorder(stop), **more)
 
 
-def assert_same(one, two):
-    for name in ("layers", "activations", "constants"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(one, name), getattr(two, name))
-
-
 @pytest.mark.parametrize("count", [1, 2])
 def test_resumes_to_the_same_bits(tmp_path, count):
     interrupt_after(count, tmp_path)
     observer = Recorder()
     again = quantize(resume=tmp_path, observer=observer)
     assert observer.learned == list(range(count, 3))
-    assert_same(again, uninterrupted())
+    assert_same_network(again, uninterrupted())
     assert [r.index for r in observer.reports] == [0, 1, 2]
     for one, two in zip(again.reports, uninterrupted().reports, strict=True):
         assert (one.name, one.layers, one.steps) == (two.name, two.layers, two.steps)
@@ -71,7 +66,7 @@ def test_resumes_to_the_same_bits(tmp_path, count):
 def test_a_finished_one_learns_nothing(tmp_path):
     quantize(resume=tmp_path)
     observer = Recorder()
-    assert_same(quantize(resume=tmp_path, observer=observer), uninterrupted())
+    assert_same_network(quantize(resume=tmp_path, observer=observer), uninterrupted())
     assert observer.learned == []
 
 
@@ -112,7 +107,7 @@ def test_a_restart_learns_the_rest_by_another_recipe(tmp_path):
     assert other.activations["head/kernel"].step_size != first.activations["head/kernel"].step_size
     # It is now a run of the new recipe.
     again = Recorder()
-    assert_same(quantize(OTHER, observer=again, resume=tmp_path), other)
+    assert_same_network(quantize(OTHER, observer=again, resume=tmp_path), other)
     assert again.learned == []
 
 
@@ -281,4 +276,4 @@ def test_one_call_at_a_time_uses_a_folder(tmp_path):
         with pytest.raises(InputError, match=f"is in use by process {os.getpid()} on "):
             quantize(resume=tmp_path)
 
-    assert_same(quantize(resume=tmp_path, observer=Recorder(second)), uninterrupted())
+    assert_same_network(quantize(resume=tmp_path, observer=Recorder(second)), uninterrupted())

@@ -18,7 +18,7 @@ from aquant_jax.reconstruction.chain import Chain, Parts
 from aquant_jax.reconstruction.finetune import float_parts
 from aquant_jax.reconstruction.loss import network_loss
 from aquant_jax.storage import archive
-from tests.support.nets import images, mlp, normal, rng_of, small_net
+from tests.support.nets import assert_same_network, images, mlp, normal, rng_of, small_net
 from tests.support.observers import Recorder
 
 X = images(0, 24, size=5)
@@ -68,11 +68,6 @@ def held_out():
     """The numbers of the samples of `X` that nothing learns from."""
     seed = int(np.random.SeedSequence([0, 3]).generate_state(1)[0])
     return np.sort(np.random.default_rng(seed).permutation(len(X))[:8])
-
-
-def assert_same(one, two):
-    for name in ("layers", "activations", "constants"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(one, name), getattr(two, name))
 
 
 def squared(output, target):
@@ -196,7 +191,7 @@ class TestWhatIsLearned:
 
     def test_the_start_is_kept_bit_for_bit_if_nothing_is_better(self):
         q = quantize(RECIPE.replace(finetune_lr=1.0))
-        assert_same(q, before())
+        assert_same_network(q, before())
         report = q.reports[-1]
         assert report.best_step == 0
         assert report.final_error == report.start_error
@@ -206,7 +201,7 @@ class TestWhatIsLearned:
         one, two, other = (
             quantize(augment=a) for a in (jitter, jitter, lambda key, x: jitter(key, -x))
         )
-        assert_same(one, two)
+        assert_same_network(one, two)
         for q in (other, finetuned()):
             assert one.layers["head/kernel"].bias.tolist() != q.layers["head/kernel"].bias.tolist()
 
@@ -253,14 +248,14 @@ class TestResume:
         observer = Recorder()
         again = quantize(resume=tmp_path, observer=observer)
         assert observer.learned == [3]
-        assert_same(again, finetuned())
+        assert_same_network(again, finetuned())
         one, two = again.reports[-1], finetuned().reports[-1]
         np.testing.assert_array_equal(one.loss_curve, two.loss_curve)
         np.testing.assert_array_equal(one.held_out_curve, two.held_out_curve)
         names = {path.name for path in tmp_path.iterdir() if path.is_dir()}
         assert names == {"000", "001", "002", "003"}
         finished = Recorder()
-        assert_same(quantize(resume=tmp_path, observer=finished), again)
+        assert_same_network(quantize(resume=tmp_path, observer=finished), again)
         assert finished.learned == []
         assert finished.reports[-1].best_step == two.best_step
 
@@ -285,7 +280,7 @@ class TestResume:
         observer = Recorder()
         again = quantize(recipe, resume=tmp_path, restart_from=3, observer=observer, augment=jitter)
         assert observer.learned == [3]
-        assert_same(again, quantize(recipe, augment=jitter))
+        assert_same_network(again, quantize(recipe, augment=jitter))
         with pytest.raises(InputError, match="differs in augment"):
             quantize(recipe, resume=tmp_path)
 

@@ -106,3 +106,13 @@ def relative_error(value, reference):
     """Largest difference over largest reference value."""
     value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
     return np.abs(value - reference).max() / np.abs(reference).max()
+
+
+def assert_same_network(one, two):
+    """Two quantized networks have the same arrays, bit for bit."""
+    for name in ("layers", "activations", "constants"):
+        a, b = getattr(one, name), getattr(two, name)
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            assert left.dtype == right.dtype
+            np.testing.assert_array_equal(left, right)

@@ -1,0 +1,89 @@
+"""The fixed part of a quantization, and blocks that run on its calibration set, batch by batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.graph.subgraph import BlockInputs, bind_inputs
+from aquant_jax.layers.compiler import Compiler
+from aquant_jax.plan.block_program import BlockProgram, forward
+from aquant_jax.plan.network import Network
+from aquant_jax.reconstruction.activation_cache import Cache, take
+from aquant_jax.reconstruction.block_store import BlockStore
+from aquant_jax.reconstruction.observer import Observer
+
+
+class Run(NamedTuple):
+    """The fixed part of a quantization with one seed.
+
+    Attributes:
+      net: the network.
+      inputs: leaves of the calibration set, by value id.
+      seed: seeds batches and masks.
+      compiler: shares compiled functions.
+      observer: receives the progress.
+      block_store: finished blocks on disk, or None.
+      augment: ``augment(key, leaves) -> leaves``, by value id, for the whole-network stage.
+      learn_from: the samples that are not held out for that stage; None for all.
+    """
+
+    net: Network
+    inputs: dict[int, jax.Array]
+    seed: int
+    compiler: Compiler
+    observer: Observer
+    block_store: BlockStore | None = None
+    augment: Callable[..., dict[int, jax.Array]] | None = None
+    learn_from: np.ndarray | None = None
+
+
+def run_batches(
+    run: Run,
+    program: BlockProgram,
+    weights: Sequence[Any],
+    activations: Sequence[ActivationQuantizer] | None,
+    boundary: tuple[Cache, ...],
+    samples: int,
+) -> Iterator[tuple[np.ndarray, Sequence[jax.Array]]]:
+    """Outputs of a block, batch by batch, with the indices of the samples."""
+    function = run.compiler.get(
+        ("forward", program.key, activations is not None),
+        lambda: functools.partial(take_and_run, program, run.compiler.layer),
+    )
+    inputs = block_inputs(run, program, boundary)
+    for start in range(0, samples, run.net.batch):
+        rows = batch_rows(run.net, start)
+        yield rows, function(rows, weights, activations, inputs)
+
+
+def take_and_run(
+    program: BlockProgram,
+    layer: Callable[..., jax.Array],
+    index: jax.Array,
+    weights: Sequence[Any],
+    activations: Sequence[ActivationQuantizer] | None,
+    inputs: BlockInputs,
+) -> tuple[jax.Array, ...]:
+    """Run a block on the samples at `index` of its cached inputs."""
+    dtypes = program.dtypes(program.subgraph.boundary_inputs)
+    boundary = take(inputs.boundary, index, dtypes)
+    model = [leaf[index] for leaf in inputs.model]
+    batch = BlockInputs(boundary, model, inputs.constants)
+    return forward(program, weights, activations, batch, layer=layer)
+
+
+def batch_rows(net: Network, start: int) -> np.ndarray:
+    """The samples of a batch; the last batch wraps around to the first sample."""
+    return np.arange(start, start + net.batch, dtype=np.int32) % net.samples
+
+
+def block_inputs(run: Run, program: BlockProgram, boundary: tuple[Cache, ...]) -> BlockInputs:
+    """The inputs of a block for all calibration samples."""
+    net = run.net
+    return bind_inputs(net.graph, program.subgraph, net.variables, run.inputs, boundary)
