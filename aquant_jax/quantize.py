@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from aquant_jax.arithmetic.border import AUTO
 from aquant_jax.deployment.quantized import Quantized, traced
 from aquant_jax.errors import InputError
 from aquant_jax.graph.subgraph import constant_inputs, extract_subgraph
@@ -22,13 +23,14 @@ from aquant_jax.plan.prepare import prepare
 from aquant_jax.recipe import Recipe
 from aquant_jax.reconstruction.activation_cache import Cache
 from aquant_jax.reconstruction.block_store import BlockResult, open_block_store
-from aquant_jax.reconstruction.finetune import finetune, split
-from aquant_jax.reconstruction.finetune_checks import check_finetune
+from aquant_jax.reconstruction.border_choice import resolved
+from aquant_jax.reconstruction.finetune import finetune
+from aquant_jax.reconstruction.finetune_checks import check_finetune, check_held_out
 from aquant_jax.reconstruction.fingerprint import fingerprint
 from aquant_jax.reconstruction.float_block import FloatBlock
 from aquant_jax.reconstruction.observer import Observer, default_observer
 from aquant_jax.reconstruction.report import History, Report
-from aquant_jax.reconstruction.run import Run
+from aquant_jax.reconstruction.run import Run, split
 from aquant_jax.reconstruction.sequential import State, quantize_block
 
 Stage = Callable[[Run, State], tuple[State, BlockResult]]
@@ -181,9 +183,12 @@ def _runs(
     runs = [
         Run(net, inputs, seed, compiler, observer, augment=on_leaves) for seed, observer in seeds
     ]
-    if not net.recipe.reconstruction.whole_network_steps:
+    if net.recipe.reconstruction.whole_network_steps:
+        check_finetune(runs[0])
+    elif net.recipe.border == AUTO:
+        check_held_out(runs[0])
+    else:
         return runs
-    check_finetune(runs[0])
     return [run._replace(learn_from=split(run)[0]) for run in runs]
 
 
@@ -215,6 +220,7 @@ def _all_stages(runs: Sequence[Run], calibration: Any) -> list[Quantized]:
 
 def _build(calibration: Any, net: Network, state: State, reports: list[Report]) -> Quantized:
     """The quantized network after its last block."""
+    net = resolved(net, state.borders)
     everything = extract_subgraph(net.graph, (), net.graph.outputs)
     values = constant_inputs(net.graph, everything, net.variables)
     constants = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aquant_jax.arithmetic import border as borders
@@ -15,6 +15,7 @@ from aquant_jax.recipe_reconstruction import Reconstruction
 
 GRANULARITIES = ("block", "layer")
 TRANSFORMS = ("shift_scale", "hadamard")
+REFERENCE = ("quadratic", "element")  # the border that "auto" compares the others with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,16 @@ class Override:
       weight_bits: bits of the weights, or None for the recipe's.
       act_bits: bits of the layer's input, or None for the recipe's.
       keep_float: leave weights and input of the layer, or the activation, in float.
+      border: border function of the layer's input, "nearest" for none, or None for the recipe's.
+      border_granularity: of that border, or None for the recipe's.
     """
 
     pattern: str
     weight_bits: int | None = None
     act_bits: int | None = None
     keep_float: bool = False
+    border: str | None = None
+    border_granularity: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +61,9 @@ class Recipe:
         error of what reads it (see `plan.channel_transform`): "shift_scale", a shift and a scale a
         channel; "hadamard", a rotation of the channels.
       overrides: exceptions by path regex; the last match decides.
-      border: name of the border function, or None to round activations to nearest.
+      border: name of the border function, or None to round activations to nearest. "auto" tries
+        several for every block and keeps the cheapest that is good enough (see
+        `reconstruction.border_choice`); the quantized network's recipe has the choice in overrides.
       border_granularity: "element": one border a column element (input channel and tap); "mean":
         their average over the taps of a channel (Eq. 9), as the paper does; "channel": one border
         an input channel, so that an activation has one code and the convolution needs no columns.
@@ -144,7 +151,8 @@ def preset(name: str, **fields: Any) -> Recipe:
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
     recipe = Recipe(preset=name).replace(**PRESETS[name]).replace(**{**fields, "preset": name})
-    if recipe.border is not None:  # a restored recipe may name one that nobody registered here
+    # Here, because a restored recipe may name one that nobody registered.
+    if recipe.border not in (None, borders.AUTO):
         borders.get(recipe.border)
     return recipe
 
@@ -220,11 +228,7 @@ def _check_recipe(recipe: Recipe) -> None:
     check_choice(recipe, "granularity", GRANULARITIES)
     check_choice(recipe, "border_format", FORMATS)
     check_choice(recipe, "border_granularity", borders.GRANULARITIES)
-    border = borders.BORDERS.get(recipe.border or "")
-    if border and border.needs_taps and recipe.border_granularity == "channel":
-        raise InputError(
-            f"border {recipe.border!r} depends on the tap; border_granularity 'channel' has no taps"
-        )
+    _check_taps(recipe.border, recipe.border_granularity)
     for rule in recipe.activations:
         if rule not in RULES:
             raise InputError(f"activations: unknown rule {rule!r}; there are {', '.join(RULES)}")
@@ -238,3 +242,33 @@ def _check_recipe(recipe: Recipe) -> None:
     for override in recipe.overrides:
         if not isinstance(override.keep_float, bool):
             raise InputError(f"overrides: keep_float is {override.keep_float!r}, not True or False")
+        check_types(override)
+        if override.border_granularity is not None:
+            check_choice(override, "border_granularity", borders.GRANULARITIES)
+
+
+def _check_taps(name: str | None, granularity: str) -> None:
+    border = borders.BORDERS.get(name or "")
+    if border and border.needs_taps and granularity == "channel":
+        raise InputError(
+            f"border {name!r} depends on the tap; border_granularity 'channel' has no taps"
+        )
+
+
+def border_of(recipe: Recipe, overrides: Sequence[Override]) -> tuple[str | None, str]:
+    """Name and granularity of the border of a layer that `overrides` match.
+
+    Raises:
+      InputError: an unknown border, or one that needs taps where there are none.
+    """
+    name, granularity = recipe.border, recipe.border_granularity
+    if name == borders.AUTO:  # the most expensive that is tried, until one is chosen
+        name, granularity = REFERENCE
+    for override in overrides:
+        granularity = override.border_granularity or granularity
+        if override.border is not None:
+            name = None if override.border == borders.NEAREST else override.border
+    if name is not None:
+        borders.get(name)
+    _check_taps(name, granularity)
+    return name, granularity

@@ -18,7 +18,8 @@ _POSITIVE = (
     "border_gain", "border_range", "beta_start", "beta_end", "finetune_lr", "finetune_eval_every",
 )  # fmt: skip
 _COUNTS = (
-    "steps", "rounding_weight", "weight_scale_lr", "finetune_steps", "finetune_weight_lr",
+    "steps", "rounding_weight", "weight_scale_lr", "border_tolerance", "finetune_steps",
+    "finetune_weight_lr",
 )  # fmt: skip
 
 
@@ -50,6 +51,8 @@ class Reconstruction:
       rounding_weight: lambda of the rounding loss.
       rounding_warmup: fraction of the steps without rounding loss.
       beta_start, beta_end: exponent of the rounding loss.
+      border_tolerance: for ``border="auto"``: the cheapest border is kept whose error is at most
+        this share above that of a quadratic border an element.
       loss_power: the reconstruction loss is mean ``|error|^loss_power``, summed over channels.
       init_samples: samples for the initial step sizes.
       finetune_steps: steps of the whole-network stage after the last block, on batches of
@@ -63,7 +66,8 @@ class Reconstruction:
       finetune_loss: "kl" from the float network's class probabilities, for outputs that are logits
         over the last axis; "mse", the mean squared error relative to the mean square of the output.
       finetune_held_out: fraction of the calibration set on which the best step of that stage is
-        chosen. Where the stage runs, neither it nor the blocks learn from these samples.
+        chosen, and the borders of ``border="auto"``. Where either is at work, nothing is learned
+        from these samples.
       finetune_eval_every: steps between two evaluations, each of which is also a step from which
         an interrupted run resumes.
     """
@@ -86,6 +90,7 @@ class Reconstruction:
     rounding_warmup: float = 0.2
     beta_start: float = 20.0
     beta_end: float = 2.0
+    border_tolerance: float = 0.05
     loss_power: float = 2.0
     init_samples: int = 256
     finetune_steps: int | None = 0

@@ -27,6 +27,8 @@ BELOW_ONE = 1.0 - 2.0**-24
 # What has a border of its own: a column element; the taps of an input channel, whose element
 # borders are averaged (Eq. 9); an input channel, whose elements are rounded before they are padded.
 GRANULARITIES = ("element", "mean", "channel")
+AUTO = "auto"  # in a recipe: a border is chosen for every layer
+NEAREST = "nearest"  # in an override: no border
 
 
 class Border(NamedTuple):
@@ -131,6 +133,8 @@ def register(
     Raises:
       InputError: the name is taken.
     """
+    if name in (AUTO, NEAREST):
+        raise InputError(f"border {name!r} has a meaning in recipes; take another name")
     if name in BORDERS:
         raise InputError(f"border {name!r} is already registered; registered: {sorted(BORDERS)}")
     BORDERS[name] = Border(init, apply, powers or {}, needs_taps)

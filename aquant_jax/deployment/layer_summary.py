@@ -16,6 +16,7 @@ class LayerSummary(NamedTuple):
       step_size, zero_point: of its input tensor, or None.
       weight_scale, weight_zero_point: per output channel, or None.
       border: coefficients ``(taps, channels)`` by name, or None for nearest rounding.
+      border_function: its name, or None.
       phi: map from the polynomial to the border.
       border_granularity: see `Recipe`.
       codes: uint8 weight codes (float weights of a float layer).
@@ -31,6 +32,7 @@ class LayerSummary(NamedTuple):
     weight_scale: np.ndarray | None
     weight_zero_point: np.ndarray | None
     border: dict[str, np.ndarray] | None
+    border_function: str | None
     phi: str
     border_granularity: str
     codes: np.ndarray

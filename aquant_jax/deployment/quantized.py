@@ -141,6 +141,7 @@ class Quantized:
             weight_scale=None if exact else state.scale,
             weight_zero_point=None if exact else state.zero_point,
             border=dict(state.border) or None,
+            border_function=spec.border,
             phi=borders.get_phi(spec.phi).deployed,
             border_granularity=spec.border_granularity,
             codes=state.codes,

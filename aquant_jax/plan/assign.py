@@ -13,7 +13,7 @@ from aquant_jax.graph.activation_rules import match_rules, weighted_sources
 from aquant_jax.graph.ir import ALIASES, Graph
 from aquant_jax.graph.subgraph import source_tensor
 from aquant_jax.layers.fake_quant import LayerSpec
-from aquant_jax.recipe import Override, Recipe
+from aquant_jax.recipe import Override, Recipe, border_of
 
 
 class Tensor(NamedTuple):
@@ -102,15 +102,16 @@ def _layer_specs(
         quantized = not floats and (value not in raw or recipe.quantize_input)
         tensor = owner.setdefault(value, path) if quantized else None
         bits = _weight_bits(recipe, path, first, last, overrides[path])
+        border, granularity = border_of(recipe, overrides[path])
         specs[path] = LayerSpec(
             path=path,
             kind=op.layer.kind,
             weight_bits=None if floats else bits,
             tensor=tensor,
             act_bits=recipe.act_bits,
-            border=recipe.border if tensor else None,
+            border=border if tensor else None,
             phi=recipe.phi,
-            border_granularity=recipe.border_granularity,
+            border_granularity=granularity,
         )
     return _share_act_bits(recipe, specs, above, first, last, overrides)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ class BlockResult(NamedTuple):
       layers: deployed, by weight path.
       activations: quantizers of the tensors first read in this block, by key.
       report: how its reconstruction went.
+      borders: name and granularity of those that were chosen, by weight path.
 
     That of the whole-network stage, which follows the last block, has all layers and tensors.
     """
@@ -49,6 +51,7 @@ class BlockResult(NamedTuple):
     layers: dict[str, LayerState]
     activations: dict[str, ActivationQuantizer]
     report: Report
+    borders: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
 
 class Owner(NamedTuple):
@@ -116,9 +119,14 @@ class BlockStore:
             curves = [name for name in CURVES if name in arrays]
             fields = dict(metadata["report"]) | {name: arrays.pop(name) for name in curves}
             fields |= {name: arrays.pop(name).item() for name in NUMBERS}
-            report = record(kind, fields | {"layers": tuple(fields["layers"])})
+            fields["layers"] = tuple(fields["layers"])
+            if kind is BlockReport:
+                fields["candidates"] = tuple(map(tuple, fields.get("candidates", ())))
+            report = record(kind, fields)
             layers, activations = archive.fill((layers, activations), arrays)
-            return BlockResult(layers, activations, report)
+            chosen = metadata.get("chosen_borders", {})
+            borders = {path: (str(name), str(kind)) for path, (name, kind) in chosen.items()}
+            return BlockResult(layers, activations, report, borders)
 
     def write(self, index: int, block: BlockResult) -> None:
         """Keeps a block.
@@ -133,6 +141,7 @@ class BlockStore:
         metadata = {
             "borders": {path: list(layer.border) for path, layer in block.layers.items()},
             "activations": list(block.activations),
+            "chosen_borders": dict(block.borders),
             "report": report,
             "call": self._owner.of(index),
         }

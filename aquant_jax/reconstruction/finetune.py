@@ -8,7 +8,6 @@ the distance of the outputs from those of the float network. What it deploys has
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,13 +20,14 @@ from aquant_jax.graph.partition import Block
 from aquant_jax.layers.fake_quant import Weights
 from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.block_store import BlockResult
+from aquant_jax.reconstruction.border_choice import resolved
 from aquant_jax.reconstruction.chain import Chain, Parts, inexact
 from aquant_jax.reconstruction.finetune_step import Finetuner, Params, Start
 from aquant_jax.reconstruction.learning_rates import make_finetune_optimizer
 from aquant_jax.reconstruction.loss import network_loss
 from aquant_jax.reconstruction.optimize import LOG_EVERY, as_stored, draw_batches, mean_loss
 from aquant_jax.reconstruction.report import FinetuneReport
-from aquant_jax.reconstruction.run import Run
+from aquant_jax.reconstruction.run import Run, batches_of, split, stage_seed
 from aquant_jax.reconstruction.sequential import State
 
 NAME = "whole network"
@@ -72,24 +72,11 @@ def finetune(run: Run, state: State) -> tuple[State, BlockResult]:
         ends = run.net.blocks[-1].end
         paths = tuple(state.layers)
         run.observer.on_block_start(index, Block(NAME, paths, (), ends, ends))
+        run = run._replace(net=resolved(run.net, state.borders))
         result = _learn(run, Start(state.layers, state.activations))
         if store:
             store.write(index, result)
     return state._replace(layers=result.layers, activations=result.activations), result
-
-
-def stage_seed(run: Run) -> int:
-    """The seed of the stage: of the samples held out, of batches and of augmentations."""
-    sequence = np.random.SeedSequence([run.seed, len(run.net.blocks)])
-    return int(sequence.generate_state(1)[0])
-
-
-def split(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """The samples to learn from, in blocks too, and those that are held out."""
-    samples = run.net.samples
-    order = np.random.default_rng(stage_seed(run)).permutation(samples).astype(np.int32)
-    count = math.ceil(run.net.recipe.reconstruction.finetune_held_out * samples)
-    return np.sort(order[count:]), np.sort(order[:count])
 
 
 def float_parts(net: Network) -> Parts:
@@ -214,9 +201,7 @@ class _Stage:
     def _error(self, network: Start) -> float:
         """Loss of a deployed network on the samples held out."""
         parts, losses = self.finetuner.parts(network), []
-        batch = self.run.net.batch
-        for first in range(0, len(self.held_out), batch):
-            rows = np.resize(np.roll(self.held_out, -first), batch)
+        for rows in batches_of(self.run.net, self.held_out):
             leaves = self._leaves(rows)
             outputs = self.chain.forward(parts, leaves)[-1]
             targets = self.chain.forward(self.targets, leaves, quantized=False)[-1]

@@ -13,9 +13,9 @@ from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.errors import InputError
 from aquant_jax.layers.fake_quant import Weights
 from aquant_jax.reconstruction.chain import Chain, Parts, inexact
-from aquant_jax.reconstruction.finetune import float_parts, split
+from aquant_jax.reconstruction.finetune import float_parts
 from aquant_jax.reconstruction.memory import free_bytes
-from aquant_jax.reconstruction.run import Run
+from aquant_jax.reconstruction.run import Run, split
 from aquant_jax.reconstruction.weights import init_borders
 
 COPIES = 6  # of the parameters: themselves, the best, their gradient, Adam's two, and the update
@@ -32,14 +32,8 @@ def check_finetune(run: Run) -> None:
       InputError: the samples that are not held out make no batch; the outputs are no logits, with
         loss "kl"; no output has a gradient; there is not enough memory.
     """
-    net, learning = run.net, run.net.recipe.reconstruction
-    train, held_out = split(run)
-    if len(train) < learning.batch_size:
-        raise InputError(
-            f"finetune_held_out {learning.finetune_held_out} holds out {len(held_out)} of "
-            f"{net.samples} samples and leaves {len(train)}, fewer than batch_size "
-            f"{learning.batch_size}"
-        )
+    check_held_out(run)
+    net = run.net
     chain = Chain(net, run.compiler)
     _check_memory(run, chain)
     rows = np.arange(net.batch) % net.samples
@@ -49,8 +43,20 @@ def check_finetune(run: Run) -> None:
     outputs = inexact(last, last.subgraph.outputs, outputs)
     if not outputs:
         raise InputError("the whole-network stage needs a floating-point output of the network")
-    if learning.finetune_loss == "kl":
+    if net.recipe.reconstruction.finetune_loss == "kl":
         _check_logits(outputs)
+
+
+def check_held_out(run: Run) -> None:
+    """InputError unless the samples that are not held out make a batch."""
+    learning = run.net.recipe.reconstruction
+    train, held_out = split(run)
+    if len(train) < learning.batch_size:
+        raise InputError(
+            f"finetune_held_out {learning.finetune_held_out} holds out {len(held_out)} of "
+            f"{run.net.samples} samples and leaves {len(train)}, fewer than batch_size "
+            f"{learning.batch_size}"
+        )
 
 
 def _check_logits(outputs: Sequence[jax.Array]) -> None:

@@ -12,6 +12,12 @@ from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.graph.partition import Block
 from aquant_jax.plan.block_program import BlockProgram, make_block_program
 from aquant_jax.reconstruction.activation_cache import Cache, store
+from aquant_jax.reconstruction.border_choice import (
+    Borders,
+    Candidate,
+    block_program,
+    candidates,
+)
 from aquant_jax.reconstruction.observe_ranges import observe_ranges
 from aquant_jax.reconstruction.run import Run, run_batches
 from aquant_jax.reconstruction.weights import (
@@ -41,6 +47,17 @@ class FloatBlock:
         self.onward = self.program
         if block.end != block.targets:
             self.onward = make_block_program(net.graph, net.plan, block.start, block.end)
+
+    @functools.cached_property
+    def candidates(self) -> list[Candidate]:
+        """The block with the borders to try, where the recipe has ``border="auto"``."""
+        return candidates(self._run.net, self.block)
+
+    def onward_with(self, borders: Borders) -> BlockProgram:
+        """`onward`, with the borders that were chosen."""
+        if not borders:
+            return self.onward
+        return block_program(self._run.net, borders, self.block.start, self.block.end)
 
     @functools.cached_property
     def targets(self) -> tuple[Cache, ...]:

@@ -26,6 +26,8 @@ class BlockReport(NamedTuple):
       seconds: wall clock.
       propagated: ``[16, 4]``: clusters of the block's input by magnitude: mean ``|x'|``, mean and
         standard deviation of the propagated error ``x' - x``, count (Fig. 2); empty for the first.
+      candidates: for ``border="auto"``: border, number of coefficients and error on the samples
+        held out, in the order in which they were tried, the reference first.
     """
 
     index: int
@@ -38,6 +40,7 @@ class BlockReport(NamedTuple):
     fell_back_to_nearest: bool
     seconds: float
     propagated: np.ndarray
+    candidates: tuple[tuple[str, int, float], ...] = ()
 
     @property
     def warning(self) -> str | None:

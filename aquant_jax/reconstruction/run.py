@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -83,7 +84,27 @@ def batch_rows(net: Network, start: int) -> np.ndarray:
     return np.arange(start, start + net.batch, dtype=np.int32) % net.samples
 
 
+def batches_of(net: Network, samples: np.ndarray) -> list[np.ndarray]:
+    """`samples` in batches; the last one wraps around to the first of them."""
+    starts = range(0, len(samples), net.batch)
+    return [np.resize(np.roll(samples, -start), net.batch) for start in starts]
+
+
 def block_inputs(run: Run, program: BlockProgram, boundary: tuple[Cache, ...]) -> BlockInputs:
     """The inputs of a block for all calibration samples."""
     net = run.net
     return bind_inputs(net.graph, program.subgraph, net.variables, run.inputs, boundary)
+
+
+def stage_seed(run: Run) -> int:
+    """The seed of the samples held out, and of the whole-network stage."""
+    sequence = np.random.SeedSequence([run.seed, len(run.net.blocks)])
+    return int(sequence.generate_state(1)[0])
+
+
+def split(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """The samples to learn from, in blocks too, and those that are held out."""
+    samples = run.net.samples
+    order = np.random.default_rng(stage_seed(run)).permutation(samples).astype(np.int32)
+    count = math.ceil(run.net.recipe.reconstruction.finetune_held_out * samples)
+    return np.sort(order[count:]), np.sort(order[:count])

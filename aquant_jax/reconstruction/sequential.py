@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aquant_jax.arithmetic.border import AUTO
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.layers.fake_quant import LayerState
 from aquant_jax.plan.block_program import BlockProgram
+from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.activation_cache import Cache, store, take
 from aquant_jax.reconstruction.block_store import BlockResult
+from aquant_jax.reconstruction.border_choice import Borders
 from aquant_jax.reconstruction.float_block import FloatBlock
 from aquant_jax.reconstruction.loss import output_loss
 from aquant_jax.reconstruction.optimize import Result, optimize
 from aquant_jax.reconstruction.report import BlockReport, propagated_error
-from aquant_jax.reconstruction.run import Run, batch_rows, block_inputs, run_batches, take_and_run
+from aquant_jax.reconstruction.run import (
+    Run,
+    batch_rows,
+    batches_of,
+    block_inputs,
+    run_batches,
+    split,
+    take_and_run,
+)
 from aquant_jax.reconstruction.training_step import CalibrationData, Quantizers
 from aquant_jax.reconstruction.weights import deployed_weights, nearest_layers
 
@@ -33,12 +45,14 @@ class State(NamedTuple):
       index: number of finished blocks.
       layers: deployed so far, by weight path.
       activations: quantizers so far, by tensor key.
+      borders: those that were chosen so far, by weight path; empty where a recipe fixes them.
       quantized: activations at the block's boundary, from the quantized prefix.
     """
 
     index: int = 0
     layers: dict[str, LayerState] = {}  # noqa: RUF012 - never mutated
     activations: dict[str, ActivationQuantizer] = {}  # noqa: RUF012 - never mutated
+    borders: Borders = MappingProxyType({})
     quantized: tuple[Cache, ...] = ()
 
 
@@ -60,32 +74,62 @@ def quantize_block(run: Run, state: State, floating: FloatBlock) -> tuple[State,
     result = run.block_store.read(state.index) if run.block_store else None
     if result is None:
         run.observer.on_block_start(state.index, floating.block)
-        result = _reconstruct(run, state, floating)
+        if run.net.recipe.border == AUTO:
+            result = _with_cheapest_border(run, state, floating)
+        else:
+            result = _reconstruct(run, state, floating, floating.program)[0]
         if run.block_store:
             run.block_store.write(state.index, result)
     after = state._replace(
         index=state.index + 1,
         layers=state.layers | result.layers,
         activations=state.activations | result.activations,
+        borders={**state.borders, **result.borders},
     )
     if after.index < len(run.net.blocks):
-        after = after._replace(quantized=_forward_quantized(run, floating.onward, after))
+        onward = floating.onward_with(result.borders)
+        after = after._replace(quantized=_forward_quantized(run, onward, after))
     return after, result
 
 
-def _reconstruct(run: Run, state: State, floating: FloatBlock) -> BlockResult:
+def _with_cheapest_border(run: Run, state: State, floating: FloatBlock) -> BlockResult:
+    """Quantize one block, with the cheapest border that is within the tolerance."""
+    began, tried = time.perf_counter(), []
+    limit, chosen = np.inf, None
+    _, held_out = split(run)
+    for candidate in floating.candidates:
+        program = candidate.program
+        result, best = _reconstruct(run, state, floating, program)
+        data = _calibration_data(run, state, floating)
+        error = _error(run, program, best, data, batches_of(run.net, held_out))
+        tried.append((candidate.name, candidate.coefficients, error))
+        if chosen is None:
+            limit = error * (1.0 + run.net.recipe.reconstruction.border_tolerance)
+        elif not error <= limit:
+            continue
+        chosen = result._replace(borders=candidate.borders)
+        if len(tried) > 1:
+            break
+    assert chosen is not None  # there is always the reference
+    report = chosen.report._replace(candidates=tuple(tried), seconds=time.perf_counter() - began)
+    return chosen._replace(report=report)
+
+
+def _reconstruct(
+    run: Run, state: State, floating: FloatBlock, program: BlockProgram
+) -> tuple[BlockResult, Result]:
     """Quantize one block by optimisation; use nearest rounding where that is not better."""
     began = time.perf_counter()
     data = _calibration_data(run, state, floating)
     quantizers = _initial_quantizers(state, floating)
-    program, learning = floating.program, run.net.recipe.reconstruction
+    learning, batches = run.net.recipe.reconstruction, _whole_batches(run.net)
     curve = np.zeros((0, 2), np.float32)
     nearest = nearest_layers(program, quantizers.weights)
     best = start = Result(nearest, quantizers.activations, curve)
-    start_error = final_error = _error(run, program, start, data)
+    start_error = final_error = _error(run, program, start, data, batches)
     if learning.steps:
         best = _learn(run, state.index, program, quantizers, data)
-        curve, final_error = best.curve, _error(run, program, best, data)
+        curve, final_error = best.curve, _error(run, program, best, data, batches)
     fell_back = not final_error <= start_error
     if fell_back:
         best, final_error = start, start_error
@@ -96,11 +140,12 @@ def _reconstruct(run: Run, state: State, floating: FloatBlock) -> BlockResult:
         fell_back, time.perf_counter() - began,
         propagated_error(state.quantized, floating.boundary),
     )  # fmt: skip
-    return BlockResult(
+    result = BlockResult(
         {spec.path: layer for spec, layer in zip(program.specs, best.layers, strict=True)},
         {key: learned.get(key, quantizer) for key, quantizer in floating.fresh.items()},
         report,
     )
+    return result, best
 
 
 def _initial_quantizers(state: State, floating: FloatBlock) -> Quantizers:
@@ -137,8 +182,20 @@ def _forward_quantized(run: Run, program: BlockProgram, state: State) -> tuple[C
     return store((outputs for _, outputs in batches), run.net.samples)
 
 
-def _error(run: Run, program: BlockProgram, result: Result, data: CalibrationData) -> float:
-    """Loss of the deployed block on the calibration set."""
+def _whole_batches(net: Network) -> list[np.ndarray]:
+    """The calibration set in batches, without the samples that fill none."""
+    starts = range(0, net.samples - net.batch + 1, net.batch)
+    return [batch_rows(net, start) for start in starts]
+
+
+def _error(
+    run: Run,
+    program: BlockProgram,
+    result: Result,
+    data: CalibrationData,
+    batches: Sequence[np.ndarray],
+) -> float:
+    """Loss of the deployed block on `batches` of the calibration set."""
     # Bound outside `error`: a shared compiler must not keep `run` and its caches alive.
     power, layer = run.net.recipe.reconstruction.loss_power, run.compiler.layer
 
@@ -160,6 +217,5 @@ def _error(run: Run, program: BlockProgram, result: Result, data: CalibrationDat
     weights = deployed_weights(program, result.layers)
     inputs = BlockInputs(data.quantized, data.model_inputs, data.constants)
     arguments = (data.valid_mask, data.targets, weights, result.activations, inputs)
-    starts = range(0, run.net.samples - run.net.batch + 1, run.net.batch)
-    losses = [function(batch_rows(run.net, start), *arguments) for start in starts]
+    losses = [function(rows, *arguments) for rows in batches]
     return float(np.mean([float(loss) for loss in losses]))

@@ -53,7 +53,7 @@ def run_plots(recipe: Any, reports: Sequence[Report], layers: Sequence[Any], fol
     block_errors({recipe.preset: blocks}, folder / "block_error.png")
     propagated_errors({recipe.preset: blocks}, folder / "propagated_error.png")
     draw_borders = [
-        (layer.path, _border_curves(layer, recipe)) for layer in layers if layer.border is not None
+        (layer.path, _border_curves(layer)) for layer in layers if layer.border is not None
     ]
     _grid(folder / "borders.png", draw_borders, "u = x / step size", "border B(u)")
 
@@ -171,13 +171,14 @@ def _loss(report: Report) -> Callable[[Any], None]:
     return draw
 
 
-def _border_curves(layer: Any, recipe: Any) -> Callable[[Any], None]:
+def _border_curves(layer: Any) -> Callable[[Any], None]:
     """Draws the borders of a few columns of a layer, those that bend the most."""
 
     def draw(axes: Any) -> None:
         zero_point = float(np.ravel(layer.zero_point)[0])
         u = np.linspace(0, 2**layer.act_bits - 1, 101, dtype=np.float32) - np.float32(zero_point)
-        curves = border_values(recipe.border, layer.border, layer.phi, layer.border_granularity, u)
+        kind = layer.border_function, layer.border, layer.phi, layer.border_granularity
+        curves = border_values(*kind, u)
         bend = np.max(np.abs(curves - 0.5), axis=1)
         for curve in curves[np.argsort(-bend)[:CURVES_PER_LAYER]]:
             axes.plot(u, curve, lw=1)

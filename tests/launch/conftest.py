@@ -76,6 +76,7 @@ class Pretended(SimpleNamespace):
         }
         border = border if self.recipe.border else None
         fields = {"act_bits": 2, "zero_point": 0, "phi": "clamp", "border_granularity": "mean"}
+        fields["border_function"] = self.recipe.border
         return [
             SimpleNamespace(path="stem", border=None, **fields),
             SimpleNamespace(path="block1/conv1", border=border, **fields),
