@@ -1,16 +1,19 @@
 # make demo   quantize the embedded network by all five methods: table, results, plots
 # make test   lint and all tests
 # make lint   ruff and pyright;  make type, bench: one thing each
+# make matrix the same as test, on every Python that is found, each with its JAX
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+JAX ?= jax
 BUILT_FROM := pyproject.toml $(wildcard CMakeLists.txt gpu_ops/CMakeLists.txt gpu_ops/*.cc gpu_ops/*/*.cc gpu_ops/*/*.cu gpu_ops/*/*.h)
 # Neither needs the CUDA handlers, which take minutes to compile: GPU_OPS_CUDA=AUTO builds them.
 export GPU_OPS_CUDA ?= OFF
 OPTIMIZED_TESTS := tests/arithmetic tests/layers tests/gpu_ops
+MATRIX := 3.11-0.10 3.12-0.11 3.13-0.12
 DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant
 
-.PHONY: demo test lint type bench gpu gpu-here clean
+.PHONY: demo test lint type bench matrix gpu gpu-here clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -26,10 +29,20 @@ lint: $(VENV)/.test
 	$(MAKE) --no-print-directory type
 
 type: $(VENV)/.test
-	$(RUN) -m pyright
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 bench: $(VENV)/.test
 	$(RUN) -m launch.bench.calibrate
+
+matrix: $(addprefix matrix-,$(MATRIX))
+
+matrix-%:
+	@version=$(word 1,$(subst -, ,$*)); \
+	for python in python$$version $$HOME/.pyenv/versions/$$version.*/bin/python; do \
+	  $$python -c '' 2>/dev/null && break; python=; \
+	done; \
+	test -n "$$python" || { echo "matrix: there is no Python $$version here: skipped"; exit 0; }; \
+	$(MAKE) test PYTHON=$$python VENV=build/matrix/$* JAX='jax==$(word 2,$(subst -, ,$*)).*'
 
 # On a machine with an NVIDIA GPU and nvcc: all that docs/results.md marks as not run there.
 gpu: GPU_OPS_CUDA := ON
@@ -70,5 +83,5 @@ $(VENV)/.demo: $(VENV)/.created $(BUILT_FROM)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.created $(BUILT_FROM)
-	$(RUN) -m pip install --quiet --editable '.[test]'
+	$(RUN) -m pip install --quiet --editable '.[test]' '$(JAX)'
 	@touch $@

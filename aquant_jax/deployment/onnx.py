@@ -131,7 +131,9 @@ def _function(quantized: Quantized, program: Traced, batch: Any) -> _Function:
         for path in sorted(quantized.layers)  # as the leaves of a dict are
         if bits[path] is not None
     }
-    graph = trace(_apply_of_weights(quantized, program, reads), weights, batch)
+    # All calls are inlined: jax2onnx 0.17 knows no call of JAX 0.12.
+    apply = _apply_of_weights(quantized, program, reads)
+    graph = trace(apply, weights, batch, custom_gradients=False)
     graph = graph._replace(ops=tuple(map(_plain, graph.ops)))
     network = extract_subgraph(graph, (), graph.outputs)
 

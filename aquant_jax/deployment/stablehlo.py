@@ -16,6 +16,7 @@ from jax.interpreters import mlir
 
 from aquant_jax.deployment.quantized import Quantized, Traced
 from aquant_jax.errors import InputError, reason
+from aquant_jax.plan.network import batch_shapes
 from aquant_jax.storage import archive
 from aquant_jax.storage.parsing import malformed, printable
 
@@ -62,7 +63,7 @@ class Exported:
         """Raises an error of JAX unless the code of the program has the arguments it declares."""
         if self.program.nr_devices == 1:  # the context of several devices is only known in a call
             state, batch = self.arguments
-            traced = jax.jit(self.program.call).trace(state, batch_of(batch, self.batch or 1))
+            traced = jax.jit(self.program.call).trace(state, batch_shapes(batch, self.batch or 1))
             traced.lower(lowering_platforms=tuple(self.program.platforms))
 
     def __call__(self, quantized: Quantized, x: Any) -> Any:
@@ -116,12 +117,7 @@ def export_program(quantized: Quantized, inputs: Any = None, **options: Any) -> 
 def batches_of(shapes: Any, size: int) -> tuple[Any, Any]:
     """Inputs of these shapes for a symbolic number of samples, and for at most `size`."""
     symbol = export.symbolic_shape("samples")[0]
-    return batch_of(shapes, symbol), batch_of(shapes, min(samples_of(shapes), size))
-
-
-def batch_of(shapes: Any, samples: Any) -> Any:
-    """Inputs of these shapes for a number of samples."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), a.dtype), shapes)
+    return batch_shapes(shapes, symbol), batch_shapes(shapes, min(samples_of(shapes), size))
 
 
 def samples_of(inputs: Any) -> Any:

@@ -29,13 +29,17 @@ _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _LOOPS = {"scan", "while", "cond"}
 
 
-def trace(apply: Callable[..., Any], variables: Any, x: Any) -> Graph:
+def trace(
+    apply: Callable[..., Any], variables: Any, x: Any, custom_gradients: bool = True
+) -> Graph:
     """Trace ``apply(variables, x)`` into a flat graph.
 
     Args:
       apply: any inference function that JAX can trace.
       variables: pytree of arrays; its paths name the weights.
       x: pytree of arrays or ``ShapeDtypeStruct`` with a leading batch axis.
+      custom_gradients: whether functions with a gradient of their own stay one op; False inlines
+        all calls, for a graph that nothing differentiates.
 
     Raises:
       InputError: `apply` cannot be traced with `x`, a weighted op is in a loop or has an
@@ -46,14 +50,14 @@ def trace(apply: Callable[..., Any], variables: Any, x: Any) -> Graph:
     except Exception as error:  # frameworks raise various types for a wrong shape
         shapes = [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(x)]
         raise InputError(f"apply(variables, x) fails for x of {shapes}: {error}") from error
-    return _Flattener(closed, variables, jax.tree.structure(out_shape)).graph()
+    return _Flattener(closed, variables, jax.tree.structure(out_shape), custom_gradients).graph()
 
 
 class _Flattener:
     """Inlines calls, numbers the values and finds the weighted ops."""
 
-    def __init__(self, closed: jex.ClosedJaxpr, variables: Any, tree: Any) -> None:
-        self.closed, self.tree = closed, tree
+    def __init__(self, closed: jex.ClosedJaxpr, variables: Any, tree: Any, custom: bool) -> None:
+        self.closed, self.tree, self.custom_gradients = closed, tree, custom
         self.names = path_names(variables)
         self.avals: dict[int, Any] = {}
         self.constants: dict[int, Any] = {}
@@ -109,7 +113,7 @@ class _Flattener:
 
         for eqn in jaxpr.eqns:
             inputs = [read(atom) for atom in eqn.invars]
-            inner = _called(eqn)
+            inner = _called(eqn, self.custom_gradients)
             if inner is not None:
                 constants = [self._new(var.aval) for var in inner.jaxpr.constvars]
                 self.constants.update(zip(constants, inner.consts, strict=True))
@@ -189,10 +193,11 @@ class _Flattener:
         return path if self.used[path] == 1 else f"{path}#{self.used[path]}"
 
 
-def _called(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
+def _called(eqn: jex.JaxprEqn, custom_gradients: bool) -> jex.ClosedJaxpr | None:
     """The closed jaxpr that an equation calls, or None where the call is not inlined."""
     name = eqn.primitive.name
-    if (name not in _INLINED and name not in _CUSTOM) or _is_transform(eqn):
+    is_call = name in _INLINED or name in _CUSTOM
+    if not is_call or (custom_gradients and _is_transform(eqn)):
         return None
     inner = next(
         eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params
@@ -200,7 +205,7 @@ def _called(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
     if not isinstance(inner, jex.ClosedJaxpr):
         inner = jex.ClosedJaxpr(inner, ())
     # Inlining loses a custom gradient (relu'(0) would be 0.5), so only weighted ops justify it.
-    if name in _CUSTOM and not _contains_weighted(inner.jaxpr):
+    if custom_gradients and name in _CUSTOM and not _contains_weighted(inner.jaxpr):
         return None
     return inner
 

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
@@ -49,10 +50,10 @@ class Network(NamedTuple):
     transforms: Mapping[str, ChannelTransform] = MappingProxyType({})
 
 
-def batch_shapes(calibration: Any, samples: int) -> Any:
-    """Shapes and dtypes of `samples` samples of a calibration set."""
+def batch_shapes(inputs: Any, samples: Any) -> Any:
+    """Shapes and dtypes of a batch like `inputs`, of a number of samples that may be symbolic."""
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), a.dtype), calibration
+        lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), jnp.result_type(a)), inputs
     )
 
 

@@ -82,7 +82,11 @@ class Pool {
 
 }  // namespace runtime
 
+#if XLA_FFI_API_MINOR >= 4  // from jaxlib 0.11 on
+struct XLA_FFI_InvokeContext {
+#else
 struct XLA_FFI_ExecutionContext {
+#endif
   runtime::Pool* pool;
 };
 
@@ -97,9 +101,16 @@ inline XLA_FFI_Api MakeApi() {
     const Inside runtime;
     return new XLA_FFI_Error{args->message, args->errc};
   };
+#if XLA_FFI_API_MINOR >= 4
+  api.XLA_FFI_Error_GetDetails = [](XLA_FFI_Error_GetDetails_Args* args) {
+    args->message = args->error->message.c_str();
+    args->errc = args->error->code;
+  };
+#else
   api.XLA_FFI_Error_GetMessage = [](XLA_FFI_Error_GetMessage_Args* args) {
     args->message = args->error->message.c_str();
   };
+#endif
   api.XLA_FFI_Error_Destroy = [](XLA_FFI_Error_Destroy_Args* args) { delete args->error; };
   api.XLA_FFI_ThreadPool_Schedule = [](XLA_FFI_ThreadPool_Schedule_Args* args) {
     const Inside runtime;
