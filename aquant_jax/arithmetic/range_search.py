@@ -145,7 +145,9 @@ def search_weight_range(weight: Float[np.ndarray, "channels elements"], bits: in
     return WeightRange(scale, zero)
 
 
-def search_activation_range(values: Shaped[ArrayLike, "..."], bits: int) -> ActivationQuantizer:
+def search_activation_range(
+    values: Shaped[ArrayLike, "..."], bits: int, ends: tuple[float, float] | None = None
+) -> ActivationQuantizer:
     """Step size and zero point of an activation tensor.
 
     The search runs over a histogram of 4,096 bins, each represented by the mean of its values, so
@@ -154,12 +156,14 @@ def search_activation_range(values: Shaped[ArrayLike, "..."], bits: int) -> Acti
     Args:
       values: calibration values, finite.
       bits: 2 to 8.
+      ends: the lowest and the highest value, where `values` are a sample; None takes theirs.
 
     Returns:
       The quantizer; step size 1 and zero point 0 where every value is zero.
     """
     flat = np.asarray(values, np.float32).ravel()
-    low, high = min(float(flat.min()), 0.0), max(float(flat.max()), 0.0)
+    low, high = ends or (float(flat.min()), float(flat.max()))
+    low, high = min(low, 0.0), max(high, 0.0)
     if high == low:
         return ActivationQuantizer(jnp.float32(1.0), jnp.float32(0.0))
     index = np.minimum(((flat - low) * (BINS / (high - low))).astype(np.int32), BINS - 1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 HEADROOM = 2.0**12  # the first batch's maximum maps here; float16 ends at 65,504
 
@@ -40,33 +42,41 @@ def take(caches: Sequence[Cache], index: Any, dtypes: Sequence[Any]) -> list[jax
 def store(batches: Iterable[Sequence[Any]], samples: int) -> tuple[Cache, ...]:
     """Caches of the values that come in `batches` of samples, first axis first.
 
-    Samples of the last batch beyond `samples` are dropped.
+    They are made where the values are: on a GPU, none of them passes through the host but the first
+    batch, for its maximum. Samples of the last batch beyond `samples` are dropped.
     """
-    arrays: list[np.ndarray] = []
-    scales: list[float] = []
+    arrays: list[jax.Array] = []
+    scales: list[np.float32] = []
     position = 0
     for batch in batches:
-        host = [np.asarray(value) for value in batch]
         if not arrays:
-            scales = [_scale(value) for value in host]
-            arrays = [np.empty((samples, *v.shape[1:]), _stored_dtype(v)) for v in host]
-        count = min(host[0].shape[0], samples - position)
-        for array, value, scale in zip(arrays, host, scales, strict=True):
-            part = value[:count]
-            if array.dtype == np.float16:
-                part = np.clip(part.astype(np.float32) / scale, -65504.0, 65504.0)
-            array[position : position + count] = part
+            scales = [_scale(value) for value in batch]
+            arrays = [jnp.empty((samples, *v.shape[1:]), _stored_dtype(v)) for v in batch]
+        count = min(len(batch[0]), samples - position)
+        arrays = [
+            _write(array, value if count == len(value) else value[:count], scale, position)
+            for array, value, scale in zip(arrays, batch, scales, strict=True)
+        ]
         position += count
     pairs = zip(arrays, scales, strict=True)
-    return tuple(Cache(jnp.asarray(array), jnp.float32(scale)) for array, scale in pairs)
+    return tuple(Cache(array, jnp.asarray(scale)) for array, scale in pairs)
 
 
-def _stored_dtype(value: np.ndarray) -> Any:
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(array: jax.Array, value: jax.Array, scale: jax.Array, position: int) -> jax.Array:
+    """`array` with the samples `value` from `position` on."""
+    if array.dtype == jnp.float16:
+        value = jnp.clip(value.astype(jnp.float32) / scale, -65504.0, 65504.0)
+    return lax.dynamic_update_slice_in_dim(array, value.astype(array.dtype), position, 0)
+
+
+def _stored_dtype(value: Any) -> Any:
     return np.float16 if value.dtype == np.float32 else value.dtype
 
 
-def _scale(value: np.ndarray) -> float:
+def _scale(value: Any) -> np.float32:
     if value.dtype != np.float32:
-        return 1.0
-    top = float(np.max(np.abs(value), initial=0.0))
-    return 2.0 ** np.ceil(np.log2(top / HEADROOM)) if 0 < top < np.inf else 1.0
+        return np.float32(1.0)
+    top = float(np.max(np.abs(np.asarray(value)), initial=0.0))
+    finite = 0 < top < np.inf
+    return np.float32(2.0 ** np.ceil(np.log2(top / HEADROOM)) if finite else 1.0)

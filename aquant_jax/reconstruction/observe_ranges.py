@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 import jax
@@ -13,6 +14,8 @@ from aquant_jax.errors import ReconstructionError
 from aquant_jax.graph.subgraph import source_tensor
 from aquant_jax.plan.block_program import BlockProgram, make_block_program, valid_elements
 from aquant_jax.plan.network import Network
+
+MOST_ELEMENTS = 2**23  # of a tensor, in a histogram of 2^12 bins
 
 # Runs a program in float, batch by batch: (indices of the samples, outputs).
 RunFloat = Callable[[BlockProgram], Iterable[tuple[np.ndarray, Sequence[jax.Array]]]]
@@ -50,17 +53,49 @@ def observe_ranges(
     boundary = programs[0].subgraph.boundary_inputs
     values = tuple(value for value, _ in wanted.values())
     probe = make_block_program(net.graph, net.plan, boundary, values)
-    parts: list[list[np.ndarray]] = [[] for _ in wanted]
+    samples = min(net.recipe.reconstruction.init_samples, net.samples)
+    shapes = [probe.avals[value].shape[1:] for value in values]
+    found = [_Elements(samples * math.prod(shape)) for shape in shapes]
     for rows, outputs in run_float(probe):
-        for part, value, axes in zip(parts, outputs, probe.position_axes, strict=True):
-            part.append(_valid_values(net, rows, value, axes))
+        for elements, value, axes in zip(found, outputs, probe.position_axes, strict=True):
+            elements.add(_valid_values(net, rows, value, axes))
     quantizers = {}
-    for (key, (_, bits)), part in zip(wanted.items(), parts, strict=True):
-        elements = np.concatenate(part)
-        if not np.isfinite(elements).all():
+    for (key, (_, bits)), elements in zip(wanted.items(), found, strict=True):
+        low, high = elements.ends
+        if not (np.isfinite(low) and np.isfinite(high)):
             raise ReconstructionError(f"{key}: its float input holds NaN or infinity")
-        quantizers[key] = search_activation_range(elements, bits)
+        quantizers[key] = search_activation_range(np.concatenate(elements.parts), bits, (low, high))
     return quantizers
+
+
+class _Elements:
+    """The elements of a tensor that its histogram counts, and the ends of all of them.
+
+    Of more than `MOST_ELEMENTS`, that many are drawn at random, the same ones in every run.
+
+    Args:
+      total: number of elements to come.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._share = min(1.0, MOST_ELEMENTS / max(total, 1))
+        self._rng = np.random.default_rng(0)
+        self.parts: list[np.ndarray] = []
+        self.ends = (np.inf, -np.inf)
+
+    def add(self, values: np.ndarray) -> None:
+        """Add those of a batch."""
+        if not values.size:
+            return
+        low, high = self.ends
+        # NaN passes through numpy's minimum and maximum.
+        self.ends = (
+            float(np.minimum(low, values.min())), float(np.maximum(high, values.max()))
+        )  # fmt: skip
+        if self._share < 1.0:
+            count = math.ceil(self._share * values.size)
+            values = values[self._rng.integers(0, values.size, count)]
+        self.parts.append(values)
 
 
 def _valid_values(

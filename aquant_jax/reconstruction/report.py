@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ import numpy as np
 from aquant_jax.reconstruction.activation_cache import Cache
 
 CLUSTERS = 16
+SAMPLES = 256  # of the propagated error, as long as they have no more values than
+MOST_VALUES = 2**22
 
 
 class BlockReport(NamedTuple):
@@ -96,14 +99,15 @@ class History(tuple):
 
 
 def propagated_error(quantized: Sequence[Cache], floating: Sequence[Cache]) -> np.ndarray:
-    """``[16, 4]`` for `BlockReport`, from 256 samples of a block's first input (Fig. 2).
+    """``[16, 4]`` for `BlockReport`, from some samples of a block's first input (Fig. 2).
 
     The real and the imaginary part of a complex value count as two values.
     """
     if not quantized:
         return np.zeros((0, 4), np.float32)
     dtype = np.complex64 if jnp.iscomplexobj(floating[0].values) else np.float32
-    rows = np.arange(min(256, len(floating[0].values)))
+    samples, *shape = floating[0].values.shape
+    rows = np.arange(min(SAMPLES, samples, max(1, MOST_VALUES // math.prod(shape))))
     noised, exact = (
         np.asarray(caches[0].take(rows, dtype)).ravel().view(np.float32)
         for caches in (quantized, floating)

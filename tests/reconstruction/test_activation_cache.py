@@ -72,3 +72,11 @@ def test_predicted_memory_is_that_of_the_largest_block():
     # Both inputs of the residual block, its output by both networks, and its target.
     assert cache_bytes(net.graph, net.blocks, 16) == 5 * activation
     assert cache_bytes(net.graph, net.blocks, 32) == 10 * activation
+
+
+def test_stored_values_are_rounded_as_numpy_rounds_them():
+    values = normal(rng_of(3), 10, 40) * np.float32(10.0) ** rng_of(4).integers(-9, 4, (10, 40))
+    values = values.astype(np.float32)
+    (cache,) = store(batches(values), 10)
+    scaled = values / np.float32(cache.scale)
+    np.testing.assert_array_equal(cache.values, scaled.astype(np.float16))

@@ -1,5 +1,6 @@
 import numpy as np
 
+from aquant_jax.reconstruction import report
 from aquant_jax.reconstruction.activation_cache import store
 from aquant_jax.reconstruction.report import History, propagated_error
 from tests.support.nets import normal, rng_of
@@ -41,3 +42,12 @@ def test_histories_are_equal_but_keep_their_reports():
     assert one == two
     assert hash(one) == hash(two)
     assert [*two] == ["b", "c"]
+
+
+def test_no_more_values_than_a_plot_needs(monkeypatch):
+    monkeypatch.setattr(report, "MOST_VALUES", 1200)
+    values = np.abs(normal(rng_of(0), 20, 500))
+    table = propagated_error(store([[values]], 20), store([[values]], 20))
+    assert table[:, 3].sum() == 2 * 500
+    monkeypatch.setattr(report, "MOST_VALUES", 3)
+    assert propagated_error(store([[values]], 20), store([[values]], 20))[:, 3].sum() == 500
