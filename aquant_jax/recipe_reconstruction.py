@@ -90,7 +90,7 @@ class Reconstruction:
     rounding_warmup: float = 0.2
     beta_start: float = 20.0
     beta_end: float = 2.0
-    border_tolerance: float = 0.05
+    border_tolerance: float = 0.02
     loss_power: float = 2.0
     init_samples: int = 256
     finetune_steps: int | None = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import statistics
 
@@ -62,6 +63,39 @@ def whole_network(load: Load) -> str:
     head = ["bits", "seed", "aquant", "aquant_plus", "held-out KL before", "after", "best step",
             "seconds", "of these the stage"]  # fmt: skip
     return markdown(head, rows)
+
+
+def border_auto(load: Load) -> str:
+    """ResNet-20 with borders chosen by block, between qdrop (none) and aquant (all)."""
+    rows = []
+    for run in load("resnet20_border_auto")["runs"]:
+        bits = f"w{run['weight_bits']}a{run['act_bits']}"
+        tolerance = run["recipe"]["reconstruction"]["border_tolerance"]
+        tried = [block["candidates"] for block in run["blocks"]]
+        label, coefficients = run["preset"], 0
+        if any(tried):
+            label = f"auto, tolerance {tolerance}"
+            coefficients = sum(map(functools.partial(_kept, tolerance), tried))
+        elif run["recipe"]["border"]:
+            coefficients = _all_coefficients(load, bits)
+        rows.append((bits, coefficients, label, f"{score(run):.2f}", f"{run['seconds']:.0f}"))
+    cells = [[b, label, f"{n:,}", top1, s] for b, n, label, top1, s in sorted(rows)]
+    return markdown(["bits", "border", "coefficients", "top-1 %", "seconds"], cells, right=2)
+
+
+def _kept(tolerance: float, candidates: list[list]) -> int:
+    """Coefficients of the candidate that was kept: the last, if it is within the tolerance."""
+    (_, dearest, bound), *_ = candidates
+    _, coefficients, error = candidates[-1]
+    return coefficients if error <= bound * (1 + tolerance) else dearest
+
+
+def _all_coefficients(load: Load, bits: str) -> int:
+    """Coefficients of quadratic borders an element, the reference of every choice."""
+    runs = load("resnet20_border_auto")["runs"]
+    of_bits = (r for r in runs if f"w{r['weight_bits']}a{r['act_bits']}" == bits)
+    blocks = next(run["blocks"] for run in of_bits if any(b["candidates"] for b in run["blocks"]))
+    return sum(block["candidates"][0][1] for block in blocks)
 
 
 def demo(load: Load) -> str:
