@@ -146,7 +146,8 @@ def get(name: str) -> Border:
     Raises:
       InputError: an unknown name; the message lists the known ones.
     """
-    return _lookup("border", BORDERS, name)
+    hint = f"; also {AUTO!r} in a recipe and {NEAREST!r} in an override"
+    return _lookup("border", BORDERS, name, hint)
 
 
 def get_phi(name: str) -> Phi:
@@ -161,9 +162,9 @@ def get_phi(name: str) -> Phi:
 _Entry = TypeVar("_Entry")
 
 
-def _lookup(kind: str, table: Mapping[str, _Entry], name: str) -> _Entry:
+def _lookup(kind: str, table: Mapping[str, _Entry], name: str, hint: str = "") -> _Entry:
     if name not in table:
-        raise InputError(f"unknown {kind} {name!r}; known: {', '.join(sorted(table))}")
+        raise InputError(f"unknown {kind} {name!r}; known: {', '.join(sorted(table))}{hint}")
     return table[name]
 
 
