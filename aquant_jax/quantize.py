@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aquant_jax.arithmetic.border import AUTO
 from aquant_jax.deployment.quantized import Quantized, traced
@@ -124,6 +125,8 @@ def quantize_seeds(
       InputError: see `quantize`; no seed, one twice, or another number of observers.
       ReconstructionError: see `quantize`.
     """
+    if not np.iterable(seeds):
+        raise InputError(f"seeds is {seeds!r}; it must be a list, such as (0, 1, 2)")
     numbers = [checks.check_seed(seed) for seed in seeds]
     if not numbers or len(set(numbers)) < len(numbers):
         raise InputError(f"seeds are {list(seeds)}; they must be different, and one or more")

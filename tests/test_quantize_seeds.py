@@ -80,6 +80,7 @@ def test_a_single_call_goes_on_where_a_seed_stopped(tmp_path):
     [
         ((), None, r"^seeds are \[\]; they must be different, and one or more$"),
         ((0, 1, 0), None, r"^seeds are \[0, 1, 0\]; they must be different"),
+        (3, None, r"^seeds is 3; it must be a list, such as \(0, 1, 2\)$"),
         ((0, -1), None, r"^seed is -1; it must be a whole number"),
         ((0, 1), [aq.Observer()], r"^1 observers for 2 seeds$"),
     ],
