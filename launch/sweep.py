@@ -114,6 +114,7 @@ def plan_presets(values: Any, overrides: dict[str, str]) -> list[cells.Cell]:
 def summarize(preset: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean, standard deviation and standard error of the runs of a preset."""
     scores = [run["quantized"][run["metric"]] for run in runs]
+    std = statistics.stdev(scores) if len(scores) > 1 else None
     return {
         "preset": preset,
         "metric": runs[0]["metric"],
@@ -121,17 +122,12 @@ def summarize(preset: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "act_bits": runs[0]["act_bits"],
         "seeds": {str(run["seed"]): run["quantized"] for run in runs},
         "mean": statistics.fmean(scores),
-        "std": statistics.stdev(scores) if len(scores) > 1 else None,
-        "standard_error": _standard_error(scores),
+        "std": std,
+        "standard_error": None if std is None else std / math.sqrt(len(scores)),
         "float": runs[0]["float"][runs[0]["metric"]],
         "seconds": statistics.fmean(run["seconds"] for run in runs),
         "devices": sorted({run["device"] for run in runs}),
     }
-
-
-def _standard_error(scores: Sequence[float]) -> float | None:
-    """Of the mean; None for a single score."""
-    return statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
 
 
 def among_the_best(rows: Sequence[dict[str, Any]]) -> set[str]:

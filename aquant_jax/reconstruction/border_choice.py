@@ -67,7 +67,7 @@ def candidates(net: Network, block: Block) -> list[Candidate]:
 
 
 def with_borders(recipe: Recipe, borders: Borders) -> Recipe:
-    """A recipe with the borders that were chosen, as overrides that the user's own ones precede."""
+    """A recipe with the borders that were chosen, as overrides before the user's, which decide."""
     chosen = (
         Override(f"^{re.escape(path)}$", border=name, border_granularity=granularity)
         for path, (name, granularity) in borders.items()

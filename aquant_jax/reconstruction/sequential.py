@@ -20,7 +20,7 @@ from aquant_jax.plan.block_program import BlockProgram
 from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.activation_cache import Cache, store, take
 from aquant_jax.reconstruction.block_store import BlockResult
-from aquant_jax.reconstruction.border_choice import Borders
+from aquant_jax.reconstruction.border_choice import Borders, Candidate
 from aquant_jax.reconstruction.float_block import FloatBlock
 from aquant_jax.reconstruction.loss import output_loss
 from aquant_jax.reconstruction.optimize import Result, optimize
@@ -95,24 +95,26 @@ def quantize_block(run: Run, state: State, floating: FloatBlock) -> tuple[State,
 def _with_cheapest_border(run: Run, state: State, floating: FloatBlock) -> BlockResult:
     """Quantize one block, with the cheapest border that is within the tolerance."""
     began, tried = time.perf_counter(), []
-    limit, chosen = np.inf, None
-    _, held_out = split(run)
-    for candidate in floating.candidates:
-        program = candidate.program
-        result, best = _reconstruct(run, state, floating, program)
-        data = _calibration_data(run, state, floating)
-        error = _error(run, program, best, data, batches_of(run.net, held_out))
+    data = _calibration_data(run, state, floating)
+    held_out = batches_of(run.net, split(run)[1])
+
+    def learn(candidate: Candidate) -> tuple[BlockResult, float]:
+        """The block with the border of a candidate, and its error on the samples held out."""
+        result, best = _reconstruct(run, state, floating, candidate.program)
+        error = _error(run, candidate.program, best, data, held_out)
         tried.append((candidate.name, candidate.coefficients, error))
-        if chosen is None:
-            limit = error * (1.0 + run.net.recipe.reconstruction.border_tolerance)
-        elif not error <= limit:
-            continue
-        chosen = result._replace(borders=candidate.borders)
-        if len(tried) > 1:
+        return result._replace(borders=candidate.borders), error
+
+    reference, *cheaper = floating.candidates
+    chosen, error = learn(reference)
+    limit = error * (1.0 + run.net.recipe.reconstruction.border_tolerance)
+    for candidate in cheaper:
+        result, error = learn(candidate)
+        if error <= limit:
+            chosen = result
             break
-    assert chosen is not None  # there is always the reference
-    report = chosen.report._replace(candidates=tuple(tried), seconds=time.perf_counter() - began)
-    return chosen._replace(report=report)
+    seconds = time.perf_counter() - began
+    return chosen._replace(report=chosen.report._replace(candidates=tuple(tried), seconds=seconds))
 
 
 def _reconstruct(
