@@ -4,10 +4,11 @@
 CustomCallBackend(name='gpu_ops', one_pass_weights=131072)
 """
 
+from aquant_jax.layers.epilogue import Codes, Epilogue, Requantization, Results
 from gpu_ops.backend import CustomCallBackend, backend
 from gpu_ops.border_columns import border_columns
 from gpu_ops.border_conv import border_conv
-from gpu_ops.conv_border_int8 import Epilogue, conv_border_int8
+from gpu_ops.conv_border_int8 import conv_border_int8
 from gpu_ops.conv_border_tuned import TunedConvolution, conv_border_tuned, fold_convolution
 from gpu_ops.geometry import conv_geometry
 from gpu_ops.img2col import img2col
@@ -15,8 +16,11 @@ from gpu_ops.img2col_border import img2col_border
 from gpu_ops.targets import export_checks
 
 __all__ = [
+    "Codes",
     "CustomCallBackend",
     "Epilogue",
+    "Requantization",
+    "Results",
     "TunedConvolution",
     "backend",
     "border_columns",

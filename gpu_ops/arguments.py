@@ -16,6 +16,7 @@ from aquant_jax.arithmetic.border import Coefficients
 from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS, ActivationQuantizer, max_code
 from aquant_jax.layers.column import Rounding
 from aquant_jax.layers.conv_geometry import ConvGeometry
+from aquant_jax.layers.epilogue import Codes, Epilogue
 from aquant_jax.layers.integer import QuantizedWeights
 from gpu_ops import targets
 from gpu_ops.geometry import is_integer
@@ -107,6 +108,21 @@ def check_weights(
             f"a sum of {elements} products of {bits} and {rounding.bits} bits may reach {largest}, "
             f"above {targets.MAX_INDEX}, the largest int32"
         )
+
+
+def check_epilogue(epilogue: Epilogue, shape: tuple[int, ...]) -> None:
+    """ValueError unless bias, residual and coefficients fit a result of this shape."""
+    check_addend("bias", epilogue.bias, shape[-1:])
+    residual = epilogue.residual
+    if isinstance(residual, Codes):
+        if residual.codes.shape != shape or str(residual.codes.dtype) != "uint8":
+            found = f"{residual.codes.dtype} {residual.codes.shape}"
+            raise ValueError(f"residual codes are {found}, not uint8 {shape}")
+    else:
+        check_addend("residual", residual, shape)
+    for quantizer, rounding, coefficients in epilogue.requantizations:
+        check_quantizer(quantizer, rounding.bits)
+        stack_coefficients(coefficients, rounding.border, (1, shape[-1]))
 
 
 def check_addend(name: str, value: AnyArray | None, shape: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.layers.backend import ReferenceBackend
 from aquant_jax.layers.column import Rounding, contract
 from aquant_jax.layers.conv_geometry import ConvGeometry
+from aquant_jax.layers.epilogue import NO_EPILOGUE, Codes, Epilogue, Requantization, Results
 from aquant_jax.layers.integer import QuantizedWeights
 from gpu_ops import targets
 from gpu_ops.border_columns import border_columns
@@ -72,25 +73,39 @@ class CustomCallBackend(NamedTuple):
 
     def convolve_codes(
         self,
-        x: AnyArray,
+        x: AnyArray | Codes,
         quantizer: ActivationQuantizer,
         coefficients: Coefficients,
         weights: QuantizedWeights,
         geometry: ConvGeometry,
         rounding: Rounding,
-    ) -> jax.Array:
+        epilogue: Epilogue = NO_EPILOGUE,
+    ) -> Results:
         """See `aquant_jax.layers.backend.Backend`; by `conv_border_int8` where it serves."""
-        rounding = _deployed(rounding)
-        built_in = rounding.border is None or rounding.border in targets.COEFFICIENTS
-        if not built_in or rounding.phi not in targets.PHIS or not _has_handlers(geometry):
-            backend = ReferenceBackend()
-            return backend.convolve_codes(x, quantizer, coefficients, weights, geometry, rounding)
+        wanted = epilogue.requantizations
+        if not all(_built_in(r.rounding) for r in wanted):
+            every = epilogue._replace(values=True, requantizations=())
+            operands = (x, quantizer, coefficients, weights, geometry, rounding, every)
+            y = self.convolve_codes(*operands).values
+            assert y is not None
+            return Results(y if epilogue.values else None, tuple(r.codes(y) for r in wanted))
+        if rounding.per_channel and not _built_in(rounding) and not isinstance(x, Codes):
+            x = Codes(Requantization(quantizer, rounding, coefficients).codes(x), quantizer)
+        served = isinstance(x, Codes) or _built_in(rounding)
+        if not served or not _has_handlers(geometry):
+            operands = (x, quantizer, coefficients, weights, geometry, rounding, epilogue)
+            return ReferenceBackend().convolve_codes(*operands)
         planar = with_two_axes(geometry)
-        images = x.reshape(x.shape[0], *planar.spatial, x.shape[-1])
         codes = weights.codes.reshape(*planar.kernel, *weights.codes.shape[-2:])
-        planar_weights = weights._replace(codes=codes)
-        y = conv_border_int8(images, quantizer, coefficients, planar_weights, rounding, planar)
-        return y.reshape(x.shape[0], *geometry.out, y.shape[-1])
+        epilogue = epilogue._replace(
+            residual=_images(epilogue.residual, planar.out),
+            requantizations=tuple(r._replace(rounding=_deployed(r.rounding)) for r in wanted),
+        )
+        results = conv_border_int8(
+            _images(x, planar.spatial), quantizer, coefficients, weights._replace(codes=codes),
+            _deployed(rounding), planar, epilogue,
+        )  # fmt: skip
+        return _images(results, geometry.out)
 
 
 def backend() -> CustomCallBackend:
@@ -101,6 +116,19 @@ def backend() -> CustomCallBackend:
 def _has_handlers(geometry: ConvGeometry) -> bool:
     """Whether the default device has handlers for a convolution over these axes."""
     return len(geometry.kernel) <= 2 and jax.default_backend() in targets.PLATFORMS
+
+
+def _built_in(rounding: Rounding) -> bool:
+    """Whether the handlers know this border."""
+    border = rounding.border is None or rounding.border in targets.COEFFICIENTS
+    return border and _deployed(rounding).phi in targets.PHIS
+
+
+def _images(tree: Any, spatial: tuple[int, ...]) -> Any:
+    """The arrays of `tree` as ``[N, *spatial, C]``, but for scalars."""
+    return jax.tree.map(
+        lambda a: a.reshape(a.shape[0], *spatial, a.shape[-1]) if jnp.ndim(a) else a, tree
+    )
 
 
 def _deployed(rounding: Rounding) -> Rounding:

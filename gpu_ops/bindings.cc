@@ -17,6 +17,7 @@ extern "C" XLA_FFI_Error* Img2colBorderHandler(XLA_FFI_CallFrame*);
 #ifdef GPU_OPS_MISSING
 extern "C" XLA_FFI_Error* BorderConvForward(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* BorderConvBackward(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* ConvInt8Handler(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* Missing(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* CpuOnly(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* GpuOnly(XLA_FFI_CallFrame*);
@@ -48,6 +49,7 @@ py::dict All() {
   // The GPU multiplies columns by its own library, the CPU has no tensor cores.
   Name(named, "gpu_ops_border_conv", BorderConvForward);
   Name(named, "gpu_ops_border_conv_vjp", BorderConvBackward);
+  Name(named, "gpu_ops_conv_int8", ConvInt8Handler);
   Name(named, "gpu_ops_conv_tuned", GpuOnly);
 #else
   Name(named, "gpu_ops_conv_tuned", ConvTunedHandler);
@@ -60,6 +62,7 @@ py::dict Absent() {
   py::dict named;
   for (auto [name, handler] : OnEveryPlatform()) Name(named, name, Missing);
   Name(named, "gpu_ops_conv_tuned", Missing);
+  Name(named, "gpu_ops_conv_int8", CpuOnly);
   Name(named, "gpu_ops_border_conv", CpuOnly);
   Name(named, "gpu_ops_border_conv_vjp", CpuOnly);
   return named;

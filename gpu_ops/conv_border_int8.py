@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.arithmetic.border import Coefficients
 from aquant_jax.arithmetic.uniform import ActivationQuantizer, product
 from aquant_jax.layers.column import Rounding
 from aquant_jax.layers.conv_geometry import ConvGeometry
+from aquant_jax.layers.epilogue import NO_EPILOGUE, Codes, Epilogue, Requantization, Results
 from aquant_jax.layers.integer import QuantizedWeights
 from gpu_ops import arguments
+from gpu_ops.conv_int8 import conv_int8
 from gpu_ops.geometry import check_geometry
 from gpu_ops.img2col_border import img2col_border
 
@@ -24,68 +26,60 @@ SHIFT = 128
 ALIGN = {"gpu": 16}
 
 
-class Epilogue(NamedTuple):
-    """The last step of a convolution: ``relu(y + bias + residual)``.
-
-    Attributes:
-      bias: floats ``[O]``, or None.
-      residual: floats of the shape of the result, or None.
-      relu: whether the result is cut at zero.
-      dtype: of the result.
-    """
-
-    bias: AnyArray | None = None
-    residual: AnyArray | None = None
-    relu: bool = False
-    dtype: DTypeLike = jnp.float32
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        """ValueError unless bias and residual fit a result of this shape."""
-        arguments.check_addend("bias", self.bias, shape[-1:])
-        arguments.check_addend("residual", self.residual, shape)
-
-    def apply(self, y: jax.Array) -> jax.Array:
-        """The result of `dtype`, from float32 ``[N, OH, OW, O]``."""
-        y = y if self.bias is None else y + _lift(self.bias, 4)
-        y = y if self.residual is None else y + self.residual.astype(jnp.float32)
-        return (jnp.maximum(y, 0.0) if self.relu else y).astype(self.dtype)
-
-
-NO_EPILOGUE = Epilogue()
-
-
 def conv_border_int8(
-    x: AnyArray,
+    x: AnyArray | Codes,
     quantizer: ActivationQuantizer,
     coefficients: Coefficients,
     weights: QuantizedWeights,
     rounding: Rounding,
     geometry: ConvGeometry,
     epilogue: Epilogue = NO_EPILOGUE,
-) -> jax.Array:
-    """A quantized convolution: `img2col_border`, a product of codes, and one epilogue.
+) -> Results:
+    """A quantized convolution: columns of codes, their products with weight codes, one epilogue.
 
     The columns are codes ``q`` of the activation x = s (q - z), the weights
     w = scale (codes - zero_point), both asymmetric. Their product is summed exactly, in int32, and
-    becomes ``s * scale * sum`` in float32, which the epilogue takes.
+    becomes ``s * scale * sum`` in float32, which the epilogue takes. A CPU does all of it in one
+    pass (`conv_int8`); a GPU writes the columns and multiplies them by its own library.
 
     Args:
-      x: float32 or bfloat16 ``[N, H, W, C]``.
-      quantizer, coefficients, rounding: of the activation; see `img2col_border`.
+      x: float32 or bfloat16 ``[N, H, W, C]``, or its codes.
+      quantizer, coefficients, rounding: of the activation; see `img2col_border`. The coefficients
+        of borders a channel are ``(1, C)``.
       weights: codes ``[kh, kw, C / groups, O]``.
       geometry: of the convolution; see `gpu_ops.conv_geometry`.
-      epilogue: bias, residual, ReLU and the dtype of the result.
+      epilogue: bias, residual, clip, and the codes of the result that are wanted.
 
     Returns:
-      ``[N, OH, OW, O]`` of ``epilogue.dtype``.
+      ``[N, OH, OW, O]``, as values and as codes.
 
     Raises:
       ValueError: an argument that does not fit, by name and with both values.
     """
-    arguments.check_x(x, ("float32", "bfloat16"))
-    geometry = check_geometry(geometry, x.shape)
-    arguments.check_weights(weights, geometry, x.shape[-1], rounding)
-    epilogue.check((x.shape[0], *geometry.out, weights.codes.shape[-1]))
+    images = x.codes if isinstance(x, Codes) else x
+    arguments.check_x(images, ("uint8",) if isinstance(x, Codes) else ("float32", "bfloat16"))
+    geometry = check_geometry(geometry, images.shape)
+    arguments.check_weights(weights, geometry, images.shape[-1], rounding)
+    arguments.check_epilogue(epilogue, (images.shape[0], *geometry.out, weights.codes.shape[-1]))
+    if jax.default_backend() == "cpu":
+        return conv_int8(x, quantizer, coefficients, weights, rounding, geometry, epilogue)
+    return by_columns(x, quantizer, coefficients, weights, rounding, geometry, epilogue)
+
+
+def by_columns(
+    x: AnyArray | Codes,
+    quantizer: ActivationQuantizer,
+    coefficients: Coefficients,
+    weights: QuantizedWeights,
+    rounding: Rounding,
+    geometry: ConvGeometry,
+    epilogue: Epilogue = NO_EPILOGUE,
+) -> Results:
+    """`conv_border_int8` of checked operands."""
+    if rounding.per_channel and not isinstance(x, Codes):
+        x = Codes(Requantization(quantizer, rounding, coefficients).codes(x), quantizer)
+    if isinstance(x, Codes):
+        x, coefficients, rounding = x.dequantized(), {}, Rounding(rounding.bits)
     align = ALIGN.get(jax.default_backend(), 1)
     columns = img2col_border(x, quantizer, coefficients, rounding, geometry, align=align)
     int8, offset = int8_weights(weights, geometry.groups)

@@ -22,7 +22,7 @@ try:
 except ImportError:
     _cuda = None
 
-Attribute = tuple[int, ...] | int | bool
+Attribute = tuple[int, ...] | int | float | bool
 
 # The coefficients of the built-in borders, in the order of `border_math.h`.
 COEFFICIENTS = {"constant": ("b0",), "linear": ("b0", "b1"), "quadratic": ("b0", "b1", "b2")}
@@ -75,7 +75,9 @@ def call(name: str, results: Any, **attributes: Attribute) -> Callable[..., Any]
 
 
 def _converted(value: Attribute) -> Any:
-    return np.bool_(value) if isinstance(value, bool) else np.asarray(value, np.int64)[()]
+    if isinstance(value, bool):
+        return np.bool_(value)
+    return np.asarray(value, np.float32 if isinstance(value, float) else np.int64)[()]
 
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:

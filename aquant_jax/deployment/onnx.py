@@ -168,7 +168,7 @@ def _apply_of_weights(
             for path, state in layers.items()
         }
         network = dataclasses.replace(
-            quantized, layers=given, activations=activations, constants=constants
+            quantized, layers=given, activations=activations, constants=constants, backend=None
         )
         return program.run(network, x, layer)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.deployment.integer_program import run_integers
 from aquant_jax.deployment.layer_summary import LayerSummary
 from aquant_jax.errors import InputError
 from aquant_jax.graph.fold import fold
@@ -20,7 +20,7 @@ from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.graph.trace import trace
 from aquant_jax.layers.backend import Backend
 from aquant_jax.layers.fake_quant import LayerSpec, LayerState
-from aquant_jax.layers.integer import run_deployed_layer, run_integer_layer
+from aquant_jax.layers.integer import run_deployed_layer
 from aquant_jax.plan.assign import make_plan
 from aquant_jax.plan.block_program import BlockProgram, forward, make_block_program
 from aquant_jax.recipe import Recipe
@@ -56,14 +56,19 @@ class Traced(NamedTuple):
         return jax.tree.unflatten(self.input_tree, self.input_shapes)
 
     def __call__(self, quantized: Quantized, x: Any) -> Any:
-        layer: Callable[..., jax.Array] = run_deployed_layer
-        if quantized.backend is not None:
-            convolve = quantized.backend.convolve_codes
-            layer = functools.partial(run_integer_layer, convolve=convolve)
-        return self.run(quantized, x, layer)
+        return self.run(quantized, x)
 
-    def run(self, quantized: Quantized, x: Any, layer: Callable[..., jax.Array]) -> Any:
-        """Outputs, each layer run by `layer`, which has the arguments of `run_deployed_layer`."""
+    def run(
+        self, quantized: Quantized, x: Any, layer: Callable[..., jax.Array] = run_deployed_layer
+    ) -> Any:
+        """Outputs, by the network's backend.
+
+        Args:
+          quantized: the network.
+          x: a batch of inputs.
+          layer: runs one layer where the network has no backend; has the arguments of
+            `run_deployed_layer`.
+        """
         graph = fold(trace(self.apply, jax.tree.unflatten(self.treedef, self.shapes), x))
         program = make_block_program(graph, make_plan(graph, quantized.recipe), (), graph.outputs)
         _check_same(quantized, program)
@@ -74,9 +79,14 @@ class Traced(NamedTuple):
             model=[by_id[i] for i in subgraph.model_inputs],
             constants=[by_id[i] for i in subgraph.constants],
         )
-        layers = [quantized.layers[spec.path] for spec in program.specs]
         activations = [quantized.activations[tensor.key] for tensor in program.tensors]
-        outputs = forward(program, layers, activations, inputs, layer=layer)
+        if quantized.backend is not None and jax.tree.leaves(x)[0].size:
+            outputs = run_integers(
+                program, quantized.layers, activations, inputs, quantized.backend
+            )
+        else:
+            layers = [quantized.layers[spec.path] for spec in program.specs]
+            outputs = forward(program, layers, activations, inputs, layer=layer)
         return jax.tree.unflatten(graph.tree, outputs)
 
 

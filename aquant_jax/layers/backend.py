@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
@@ -13,6 +14,7 @@ from aquant_jax.arithmetic.uniform import NEAREST, ActivationQuantizer
 from aquant_jax.layers import im2col
 from aquant_jax.layers.column import Rounding
 from aquant_jax.layers.conv_geometry import ConvGeometry
+from aquant_jax.layers.epilogue import NO_EPILOGUE, Codes, Epilogue, Requantization, Results
 from aquant_jax.layers.integer import QuantizedWeights
 
 
@@ -43,25 +45,28 @@ class Backend(Protocol):
 
     def convolve_codes(
         self,
-        x: Float32[AnyArray, "N *padded C"],
+        x: Float32[AnyArray, "N *spatial C"] | Codes,
         quantizer: ActivationQuantizer,
         coefficients: Coefficients,
         weights: QuantizedWeights,
         geometry: ConvGeometry,
         rounding: Rounding,
-    ) -> Float32[Array, "N *out O"]:
+        epilogue: Epilogue = NO_EPILOGUE,
+    ) -> Results:
         """The convolution of the codes of `x` with weight codes; for inference.
 
         Args:
-          x: activation, already padded.
+          x: activation, or its codes.
           quantizer: step size and zero point.
-          coefficients: border coefficients ``(taps, C)`` by name; empty for nearest.
+          coefficients: border coefficients ``(taps, C)`` by name, ``(1, C)`` with one border a
+            channel; empty for nearest. Codes do not need them.
           weights: codes ``[*kernel, C / groups, O]``.
-          geometry: over the padded input.
+          geometry: of the convolution; its padding is of zeros.
           rounding: bits and border.
+          epilogue: what becomes of the sums.
 
         Returns:
-          The result of `convolve` for the dequantized weights.
+          What `epilogue` makes of the result of `convolve` for the dequantized weights.
         """
         ...
 
@@ -75,16 +80,24 @@ class ReferenceBackend(NamedTuple):
 
     def convolve_codes(
         self,
-        x: Float32[AnyArray, "N *padded C"],
+        x: Float32[AnyArray, "N *spatial C"] | Codes,
         quantizer: ActivationQuantizer,
         coefficients: Coefficients,
         weights: QuantizedWeights,
         geometry: ConvGeometry,
         rounding: Rounding,
-    ) -> Float32[Array, "N *out O"]:
+        epilogue: Epilogue = NO_EPILOGUE,
+    ) -> Results:
         """See `Backend.convolve_codes`."""
-        kernel = weights.dequantized(geometry.groups)
+        if rounding.per_channel and not isinstance(x, Codes):
+            x = Codes(Requantization(quantizer, rounding, coefficients).codes(x), quantizer)
+        if isinstance(x, Codes):
+            x, rounding = x.dequantized(), Rounding(rounding.bits)
         if rounding.border is None:
-            rounding = rounding._replace(border="constant", phi="identity")
+            rounding = Rounding(rounding.bits, "constant")
             coefficients = {"b0": jnp.full((geometry.taps, x.shape[-1]), NEAREST, jnp.float32)}
-        return im2col.convolve(x, None, quantizer, coefficients, kernel, geometry, rounding)
+        padding = [(0, 0, 0), *((low, high, 0) for low, high in geometry.padding), (0, 0, 0)]
+        padded, zero = jax.lax.pad(x, jnp.float32(0), padding), geometry.without_padding()
+        kernel = weights.dequantized(geometry.groups)
+        y = im2col.convolve(padded, None, quantizer, coefficients, kernel, zero, rounding)
+        return epilogue.apply(y)

@@ -22,12 +22,15 @@ class Rounding(NamedTuple):
       border: name of the border function; None rounds to nearest.
       phi: see `border.PHIS`.
       shared_across_taps: whether the taps of a channel share the mean of their polynomials (Eq. 9).
+      per_channel: whether an activation has one border, whatever tap reads it. Padding has the code
+        of the zero point then.
     """
 
     bits: int
     border: str | None = None
     phi: str = "identity"
     shared_across_taps: bool = False
+    per_channel: bool = False
 
     def polynomials(
         self, coefficients: Coefficients | CoefficientRows, us: Sequence[Float[AnyArray, "..."]]

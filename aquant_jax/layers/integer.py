@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Inexact, UInt8
+from jaxtyping import Array, Float32, Inexact, UInt8
 
 from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.arithmetic.uniform import ActivationQuantizer, dequantize, product, to_units
@@ -18,11 +18,12 @@ from aquant_jax.graph.ir import Op
 from aquant_jax.layers import im2col
 from aquant_jax.layers.conv_geometry import ConvGeometry
 from aquant_jax.layers.conv_layout import (
+    conv_geometry,
     conv_result,
     grouped_kernel,
-    padded_input,
     spatial_kernel,
 )
+from aquant_jax.layers.epilogue import NO_EPILOGUE, Codes, Epilogue, Results
 from aquant_jax.layers.fake_quant import (
     LayerInput,
     LayerSpec,
@@ -33,7 +34,6 @@ from aquant_jax.layers.fake_quant import (
     dequantize_weight,
     output_channels,
     per_channel,
-    quantize_elements,
     rounding_of,
     run_layer,
 )
@@ -108,20 +108,25 @@ def run_deployed_layer(
     return add_bias(op, product(total, scale), state.bias)
 
 
+def in_integers(op: Op, spec: LayerSpec) -> bool:
+    """Whether a layer can multiply codes: its input and weights are quantized, and it is no dense
+    layer with batch axes."""
+    batched = op.layer.kind == "dense" and op.params["dimension_numbers"][1][op.layer.x_position]
+    return spec.tensor is not None and spec.weight_bits is not None and not batched
+
+
 def run_integer_layer(
     op: Op,
     spec: LayerSpec,
     inputs: LayerInput,
     state: LayerState,
     *,
-    convolve: Callable[..., jax.Array],
+    convolve: Callable[..., Results],
 ) -> Inexact[Array, "..."]:
     """Run a deployed layer by a convolution of codes.
 
-    A layer with a float input or float weights, a dense layer with batch axes, and a layer with an
-    empty batch run in the reference implementation. Where a convolution has one border a channel,
-    its input is quantized first; the convolution rounds the quantized values to nearest, which
-    gives their codes.
+    A layer that is not `in_integers`, and one with an empty batch, runs in the reference
+    implementation.
 
     Args:
       op, spec, inputs, state: see `run_deployed_layer`; no element may stay unquantized.
@@ -130,52 +135,113 @@ def run_integer_layer(
     Returns:
       The output, in the layout of the op.
     """
-    quantizer = inputs.quantizer
-    batched = op.layer.kind == "dense" and op.params["dimension_numbers"][1][op.layer.x_position]
-    if quantizer is None or spec.weight_bits is None or batched or not inputs.x.size:
+    if inputs.quantizer is None or not in_integers(op, spec) or not inputs.x.size:
         return run_deployed_layer(op, spec, inputs, state)
-    x, border, rounding = inputs.x.astype(jnp.float32), state.border, rounding_of(spec)
-    if op.layer.kind == "conv" and spec.border and spec.border_granularity == "channel":
-        x = quantize_elements(op, spec, x, quantizer, border)
-        border, rounding = {}, rounding._replace(border=None)
+    x = inputs.x.astype(jnp.float32)
+    values = convolve_layer(op, spec, x, inputs.quantizer, state, convolve=convolve).values
+    assert values is not None
+    return values
+
+
+def convolve_layer(
+    op: Op,
+    spec: LayerSpec,
+    x: Float32[AnyArray, "..."] | Codes,
+    quantizer: ActivationQuantizer,
+    state: LayerState,
+    epilogue: Epilogue = NO_EPILOGUE,
+    *,
+    convolve: Callable[..., Results],
+) -> Results:
+    """A conv or dense layer, brought to the one form that a backend runs.
+
+    Args:
+      op, spec, state: of a layer that is `in_integers`.
+      x: its activation as the op's operand. Codes need a layer that `keeps_layout`.
+      quantizer: of the activation.
+      epilogue: without the bias, which is the layer's. Anything but the default needs a layer that
+        `keeps_layout`.
+      convolve: has the contract of `backend.Backend.convolve_codes`.
+
+    Returns:
+      The results, in the layout of the op.
+    """
+    assert spec.weight_bits is not None
     weights = QuantizedWeights(state.codes, state.scale, state.zero_point, spec.weight_bits)
-    multiply = functools.partial(
-        convolve, quantizer=quantizer, coefficients=border, rounding=rounding
+    rounding = rounding_of(spec)
+    if op.layer.kind == "conv" and spec.border and spec.border_granularity == "channel":
+        rounding = rounding._replace(per_channel=True)
+    form = _conv_form(op, x, weights) if op.layer.kind == "conv" else _dense_form(op, x, weights)
+    epilogue = epilogue._replace(
+        bias=state.bias.reshape(-1), residual=jax.tree.map(form.to_images, epilogue.residual)
     )
-    run = _conv if op.layer.kind == "conv" else _dense
-    return add_bias(op, run(op, x, weights, multiply), state.bias)
+    results = convolve(
+        form.x, quantizer, state.border, form.weights, form.geometry, rounding, epilogue
+    )
+    return jax.tree.map(form.from_images, results)
 
 
-def _conv(
-    op: Op,
-    x: Float32[AnyArray, "..."],
-    weights: QuantizedWeights,
-    multiply: Callable[..., jax.Array],
-) -> Float[Array, "..."]:
-    padded, geometry = padded_input(op, x)
+def keeps_layout(op: Op) -> bool:
+    """Whether the axes of a layer's operands are in the order of the form that a backend runs:
+    samples first and channels last."""
+    if op.layer.kind == "conv":
+        numbers = op.params["dimension_numbers"]
+        rank = len(numbers.lhs_spec)
+        order = (0, rank - 1, *range(1, rank - 1))
+        return tuple(numbers.lhs_spec) == tuple(numbers.out_spec) == order
+    axes, channels = contracted_axes(op), len(op.layer.channel_axes)
+    rank = len(op.layer.output_axes) and max(op.layer.output_axes) + 1
+    last = tuple(op.layer.output_axes) == tuple(range(rank - channels, rank))
+    return op.layer.x_position == 0 and len(axes) == 1 and axes[0] == rank - channels and last
+
+
+class _Form(NamedTuple):
+    """A layer as a convolution over images ``[N, *spatial, C]``.
+
+    Attributes:
+      x, weights, geometry: of the convolution.
+      to_images: reshapes a value in the layout of the layer's output like the result.
+      from_images: brings a result to that layout.
+    """
+
+    x: Any
+    weights: QuantizedWeights
+    geometry: ConvGeometry
+    to_images: Callable[[jax.Array], jax.Array]
+    from_images: Callable[[jax.Array], jax.Array]
+
+
+def _conv_form(op: Op, x: Any, weights: QuantizedWeights) -> _Form:
+    geometry = conv_geometry(op, jax.tree.leaves(x)[0].shape)
+    if not isinstance(x, Codes):
+        lhs = op.params["dimension_numbers"].lhs_spec
+        x = jnp.transpose(x, (lhs[0], *lhs[2:], lhs[1]))
     weights = weights._replace(codes=spatial_kernel(op, weights.codes))
-    return conv_result(op, multiply(padded, weights=weights, geometry=geometry))
+    return _Form(x, weights, geometry, lambda y: y, functools.partial(conv_result, op))
 
 
-def _dense(
-    op: Op,
-    x: Float32[AnyArray, "..."],
-    weights: QuantizedWeights,
-    multiply: Callable[..., jax.Array],
-) -> Float[Array, "..."]:
+def _dense_form(op: Op, x: Any, weights: QuantizedWeights) -> _Form:
     """A dense layer as a convolution with one tap, whose images the first free axis numbers."""
     contract, _ = op.params["dimension_numbers"]
     axes, weight_axes = contracted_axes(op), contract[1 - op.layer.x_position]
-    free = [axis for axis in range(x.ndim) if axis not in axes]
-    sizes = [x.shape[axis] for axis in free]
-    elements = int(np.prod([x.shape[axis] for axis in axes]))
+    values = x.codes if isinstance(x, Codes) else x
+    free = [axis for axis in range(values.ndim) if axis not in axes]
+    sizes = [values.shape[axis] for axis in free]
+    elements = int(np.prod([values.shape[axis] for axis in axes]))
     images, pixels = (*sizes, 1)[0], math.prod(sizes[1:])
-    rows = jnp.transpose(x, (*free, *axes)).reshape(images, pixels, 1, elements)
+    rows = jnp.transpose(values, (*free, *axes)).reshape(images, pixels, 1, elements)
     codes = jnp.transpose(weights.codes, (*weight_axes, *op.layer.channel_axes))
     weights = weights._replace(codes=codes.reshape(1, 1, elements, -1))
-    y = multiply(rows, weights=weights, geometry=ConvGeometry.pointwise(pixels))
     channels = [op.layer.weight_shape[axis] for axis in op.layer.channel_axes]
-    y = y.reshape(*sizes, *channels)
-    if op.layer.x_position == 1:  # the weight's axes come first
-        y = jnp.moveaxis(y, range(len(sizes)), range(len(channels), y.ndim))
-    return y
+
+    def from_images(y: jax.Array) -> jax.Array:
+        y = y.reshape(*sizes, *channels)
+        if op.layer.x_position == 1:  # the weight's axes come first
+            y = jnp.moveaxis(y, range(len(sizes)), range(len(channels), y.ndim))
+        return y
+
+    def to_images(y: jax.Array) -> jax.Array:
+        return y.reshape(images, pixels, 1, -1) if y.ndim else y
+
+    x = x._replace(codes=rows) if isinstance(x, Codes) else rows
+    return _Form(x, weights, ConvGeometry.pointwise(pixels), to_images, from_images)

@@ -145,6 +145,9 @@ BORDER_INLINE float ToFloat(uint16_t bfloat16) {
 BORDER_INLINE void Store(const Grid&, float shift, float code, int8_t* to) {
   *to = static_cast<int8_t>(static_cast<int32_t>(code - shift));
 }
+BORDER_INLINE void Store(const Grid&, float shift, float code, uint8_t* to) {
+  *to = static_cast<uint8_t>(static_cast<int32_t>(code - shift));
+}
 BORDER_INLINE void Store(const Grid& grid, float, float code, float* to) {
   *to = Dequantize(code, grid);
 }

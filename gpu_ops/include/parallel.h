@@ -24,6 +24,10 @@
 #else
 #define VECTORISED
 #endif
+// On a lambda of a VECTORISED function, which else might be compiled for the oldest CPU alone.
+#ifndef INLINED_LAMBDA
+#define INLINED_LAMBDA __attribute__((always_inline))
+#endif
 // The loop over a column: no element depends on another one.
 #define EACH(i, count) _Pragma("GCC ivdep") for (int64_t i = 0; i < (count); ++i)
 

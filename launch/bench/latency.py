@@ -226,7 +226,10 @@ def _float_ways(
 def _integer(layer: Layer, rounding: Rounding, operands: tuple[Any, ...]) -> Way:
     def run(x: jax.Array, quantizer: Any, borders: Any, weights: tuple[Any, ...]) -> jax.Array:
         quantized = _quantized(weights)
-        return gpu_ops.conv_border_int8(x, quantizer, borders, quantized, rounding, layer.geometry)
+        operands = (x, quantizer, borders, quantized, rounding, layer.geometry)
+        y = gpu_ops.conv_border_int8(*operands).values
+        assert y is not None
+        return y
 
     return Way(run, operands)
 

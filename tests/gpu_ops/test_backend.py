@@ -165,7 +165,7 @@ class TestDeployedNetworks:
         deployed = quantized.with_backend(BACKEND)
         np.testing.assert_array_equal(jax.jit(deployed)(x), quantized(x))
         text = jax.jit(deployed).lower(x).as_text()
-        assert text.count("@gpu_ops_img2col_border") > 0
+        assert text.count("@gpu_ops_conv_int8") > 0
         assert "gpu_ops" not in jax.jit(deployed.with_backend(None)).lower(x).as_text()
 
     @NETS

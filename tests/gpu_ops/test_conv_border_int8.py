@@ -11,7 +11,7 @@ from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.layers.conv_geometry import ConvGeometry
 from aquant_jax.layers.integer import QuantizedWeights
 from gpu_ops import Epilogue, conv_border_int8
-from gpu_ops.conv_border_int8 import ALIGN
+from gpu_ops.conv_border_int8 import ALIGN, by_columns
 from tests.support.img2col_reference import Case, random_case, reference
 from tests.support.nets import rng_of
 
@@ -28,13 +28,16 @@ def weights_of(case, bits, seed=0):
     return QuantizedWeights(codes, scale, zero, bits)
 
 
-def call(case, operands, weights, **epilogue):
+WAYS = pytest.mark.parametrize("way", [conv_border_int8, by_columns])
+
+
+def call(case, operands, weights, way=conv_border_int8, **epilogue):
     x, step, zero, coefficients = operands
     case, quantizer = case._replace(shape=x.shape), ActivationQuantizer(step, zero)
-    return conv_border_int8(
+    return way(
         jnp.asarray(x).astype(case.dtype), quantizer, coefficients, weights, case.rounding(),
         case.geometry(), Epilogue(**epilogue),
-    )  # fmt: skip
+    ).values  # fmt: skip
 
 
 def exact(case, operands, weights):
@@ -51,12 +54,13 @@ def exact(case, operands, weights):
 
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
 @pytest.mark.parametrize("seed", [s for s in range(12) if s != 5])  # all codes zero
-def test_equals_sums_of_whole_numbers(seed, bits):
+@WAYS
+def test_equals_sums_of_whole_numbers(way, seed, bits):
     case = random_case(seed)
     operands, weights = case.operands(seed), weights_of(case, bits, seed)
     expected = exact(case, operands, weights)
     assert np.abs(expected).max() > 0
-    np.testing.assert_allclose(call(case, operands, weights), expected, rtol=3e-7)
+    np.testing.assert_allclose(call(case, operands, weights, way), expected, rtol=3e-7)
 
 
 @pytest.mark.parametrize("act_bits", [4, 8])
@@ -65,32 +69,41 @@ def test_what_is_filled_up_for_tensor_cores_counts_nothing(monkeypatch, groups, 
     case = Case(bits=act_bits, groups=groups)
     operands, weights = case.operands(1), weights_of(case, 8, 1)
     monkeypatch.setitem(ALIGN, jax.default_backend(), 16)
-    found = call(case, operands, weights)
+    found = call(case, operands, weights, by_columns)
     np.testing.assert_allclose(found, exact(case, operands, weights), rtol=3e-7)
 
 
-def test_bias_residual_and_relu():
+@WAYS
+def test_bias_residual_and_clip(way):
     case = Case()
     operands, weights = case.operands(2), weights_of(case, 4, 2)
     y = np.float32(exact(case, operands, weights))
     bias, residual = np.float32([0.5, -1.0, 2.0]), rng_of(3).normal(size=y.shape).astype("f")
     bias = np.resize(bias, y.shape[-1])
-    found = call(case, operands, weights, bias=bias, residual=residual, relu=True)
+    found = call(case, operands, weights, way, bias=bias, residual=residual, low=0.0)
     np.testing.assert_allclose(found, np.maximum(y + bias + residual, 0), rtol=1e-5, atol=1e-5)
-    assert call(case, operands, weights, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
-def test_the_product_is_of_int8():
+def test_a_cpu_runs_it_in_one_call():
     case = Case()
-    text = jax.jit(lambda *o: call(case, o, weights_of(case, 4))).lower(*case.operands())
-    assert "tensor<60x36xi8>, tensor<1x36xi8>) -> tensor<60x1xi32>" in text.as_text()
+    text = jax.jit(lambda *o: call(case, o, weights_of(case, 4))).lower(*case.operands()).as_text()
+    assert "gpu_ops_conv_int8" in text
+    assert "dot_general" not in text
 
 
+def test_columns_are_multiplied_as_int8():
+    case = Case()
+    run = jax.jit(lambda *o: call(case, o, weights_of(case, 4), by_columns))
+    text = run.lower(*case.operands()).as_text()
+    assert "tensor<60x36xi8>, tensor<1x36xi8>) -> tensor<60x1xi32>" in text
+
+
+@WAYS
 @pytest.mark.parametrize("groups", [1, 4])
-def test_an_empty_batch_gives_an_empty_result(groups):
+def test_an_empty_batch_gives_an_empty_result(way, groups):
     case = Case(groups=groups)
     x, *others = case.operands()
-    y = call(case, (x[:0], *others), weights_of(case, 8))
+    y = call(case, (x[:0], *others), weights_of(case, 8), way)
     assert y.shape == (0, 6, 5, groups)
 
 

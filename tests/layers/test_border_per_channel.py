@@ -100,6 +100,6 @@ def test_gpu_ops_serves_a_border_that_a_user_registered(monkeypatch):
     op, spec, inputs, state = deployed(CONVOLUTIONS["same"], "identity")
     mine = spec._replace(border="mine")
     run = jax.jit(lambda x: RUNS["gpu_ops"](op, mine, inputs._replace(x=x), state))
-    assert "gpu_ops_img2col_border" in run.lower(inputs.x).as_text()
+    assert "gpu_ops_conv_int8" in run.lower(inputs.x).as_text()
     expected = RUNS["gpu_ops"](op, spec, inputs, state)
     np.testing.assert_array_equal(run(inputs.x), expected)

@@ -1,0 +1,245 @@
+"""Which ops of a network a quantized layer's epilogue absorbs, and what its readers want of it.
+
+Codes pass between two layers, not floats, where the graph allows it: a layer adds the residual,
+clips, and quantizes for its readers, before its sums leave the cache. The rules look at ops alone:
+
+- an addition of two values of the same shape, the other of which is then the residual;
+- a clip: maximum, minimum, or a function of these such as ``jax.nn.relu6``;
+- each only where nothing else reads the value before it, and where it is not quantized there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from aquant_jax.graph.ir import ALIASES, Atom, Literal, Op
+from aquant_jax.layers.fake_quant import LayerSpec
+from aquant_jax.layers.integer import in_integers, keeps_layout
+from aquant_jax.plan.block_program import BlockProgram
+
+NEAREST = ""  # the reader of codes that are rounded to nearest; others are paths of layers
+EVERYTHING = (-math.inf, math.inf)
+CONVERT = "convert_element_type"
+CALLS = {"custom_jvp_call": "call_jaxpr", "jit": "jaxpr", "pjit": "jaxpr"}
+
+
+class Fusion(NamedTuple):
+    """A quantized layer and the ops that it absorbs.
+
+    Attributes:
+      op: the layer's.
+      last: the op after which it runs, when all that it reads is known.
+      result: value id of what it gives.
+      residual: value id of what it adds; None for nothing.
+      low, high: what it clips to.
+    """
+
+    op: Op
+    last: Op
+    result: int
+    residual: int | None = None
+    low: float = -math.inf
+    high: float = math.inf
+
+
+class Wanted(NamedTuple):
+    """What the readers of a value want.
+
+    Attributes:
+      values: whether it is read as floats.
+      readers: readers of its codes: paths of layers with one border a channel, and `NEAREST`.
+    """
+
+    values: bool
+    readers: tuple[str, ...]
+
+
+class FusionPlan(NamedTuple):
+    """How a network runs in integers.
+
+    Attributes:
+      fusions: by the output of their last op.
+      absorbed: outputs of the ops that others absorb.
+      wanted: what is wanted of every value that a layer gives.
+    """
+
+    fusions: dict[int, Fusion]
+    absorbed: frozenset[int]
+    wanted: dict[int, Wanted]
+
+
+def plan_fusions(program: BlockProgram) -> FusionPlan:
+    """The fusions of a network whose layers run in integers where they can."""
+    fusions: dict[int, Fusion] = {}
+    taken: set[int] = set()
+    for op, spec in zip(program.subgraph.weighted, program.specs, strict=True):
+        if not in_integers(op, spec):
+            continue
+        fusion, inside = _fuse(program, op, taken)
+        fusions[fusion.result] = fusion
+        taken.update(inside)
+    residuals = {(f.residual, f.last.outputs[0]) for f in fusions.values()}
+    wanted = {result: _wanted(program, result, residuals) for result in fusions}
+    return FusionPlan(fusions, frozenset(taken - fusions.keys()), wanted)
+
+
+def reads_codes(program: BlockProgram, op: Op, spec: LayerSpec, value: int) -> bool:
+    """Whether a layer's activation has one code an element, whatever reads it, and `value` is that
+    activation as it stands."""
+    if op.x != value or not in_integers(op, spec) or not keeps_layout(op):
+        return False
+    if program.avals[value].dtype != jnp.float32:
+        return False
+    if spec.border is None or op.layer.kind == "dense" or spec.border_granularity == "channel":
+        return True
+    spatial = op.params["dimension_numbers"].rhs_spec[2:]
+    taps = [op.layer.weight_shape[axis] for axis in spatial]
+    return set(taps) == {1} and not any(end for pair in op.params["padding"] for end in pair)
+
+
+def _fuse(program: BlockProgram, op: Op, taken: set[int]) -> tuple[Fusion, list[int]]:
+    """The fusion of a layer, and the outputs of the ops inside it."""
+    fusion, inside = Fusion(op, op, op.outputs[0]), [op.outputs[0]]
+    while keeps_layout(op) and (reader := _only_reader(program, fusion.result)) is not None:
+        (out,) = reader.outputs
+        longer = _longer(program, fusion, reader)
+        if longer is None or out in taken:
+            break
+        fusion = longer._replace(last=reader, result=out)
+        inside.append(out)
+    return fusion, inside
+
+
+def _only_reader(program: BlockProgram, value: int) -> Op | None:
+    """The op that alone reads a float32 value, which is neither quantized nor an output."""
+    if value in program.tensor_of or value in program.subgraph.outputs:
+        return None
+    if program.avals[value].dtype != jnp.float32:
+        return None
+    readers = [op for op in program.subgraph.ops if value in op.reads]
+    return readers[0] if len(readers) == 1 and readers[0].layer is None else None
+
+
+def _longer(program: BlockProgram, fusion: Fusion, op: Op) -> Fusion | None:
+    """`fusion` with `op` behind, or None where the epilogue cannot do that."""
+    shape = program.avals[fusion.result].shape
+    if len(op.outputs) != 1 or program.avals[op.outputs[0]].shape != shape:
+        return None
+    clipped = (fusion.low, fusion.high) != EVERYTHING
+    if op.name in ("add", "add_any") and fusion.residual is None and not clipped:
+        others = [atom for atom in op.inputs if atom != fusion.result]
+        if len(others) != 1 or not isinstance(others[0], int):
+            return None
+        aval = program.avals[others[0]]
+        same = aval.shape == shape and aval.dtype == jnp.float32
+        return fusion._replace(residual=others[0]) if same else None
+    bounds = clip_bounds(op, program.producers)
+    if bounds is None:
+        return None
+    low, high = _both((fusion.low, fusion.high), bounds)
+    return fusion._replace(low=low, high=high)
+
+
+def clip_bounds(op: Op, producers: Mapping[int, Op]) -> tuple[float, float] | None:
+    """(low, high) of an op that clips one value to numbers, or None.
+
+    Args:
+      op: any op without a weight.
+      producers: the op that makes each value: a number may be converted first.
+    """
+    if op.name in CALLS:
+        return _jaxpr_bounds(op.params[CALLS[op.name]])
+
+    def number(atom: Atom) -> float | None:
+        if not isinstance(atom, int):
+            return _number(atom)
+        source = producers.get(atom)
+        if source is None or source.name != CONVERT or isinstance(source.inputs[0], int):
+            return None
+        return _number(source.inputs[0])
+
+    return _bounds(op.name, op.inputs, number)
+
+
+def _jaxpr_bounds(closed: Any) -> tuple[float, float] | None:
+    """The same of a function with one argument, as JAX traces it."""
+    jaxpr = closed.jaxpr
+    if len(jaxpr.invars) != 1 or len(jaxpr.outvars) != 1:
+        return None
+    value, bounds, converted = jaxpr.invars[0], EVERYTHING, {}
+    for equation in jaxpr.eqns:
+        name, operands = equation.primitive.name, equation.invars
+        if name == CONVERT and operands[0] is not value:
+            converted[equation.outvars[0]] = _number(operands[0])
+            continue
+        if name in CALLS and operands == [value]:
+            next_bounds = _jaxpr_bounds(equation.params[CALLS[name]])
+        else:
+            others = {id(v): number for v, number in converted.items()}
+            find = lambda atom, others=others: others.get(id(atom), _number(atom))  # noqa: E731
+            reads = [atom for atom in operands if find(atom) is None]
+            next_bounds = _bounds(name, operands, find) if reads == [value] else None
+        if next_bounds is None:
+            return None
+        bounds, value = _both(bounds, next_bounds), equation.outvars[0]
+    return bounds if value is jaxpr.outvars[0] else None
+
+
+def _both(first: tuple[float, float], then: tuple[float, float]) -> tuple[float, float]:
+    """The bounds of two clips in a row: the ends of the first, clipped by the second."""
+    low, high = then
+    return min(max(first[0], low), high), max(min(first[1], high), low)
+
+
+def _bounds(
+    name: str, operands: Sequence[Any], number: Callable[[Any], float | None]
+) -> tuple[float, float] | None:
+    """The bounds of one equation; `number` is None for its value and for what is no number."""
+    numbers = [number(atom) for atom in operands]
+    if name in ("max", "min") and numbers.count(None) == 1:
+        (bound,) = (n for n in numbers if n is not None)
+        return (bound, math.inf) if name == "max" else (-math.inf, bound)
+    if name == "clamp" and [n is None for n in numbers] == [False, True, False]:
+        low, _, high = numbers
+        assert low is not None
+        assert high is not None
+        return low, max(low, high)
+    return None
+
+
+def _number(atom: Any) -> float | None:
+    """The value of a literal that is a single number."""
+    if not isinstance(atom, Literal) or np.size(atom.val) != 1 or np.iscomplexobj(atom.val):
+        return None
+    number = float(np.reshape(atom.val, ()))
+    return None if math.isnan(number) else number
+
+
+def _wanted(program: BlockProgram, value: int, residuals: set[tuple[int | None, int]]) -> Wanted:
+    """What the readers of `value` want; `residuals` are (value, output of the op that adds it)."""
+    readers, values = [], value in program.subgraph.outputs
+    quantized = value in program.tensor_of
+    nearest = False
+    specs = {spec.path: spec for spec in program.specs}
+    for op in program.subgraph.ops:
+        if value not in op.reads:
+            continue
+        if op.layer is not None:
+            spec = specs[op.layer.path]
+            if not quantized or not reads_codes(program, op, spec, value):
+                values = True
+            elif spec.border is None:
+                nearest = True
+            else:
+                readers.append(op.layer.path)
+        elif op.name in ALIASES or not quantized:
+            values = True
+        else:
+            nearest = True
+    # Rounded to nearest from values that are there anyway, where no layer wants these codes.
+    return Wanted(values, (*readers, *([NEAREST] if nearest else [])))

@@ -1,0 +1,144 @@
+"""A deployed convolution on a CPU in one pass, from values or codes to values and codes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from aquant_jax.arithmetic.array_types import AnyArray
+from aquant_jax.arithmetic.border import Coefficients
+from aquant_jax.arithmetic.uniform import NEAREST, ActivationQuantizer
+from aquant_jax.layers.column import Rounding
+from aquant_jax.layers.conv_geometry import ConvGeometry
+from aquant_jax.layers.epilogue import Codes, Epilogue, Requantization, Results
+from aquant_jax.layers.integer import QuantizedWeights
+from gpu_ops import arguments, partition, targets
+
+IMAGES, PIXELS = "n h w c", "n a b o"
+
+
+class ConvInt8Call(NamedTuple):
+    """A call of the handler `conv_int8`, over two spatial axes.
+
+    Its operands are: the activation, uint8 codes or values; the residual, likewise, or empty; step
+    size and zero point of the activation; its coefficients ``[degree + 1, taps, C]``; weight codes,
+    their zero points and scales; the bias, or empty; step size and zero point of the residual, and
+    of every tensor of codes that results, ``[T, 2]``; quadratic coefficients of these,
+    ``[T, 3, O]``.
+
+    Attributes:
+      geometry: of the convolution.
+      rounding: of the activation.
+      weight_bits: of the weight codes.
+      added: whether there is a residual.
+      low, high: what the result is clipped to.
+      values: whether float32 results are wanted, before any codes.
+      code_bits, code_phis: of the tensors of codes that result.
+    """
+
+    geometry: ConvGeometry
+    rounding: Rounding
+    weight_bits: int
+    added: bool = False
+    low: float = -math.inf
+    high: float = math.inf
+    values: bool = True
+    code_bits: tuple[int, ...] = ()
+    code_phis: tuple[int, ...] = ()
+
+    @property
+    def images(self) -> int:
+        """The activation and the residual, for one result."""
+        return 2 if self.values + len(self.code_bits) == 1 else 0
+
+    @property
+    def operands(self) -> str:
+        residual = PIXELS if self.added else "z"
+        return f"{IMAGES}, {residual}, , , d t e, i j k o, o, o, p, q, r s, r u o"
+
+    @property
+    def results(self) -> str:
+        return ", ".join([PIXELS] * (self.values + len(self.code_bits)))
+
+    def __call__(self, x: AnyArray, residual: AnyArray, *others: AnyArray) -> Any:
+        outputs = others[3].shape[-1]
+        shape = (x.shape[0], *self.geometry.out, outputs)
+        dtypes = [jnp.float32] * self.values + [jnp.uint8] * len(self.code_bits)
+        results = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
+        attributes = targets.geometry_attributes(self.geometry)
+        attributes |= targets.rounding_attributes(self.rounding)
+        attributes |= {name: getattr(self, name) for name in self._fields[2:] if name != "added"}
+        attributes |= {"per_channel": self.rounding.per_channel}
+        step, zero, coefficients, codes, zeros, scale, bias, *grids = others
+        operands = (x, step, zero, coefficients, codes, zeros, scale, bias, residual, *grids)
+        found = targets.call("conv_int8", results, **attributes)(*operands)
+        return found[0] if len(found) == 1 else tuple(found)
+
+
+def conv_int8(
+    x: AnyArray | Codes,
+    quantizer: ActivationQuantizer,
+    coefficients: Coefficients,
+    weights: QuantizedWeights,
+    rounding: Rounding,
+    geometry: ConvGeometry,
+    epilogue: Epilogue,
+) -> Results:
+    """`conv_border_int8` of checked operands, on a CPU."""
+    taps = 1 if rounding.per_channel else geometry.taps
+    channels, outputs = geometry.groups * weights.codes.shape[2], weights.codes.shape[3]
+    if isinstance(x, Codes):
+        x, coefficients, rounding = x.codes, {}, Rounding(rounding.bits)
+    step, zero = arguments.check_quantizer(quantizer, rounding.bits)
+    residual, grid = _residual(epilogue)
+    wanted = epilogue.requantizations
+    call = ConvInt8Call(
+        geometry, rounding, weights.bits, epilogue.residual is not None,
+        float(epilogue.low), float(epilogue.high), epilogue.values,
+        tuple(r.rounding.bits for r in wanted),
+        tuple(targets.PHIS[r.rounding.phi] for r in wanted),
+    )  # fmt: skip
+    results = partition.compiled(call)(
+        x, residual, step, zero,
+        arguments.stack_coefficients(coefficients, rounding.border, (taps, channels)),
+        weights.codes, weights.zero_point, step * weights.scale,
+        _or_empty(epilogue.bias), grid,
+        jnp.stack([_grid(r.quantizer) for r in wanted]) if wanted else jnp.zeros((0, 2)),
+        _quadratic(wanted, outputs),
+    )  # fmt: skip
+    results = results if isinstance(results, tuple) else (results,)
+    values = epilogue.values
+    return Results(results[0] if values else None, tuple(results[1:] if values else results))
+
+
+def _residual(epilogue: Epilogue) -> tuple[AnyArray, jax.Array]:
+    """The residual and its grid; both are empty where there is none."""
+    residual = epilogue.residual
+    if isinstance(residual, Codes):
+        return residual.codes, _grid(residual.quantizer)
+    if residual is None:
+        return jnp.zeros((0,)), jnp.zeros((0,))
+    return residual.astype(jnp.float32), jnp.zeros((0,))
+
+
+def _grid(quantizer: ActivationQuantizer) -> jax.Array:
+    return jnp.stack([jnp.asarray(value, jnp.float32) for value in quantizer])
+
+
+def _or_empty(value: AnyArray | None) -> AnyArray:
+    return jnp.zeros((0,)) if value is None else value.astype(jnp.float32)
+
+
+def _quadratic(wanted: tuple[Requantization, ...], outputs: int) -> jax.Array:
+    """The borders of the results as quadratic ones, ``[T, 3, O]``; absent powers are zero."""
+    rows = []
+    for _, rounding, coefficients in wanted:
+        if rounding.border is None:
+            own = jnp.full((1, outputs), NEAREST, jnp.float32)
+        else:
+            own = arguments.stack_coefficients(coefficients, rounding.border, (1, outputs))[:, 0]
+        rows.append(jnp.pad(own, ((0, 3 - own.shape[0]), (0, 0))))
+    return jnp.stack(rows) if rows else jnp.zeros((0, 3, outputs))

@@ -1,0 +1,214 @@
+// One pixel's column in deployment: its elements in units of the step size, and their codes.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "border_math.h"
+#include "geometry.h"
+#include "operation.h"
+#include "parallel.h"
+
+namespace gpu_ops {
+
+constexpr int64_t kBlockBytes = 1 << 17;  // of the rows that a task reads
+constexpr int64_t kWide = 16;             // channels that fill a vector
+
+// That many floats in registers, which a loop over an array would store after every tap.
+struct Wide {
+  typedef float Lanes __attribute__((vector_size(kWide * sizeof(float))));
+  Lanes lanes;
+
+  friend BORDER_INLINE Wide Mul(const Wide& a, const Wide& b) { return {a.lanes * b.lanes}; }
+  friend BORDER_INLINE Wide Add(const Wide& a, const Wide& b) { return {a.lanes + b.lanes}; }
+};
+
+BORDER_INLINE Wide Load(const float* from) {
+  Wide value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+// The columns of a convolution. Codes are stored less `shift`.
+struct Columns {
+  Geometry g;
+  Grid grid;
+  Border border;
+  float shift;
+
+  bool IsWhole() const { return g.Padded(0) == g.height && g.Padded(1) == g.width; }
+  // Elements of a row of the padded input.
+  int64_t Line() const { return g.Padded(1) * g.channels; }
+  // Rows of the result that read about kBlockBytes, of elements of `size` bytes.
+  int64_t BlockRows(int64_t size) const {
+    const int64_t line = std::max<int64_t>(Line() * g.stride[0] * size, 1);
+    return std::clamp<int64_t>(kBlockBytes / line, 1, g.Out(0));
+  }
+  // Rows of the padded input that `rows` rows of the result read.
+  int64_t InputRows(int64_t rows) const { return (rows - 1) * g.stride[0] + g.Span(0); }
+  // Where a tap's channels start, from those of its pixel's first tap.
+  int64_t TapOffset(int64_t i, int64_t j) const {
+    return i * g.dilation[0] * Line() + j * g.dilation[1] * g.channels;
+  }
+};
+
+// Memory for one pixel's borders and gathered column, and the offsets of its taps.
+struct ColumnScratch {
+  std::vector<float> border, gathered;
+  std::vector<int64_t> taps;
+
+  explicit ColumnScratch(const Columns& columns)
+      : border(columns.g.Column()), gathered(Gathered(columns.g)) {
+    taps.reserve(columns.g.Taps());
+    for (int64_t i = 0; i < columns.g.kernel[0]; ++i)
+      for (int64_t j = 0; j < columns.g.kernel[1]; ++j) taps.push_back(columns.TapOffset(i, j));
+  }
+
+  static int64_t Gathered(const Geometry& g) { return g.channels < kWide ? g.Column() : 0; }
+  static int64_t Bytes(const Geometry& g) {
+    return (g.Column() + Gathered(g)) * sizeof(float) + g.Taps() * sizeof(int64_t);
+  }
+};
+
+// `rows` rows of the padded input, from row `first` on: `fill(from, to)` makes the elements of one
+// row of the image, all others are `padding`; `first` is where a window starts.
+template <typename In, typename Element, typename Fill>
+BORDER_INLINE void FillRows(const Columns& job, const In* image, int64_t first, int64_t rows,
+                            Element padding, Element* to, Fill fill) {
+  const Geometry& g = job.g;
+  const int64_t size = g.width * g.channels, before = g.low[1] * g.channels, line = job.Line();
+  for (int64_t r = 0; r < rows; ++r, to += line) {
+    if (r % g.stride[0] >= g.Span(0)) continue;  // no window reads it
+    const int64_t y = first + r - g.low[0];
+    if (y < 0 || y >= g.height) {
+      std::fill_n(to, line, padding);
+      continue;
+    }
+    std::fill_n(to, before, padding);
+    fill(image + y * size, to + before);
+    std::fill(to + before + size, to + line, padding);
+  }
+}
+
+// Units of these rows.
+template <typename In>
+BORDER_INLINE void FillUnits(const Columns& job, const In* image, int64_t first, int64_t rows,
+                             float* units) {
+  const int64_t size = job.g.width * job.g.channels;
+  const float inv_step = job.grid.inv_step;
+  FillRows(job, image, first, rows, 0.0f, units, [=](const In* from, float* to) INLINED_LAMBDA {
+    EACH(i, size) to[i] = ToUnits(ToFloat(from[i]), inv_step);
+  });
+}
+
+// The border that the taps of `kWide` channels share, from the first of them on.
+template <int degree>
+BORDER_INLINE void SharedBorder(const Columns& job, const float* u, const ColumnScratch& s,
+                                int64_t channel, float* border) {
+  const int64_t power = job.g.Column();
+  const float* at = job.border.coefficients + channel;
+  Wide sum{};
+  for (size_t t = 0; t < s.taps.size(); ++t, at += job.g.channels) {
+    const auto b = [=](int k) { return Load(at + k * power); };
+    const Wide own = Horner(degree, b, Load(u + s.taps[t] + channel));
+    sum = t == 0 ? own : Add(sum, own);
+  }
+  std::memcpy(border + channel, &sum, sizeof sum);
+}
+
+// Codes of a run of elements, with a border each.
+template <typename Out>
+BORDER_INLINE void Codes(const Columns& job, const float* u, const float* border, int64_t size,
+                         Out* out) {
+  // Copies, as a store to int8 could change anything that is not.
+  const Grid grid = job.grid;
+  const float shift = job.shift;
+  EACH(i, size) Store(grid, shift, Code(u[i], border[i], grid), out + i);
+}
+
+// Codes of a run of elements, each with its own border; `power` is the distance of a coefficient to
+// the next power's.
+template <int degree, typename Out>
+BORDER_INLINE void OwnCodes(const Columns& job, const float* u, const float* at, int64_t power,
+                            int64_t size, Out* out) {
+  const Phi phi = degree < 0 ? Phi::kIdentity : job.border.phi;
+  const Grid grid = job.grid;
+  const float shift = job.shift;
+  EACH(i, size) {
+    const float border = ApplyPhi(phi, Polynomial(degree, at + i, power, u[i]));
+    Store(grid, shift, Code(u[i], border, grid), out + i);
+  }
+}
+
+// The mean over the taps, summed already, as a border.
+BORDER_INLINE void Share(const Columns& job, float* border) {
+  const float share = 1.0f / static_cast<float>(job.g.Taps());
+  EACH(c, job.g.channels) border[c] = ApplyPhi(job.border.phi, Mul(border[c], share));
+}
+
+// One pixel's column in the order (tap, channel); `u` is its first tap. Tap by tap.
+template <int degree, typename Out>
+BORDER_INLINE void WideColumn(const Columns& job, const float* u, ColumnScratch& s, Out* out) {
+  const int64_t channels = job.g.channels, taps = job.g.Taps(), power = job.g.Column();
+  const float* at = job.border.coefficients;
+  float* border = s.border.data();
+  const bool shared = degree >= 0 && job.border.shared_across_taps;
+  if (shared) {
+    // The last vector may overlap the one before.
+    for (int64_t c = 0; c < channels; c += kWide)
+      SharedBorder<degree>(job, u, s, std::min(c, channels - kWide), border);
+    Share(job, border);
+  }
+  for (int64_t t = 0; t < taps; ++t, out += channels)
+    if (shared)
+      Codes(job, u + s.taps[t], border, channels, out);
+    else
+      OwnCodes<degree>(job, u + s.taps[t], at + t * channels, power, channels, out);
+}
+
+// The same where the channels are too few for a vector: all taps are gathered first.
+template <int degree, typename Out>
+BORDER_INLINE void NarrowColumn(const Columns& job, const float* u, ColumnScratch& s, Out* out) {
+  const int64_t channels = job.g.channels, size = job.g.Column();
+  const float* at = job.border.coefficients;
+  float* column = s.gathered.data();
+  for (size_t t = 0; t < s.taps.size(); ++t)
+    for (int64_t c = 0; c < channels; ++c) column[t * channels + c] = u[s.taps[t] + c];
+  if (degree < 0 || !job.border.shared_across_taps)
+    return OwnCodes<degree>(job, column, at, size, size, out);
+  float* border = s.border.data();
+  EACH(i, size) border[i] = Polynomial(degree, at + i, size, column[i]);
+  for (int64_t c = 0; c < channels; ++c) {
+    float sum = border[c];
+    for (int64_t i = c + channels; i < size; i += channels) sum = Add(sum, border[i]);
+    border[c] = sum;
+  }
+  Share(job, border);
+  for (int64_t c = 0; c < channels; ++c) {
+    const float shared = border[c];
+    for (int64_t i = c + channels; i < size; i += channels) border[i] = shared;
+  }
+  Codes(job, column, border, size, out);
+}
+
+template <int degree, typename Out>
+BORDER_INLINE void ColumnCodes(const Columns& job, const float* u, ColumnScratch& s, Out* out) {
+  if (job.g.channels < kWide)
+    NarrowColumn<degree>(job, u, s, out);
+  else
+    WideColumn<degree>(job, u, s, out);
+}
+
+inline ffi::Error CheckGrid(float step, float zero, int64_t bits) {
+  if (!(step > 0.0f) || std::isinf(step))
+    return Bad("the step size is " + std::to_string(step) + ", not positive and finite");
+  if (!(zero >= 0.0f && zero < static_cast<float>(1 << bits)) || zero != std::floor(zero))
+    return Bad("the zero point is " + std::to_string(zero) + ", not a code of " +
+               std::to_string(bits) + " bits");
+  return ffi::Error::Success();
+}
+
+}  // namespace gpu_ops

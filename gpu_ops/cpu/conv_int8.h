@@ -1,0 +1,153 @@
+// A deployed convolution on CPU in one pass: the codes of a few pixels' columns, their products with
+// weight codes, and what becomes of the sums.
+//
+// A task is a block of rows of one image's result. The rows of the input that it reads are made
+// once, with their padding: units where every column element has its own border, codes where an
+// activation has one code whatever tap reads it, and the input itself where that is codes already.
+// The columns of `kPanelBytes` at a time are then multiplied slice by slice of the outputs, and a
+// slice's sums are scaled, added to, clipped and stored as floats, as codes, or as both. A depthwise
+// convolution multiplies the rows tap by tap in float32, in which its sums are exact.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "column.h"
+#include "dot.h"
+
+namespace gpu_ops {
+
+constexpr int64_t kPanelBytes = 1 << 17;
+
+// A tensor of codes of the result's shape.
+struct CodeGrid {
+  Grid grid;
+  Phi phi;
+  const float* coefficients;  // b0, b1, b2 of every channel
+  uint8_t* codes;
+};
+
+// What becomes of the sums; absent operands are null.
+struct Results {
+  const float *scale, *bias, *residual;
+  const uint8_t* residual_codes;
+  Grid residual_grid;
+  float low, high;
+  float* values;
+  std::vector<CodeGrid> codes;
+};
+
+struct Convolution {
+  Columns columns;
+  bool per_element;  // the borders are those of column elements
+  int64_t outputs;   // of all groups
+  int64_t weight_bits;
+  const uint8_t* weights;
+  const float* weight_zero;
+  Results results;
+
+  const Geometry& Window() const { return columns.g; }
+  int64_t Outer() const { return outputs / columns.g.groups; }
+  int64_t Elements() const { return columns.g.Taps() * columns.g.Inner(); }
+  int64_t Quads() const { return RoundTo(Elements(), kQuad) / kQuad; }
+  // A product of codes of 8 bits is below 2^16, and sums below 2^24 are exact in float32.
+  bool Depthwise() const {
+    return columns.g.Inner() == 1 && Outer() == 1 && columns.g.groups > 1 &&
+           columns.g.Taps() < (1 << 8);
+  }
+  bool Units() const { return per_element; }
+  // The rows of the input are the columns.
+  bool RowsAreColumns() const {
+    const Geometry& g = columns.g;
+    return !per_element && !Depthwise() && g.groups == 1 && g.Taps() == 1 && g.stride[0] == 1 &&
+           g.stride[1] == 1 && g.channels % kQuad == 0;
+  }
+  size_t RowElement() const { return Units() || Depthwise() ? sizeof(float) : sizeof(uint8_t); }
+};
+
+// The weights of every group, sliced by outputs and packed for the products; `constant` and
+// `factor` complete the sum of an output: total + constant + factor * (sum of the codes).
+struct PackedWeights {
+  std::vector<int8_t> packed;
+  std::vector<int32_t> constant, factor;
+  std::vector<float> depthwise;
+  int64_t width, slices;  // outputs of a group, filled up, and its slices
+
+  explicit PackedWeights(const Convolution& job)
+      : width(RoundTo(job.Outer(), kLane)), slices((width + kSlice - 1) / kSlice) {
+    const int64_t groups = job.Window().groups;
+    if (job.Depthwise()) {
+      depthwise.resize(job.Window().Column());
+      return;
+    }
+    packed.resize(groups * width * job.Quads() * kQuad);
+    constant.resize(groups * width);
+    factor.resize(groups * width);
+  }
+
+  int64_t First(int64_t slice) const { return slice * kSlice; }
+  int64_t Count(int64_t slice) const { return std::min(kSlice, width - First(slice)); }
+  int64_t At(int64_t group, int64_t slice, int64_t quads) const {
+    return (group * width + First(slice)) * quads * kQuad;
+  }
+};
+
+// Fills the weights of one slice of one group.
+void Pack(const Convolution& job, DotFunction dot, int64_t group, int64_t slice,
+          PackedWeights& to);
+// Fills the weights of a depthwise convolution, [taps, channels].
+void PackDepthwise(const Convolution& job, PackedWeights& to);
+
+// Memory of one task.
+struct TaskScratch {
+  std::vector<float> units;
+  std::vector<uint8_t> codes, panel, column;
+  std::vector<int32_t> sums, code_sums;
+  std::vector<float> line;
+  ColumnScratch pixel;
+
+  explicit TaskScratch(const Convolution& job, int64_t rows)
+      : units(job.RowElement() == sizeof(float) ? RowElements(job, rows) : 0),
+        codes(job.RowElement() == sizeof(float) ? 0 : RowElements(job, rows)),
+        panel(job.RowsAreColumns() || job.Depthwise() ? 0 : Pixels(job) * PanelRow(job)),
+        column(job.per_element && !job.Depthwise() ? job.Window().Column() : 0),
+        sums(job.Depthwise() ? 0 : Pixels(job) * kSlice),
+        code_sums(job.Depthwise() || job.weight_bits < 8 ? 0 : Pixels(job) * job.Window().groups),
+        line(job.Depthwise() ? job.outputs : kSlice),
+        pixel(job.columns) {}
+
+  static int64_t PanelRow(const Convolution& job) {
+    return job.Window().groups * job.Quads() * kQuad;
+  }
+  // Of a panel.
+  static int64_t Pixels(const Convolution& job) {
+    return std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(PanelRow(job), 1), 24,
+                               std::max<int64_t>(job.Window().Pixels(), 24));
+  }
+  static int64_t RowElements(const Convolution& job, int64_t rows) {
+    return job.columns.InputRows(rows) * job.columns.Line();
+  }
+  static int64_t Bytes(const Convolution& job, int64_t rows) {
+    const int64_t pixels = Pixels(job);
+    return RowElements(job, rows) * job.RowElement() + pixels * PanelRow(job) +
+           pixels * (kSlice + job.Window().groups) * sizeof(int32_t) + job.Window().Column() +
+           (job.outputs + kSlice) * sizeof(float) + ColumnScratch::Bytes(job.Window());
+  }
+};
+
+// A task: rows [first, first + rows) of image `n`, and slices [slice, slices) of every group.
+struct Task {
+  int64_t n, first, rows, slice, slices;
+};
+
+// Fills the rows that a task reads, from an image of floats, of bfloat16 or of codes.
+void FillRows(const Convolution& job, const float* image, const Task& task, TaskScratch& s);
+void FillRows(const Convolution& job, const uint16_t* image, const Task& task, TaskScratch& s);
+void FillRows(const Convolution& job, const uint8_t* image, const Task& task, TaskScratch& s);
+
+// The results of a task. `direct` is where its columns lie, if they are not made of the rows.
+void MultiplyRows(const Convolution& job, const PackedWeights& w, DotFunction dot,
+                  const uint8_t* direct, const Task& task, TaskScratch& s);
+
+}  // namespace gpu_ops

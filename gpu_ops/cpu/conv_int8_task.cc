@@ -1,0 +1,283 @@
+// One task of a deployed convolution; see conv_int8.h.
+#pragma GCC diagnostic ignored "-Wpsabi"  // all that takes or gives vectors is inlined
+
+#include <limits>
+#include <type_traits>
+
+#include "conv_int8.h"
+
+namespace gpu_ops {
+namespace {
+
+constexpr float kLowest = std::numeric_limits<float>::lowest();
+
+// The results of a run of outputs of one pixel, from their sums in `y`, which it changes.
+BORDER_INLINE void Finish(const Results& r, int64_t pixel, int64_t outputs, int64_t first,
+                          int64_t count, float* y) {
+  const int64_t at = pixel * outputs + first;
+  const float *scale = r.scale + first, low = r.low, high = r.high;
+  EACH(o, count) {
+    const float product = Mul(y[o], scale[o]);
+    y[o] = product < kLowest ? kLowest : product;
+  }
+  if (const float* bias = r.bias) EACH(o, count) y[o] = Add(y[o], bias[first + o]);
+  if (const float* residual = r.residual) EACH(o, count) y[o] = Add(y[o], residual[at + o]);
+  if (const uint8_t* codes = r.residual_codes) {
+    const Grid grid = r.residual_grid;
+    EACH(o, count) y[o] = Add(y[o], Dequantize(static_cast<float>(codes[at + o]), grid));
+  }
+  EACH(o, count) y[o] = Clip(y[o], low, high);
+  if (r.values != nullptr) std::copy_n(y, count, r.values + at);
+  for (const CodeGrid& tensor : r.codes) {
+    const Grid grid = tensor.grid;
+    const Phi phi = tensor.phi;
+    const float* b = tensor.coefficients + first;
+    uint8_t* to = tensor.codes + at;
+    EACH(o, count) {
+      const float u = ToUnits(y[o], grid.inv_step);
+      const float border = ApplyPhi(phi, Polynomial(2, b + o, outputs, u));
+      Store(grid, 0.0f, Code(u, border, grid), to + o);
+    }
+  }
+}
+
+// The rows of the input, as codes with one border a channel. `T` is uint8_t, or float for codes less
+// their zero point.
+template <int degree, typename In, typename T>
+BORDER_INLINE void FillCodes(const Columns& job, const In* image, int64_t first, int64_t rows,
+                             T padding, T* to) {
+  const Geometry& g = job.g;
+  const Grid grid = job.grid;
+  const Phi phi = job.border.phi;
+  FillRows(job, image, first, rows, padding, to, [=](const In* from, T* out) INLINED_LAMBDA {
+    if (degree < 0) {
+      EACH(i, g.width * g.channels) {
+        const float u = ToUnits(ToFloat(from[i]), grid.inv_step);
+        Store(grid, 0.0f, Code(u, kNearest, grid), out + i);
+      }
+      return;
+    }
+    const float* at = job.border.coefficients;
+    for (int64_t x = 0; x < g.width; ++x, from += g.channels, out += g.channels)
+      EACH(c, g.channels) {
+        const float u = ToUnits(ToFloat(from[c]), grid.inv_step);
+        const float border = ApplyPhi(phi, Polynomial(degree, at + c, g.channels, u));
+        Store(grid, 0.0f, Code(u, border, grid), out + c);
+      }
+  });
+}
+
+// The same from codes.
+template <typename T>
+BORDER_INLINE void CopyCodes(const Columns& job, const uint8_t* image, int64_t first, int64_t rows,
+                             T padding, T* to) {
+  const int64_t size = job.g.width * job.g.channels;
+  const T less = std::is_same_v<T, float> ? static_cast<T>(job.grid.zero) : T{0};
+  FillRows(job, image, first, rows, padding, to, [=](const uint8_t* from, T* out) INLINED_LAMBDA {
+    EACH(i, size) out[i] = static_cast<T>(from[i] - less);
+  });
+}
+
+// One pixel's codes by group, each group's filled up to whole quads; `from` finds a run of taps whose
+// channels follow each other.
+template <typename From>
+BORDER_INLINE void GroupCodes(const Convolution& job, int64_t run, From from, uint8_t* panel) {
+  const Geometry& g = job.Window();
+  const int64_t size = run * g.Inner(), runs = g.Taps() / run, row = job.Quads() * kQuad;
+  for (int64_t group = 0; group < g.groups; ++group) {
+    for (int64_t r = 0; r < runs; ++r)
+      std::memcpy(panel + r * size, from(r * run) + group * g.Inner(), size);
+    std::fill(panel + runs * size, panel + row, uint8_t{0});
+    panel += row;
+  }
+}
+
+// The columns of `count` pixels from pixel `first` of a block on.
+template <int degree>
+BORDER_INLINE void FillPanel(const Convolution& job, int64_t first, int64_t count, TaskScratch& s) {
+  const Geometry& g = job.Window();
+  const int64_t width = g.Out(1), line = job.columns.Line(), size = TaskScratch::PanelRow(job);
+  const int64_t run = g.groups == 1 && g.dilation[1] == 1 ? g.kernel[1] : 1;
+  uint8_t* panel = s.panel.data();
+  for (int64_t p = first; p < first + count; ++p, panel += size) {
+    const int64_t at = p / width * g.stride[0] * line + p % width * g.stride[1] * g.channels;
+    if (!job.per_element) {
+      const uint8_t* pixel = s.codes.data() + at;
+      const auto from = [&](int64_t t) INLINED_LAMBDA { return pixel + s.pixel.taps[t]; };
+      GroupCodes(job, run, from, panel);
+    } else if (g.groups == 1) {
+      ColumnCodes<degree>(job.columns, s.units.data() + at, s.pixel, panel);
+      std::fill(panel + g.Column(), panel + size, uint8_t{0});
+    } else {
+      ColumnCodes<degree>(job.columns, s.units.data() + at, s.pixel, s.column.data());
+      const uint8_t* column = s.column.data();
+      const auto from = [&](int64_t t) INLINED_LAMBDA { return column + t * g.channels; };
+      GroupCodes(job, 1, from, panel);
+    }
+  }
+}
+
+// The sums of every pixel's codes, group by group, for weights of 8 bits.
+BORDER_INLINE void SumCodes(const Convolution& job, const uint8_t* panel, int64_t count,
+                            int32_t* sums) {
+  const int64_t row = job.Quads() * kQuad, rows = count * job.Window().groups;
+  for (int64_t i = 0; i < rows; ++i) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < row; ++k) sum += panel[i * row + k];
+    sums[i] = sum;
+  }
+}
+
+// Calls `run` with the degree of a border function as a constant.
+template <typename Run>
+BORDER_INLINE void WithDegree(int degree, Run run) {
+  switch (degree) {
+    case 0: return run(std::integral_constant<int, 0>{});
+    case 1: return run(std::integral_constant<int, 1>{});
+    case 2: return run(std::integral_constant<int, 2>{});
+    default: return run(std::integral_constant<int, -1>{});
+  }
+}
+
+// A slice's sums of `count` pixels become results.
+BORDER_INLINE void FinishSlice(const Convolution& job, const PackedWeights& w, int64_t group,
+                               int64_t slice, int64_t pixel, int64_t count, TaskScratch& s) {
+  const int64_t outer = job.Outer(), groups = job.Window().groups, first = w.First(slice);
+  const int64_t size = std::min(w.Count(slice), outer - first);
+  const int32_t* constant = w.constant.data() + group * w.width + first;
+  const int32_t* factor = w.factor.data() + group * w.width + first;
+  float* y = s.line.data();
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t* sums = s.sums.data() + i * kSlice;
+    const int32_t codes = s.code_sums.empty() ? 0 : s.code_sums[i * groups + group];
+    EACH(o, size) y[o] = static_cast<float>(sums[o] + constant[o] + factor[o] * codes);
+    Finish(job.results, pixel + i, job.outputs, group * outer + first, size, y);
+  }
+}
+
+template <int degree>
+BORDER_INLINE void Multiply(const Convolution& job, const PackedWeights& w, DotFunction dot,
+                            const uint8_t* direct, const Task& task, TaskScratch& s) {
+  const Geometry& g = job.Window();
+  const int64_t width = g.Out(1), quads = job.Quads(), row = TaskScratch::PanelRow(job);
+  const int64_t most = TaskScratch::Pixels(job), pixels = task.rows * width;
+  for (int64_t p = 0; p < pixels; p += most) {
+    const int64_t count = std::min(most, pixels - p);
+    const int64_t pixel = (task.n * g.Out(0) + task.first) * width + p;
+    if (direct == nullptr) FillPanel<degree>(job, p, count, s);
+    const uint8_t* panel = direct == nullptr ? s.panel.data() : direct + p * row;
+    if (!s.code_sums.empty()) SumCodes(job, panel, count, s.code_sums.data());
+    for (int64_t group = 0; group < g.groups; ++group)
+      for (int64_t slice = task.slice; slice < task.slices; ++slice) {
+        dot(panel + group * quads * kQuad, row, count,
+            w.packed.data() + w.At(group, slice, quads), quads, w.Count(slice), s.sums.data());
+        FinishSlice(job, w, group, slice, pixel, count, s);
+      }
+  }
+}
+
+// The border that a pixel's taps share, of every channel; `u` is the first tap.
+template <int degree>
+BORDER_INLINE void SharedBorders(const Columns& job, const float* u, ColumnScratch& s) {
+  const int64_t channels = job.g.channels, power = job.g.Column();
+  float* border = s.border.data();
+  for (int64_t t = 0; t < job.g.Taps(); ++t) {
+    const float *at = job.border.coefficients + t * channels, *from = u + s.taps[t];
+    EACH(c, channels) {
+      const float own = Polynomial(degree, at + c, power, from[c]);
+      border[c] = t == 0 ? own : Add(border[c], own);
+    }
+  }
+  Share(job, border);
+}
+
+// One tap of a pixel times its weights, added to `y`.
+template <int degree>
+BORDER_INLINE void AddTap(const Convolution& job, int64_t tap, const float* from,
+                          const float* weight, const float* shared, float* y) {
+  const int64_t channels = job.Window().channels, power = job.Window().Column();
+  const Grid grid = job.columns.grid;
+  const Phi phi = job.columns.border.phi;
+  const float* b = job.columns.border.coefficients + tap * channels;
+  if (!job.per_element)
+    EACH(c, channels) y[c] += from[c] * weight[c];
+  else if (shared != nullptr)
+    EACH(c, channels) y[c] += (Code(from[c], shared[c], grid) - grid.zero) * weight[c];
+  else
+    EACH(c, channels) {
+      const float border = ApplyPhi(phi, Polynomial(degree, b + c, power, from[c]));
+      y[c] += (Code(from[c], border, grid) - grid.zero) * weight[c];
+    }
+}
+
+// Tap by tap, in float32.
+template <int degree>
+BORDER_INLINE void MultiplyDepthwise(const Convolution& job, const PackedWeights& w,
+                                     const Task& task, TaskScratch& s) {
+  const Geometry& g = job.Window();
+  const int64_t width = g.Out(1), line = job.columns.Line(), channels = g.channels;
+  const bool shares = job.per_element && job.columns.border.shared_across_taps;
+  const float* shared = shares ? s.pixel.border.data() : nullptr;
+  float* y = s.line.data();
+  for (int64_t p = 0; p < task.rows * width; ++p) {
+    const float* u =
+        s.units.data() + p / width * g.stride[0] * line + p % width * g.stride[1] * channels;
+    if (shares) SharedBorders<degree>(job.columns, u, s.pixel);
+    std::fill_n(y, channels, 0.0f);
+    for (int64_t t = 0; t < g.Taps(); ++t)
+      AddTap<degree>(job, t, u + s.pixel.taps[t], w.depthwise.data() + t * channels, shared, y);
+    Finish(job.results, (task.n * g.Out(0) + task.first) * width + p, channels, 0, channels, y);
+  }
+}
+
+// The rows that a task reads, in the form in which they are multiplied.
+template <typename In>
+BORDER_INLINE void AnyRows(const Convolution& job, const In* image, const Task& task,
+                           TaskScratch& s) {
+  const Columns& columns = job.columns;
+  const int64_t top = task.first * columns.g.stride[0], rows = columns.InputRows(task.rows);
+  const uint8_t zero = static_cast<uint8_t>(columns.grid.zero);
+  float* units = s.units.data();
+  uint8_t* codes = s.codes.data();
+  if constexpr (std::is_same_v<In, uint8_t>) {
+    if (job.Depthwise())
+      CopyCodes(columns, image, top, rows, 0.0f, units);
+    else
+      CopyCodes(columns, image, top, rows, zero, codes);
+  } else if (job.per_element) {
+    FillUnits(columns, image, top, rows, units);
+  } else {
+    const auto fill = [&](auto degree) INLINED_LAMBDA {
+      if (job.Depthwise())
+        FillCodes<degree.value>(columns, image, top, rows, 0.0f, units);
+      else
+        FillCodes<degree.value>(columns, image, top, rows, zero, codes);
+    };
+    WithDegree(columns.border.degree, fill);
+  }
+}
+
+}  // namespace
+
+// target_clones takes no templates.
+#define ROWS(In)                                                                          \
+  VECTORISED void FillRows(const Convolution& job, const In* image, const Task& task,     \
+                           TaskScratch& s) {                                              \
+    AnyRows(job, image, task, s);                                                         \
+  }
+ROWS(float)
+ROWS(uint16_t)
+ROWS(uint8_t)
+#undef ROWS
+
+VECTORISED void MultiplyRows(const Convolution& job, const PackedWeights& w, DotFunction dot,
+                             const uint8_t* direct, const Task& task, TaskScratch& s) {
+  WithDegree(job.per_element ? job.columns.border.degree : -1, [&](auto degree) INLINED_LAMBDA {
+    if (job.Depthwise())
+      MultiplyDepthwise<degree.value>(job, w, task, s);
+    else
+      Multiply<degree.value>(job, w, dot, direct, task, s);
+  });
+}
+
+}  // namespace gpu_ops

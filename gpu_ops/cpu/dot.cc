@@ -1,0 +1,150 @@
+// See dot.h. One tile of a few rows and outputs is summed in registers; all instruction sets give the
+// same sums, as no partial sum saturates.
+#include "dot.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__) && !defined(DOT_PLAIN)
+#include <immintrin.h>
+#endif
+
+namespace gpu_ops {
+namespace {
+
+inline int32_t Quad(const uint8_t* codes) {
+  int32_t value;
+  std::memcpy(&value, codes, sizeof value);
+  return value;
+}
+
+void DotPlain(const uint8_t* codes, int64_t row, int64_t rows, const int8_t* weights,
+              int64_t quads, int64_t outputs, int32_t* sums) {
+  for (int64_t i = 0; i < rows; ++i, codes += row, sums += kSlice) {
+    std::memset(sums, 0, outputs * sizeof *sums);
+    for (int64_t q = 0; q < quads; ++q)
+      for (int64_t o = 0; o < outputs; ++o) {
+        const int8_t* w = weights + (q * outputs + o) * kQuad;
+        const uint8_t* c = codes + q * kQuad;
+        sums[o] += c[0] * w[0] + c[1] * w[1] + c[2] * w[2] + c[3] * w[3];
+      }
+  }
+}
+
+#if defined(__x86_64__) && !defined(DOT_PLAIN)
+
+// Defines Dot`NAME`, of tiles of at most `ROWS` rows and `VECTORS` vectors of VECTOR.
+#define DOT_TILES(NAME, TARGET, VECTOR, ROWS, VECTORS)                                            \
+  template <int kRows, int kVectors>                                                              \
+  TARGET inline void Tile##NAME(const uint8_t* codes, int64_t row, const int8_t* weights,         \
+                                int64_t quads, int64_t outputs, int32_t* sums) {                  \
+    VECTOR sum[kRows][kVectors];                                                                  \
+    for (int i = 0; i < kRows; ++i)                                                               \
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = VECTOR{};                                    \
+    for (int64_t q = 0; q < quads; ++q, weights += outputs * kQuad) {                             \
+      VECTOR weight[kVectors];                                                                    \
+      for (int v = 0; v < kVectors; ++v)                                                          \
+        std::memcpy(&weight[v], weights + v * sizeof(VECTOR), sizeof(VECTOR));                    \
+      for (int i = 0; i < kRows; ++i) {                                                           \
+        const VECTOR code = Every##NAME(Quad(codes + i * row + q * kQuad));                       \
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = Add##NAME(sum[i][v], code, weight[v]);     \
+      }                                                                                           \
+    }                                                                                             \
+    for (int i = 0; i < kRows; ++i)                                                               \
+      std::memcpy(sums + i * kSlice, sum[i], sizeof sum[i]);                                      \
+  }                                                                                               \
+                                                                                                  \
+  template <int kVectors>                                                                         \
+  TARGET inline void Rows##NAME(const uint8_t* codes, int64_t row, int64_t rows,                  \
+                                const int8_t* weights, int64_t quads, int64_t outputs,            \
+                                int32_t* sums) {                                                  \
+    int64_t i = 0;                                                                                \
+    for (; i + ROWS <= rows; i += ROWS)                                                           \
+      Tile##NAME<ROWS, kVectors>(codes + i * row, row, weights, quads, outputs,                   \
+                                 sums + i * kSlice);                                              \
+    if (i + 2 < rows && ROWS > 3) {                                                               \
+      Tile##NAME<3, kVectors>(codes + i * row, row, weights, quads, outputs, sums + i * kSlice);  \
+      i += 3;                                                                                     \
+    }                                                                                             \
+    for (; i < rows; ++i)                                                                         \
+      Tile##NAME<1, kVectors>(codes + i * row, row, weights, quads, outputs, sums + i * kSlice);  \
+  }                                                                                               \
+                                                                                                  \
+  TARGET void Dot##NAME(const uint8_t* codes, int64_t row, int64_t rows, const int8_t* weights,   \
+                        int64_t quads, int64_t outputs, int32_t* sums) {                          \
+    constexpr int64_t kLanes = sizeof(VECTOR) / sizeof(int32_t);                                  \
+    int64_t o = 0;                                                                                \
+    for (; o + VECTORS * kLanes <= outputs; o += VECTORS * kLanes)                                \
+      Rows##NAME<VECTORS>(codes, row, rows, weights + o * kQuad, quads, outputs, sums + o);       \
+    for (; o < outputs; o += kLane)                                                               \
+      Rows##NAME<kLane / kLanes>(codes, row, rows, weights + o * kQuad, quads, outputs,           \
+                                 sums + o);                                                       \
+  }
+
+#define AVX512_VNNI __attribute__((target("avx512f,avx512vnni")))
+#define AVX_VNNI __attribute__((target("avx2,avxvnni")))
+#define AVX2 __attribute__((target("avx2")))
+
+AVX512_VNNI inline __m512i EveryAvx512Vnni(int32_t quad) { return _mm512_set1_epi32(quad); }
+AVX512_VNNI inline __m512i AddAvx512Vnni(__m512i sum, __m512i codes, __m512i weights) {
+  return _mm512_dpbusd_epi32(sum, codes, weights);
+}
+DOT_TILES(Avx512Vnni, AVX512_VNNI, __m512i, 6, 4)
+
+AVX_VNNI inline __m256i EveryAvxVnni(int32_t quad) { return _mm256_set1_epi32(quad); }
+AVX_VNNI inline __m256i AddAvxVnni(__m256i sum, __m256i codes, __m256i weights) {
+  return _mm256_dpbusd_avx_epi32(sum, codes, weights);
+}
+DOT_TILES(AvxVnni, AVX_VNNI, __m256i, 6, 2)
+
+AVX2 inline __m256i EveryAvx2(int32_t quad) { return _mm256_set1_epi32(quad); }
+// The products of even and of odd bytes in 16 bits, as those of vpmaddubsw would saturate.
+AVX2 inline __m256i AddAvx2(__m256i sum, __m256i codes, __m256i weights) {
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0xff)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(weights, 8), 8));
+  const __m256i odd =
+      _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(weights, 8));
+  return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+}
+DOT_TILES(Avx2, AVX2, __m256i, 3, 2)
+
+#endif
+
+struct InstructionSet {
+  const char* name;
+  bool present;
+  DotFunction dot;
+};
+
+const InstructionSet* Sets() {
+#if defined(__x86_64__) && !defined(DOT_PLAIN)
+  static const InstructionSet sets[kInstructionSets] = {
+      {"avx512_vnni",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"), DotAvx512Vnni},
+      {"avx_vnni", bool(__builtin_cpu_supports("avxvnni")), DotAvxVnni},
+      {"avx2", bool(__builtin_cpu_supports("avx2")), DotAvx2},
+      {"plain", true, DotPlain}};
+#else
+  static const InstructionSet sets[kInstructionSets] = {{"avx512_vnni", false, nullptr},
+                                                        {"avx_vnni", false, nullptr},
+                                                        {"avx2", false, nullptr},
+                                                        {"plain", true, DotPlain}};
+#endif
+  return sets;
+}
+
+}  // namespace
+
+const char* InstructionName(int set) { return Sets()[set].name; }
+bool HasInstructions(int set) { return Sets()[set].present; }
+
+DotFunction ChooseDot() {
+  const char* most = std::getenv("GPU_OPS_INSTRUCTIONS");
+  int set = 0;
+  if (most != nullptr)
+    while (set < kInstructionSets && std::strcmp(most, InstructionName(set)) != 0) ++set;
+  while (set < kInstructionSets && !HasInstructions(set)) ++set;
+  return set == kInstructionSets ? nullptr : Sets()[set].dot;
+}
+
+}  // namespace gpu_ops

@@ -1,0 +1,32 @@
+// Products of unsigned activation codes and signed weights, summed exactly in int32.
+//
+// Four codes of a row meet four weights of an output at a time (a quad), which is what one lane of
+// the VNNI instructions multiplies.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace gpu_ops {
+
+constexpr int64_t kQuad = 4;
+constexpr int64_t kLane = 16;   // outputs that a packed vector holds
+constexpr int64_t kSlice = 64;  // most outputs of one product
+
+inline int64_t RoundTo(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
+
+// sums[i * kSlice + o] = sum_k codes[i * row + k] weights(k, o), for `rows` rows and `outputs`
+// outputs, a multiple of kLane and at most kSlice. The weights are packed as [quad][output][4].
+using DotFunction = void (*)(const uint8_t* codes, int64_t row, int64_t rows,
+                             const int8_t* weights, int64_t quads, int64_t outputs, int32_t* sums);
+
+// The function for the widest instructions that this CPU has, and that the environment variable
+// GPU_OPS_INSTRUCTIONS allows; null where it names none of `InstructionNames`.
+DotFunction ChooseDot();
+
+// The instruction sets that ChooseDot knows, the widest first, and whether this CPU has them.
+constexpr int kInstructionSets = 4;
+const char* InstructionName(int set);
+bool HasInstructions(int set);
+
+}  // namespace gpu_ops

@@ -1,0 +1,190 @@
+"""The one-pass convolution of a CPU: from values or codes to values and codes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.layers.column import Rounding
+from aquant_jax.layers.integer import QuantizedWeights
+from gpu_ops import Codes, Epilogue, Requantization, conv_border_int8, conv_geometry
+from gpu_ops.conv_border_int8 import by_columns
+from tests.support.img2col_reference import Case
+from tests.support.nets import normal, rng_of
+
+INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx2", "plain")
+ERRORS = (ValueError, jax.errors.JaxRuntimeError)  # as JAX has it
+GRID = ActivationQuantizer(jnp.float32(0.21), jnp.float32(5))
+
+
+def layer(shape, kernel, outputs, groups=1, bits=4, weight_bits=4, strides=(1, 1), seed=0):
+    """Operands of a convolution with random weights, rounded to nearest."""
+    rng = rng_of(seed)
+    codes = rng.integers(0, 2**weight_bits, (*kernel, shape[-1] // groups, outputs))
+    zero = rng.integers(0, 2**weight_bits, outputs)
+    scale = rng.uniform(0.01, 0.1, outputs)
+    weights = QuantizedWeights(np.uint8(codes), np.float32(scale), np.float32(zero), weight_bits)
+    geometry = conv_geometry(shape, kernel, strides=strides, padding="SAME", groups=groups)
+    x = jnp.asarray(normal(rng, *shape))
+    return x, GRID, {}, weights, Rounding(bits), geometry
+
+
+LAYERS = {
+    "wide": ((2, 5, 4, 20), (3, 3), 150),  # slices of 64, 64 and 22 outputs
+    "deep": ((1, 3, 3, 1200), (3, 3), 16),  # a panel holds fewer pixels than a row needs bytes
+    "long": ((1, 40, 40, 16), (3, 3), 8),  # several panels
+    "rows": ((7, 3, 1, 32), (1, 1), 70),  # columns are the rows themselves
+    "odd": ((2, 3, 5, 7), (2, 3), 9),
+    "grouped": ((2, 6, 5, 12), (3, 3), 18, 3),
+    "depthwise": ((2, 6, 5, 35), (3, 3), 35, 35),
+    "strided": ((2, 9, 9, 16), (1, 1), 20, 1, 4, 4, (3, 2)),
+    "bytes": ((2, 6, 5, 12), (3, 3), 18, 1, 8, 8),
+}
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_every_instruction_set_gives_the_bits_of_the_columns(monkeypatch, options, instructions):
+    monkeypatch.setenv("GPU_OPS_INSTRUCTIONS", instructions)
+    operands = layer(*options)
+    found, expected = conv_border_int8(*operands).values, by_columns(*operands).values
+    assert np.abs(expected).max() > 0
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_instructions_that_nobody_knows_are_named(monkeypatch):
+    monkeypatch.setenv("GPU_OPS_INSTRUCTIONS", "mmx")
+    with pytest.raises(ERRORS, match="GPU_OPS_INSTRUCTIONS is none of"):
+        conv_border_int8(*layer(*LAYERS["odd"]))
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
+def test_codes_give_the_bits_of_the_values_that_they_stand_for(options):
+    x, *others = layer(*options)
+    bits = others[3].bits
+    codes = Requantization(GRID, Rounding(bits), {}).codes(x)
+    assert len(np.unique(codes)) > 8
+    found = conv_border_int8(Codes(codes, GRID), *others).values
+    np.testing.assert_array_equal(found, conv_border_int8(x, *others).values)
+
+
+def channel_border(rng, channels, degree=2):
+    names = ("b0", "b1", "b2")[: degree + 1]
+    return {name: jnp.asarray(0.3 * normal(rng, 1, channels)) for name in names}
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
+@pytest.mark.parametrize("phi", ["identity", "clamp"])
+def test_one_border_a_channel_quantizes_before_it_multiplies(options, phi):
+    x, _, _, weights, rounding, geometry = layer(*options)
+    rounding = Rounding(rounding.bits, "quadratic", phi, per_channel=True)
+    border = channel_border(rng_of(1), x.shape[-1])
+    found = conv_border_int8(x, GRID, border, weights, rounding, geometry).values
+    codes = Codes(Requantization(GRID, rounding, border).codes(x), GRID)
+    others = (GRID, {}, weights, Rounding(rounding.bits), geometry)
+    np.testing.assert_array_equal(found, conv_border_int8(codes, *others).values)
+    assert np.abs(found - conv_border_int8(x, *others).values).max() > 0
+
+
+WANTED = {
+    "nearest": (Rounding(4), -1),
+    "constant": (Rounding(8, "constant", "identity"), 0),
+    "linear": (Rounding(2, "linear", "clamp"), 1),
+    "quadratic": (Rounding(4, "quadratic", "clamp"), 2),
+}
+
+
+@pytest.mark.parametrize("values", [True, False], ids=["values", "codes"])
+@pytest.mark.parametrize("name", ["wide", "rows", "grouped", "depthwise"])
+def test_results_are_quantized_for_their_readers(name, values):
+    operands = layer(*LAYERS[name])
+    outputs, rng = operands[3].scale.size, rng_of(2)
+    wanted = tuple(
+        Requantization(
+            ActivationQuantizer(jnp.float32(1.3 + degree), jnp.float32(degree + 1)),
+            rounding,
+            channel_border(rng, outputs, degree) if rounding.border else {},
+        )
+        for rounding, degree in WANTED.values()
+    )
+    y = conv_border_int8(*operands).values
+    residual = Codes(jnp.asarray(rng.integers(0, 256, y.shape), jnp.uint8), GRID)
+    epilogue = Epilogue(
+        bias=normal(rng, outputs), residual=residual, low=-1.0, high=6.0, values=values,
+        requantizations=wanted,
+    )  # fmt: skip
+    found, expected = conv_border_int8(*operands, epilogue), by_columns(*operands, epilogue)
+    assert (found.values is None) == (not values)
+    assert [len(np.unique(codes)) > 2 for codes in found.codes] == [True] * len(wanted)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_not_a_number_has_the_code_zero():
+    x, *others = layer(*LAYERS["odd"])
+    wanted = (Requantization(GRID, Rounding(4), {}),)
+    epilogue = Epilogue(bias=np.full(9, np.nan, np.float32), requantizations=wanted)
+    results = conv_border_int8(x, *others, epilogue)
+    assert np.isnan(results.values).all()
+    assert not np.any(results.codes[0])
+
+
+@pytest.mark.parametrize("values", [True, False], ids=["values and codes", "codes"])
+def test_a_mapped_axis_of_images(values):
+    x, *others = layer(*LAYERS["odd"])
+    several = jnp.stack([x, -x, 2 * x])
+    epilogue = Epilogue(
+        values=values, requantizations=(Requantization(GRID, Rounding(4), {}),)
+    )  # fmt: skip
+    run = lambda x: conv_border_int8(x, *others, epilogue)  # noqa: E731
+    found, expected = jax.vmap(run)(several), [run(x) for x in several]
+    for one, other in zip(
+        jax.tree.leaves(found), jax.tree.leaves(jax.tree.map(lambda *a: jnp.stack(a), *expected)),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_step_size_that_is_known_only_at_run_time_is_checked():
+    x, _, *others = layer(*LAYERS["odd"])
+    run = jax.jit(lambda s: conv_border_int8(x, ActivationQuantizer(s, jnp.float32(0)), *others))
+    with pytest.raises(ERRORS, match="the step size is -1"):
+        run(jnp.float32(-1))
+
+
+BAD = {
+    "residual": ({"residual": Codes(np.zeros((2, 3, 5, 8), np.uint8), GRID)},
+                 r"residual codes are uint8 \(2, 3, 5, 8\), not uint8 \(2, 3, 5, 9\)"),
+    "border": ({"requantizations": (Requantization(GRID, Rounding(4, "linear"), {}),)},
+               r"coefficient 'b0' has shape None, not \(1, 9\)"),
+    "bits": ({"requantizations": (Requantization(GRID, Rounding(9), {}),)}, "bits is 9, not"),
+    "bias": ({"bias": np.zeros(8, np.float32)}, r"bias is float32 \(8,\), not floats \(9,\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_an_epilogue_that_does_not_fit_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        conv_border_int8(*layer(*LAYERS["odd"]), Epilogue(**change))
+
+
+def test_values_are_no_codes():
+    x, *others = layer(*LAYERS["odd"])
+    with pytest.raises(ValueError, match="x is float32, not one of uint8"):
+        conv_border_int8(Codes(x, GRID), *others)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["mean", "element"])
+@pytest.mark.parametrize("groups", [1, 2, 20], ids=["dense", "grouped", "depthwise"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_borders_of_column_elements(shared, groups, dtype):
+    case = Case(shape=(2, 6, 5, 20), groups=groups, shared_across_taps=shared, dtype=dtype)
+    x, step, zero, coefficients = case.operands()
+    weights = layer(case.shape, case.kernel, 20, groups)[3]
+    operands = (
+        jnp.asarray(x).astype(dtype), ActivationQuantizer(step, zero), coefficients, weights,
+        case.rounding(), case.geometry(),
+    )  # fmt: skip
+    found, expected = conv_border_int8(*operands).values, by_columns(*operands).values
+    np.testing.assert_array_equal(found, expected)
