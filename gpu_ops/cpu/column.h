@@ -33,7 +33,7 @@ BORDER_INLINE Wide Load(const float* from) {
 }
 
 // The columns of a convolution. Codes are stored less `shift`.
-struct Columns {
+struct ColumnJob {
   Geometry g;
   Grid grid;
   Border border;
@@ -60,7 +60,7 @@ struct ColumnScratch {
   std::vector<float> border, gathered;
   std::vector<int64_t> taps;
 
-  explicit ColumnScratch(const Columns& columns)
+  explicit ColumnScratch(const ColumnJob& columns)
       : border(columns.g.Column()), gathered(Gathered(columns.g)) {
     taps.reserve(columns.g.Taps());
     for (int64_t i = 0; i < columns.g.kernel[0]; ++i)
@@ -76,7 +76,7 @@ struct ColumnScratch {
 // `rows` rows of the padded input, from row `first` on: `fill(from, to)` makes the elements of one
 // row of the image, all others are `padding`; `first` is where a window starts.
 template <typename In, typename Element, typename Fill>
-BORDER_INLINE void FillRows(const Columns& job, const In* image, int64_t first, int64_t rows,
+BORDER_INLINE void FillRows(const ColumnJob& job, const In* image, int64_t first, int64_t rows,
                             Element padding, Element* to, Fill fill) {
   const Geometry& g = job.g;
   const int64_t size = g.width * g.channels, before = g.low[1] * g.channels, line = job.Line();
@@ -95,7 +95,7 @@ BORDER_INLINE void FillRows(const Columns& job, const In* image, int64_t first, 
 
 // Units of these rows.
 template <typename In>
-BORDER_INLINE void FillUnits(const Columns& job, const In* image, int64_t first, int64_t rows,
+BORDER_INLINE void FillUnits(const ColumnJob& job, const In* image, int64_t first, int64_t rows,
                              float* units) {
   const int64_t size = job.g.width * job.g.channels;
   const float inv_step = job.grid.inv_step;
@@ -106,7 +106,7 @@ BORDER_INLINE void FillUnits(const Columns& job, const In* image, int64_t first,
 
 // The border that the taps of `kWide` channels share, from the first of them on.
 template <int degree>
-BORDER_INLINE void SharedBorder(const Columns& job, const float* u, const ColumnScratch& s,
+BORDER_INLINE void SharedBorder(const ColumnJob& job, const float* u, const ColumnScratch& s,
                                 int64_t channel, float* border) {
   const int64_t power = job.g.Column();
   const float* at = job.border.coefficients + channel;
@@ -121,7 +121,7 @@ BORDER_INLINE void SharedBorder(const Columns& job, const float* u, const Column
 
 // Codes of a run of elements, with a border each.
 template <typename Out>
-BORDER_INLINE void Codes(const Columns& job, const float* u, const float* border, int64_t size,
+BORDER_INLINE void Codes(const ColumnJob& job, const float* u, const float* border, int64_t size,
                          Out* out) {
   // Copies, as a store to int8 could change anything that is not.
   const Grid grid = job.grid;
@@ -132,7 +132,7 @@ BORDER_INLINE void Codes(const Columns& job, const float* u, const float* border
 // Codes of a run of elements, each with its own border; `power` is the distance of a coefficient to
 // the next power's.
 template <int degree, typename Out>
-BORDER_INLINE void OwnCodes(const Columns& job, const float* u, const float* at, int64_t power,
+BORDER_INLINE void OwnCodes(const ColumnJob& job, const float* u, const float* at, int64_t power,
                             int64_t size, Out* out) {
   const Phi phi = degree < 0 ? Phi::kIdentity : job.border.phi;
   const Grid grid = job.grid;
@@ -144,14 +144,14 @@ BORDER_INLINE void OwnCodes(const Columns& job, const float* u, const float* at,
 }
 
 // The mean over the taps, summed already, as a border.
-BORDER_INLINE void Share(const Columns& job, float* border) {
+BORDER_INLINE void Share(const ColumnJob& job, float* border) {
   const float share = 1.0f / static_cast<float>(job.g.Taps());
   EACH(c, job.g.channels) border[c] = ApplyPhi(job.border.phi, Mul(border[c], share));
 }
 
 // One pixel's column in the order (tap, channel); `u` is its first tap. Tap by tap.
 template <int degree, typename Out>
-BORDER_INLINE void WideColumn(const Columns& job, const float* u, ColumnScratch& s, Out* out) {
+BORDER_INLINE void WideColumn(const ColumnJob& job, const float* u, ColumnScratch& s, Out* out) {
   const int64_t channels = job.g.channels, taps = job.g.Taps(), power = job.g.Column();
   const float* at = job.border.coefficients;
   float* border = s.border.data();
@@ -171,7 +171,7 @@ BORDER_INLINE void WideColumn(const Columns& job, const float* u, ColumnScratch&
 
 // The same where the channels are too few for a vector: all taps are gathered first.
 template <int degree, typename Out>
-BORDER_INLINE void NarrowColumn(const Columns& job, const float* u, ColumnScratch& s, Out* out) {
+BORDER_INLINE void NarrowColumn(const ColumnJob& job, const float* u, ColumnScratch& s, Out* out) {
   const int64_t channels = job.g.channels, size = job.g.Column();
   const float* at = job.border.coefficients;
   float* column = s.gathered.data();
@@ -195,7 +195,7 @@ BORDER_INLINE void NarrowColumn(const Columns& job, const float* u, ColumnScratc
 }
 
 template <int degree, typename Out>
-BORDER_INLINE void ColumnCodes(const Columns& job, const float* u, ColumnScratch& s, Out* out) {
+BORDER_INLINE void ColumnCodes(const ColumnJob& job, const float* u, ColumnScratch& s, Out* out) {
   if (job.g.channels < kWide)
     NarrowColumn<degree>(job, u, s, out);
   else

@@ -16,7 +16,7 @@ using Bytes = ffi::Buffer<ffi::U8>;
 struct Division {
   int64_t rows, blocks, parts;
 
-  Division(const Convolution& job, int64_t slices, int64_t threads) {
+  Division(const Int8Convolution& job, int64_t slices, int64_t threads) {
     const Geometry& g = job.Window();
     const int64_t wanted = std::max<int64_t>(threads, 1) * kTasksPerThread;
     const int64_t share = (g.images * g.Out(0) + wanted - 1) / wanted;
@@ -28,7 +28,7 @@ struct Division {
 };
 
 template <typename In>
-void Convolve(ffi::ThreadPool pool, const Convolution& job, const Division& division,
+void Convolve(ffi::ThreadPool pool, const Int8Convolution& job, const Division& division,
               DotFunction dot, const void* x) {
   const Geometry& g = job.Window();
   PackedWeights weights(job);
@@ -114,8 +114,9 @@ ffi::ErrorOr<Geometry> ReadConvolution(const Operands& o, const ConvolutionAttri
   if (w.size() != 4 || w[0] != g.kernel[0] || w[1] != g.kernel[1] || w[2] != g.Inner() ||
       w[3] < 1 || w[3] % g.groups != 0)
     return ffi::Unexpected(Bad("the weights have a shape that does not fit the window"));
-  if (a.weight_bits < 2 || a.weight_bits > 8)
-    return ffi::Unexpected(Bad("weight_bits must be 2 to 8, not " + std::to_string(a.weight_bits)));
+  for (auto [name, bits] : {std::pair{"bits", a.bits}, std::pair{"weight_bits", a.weight_bits}})
+    if (bits < 2 || bits > 8)
+      return ffi::Unexpected(Bad(name + (" must be 2 to 8, not " + std::to_string(bits))));
   const double codes = static_cast<double>((1 << a.bits) - 1) * ((1 << a.weight_bits) - 1);
   if (codes * static_cast<double>(g.row) > std::numeric_limits<int32_t>::max())
     return ffi::Unexpected(Bad("a sum of " + std::to_string(g.row) +
@@ -128,6 +129,10 @@ ffi::Error ReadResults(const Operands& o, ffi::RemainingRets rets, const Convolu
   for (auto [name, size] : {std::pair{"the weight zero point", o.weight_zero.element_count()},
                             std::pair{"the scale", o.scale.element_count()}})
     if (ffi::Error error = CheckCount(name, size, outputs); error.failure()) return error;
+  for (int64_t i = 0; i < outputs; ++i)
+    if (const float zero = o.weight_zero.typed_data()[i];
+        !(zero >= 0.0f && zero <= 255.0f) || zero != std::floor(zero))
+      return Bad("a weight zero point is " + std::to_string(zero) + ", not a code");
   r.scale = o.scale.typed_data();
   r.low = a.low;
   r.high = a.high;
@@ -214,9 +219,9 @@ ffi::Error ConvInt8(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats step, Floats 
   const Geometry g = Flattened(*window);
   const int64_t outputs = weights.dimensions()[3];
   const bool coded = x.element_type() == ffi::U8;
-  const Columns columns{g, grid, *border, 0.0f};
+  const ColumnJob columns{g, grid, *border, 0.0f};
   const bool own = border->degree >= 0 && !a.per_channel && !(g.Taps() == 1 && columns.IsWhole());
-  Convolution job{columns, !coded && own,
+  Int8Convolution job{columns, !coded && own,
                   outputs, a.weight_bits, weights.typed_data(), weight_zero.typed_data(), {}};
   if (ffi::Error error =
           ReadResults(o, results, a, outputs, g.images * g.Pixels() * outputs, job.results);

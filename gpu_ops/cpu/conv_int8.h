@@ -38,8 +38,8 @@ struct Results {
   std::vector<CodeGrid> codes;
 };
 
-struct Convolution {
-  Columns columns;
+struct Int8Convolution {
+  ColumnJob columns;
   bool per_element;  // the borders are those of column elements
   int64_t outputs;   // of all groups
   int64_t weight_bits;
@@ -74,7 +74,7 @@ struct PackedWeights {
   std::vector<float> depthwise;
   int64_t width, slices;  // outputs of a group, filled up, and its slices
 
-  explicit PackedWeights(const Convolution& job)
+  explicit PackedWeights(const Int8Convolution& job)
       : width(RoundTo(job.Outer(), kLane)), slices((width + kSlice - 1) / kSlice) {
     const int64_t groups = job.Window().groups;
     if (job.Depthwise()) {
@@ -94,10 +94,10 @@ struct PackedWeights {
 };
 
 // Fills the weights of one slice of one group.
-void Pack(const Convolution& job, DotFunction dot, int64_t group, int64_t slice,
+void Pack(const Int8Convolution& job, DotFunction dot, int64_t group, int64_t slice,
           PackedWeights& to);
 // Fills the weights of a depthwise convolution, [taps, channels].
-void PackDepthwise(const Convolution& job, PackedWeights& to);
+void PackDepthwise(const Int8Convolution& job, PackedWeights& to);
 
 // Memory of one task.
 struct TaskScratch {
@@ -107,28 +107,29 @@ struct TaskScratch {
   std::vector<float> line;
   ColumnScratch pixel;
 
-  explicit TaskScratch(const Convolution& job, int64_t rows)
+  explicit TaskScratch(const Int8Convolution& job, int64_t rows)
       : units(job.RowElement() == sizeof(float) ? RowElements(job, rows) : 0),
-        codes(job.RowElement() == sizeof(float) ? 0 : RowElements(job, rows)),
-        panel(job.RowsAreColumns() || job.Depthwise() ? 0 : Pixels(job) * PanelRow(job)),
+        // Of images without channels, too, there is something to point to.
+        codes(job.RowElement() == sizeof(float) ? 0 : RowElements(job, rows) + 1),
+        panel(job.RowsAreColumns() || job.Depthwise() ? 0 : Pixels(job) * PanelRow(job) + 1),
         column(job.per_element && !job.Depthwise() ? job.Window().Column() : 0),
         sums(job.Depthwise() ? 0 : Pixels(job) * kSlice),
         code_sums(job.Depthwise() || job.weight_bits < 8 ? 0 : Pixels(job) * job.Window().groups),
         line(job.Depthwise() ? job.outputs : kSlice),
         pixel(job.columns) {}
 
-  static int64_t PanelRow(const Convolution& job) {
+  static int64_t PanelRow(const Int8Convolution& job) {
     return job.Window().groups * job.Quads() * kQuad;
   }
   // Of a panel.
-  static int64_t Pixels(const Convolution& job) {
+  static int64_t Pixels(const Int8Convolution& job) {
     return std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(PanelRow(job), 1), 24,
                                std::max<int64_t>(job.Window().Pixels(), 24));
   }
-  static int64_t RowElements(const Convolution& job, int64_t rows) {
+  static int64_t RowElements(const Int8Convolution& job, int64_t rows) {
     return job.columns.InputRows(rows) * job.columns.Line();
   }
-  static int64_t Bytes(const Convolution& job, int64_t rows) {
+  static int64_t Bytes(const Int8Convolution& job, int64_t rows) {
     const int64_t pixels = Pixels(job);
     return RowElements(job, rows) * job.RowElement() + pixels * PanelRow(job) +
            pixels * (kSlice + job.Window().groups) * sizeof(int32_t) + job.Window().Column() +
@@ -142,12 +143,12 @@ struct Task {
 };
 
 // Fills the rows that a task reads, from an image of floats, of bfloat16 or of codes.
-void FillRows(const Convolution& job, const float* image, const Task& task, TaskScratch& s);
-void FillRows(const Convolution& job, const uint16_t* image, const Task& task, TaskScratch& s);
-void FillRows(const Convolution& job, const uint8_t* image, const Task& task, TaskScratch& s);
+void FillRows(const Int8Convolution& job, const float* image, const Task& task, TaskScratch& s);
+void FillRows(const Int8Convolution& job, const uint16_t* image, const Task& task, TaskScratch& s);
+void FillRows(const Int8Convolution& job, const uint8_t* image, const Task& task, TaskScratch& s);
 
 // The results of a task. `direct` is where its columns lie, if they are not made of the rows.
-void MultiplyRows(const Convolution& job, const PackedWeights& w, DotFunction dot,
+void MultiplyRows(const Int8Convolution& job, const PackedWeights& w, DotFunction dot,
                   const uint8_t* direct, const Task& task, TaskScratch& s);
 
 }  // namespace gpu_ops

@@ -44,7 +44,7 @@ BORDER_INLINE void Finish(const Results& r, int64_t pixel, int64_t outputs, int6
 // The rows of the input, as codes with one border a channel. `T` is uint8_t, or float for codes less
 // their zero point.
 template <int degree, typename In, typename T>
-BORDER_INLINE void FillCodes(const Columns& job, const In* image, int64_t first, int64_t rows,
+BORDER_INLINE void FillCodes(const ColumnJob& job, const In* image, int64_t first, int64_t rows,
                              T padding, T* to) {
   const Geometry& g = job.g;
   const Grid grid = job.grid;
@@ -69,7 +69,7 @@ BORDER_INLINE void FillCodes(const Columns& job, const In* image, int64_t first,
 
 // The same from codes.
 template <typename T>
-BORDER_INLINE void CopyCodes(const Columns& job, const uint8_t* image, int64_t first, int64_t rows,
+BORDER_INLINE void CopyCodes(const ColumnJob& job, const uint8_t* image, int64_t first, int64_t rows,
                              T padding, T* to) {
   const int64_t size = job.g.width * job.g.channels;
   const T less = std::is_same_v<T, float> ? static_cast<T>(job.grid.zero) : T{0};
@@ -81,7 +81,7 @@ BORDER_INLINE void CopyCodes(const Columns& job, const uint8_t* image, int64_t f
 // One pixel's codes by group, each group's filled up to whole quads; `from` finds a run of taps whose
 // channels follow each other.
 template <typename From>
-BORDER_INLINE void GroupCodes(const Convolution& job, int64_t run, From from, uint8_t* panel) {
+BORDER_INLINE void GroupCodes(const Int8Convolution& job, int64_t run, From from, uint8_t* panel) {
   const Geometry& g = job.Window();
   const int64_t size = run * g.Inner(), runs = g.Taps() / run, row = job.Quads() * kQuad;
   for (int64_t group = 0; group < g.groups; ++group) {
@@ -94,7 +94,7 @@ BORDER_INLINE void GroupCodes(const Convolution& job, int64_t run, From from, ui
 
 // The columns of `count` pixels from pixel `first` of a block on.
 template <int degree>
-BORDER_INLINE void FillPanel(const Convolution& job, int64_t first, int64_t count, TaskScratch& s) {
+BORDER_INLINE void FillPanel(const Int8Convolution& job, int64_t first, int64_t count, TaskScratch& s) {
   const Geometry& g = job.Window();
   const int64_t width = g.Out(1), line = job.columns.Line(), size = TaskScratch::PanelRow(job);
   const int64_t run = g.groups == 1 && g.dilation[1] == 1 ? g.kernel[1] : 1;
@@ -118,7 +118,7 @@ BORDER_INLINE void FillPanel(const Convolution& job, int64_t first, int64_t coun
 }
 
 // The sums of every pixel's codes, group by group, for weights of 8 bits.
-BORDER_INLINE void SumCodes(const Convolution& job, const uint8_t* panel, int64_t count,
+BORDER_INLINE void SumCodes(const Int8Convolution& job, const uint8_t* panel, int64_t count,
                             int32_t* sums) {
   const int64_t row = job.Quads() * kQuad, rows = count * job.Window().groups;
   for (int64_t i = 0; i < rows; ++i) {
@@ -140,7 +140,7 @@ BORDER_INLINE void WithDegree(int degree, Run run) {
 }
 
 // A slice's sums of `count` pixels become results.
-BORDER_INLINE void FinishSlice(const Convolution& job, const PackedWeights& w, int64_t group,
+BORDER_INLINE void FinishSlice(const Int8Convolution& job, const PackedWeights& w, int64_t group,
                                int64_t slice, int64_t pixel, int64_t count, TaskScratch& s) {
   const int64_t outer = job.Outer(), groups = job.Window().groups, first = w.First(slice);
   const int64_t size = std::min(w.Count(slice), outer - first);
@@ -156,7 +156,7 @@ BORDER_INLINE void FinishSlice(const Convolution& job, const PackedWeights& w, i
 }
 
 template <int degree>
-BORDER_INLINE void Multiply(const Convolution& job, const PackedWeights& w, DotFunction dot,
+BORDER_INLINE void Multiply(const Int8Convolution& job, const PackedWeights& w, DotFunction dot,
                             const uint8_t* direct, const Task& task, TaskScratch& s) {
   const Geometry& g = job.Window();
   const int64_t width = g.Out(1), quads = job.Quads(), row = TaskScratch::PanelRow(job);
@@ -178,7 +178,7 @@ BORDER_INLINE void Multiply(const Convolution& job, const PackedWeights& w, DotF
 
 // The border that a pixel's taps share, of every channel; `u` is the first tap.
 template <int degree>
-BORDER_INLINE void SharedBorders(const Columns& job, const float* u, ColumnScratch& s) {
+BORDER_INLINE void SharedBorders(const ColumnJob& job, const float* u, ColumnScratch& s) {
   const int64_t channels = job.g.channels, power = job.g.Column();
   float* border = s.border.data();
   for (int64_t t = 0; t < job.g.Taps(); ++t) {
@@ -193,7 +193,7 @@ BORDER_INLINE void SharedBorders(const Columns& job, const float* u, ColumnScrat
 
 // One tap of a pixel times its weights, added to `y`.
 template <int degree>
-BORDER_INLINE void AddTap(const Convolution& job, int64_t tap, const float* from,
+BORDER_INLINE void AddTap(const Int8Convolution& job, int64_t tap, const float* from,
                           const float* weight, const float* shared, float* y) {
   const int64_t channels = job.Window().channels, power = job.Window().Column();
   const Grid grid = job.columns.grid;
@@ -212,7 +212,7 @@ BORDER_INLINE void AddTap(const Convolution& job, int64_t tap, const float* from
 
 // Tap by tap, in float32.
 template <int degree>
-BORDER_INLINE void MultiplyDepthwise(const Convolution& job, const PackedWeights& w,
+BORDER_INLINE void MultiplyDepthwise(const Int8Convolution& job, const PackedWeights& w,
                                      const Task& task, TaskScratch& s) {
   const Geometry& g = job.Window();
   const int64_t width = g.Out(1), line = job.columns.Line(), channels = g.channels;
@@ -232,9 +232,9 @@ BORDER_INLINE void MultiplyDepthwise(const Convolution& job, const PackedWeights
 
 // The rows that a task reads, in the form in which they are multiplied.
 template <typename In>
-BORDER_INLINE void AnyRows(const Convolution& job, const In* image, const Task& task,
+BORDER_INLINE void AnyRows(const Int8Convolution& job, const In* image, const Task& task,
                            TaskScratch& s) {
-  const Columns& columns = job.columns;
+  const ColumnJob& columns = job.columns;
   const int64_t top = task.first * columns.g.stride[0], rows = columns.InputRows(task.rows);
   const uint8_t zero = static_cast<uint8_t>(columns.grid.zero);
   float* units = s.units.data();
@@ -261,7 +261,7 @@ BORDER_INLINE void AnyRows(const Convolution& job, const In* image, const Task& 
 
 // target_clones takes no templates.
 #define ROWS(In)                                                                          \
-  VECTORISED void FillRows(const Convolution& job, const In* image, const Task& task,     \
+  VECTORISED void FillRows(const Int8Convolution& job, const In* image, const Task& task,     \
                            TaskScratch& s) {                                              \
     AnyRows(job, image, task, s);                                                         \
   }
@@ -270,7 +270,7 @@ ROWS(uint16_t)
 ROWS(uint8_t)
 #undef ROWS
 
-VECTORISED void MultiplyRows(const Convolution& job, const PackedWeights& w, DotFunction dot,
+VECTORISED void MultiplyRows(const Int8Convolution& job, const PackedWeights& w, DotFunction dot,
                              const uint8_t* direct, const Task& task, TaskScratch& s) {
   WithDegree(job.per_element ? job.columns.border.degree : -1, [&](auto degree) INLINED_LAMBDA {
     if (job.Depthwise())

@@ -17,14 +17,14 @@ struct BlockScratch {
   ColumnScratch pixel;
   std::vector<char> column;
 
-  BlockScratch(const Columns& job, size_t element)
+  BlockScratch(const ColumnJob& job, size_t element)
       : units(Units(job)), pixel(job), column(Grouped(job) * element) {}
 
-  static int64_t Units(const Columns& job) {
+  static int64_t Units(const ColumnJob& job) {
     return job.InputRows(job.BlockRows(sizeof(float))) * job.Line();
   }
-  static int64_t Grouped(const Columns& job) { return job.g.groups == 1 ? 0 : job.g.Column(); }
-  static int64_t Bytes(const Columns& job, size_t element) {
+  static int64_t Grouped(const ColumnJob& job) { return job.g.groups == 1 ? 0 : job.g.Column(); }
+  static int64_t Bytes(const ColumnJob& job, size_t element) {
     return Units(job) * sizeof(float) + ColumnScratch::Bytes(job.g) + Grouped(job) * element;
   }
 };
@@ -43,7 +43,7 @@ BORDER_INLINE void ByGroup(const Geometry& g, const T* column, T* out) {
 
 // The rows [first, first + rows) of one image's result.
 template <int degree, typename In, typename Out>
-BORDER_INLINE void Block(const Columns& job, const In* image, int64_t first, int64_t rows, Out* out,
+BORDER_INLINE void Block(const ColumnJob& job, const In* image, int64_t first, int64_t rows, Out* out,
                          BlockScratch& s) {
   const Geometry& g = job.g;
   FillUnits(job, image, first * g.stride[0], job.InputRows(rows), s.units.data());
@@ -62,7 +62,7 @@ BORDER_INLINE void Block(const Columns& job, const In* image, int64_t first, int
 }
 
 template <typename In, typename Out>
-BORDER_INLINE void AnyBlock(const Columns& job, const In* image, int64_t first, int64_t rows, Out* out,
+BORDER_INLINE void AnyBlock(const ColumnJob& job, const In* image, int64_t first, int64_t rows, Out* out,
                             BlockScratch& s) {
   switch (job.border.degree) {
     case 0: return Block<0>(job, image, first, rows, out, s);
@@ -74,7 +74,7 @@ BORDER_INLINE void AnyBlock(const Columns& job, const In* image, int64_t first, 
 
 // target_clones takes no templates.
 #define BLOCK(In, Out)                                                                             \
-  VECTORISED void RunBlock(const Columns& job, const In* image, int64_t first, int64_t rows, Out* out, \
+  VECTORISED void RunBlock(const ColumnJob& job, const In* image, int64_t first, int64_t rows, Out* out, \
                            BlockScratch& s) {                                                      \
     AnyBlock(job, image, first, rows, out, s);                                                     \
   }
@@ -85,7 +85,7 @@ BLOCK(uint16_t, float)
 #undef BLOCK
 
 template <typename In, typename Out>
-void Quantize(ffi::ThreadPool pool, const Columns& job, const void* x, void* columns) {
+void Quantize(ffi::ThreadPool pool, const ColumnJob& job, const void* x, void* columns) {
   const Geometry& g = job.g;
   WillWrite(columns, g.images * g.Pixels() * g.Row() * sizeof(Out));
   const int64_t rows = job.BlockRows(sizeof(float)), blocks = (g.Out(0) + rows - 1) / rows;
@@ -108,7 +108,7 @@ ffi::Error Img2colBorder(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats step, Fl
   if (ffi::Error error = CheckScalars(step, zero); error.failure()) return error;
   const float size = *step.typed_data(), at = *zero.typed_data();
   if (ffi::Error error = CheckGrid(size, at, a.bits); error.failure()) return error;
-  const Columns job{*geometry, MakeGrid(size, at, a.bits), *border, a.bits == 8 ? 128.0f : 0.0f};
+  const ColumnJob job{*geometry, MakeGrid(size, at, a.bits), *border, a.bits == 8 ? 128.0f : 0.0f};
   const ffi::DataType from = x.element_type(), to = columns->element_type();
   const bool single = from == ffi::F32, codes = to == ffi::S8;
   if ((!single && from != ffi::BF16) || (!codes && to != ffi::F32))

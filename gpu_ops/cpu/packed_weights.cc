@@ -8,7 +8,7 @@ constexpr float kByte = 128.0f;  // weights of 8 bits are multiplied less this
 
 }  // namespace
 
-VECTORISED void Pack(const Convolution& job, DotFunction dot, int64_t group, int64_t slice,
+VECTORISED void Pack(const Int8Convolution& job, DotFunction dot, int64_t group, int64_t slice,
                      PackedWeights& to) {
   const int64_t outer = job.Outer(), quads = job.Quads(), elements = job.Elements();
   const int64_t first = to.First(slice), count = to.Count(slice);
@@ -40,7 +40,7 @@ VECTORISED void Pack(const Convolution& job, DotFunction dot, int64_t group, int
   }
 }
 
-void PackDepthwise(const Convolution& job, PackedWeights& to) {
+void PackDepthwise(const Int8Convolution& job, PackedWeights& to) {
   const int64_t channels = job.outputs;
   for (int64_t t = 0; t < job.Window().Taps(); ++t)
     EACH(c, channels)

@@ -143,7 +143,7 @@ struct Buffer {
   int64_t Bytes() const { return Count() * Width(); }
 };
 
-using Attribute = std::variant<int64_t, bool, std::vector<int64_t>>;
+using Attribute = std::variant<int64_t, bool, float, std::vector<int64_t>>;
 
 struct Call {
   XLA_FFI_Handler* handler;
@@ -202,6 +202,8 @@ struct Call {
         }
         if (auto* number = std::get_if<int64_t>(&value))
           scalars.push_back({XLA_FFI_DataType_S64, number});
+        else if (auto* real = std::get_if<float>(&value))
+          scalars.push_back({XLA_FFI_DataType_F32, real});
         else
           scalars.push_back({XLA_FFI_DataType_PRED, &std::get<bool>(value)});
         values.push_back(&scalars.back());

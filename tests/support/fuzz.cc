@@ -8,10 +8,14 @@
 
 #include "../../gpu_ops/cpu/border_columns.cc"
 #include "../../gpu_ops/cpu/border_conv.cc"
+#include "../../gpu_ops/cpu/conv_int8.cc"
+#include "../../gpu_ops/cpu/conv_int8_task.cc"
+#include "../../gpu_ops/cpu/dot.cc"
 #include "../../gpu_ops/cpu/img2col.cc"
 #include "../../gpu_ops/cpu/img2col_border.cc"
 #include "../../gpu_ops/cpu/missing.cc"
 #include "../../gpu_ops/cpu/multiply.cc"
+#include "../../gpu_ops/cpu/packed_weights.cc"
 
 #include <chrono>
 #include <cstdio>
@@ -80,7 +84,10 @@ constexpr Kind kKinds[] = {
     {"border_columns", gpu_ops::BorderColumnsForward, false, true, false, false},
     {"border_columns_vjp", gpu_ops::BorderColumnsBackward, false, true, false, true},
     {"border_conv", gpu_ops::BorderConvForward, false, true, true, false},
-    {"border_conv_vjp", gpu_ops::BorderConvBackward, false, true, true, true}};
+    {"border_conv_vjp", gpu_ops::BorderConvBackward, false, true, true, true},
+    {"conv_int8", gpu_ops::ConvInt8Handler, true, false, false, false}};
+
+constexpr size_t kWeightZero = 5, kCodeGrids = 10;  // of the last kind's arguments
 
 void AddDeployed(Random& r, const Window& w, bool border, Call& call) {
   const int64_t row = w.Column() / w.groups + r.Below(3);
@@ -115,13 +122,47 @@ void AddTrained(Random& r, Window& w, const Kind& kind, Call& call) {
   if (kind.multiplies) call.results.push_back(Floats(kernel));
 }
 
+// All arguments and results of a deployed convolution, and the attributes that only it has.
+Call MakeConvolution(Random& r, const Window& w) {
+  const bool channel = r.Chance(2), added = r.Chance(2), coded = r.Chance(2), values = r.Chance(2);
+  const int64_t outputs = w.groups * r.Of({1, 2, 17, 70}), tensors = r.Below(3) + (values ? 0 : 1);
+  const int64_t taps = channel ? 1 : w.kernel[0] * w.kernel[1];
+  const int64_t powers = w.channels == 0 ? 0 : r.Below(4);
+  const std::vector<int64_t> y{w.images, w.out[0], w.out[1], outputs};
+  const XLA_FFI_DataType kinds[] = {XLA_FFI_DataType_F32, XLA_FFI_DataType_BF16,
+                                    XLA_FFI_DataType_U8};
+  Call call{gpu_ops::ConvInt8Handler, {}, {}, {}};
+  auto& a = call.arguments;
+  a.push_back(Array(kinds[r.Below(3)], {w.images, w.size[0], w.size[1], w.channels}));
+  for (int scalar = 0; scalar < 2; ++scalar) a.push_back(Floats({}));
+  a.push_back(Floats({powers, taps, w.channels}));
+  a.push_back(Array(XLA_FFI_DataType_U8,
+                    {w.kernel[0], w.kernel[1], w.channels / w.groups, outputs}));
+  for (int each = 0; each < 2; ++each) a.push_back(Floats({outputs}));
+  a.push_back(Floats({r.Chance(2) ? outputs : 0}));
+  a.push_back(Array(coded ? XLA_FFI_DataType_U8 : XLA_FFI_DataType_F32,
+                    added ? y : std::vector<int64_t>{0}));
+  a.push_back(Floats({added && coded ? 2 : 0}));
+  a.push_back(Floats({tensors, 2}));
+  a.push_back(Floats({tensors, 3, outputs}));
+  if (values) call.results.push_back(Floats(y));
+  for (int64_t t = 0; t < tensors; ++t) call.results.push_back(Array(XLA_FFI_DataType_U8, y));
+  call.attributes = {{"weight_bits", 2 + r.Below(7)}, {"per_channel", channel},
+                     {"values", values}, {"low", static_cast<float>(-r.Below(3))},
+                     {"high", static_cast<float>(r.Below(3))},
+                     {"code_bits", std::vector<int64_t>(tensors, 2 + r.Below(7))},
+                     {"code_phis", std::vector<int64_t>(tensors, r.Below(3))}};
+  return call;
+}
+
 Call MakeCall(Random& r, const Kind& kind) {
   Window w = RandomWindow(r, kind.padded);
   const bool border = kind.handler != gpu_ops::Img2colHandler;
-  Call call{kind.handler, {}, {}, {}};
+  const bool convolves = kind.handler == gpu_ops::ConvInt8Handler;
+  Call call = convolves ? MakeConvolution(r, w) : Call{kind.handler, {}, {}, {}};
   if (kind.trains) {
     AddTrained(r, w, kind, call);
-  } else {
+  } else if (!convolves) {
     AddDeployed(r, w, border, call);
     if (border) {
       for (int scalar = 0; scalar < 2; ++scalar) call.arguments.push_back(Floats({}));
@@ -129,8 +170,8 @@ Call MakeCall(Random& r, const Kind& kind) {
       call.arguments.push_back(Floats({powers, w.kernel[0] * w.kernel[1], w.channels}));
     }
   }
-  call.attributes = {{"kernel", w.kernel}, {"stride", w.stride}, {"dilation", w.dilation},
-                     {"padding", w.padding}, {"groups", w.groups}};
+  call.attributes.insert({{"kernel", w.kernel}, {"stride", w.stride}, {"dilation", w.dilation},
+                          {"padding", w.padding}, {"groups", w.groups}});
   if (border)
     call.attributes.insert({{"bits", w.bits}, {"shared_across_taps", r.Chance(2)},
                             {"phi", r.Below(3)}});
@@ -162,6 +203,7 @@ void Spoil(Random& r, Call& call) {
     case 5: list.pop_back(); return;
     default:
       if (auto* array = std::get_if<std::vector<int64_t>>(&at->second)) {
+        if (array->empty()) return array->push_back(odd);
         if (r.Chance(4)) return array->pop_back();
         (*array)[r.Below(array->size())] = odd;
       } else if (auto* number = std::get_if<int64_t>(&at->second)) {
@@ -184,6 +226,17 @@ void Fill(Random& r, Call& call) {
     }
   }
   for (Buffer& buffer : call.results) buffer.data.reset(new char[buffer.Bytes()]);
+}
+
+// Zero points, and the grids of the codes that result, which a call must have right.
+void FillGrids(Random& r, Call& call) {
+  auto set = [&](size_t argument, int64_t i, float value) {
+    std::memcpy(call.arguments[argument].data.get() + 4 * i, &value, 4);
+  };
+  for (int64_t i = 0; i < call.arguments[kWeightZero].Count(); ++i)
+    set(kWeightZero, i, static_cast<float>(r.Below(4)));
+  for (int64_t i = 0; i < call.arguments[kCodeGrids].Count(); ++i)
+    set(kCodeGrids, i, static_cast<float>(1 + r.Below(3)));
 }
 
 std::string Results(Call& call) {
@@ -209,6 +262,7 @@ bool Check(const Kind& kind, uint64_t seed, runtime::Pool& many, runtime::Pool& 
   const bool spoilt = r.Chance(3), scarce = !spoilt && r.Chance(3);
   if (spoilt) Spoil(r, call);
   Fill(r, call);
+  if (kind.handler == gpu_ops::ConvInt8Handler && !spoilt) FillGrids(r, call);
   const bool wrong_step = r.Chance(16);
   const size_t step = kind.trains ? 2 : 1;
   if (kind.handler != gpu_ops::Img2colHandler && call.arguments.size() > step + 1) {
