@@ -125,11 +125,10 @@ class _Function(NamedTuple):
 
 def _function(quantized: Quantized, program: Traced, batch: Any) -> _Function:
     reads: dict[str, ReadWeight] = {}
-    bits = {spec.path: spec.weight_bits for spec in quantized.specs}
     weights = {
         path: jax.ShapeDtypeStruct(quantized.layers[path].codes.shape, jnp.float32)
         for path in sorted(quantized.layers)  # as the leaves of a dict are
-        if bits[path] is not None
+        if quantized.layers[path].codes.dtype in (jnp.uint8, jnp.float32)
     }
     # All calls are inlined: jax2onnx 0.17 knows no call of JAX 0.12.
     apply = _apply_of_weights(quantized, program, reads)
@@ -177,10 +176,9 @@ def _apply_of_weights(
 
 def _read(reads: dict[str, ReadWeight], integer: bool, op: Op, state: LayerState) -> jax.Array:
     """The weight of a layer; notes how its codes are dequantized."""
-    if state.scale.size:
-        scale = np.asarray(state.scale)
-        weight = ReadWeight(op.layer.channel_axes, scale**0 if integer else scale)
-        reads[op.layer.path] = weight
+    scale = np.asarray(state.scale)
+    weight = ReadWeight(op.layer.channel_axes, scale**0 if integer else scale)
+    reads[op.layer.path] = weight
     return state.codes
 
 

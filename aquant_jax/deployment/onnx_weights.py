@@ -1,4 +1,4 @@
-"""The weights of an ONNX model: codes behind a DequantizeLinear in the place of float inputs."""
+"""The weights of an ONNX model, in the place of inputs: codes behind a DequantizeLinear, or floats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ReadWeight(NamedTuple):
 
     Attributes:
       axes: output channel axes of the codes.
-      scale: float32 ``[channels]``.
+      scale: float32 ``[channels]``; empty for float weights.
     """
 
     axes: tuple[int, ...]
@@ -28,8 +28,8 @@ class ReadWeight(NamedTuple):
 
 
 def dequantize_inputs(model: Any, quantized: Quantized, reads: Mapping[str, ReadWeight]) -> None:
-    """Puts codes and a DequantizeLinear in the place of every weight that is an input."""
-    from onnx import helper
+    """Puts every weight that is an input in its place."""
+    from onnx import helper, numpy_helper
 
     weights = [value for value in model.graph.input if value.name in reads]
     bits = {spec.path: spec.weight_bits or 0 for spec in quantized.specs}
@@ -37,6 +37,9 @@ def dequantize_inputs(model: Any, quantized: Quantized, reads: Mapping[str, Read
     for value in weights:
         model.graph.input.remove(value)
         layer = jax.tree.map(np.asarray, quantized.layers[value.name])
+        if not layer.scale.size:
+            model.graph.initializer.append(numpy_helper.from_array(layer.codes, value.name))
+            continue
         made = _weight_nodes(value.name, layer, bits[value.name], reads[value.name])
         nodes += made[0]
         model.graph.initializer.extend(made[1])

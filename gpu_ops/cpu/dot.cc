@@ -33,25 +33,30 @@ void DotPlain(const uint8_t* codes, int64_t row, int64_t rows, const int8_t* wei
 
 #if defined(__x86_64__) && !defined(DOT_PLAIN)
 
+#define UNROLLED(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); ++i)
+
 // Defines Dot`NAME`, of tiles of at most `ROWS` rows and `VECTORS` vectors of VECTOR.
 #define DOT_TILES(NAME, TARGET, VECTOR, ROWS, VECTORS)                                            \
   template <int kRows, int kVectors>                                                              \
   TARGET inline void Tile##NAME(const uint8_t* codes, int64_t row, const int8_t* weights,         \
                                 int64_t quads, int64_t outputs, int32_t* sums) {                  \
     VECTOR sum[kRows][kVectors];                                                                  \
-    for (int i = 0; i < kRows; ++i)                                                               \
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = VECTOR{};                                    \
+    UNROLLED(i, kRows)                                                                            \
+      UNROLLED(v, kVectors) sum[i][v] = VECTOR{};                                                 \
     for (int64_t q = 0; q < quads; ++q, weights += outputs * kQuad) {                             \
       VECTOR weight[kVectors];                                                                    \
-      for (int v = 0; v < kVectors; ++v)                                                          \
+      UNROLLED(v, kVectors)                                                                       \
         std::memcpy(&weight[v], weights + v * sizeof(VECTOR), sizeof(VECTOR));                    \
-      for (int i = 0; i < kRows; ++i) {                                                           \
+      UNROLLED(i, kRows) {                                                                        \
         const VECTOR code = Every##NAME(Quad(codes + i * row + q * kQuad));                       \
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = Add##NAME(sum[i][v], code, weight[v]);     \
+        UNROLLED(v, kVectors) sum[i][v] = Add##NAME(sum[i][v], code, weight[v]);                  \
       }                                                                                           \
     }                                                                                             \
-    for (int i = 0; i < kRows; ++i)                                                               \
-      std::memcpy(sums + i * kSlice, sum[i], sizeof sum[i]);                                      \
+    UNROLLED(i, kRows)                                                                            \
+      UNROLLED(v, kVectors) {                                                                     \
+        const VECTOR value = sum[i][v]; /* the address of a sum would put it in memory */         \
+        std::memcpy(sums + i * kSlice + v * sizeof(VECTOR) / 4, &value, sizeof value);            \
+      }                                                                                           \
   }                                                                                               \
                                                                                                   \
   template <int kVectors>                                                                         \
@@ -87,13 +92,16 @@ void DotPlain(const uint8_t* codes, int64_t row, int64_t rows, const int8_t* wei
 
 AVX512_VNNI inline __m512i EveryAvx512Vnni(int32_t quad) { return _mm512_set1_epi32(quad); }
 AVX512_VNNI inline __m512i AddAvx512Vnni(__m512i sum, __m512i codes, __m512i weights) {
-  return _mm512_dpbusd_epi32(sum, codes, weights);
+  // GCC 12 copies the sum before the intrinsic, and 24 of them do not fit the registers twice.
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(weights));
+  return sum;
 }
 DOT_TILES(Avx512Vnni, AVX512_VNNI, __m512i, 6, 4)
 
 AVX_VNNI inline __m256i EveryAvxVnni(int32_t quad) { return _mm256_set1_epi32(quad); }
 AVX_VNNI inline __m256i AddAvxVnni(__m256i sum, __m256i codes, __m256i weights) {
-  return _mm256_dpbusd_avx_epi32(sum, codes, weights);
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(weights));
+  return sum;
 }
 DOT_TILES(AvxVnni, AVX_VNNI, __m256i, 6, 2)
 
