@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from aquant_jax.arithmetic.uniform import ActivationQuantizer, dequantize, quantize, to_units
+from aquant_jax.deployment.onnx_nodes import rewrite_nodes
 from aquant_jax.deployment.onnx_weights import ReadWeight, dequantize_inputs
 from aquant_jax.deployment.quantized import Quantized, Traced
 from aquant_jax.deployment.stablehlo import batches_of, in_batches
@@ -72,6 +73,7 @@ def to_onnx(quantized: Quantized, inputs: Any = None) -> Any:
             problem = problem or error
             continue
         dequantize_inputs(model, quantized, network.reads)
+        rewrite_nodes(model)
         return model
     said = problem and reason(problem)
     raise InputError(f"the network cannot become ONNX: {said}") from problem

@@ -19,6 +19,7 @@
 namespace gpu_ops {
 
 constexpr int64_t kPanelBytes = 1 << 17;
+constexpr int64_t kSlack = 32;  // bytes behind codes that may be read, or written before others are
 
 // A tensor of codes of the result's shape.
 struct CodeGrid {
@@ -69,7 +70,7 @@ struct Int8Convolution {
 // The weights of every group, sliced by outputs and packed for the products; `constant` and
 // `factor` complete the sum of an output: total + constant + factor * (sum of the codes).
 struct PackedWeights {
-  std::vector<int8_t> packed;
+  std::vector<int8_t> packed, ones;  // the latter of 8 bits, to sum codes
   std::vector<int32_t> constant, factor;
   std::vector<float> depthwise;
   int64_t width, slices;  // outputs of a group, filled up, and its slices
@@ -82,6 +83,7 @@ struct PackedWeights {
       return;
     }
     packed.resize(groups * width * job.Quads() * kQuad);
+    if (job.weight_bits == 8) ones.assign(job.Quads() * kLane * kQuad, 1);
     constant.resize(groups * width);
     factor.resize(groups * width);
   }
@@ -109,12 +111,11 @@ struct TaskScratch {
 
   explicit TaskScratch(const Int8Convolution& job, int64_t rows)
       : units(job.RowElement() == sizeof(float) ? RowElements(job, rows) : 0),
-        // Of images without channels, too, there is something to point to.
-        codes(job.RowElement() == sizeof(float) ? 0 : RowElements(job, rows) + 1),
-        panel(job.RowsAreColumns() || job.Depthwise() ? 0 : Pixels(job) * PanelRow(job) + 1),
-        column(job.per_element && !job.Depthwise() ? job.Window().Column() : 0),
+        codes(job.RowElement() == sizeof(float) ? 0 : RowElements(job, rows) + kSlack),
+        panel(job.RowsAreColumns() || job.Depthwise() ? 0 : Pixels(job) * PanelRow(job) + kSlack),
+        column(job.per_element && !job.Depthwise() ? job.Window().Column() + kSlack : 0),
         sums(job.Depthwise() ? 0 : Pixels(job) * kSlice),
-        code_sums(job.Depthwise() || job.weight_bits < 8 ? 0 : Pixels(job) * job.Window().groups),
+        code_sums(job.Depthwise() || job.weight_bits < 8 ? 0 : Pixels(job)),
         line(job.Depthwise() ? job.outputs : kSlice),
         pixel(job.columns) {}
 
@@ -132,7 +133,7 @@ struct TaskScratch {
   static int64_t Bytes(const Int8Convolution& job, int64_t rows) {
     const int64_t pixels = Pixels(job);
     return RowElements(job, rows) * job.RowElement() + pixels * PanelRow(job) +
-           pixels * (kSlice + job.Window().groups) * sizeof(int32_t) + job.Window().Column() +
+           pixels * (kSlice + 1) * sizeof(int32_t) + job.Window().Column() +
            (job.outputs + kSlice) * sizeof(float) + ColumnScratch::Bytes(job.Window());
   }
 };

@@ -78,6 +78,12 @@ BORDER_INLINE void CopyCodes(const ColumnJob& job, const uint8_t* image, int64_t
   });
 }
 
+// Copies whole vectors, up to kSlack bytes more than `size`: calls of memcpy take longer than short
+// runs of taps do.
+BORDER_INLINE void CopyRun(const uint8_t* from, int64_t size, uint8_t* to) {
+  for (int64_t i = 0; i < size; i += kSlack) std::memcpy(to + i, from + i, kSlack);
+}
+
 // One pixel's codes by group, each group's filled up to whole quads; `from` finds a run of taps whose
 // channels follow each other.
 template <typename From>
@@ -86,7 +92,7 @@ BORDER_INLINE void GroupCodes(const Int8Convolution& job, int64_t run, From from
   const int64_t size = run * g.Inner(), runs = g.Taps() / run, row = job.Quads() * kQuad;
   for (int64_t group = 0; group < g.groups; ++group) {
     for (int64_t r = 0; r < runs; ++r)
-      std::memcpy(panel + r * size, from(r * run) + group * g.Inner(), size);
+      CopyRun(from(r * run) + group * g.Inner(), size, panel + r * size);
     std::fill(panel + runs * size, panel + row, uint8_t{0});
     panel += row;
   }
@@ -117,15 +123,12 @@ BORDER_INLINE void FillPanel(const Int8Convolution& job, int64_t first, int64_t 
   }
 }
 
-// The sums of every pixel's codes, group by group, for weights of 8 bits.
-BORDER_INLINE void SumCodes(const Int8Convolution& job, const uint8_t* panel, int64_t count,
-                            int32_t* sums) {
-  const int64_t row = job.Quads() * kQuad, rows = count * job.Window().groups;
-  for (int64_t i = 0; i < rows; ++i) {
-    int32_t sum = 0;
-    for (int64_t k = 0; k < row; ++k) sum += panel[i * row + k];
-    sums[i] = sum;
-  }
+// The sums of every pixel's codes in one group, for weights of 8 bits: a product with ones.
+inline void SumCodes(const PackedWeights& w, DotFunction dot, const uint8_t* panel, int64_t row,
+                     int64_t count, TaskScratch& s) {
+  const int64_t quads = static_cast<int64_t>(w.ones.size()) / (kLane * kQuad);
+  dot(panel, row, count, w.ones.data(), quads, kLane, s.sums.data());
+  for (int64_t i = 0; i < count; ++i) s.code_sums[i] = s.sums[i * kSlice];
 }
 
 // Calls `run` with the degree of a border function as a constant.
@@ -142,14 +145,14 @@ BORDER_INLINE void WithDegree(int degree, Run run) {
 // A slice's sums of `count` pixels become results.
 BORDER_INLINE void FinishSlice(const Int8Convolution& job, const PackedWeights& w, int64_t group,
                                int64_t slice, int64_t pixel, int64_t count, TaskScratch& s) {
-  const int64_t outer = job.Outer(), groups = job.Window().groups, first = w.First(slice);
+  const int64_t outer = job.Outer(), first = w.First(slice);
   const int64_t size = std::min(w.Count(slice), outer - first);
   const int32_t* constant = w.constant.data() + group * w.width + first;
   const int32_t* factor = w.factor.data() + group * w.width + first;
   float* y = s.line.data();
   for (int64_t i = 0; i < count; ++i) {
     const int32_t* sums = s.sums.data() + i * kSlice;
-    const int32_t codes = s.code_sums.empty() ? 0 : s.code_sums[i * groups + group];
+    const int32_t codes = w.ones.empty() ? 0 : s.code_sums[i];
     EACH(o, size) y[o] = static_cast<float>(sums[o] + constant[o] + factor[o] * codes);
     Finish(job.results, pixel + i, job.outputs, group * outer + first, size, y);
   }
@@ -166,13 +169,15 @@ BORDER_INLINE void Multiply(const Int8Convolution& job, const PackedWeights& w, 
     const int64_t pixel = (task.n * g.Out(0) + task.first) * width + p;
     if (direct == nullptr) FillPanel<degree>(job, p, count, s);
     const uint8_t* panel = direct == nullptr ? s.panel.data() : direct + p * row;
-    if (!s.code_sums.empty()) SumCodes(job, panel, count, s.code_sums.data());
-    for (int64_t group = 0; group < g.groups; ++group)
+    for (int64_t group = 0; group < g.groups; ++group) {
+      const uint8_t* codes = panel + group * quads * kQuad;
+      if (!w.ones.empty()) SumCodes(w, dot, codes, row, count, s);
       for (int64_t slice = task.slice; slice < task.slices; ++slice) {
-        dot(panel + group * quads * kQuad, row, count,
-            w.packed.data() + w.At(group, slice, quads), quads, w.Count(slice), s.sums.data());
+        dot(codes, row, count, w.packed.data() + w.At(group, slice, quads), quads,
+            w.Count(slice), s.sums.data());
         FinishSlice(job, w, group, slice, pixel, count, s);
       }
+    }
   }
 }
 
