@@ -41,6 +41,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "throughput": speed_tables.throughput,
     "columns": speed_tables.columns,
     "deploy": speed_tables.deploy,
+    "backends": speed_tables.backends,
     "latency": speed_tables.latency,
     "size": speed_tables.size,
     "ablation-first": ablation_tables.first,

@@ -41,9 +41,19 @@ def throughput(load: Load) -> str:
 
 
 def deploy(load: Load) -> str:
+    """Whole networks by several runtimes, milliseconds a batch."""
+    runs = load("deploy_cpu")["runs"]
+    names = list(dict.fromkeys(name for run in runs for name in run["ms"]))
+    times = [{name: f"{ms['median']:,.1f}" for name, ms in run["ms"].items()} for run in runs]
+    rows = [[name, *(found.get(name, "not run") for found in times)] for name in names]
+    heads = [f"{run['model']}, batch {run['batch_size']}" for run in runs]
+    return markdown(["", *heads], rows, 1)
+
+
+def backends(load: Load) -> str:
     """Quantized networks in float32 and in integers."""
     rows = []
-    for net in load("deploy_cpu")["networks"]:
+    for net in load("backends_cpu")["networks"]:
         ms = {way: value["median"] for way, value in net["ms_a_batch"].items()}
         same = f"{net['same_class']:,} of {net['images']:,}"
         ratio = f"{net['reference_over_gpu_ops']:.2f}"
@@ -55,7 +65,7 @@ def deploy(load: Load) -> str:
 
 def columns(load: Load) -> str:
     """The im2col columns alone."""
-    ms = load("deploy_cpu")["columns"]["ms"]
+    ms = load("backends_cpu")["columns"]["ms"]
     names = {
         "gpu_ops": "`gpu_ops.img2col_border`",
         "rows": "jnp, runs of rows",

@@ -83,8 +83,7 @@ def plan_fusions(program: BlockProgram) -> FusionPlan:
         fusion, inside = _fuse(program, op, taken)
         fusions[fusion.result] = fusion
         taken.update(inside)
-    residuals = {(f.residual, f.last.outputs[0]) for f in fusions.values()}
-    wanted = {result: _wanted(program, result, residuals) for result in fusions}
+    wanted = {result: _wanted(program, result) for result in fusions}
     return FusionPlan(fusions, frozenset(taken - fusions.keys()), wanted)
 
 
@@ -220,26 +219,19 @@ def _number(atom: Any) -> float | None:
     return None if math.isnan(number) else number
 
 
-def _wanted(program: BlockProgram, value: int, residuals: set[tuple[int | None, int]]) -> Wanted:
-    """What the readers of `value` want; `residuals` are (value, output of the op that adds it)."""
-    readers, values = [], value in program.subgraph.outputs
-    quantized = value in program.tensor_of
-    nearest = False
+def _wanted(program: BlockProgram, value: int) -> Wanted:
+    """What the readers of `value` want."""
+    values, quantized = value in program.subgraph.outputs, value in program.tensor_of
     specs = {spec.path: spec for spec in program.specs}
+    readers: list[str] = []
     for op in program.subgraph.ops:
         if value not in op.reads:
             continue
-        if op.layer is not None:
-            spec = specs[op.layer.path]
-            if not quantized or not reads_codes(program, op, spec, value):
-                values = True
-            elif spec.border is None:
-                nearest = True
-            else:
-                readers.append(op.layer.path)
-        elif op.name in ALIASES or not quantized:
-            values = True
+        spec = None if op.layer is None else specs[op.layer.path]
+        if spec is None and quantized and op.name not in ALIASES:
+            readers.append(NEAREST)
+        elif spec is not None and quantized and reads_codes(program, op, spec, value):
+            readers.append(spec.path if spec.border else NEAREST)
         else:
-            nearest = True
-    # Rounded to nearest from values that are there anyway, where no layer wants these codes.
-    return Wanted(values, (*readers, *([NEAREST] if nearest else [])))
+            values = True
+    return Wanted(values, tuple(dict.fromkeys(readers)))

@@ -1,4 +1,4 @@
-"""The weights of an ONNX model, in the place of inputs: codes behind a DequantizeLinear, or floats."""
+"""The weights of an ONNX model, in the place of inputs: dequantized codes, or floats."""
 
 from __future__ import annotations
 

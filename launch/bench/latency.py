@@ -227,9 +227,7 @@ def _integer(layer: Layer, rounding: Rounding, operands: tuple[Any, ...]) -> Way
     def run(x: jax.Array, quantizer: Any, borders: Any, weights: tuple[Any, ...]) -> jax.Array:
         quantized = _quantized(weights)
         operands = (x, quantizer, borders, quantized, rounding, layer.geometry)
-        y = gpu_ops.conv_border_int8(*operands).values
-        assert y is not None
-        return y
+        return jax.tree.leaves(gpu_ops.conv_border_int8(*operands))[0]
 
     return Way(run, operands)
 

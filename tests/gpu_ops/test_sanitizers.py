@@ -14,7 +14,8 @@ from tests.support.process import REPOSITORY
 SECONDS = os.environ.get("AQUANT_FUZZ_SECONDS", "1")
 FLAGS = (
     "-std=c++17", "-O0", "-g1", "-ffp-contract=off", "-pthread", "-DVECTORISED=",
-    "-DINLINED_LAMBDA=", "-DBORDER_INLINE=inline", "-D_GLIBCXX_ASSERTIONS", "-fno-sanitize-recover=all",
+    "-DINLINED_LAMBDA=", "-DBORDER_INLINE=inline", "-D_GLIBCXX_ASSERTIONS",
+    "-fno-sanitize-recover=all",
 )  # fmt: skip
 HANDLERS = {"img2col", "img2col_border", "border_columns", "border_columns_vjp", "border_conv",
             "border_conv_vjp", "conv_int8"}  # fmt: skip
