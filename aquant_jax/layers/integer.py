@@ -115,34 +115,6 @@ def in_integers(op: Op, spec: LayerSpec) -> bool:
     return spec.tensor is not None and spec.weight_bits is not None and not batched
 
 
-def run_integer_layer(
-    op: Op,
-    spec: LayerSpec,
-    inputs: LayerInput,
-    state: LayerState,
-    *,
-    convolve: Callable[..., Results],
-) -> Inexact[Array, "..."]:
-    """Run a deployed layer by a convolution of codes.
-
-    A layer that is not `in_integers`, and one with an empty batch, runs in the reference
-    implementation.
-
-    Args:
-      op, spec, inputs, state: see `run_deployed_layer`; no element may stay unquantized.
-      convolve: has the contract of `backend.Backend.convolve_codes`.
-
-    Returns:
-      The output, in the layout of the op.
-    """
-    if inputs.quantizer is None or not in_integers(op, spec) or not inputs.x.size:
-        return run_deployed_layer(op, spec, inputs, state)
-    x = inputs.x.astype(jnp.float32)
-    values = convolve_layer(op, spec, x, inputs.quantizer, state, convolve=convolve).values
-    assert values is not None
-    return values
-
-
 def convolve_layer(
     op: Op,
     spec: LayerSpec,

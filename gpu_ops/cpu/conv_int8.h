@@ -57,14 +57,13 @@ struct Int8Convolution {
     return columns.g.Inner() == 1 && Outer() == 1 && columns.g.groups > 1 &&
            columns.g.Taps() < (1 << 8);
   }
-  bool Units() const { return per_element; }
   // The rows of the input are the columns.
   bool RowsAreColumns() const {
     const Geometry& g = columns.g;
     return !per_element && !Depthwise() && g.groups == 1 && g.Taps() == 1 && g.stride[0] == 1 &&
            g.stride[1] == 1 && g.channels % kQuad == 0;
   }
-  size_t RowElement() const { return Units() || Depthwise() ? sizeof(float) : sizeof(uint8_t); }
+  size_t RowElement() const { return per_element || Depthwise() ? sizeof(float) : sizeof(uint8_t); }
 };
 
 // The weights of every group, sliced by outputs and packed for the products; `constant` and

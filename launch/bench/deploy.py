@@ -8,8 +8,7 @@ tensors; with --float_stem the first layer runs in float.
 
 Example:
 
-    python -m launch.bench.deploy --model=resnet18 --bits=4 --batch_size=32 --rounds=15 \
-        --out=resnet18.json
+    python -m launch.bench.deploy --model=resnet18 --bits=4 --rounds=15 --out=resnet18.json
 """
 
 import dataclasses
@@ -28,8 +27,8 @@ import gpu_ops
 from aquant_jax import models
 from aquant_jax.deployment.onnx import to_onnx
 from aquant_jax.storage.environment import environment
-from launch.bench import peers, timing
-from launch.lib import command_line
+from launch.bench import timing
+from launch.lib import command_line, peers
 
 WAYS = {"nearest": ("nearest", "element"), "channel": ("aquant", "channel"),
         "element": ("aquant", "element")}  # fmt: skip

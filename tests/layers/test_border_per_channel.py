@@ -12,7 +12,7 @@ from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.layers.backend import ReferenceBackend
 from aquant_jax.layers.fake_quant import LayerInput, LayerState, Weights, run_layer
-from aquant_jax.layers.integer import run_deployed_layer, run_integer_layer
+from aquant_jax.layers.integer import convolve_layer, run_deployed_layer
 from tests.layers.test_fake_quant import (
     CONVOLUTIONS,
     GRID,
@@ -35,7 +35,12 @@ def trained(op, spec, inputs, state):
 
 
 def with_codes(backend):
-    return functools.partial(run_integer_layer, convolve=backend.convolve_codes)
+    def run(op, spec, inputs, state):
+        x, quantizer, _ = inputs
+        operands = (op, spec, jnp.asarray(x), quantizer, state)
+        return convolve_layer(*operands, convolve=backend.convolve_codes).values
+
+    return run
 
 
 RUNS = {

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from launch.bench import deploy, peers
+from launch.bench import deploy
+from launch.lib import peers
 
 
 @pytest.mark.parametrize("float_stem", [False, True], ids=["codes", "float stem"])
