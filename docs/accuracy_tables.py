@@ -65,6 +65,20 @@ def whole_network(load: Load) -> str:
     return markdown(head, rows)
 
 
+def stage_w4a4(load: Load) -> str:
+    """ResNet-20 at W4A4, qdrop and aquant with the same whole-network stage."""
+    found = {(run["preset"], run["seed"]): run for run in load("resnet20_w4a4_stage")["runs"]}
+    seeds = sorted({seed for _, seed in found})
+    rows, gains = [], []
+    for seed in seeds:
+        pair = [found[preset, seed]["quantized"]["top1"] for preset in ("qdrop", "aquant_plus")]
+        gains.append(pair[1] - pair[0])
+        rows.append([str(seed), *(f"{top1:.2f}" for top1 in pair), f"{gains[-1]:+.2f}"])
+    error = statistics.stdev(gains) / len(gains) ** 0.5
+    rows.append(["mean", "", "", f"{statistics.mean(gains):+.2f} ± {error:.2f}"])
+    return markdown(["seed", "qdrop and the stage", "aquant_plus", "difference"], rows, 1)
+
+
 def border_auto(load: Load) -> str:
     """ResNet-20 with borders chosen by block, between qdrop (none) and aquant (all)."""
     rows = []
