@@ -20,7 +20,7 @@ from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.layers.backend import ReferenceBackend
 from aquant_jax.layers.column import Rounding, contract
 from aquant_jax.layers.conv_geometry import ConvGeometry
-from aquant_jax.layers.epilogue import NO_EPILOGUE, Codes, Epilogue, Requantization, Results
+from aquant_jax.layers.epilogue import NO_EPILOGUE, Codes, Epilogue, Results, coded
 from aquant_jax.layers.integer import QuantizedWeights
 from gpu_ops import targets
 from gpu_ops.border_columns import border_columns
@@ -89,8 +89,8 @@ class CustomCallBackend(NamedTuple):
             y = self.convolve_codes(*operands).values
             assert y is not None
             return Results(y if epilogue.values else None, tuple(r.codes(y) for r in wanted))
-        if rounding.per_channel and not _built_in(rounding) and not isinstance(x, Codes):
-            x = Codes(Requantization(quantizer, rounding, coefficients).codes(x), quantizer)
+        if not _built_in(rounding):
+            x = coded(x, quantizer, coefficients, rounding)
         served = isinstance(x, Codes) or _built_in(rounding)
         if not served or not _has_handlers(geometry):
             operands = (x, quantizer, coefficients, weights, geometry, rounding, epilogue)

@@ -13,7 +13,7 @@ from aquant_jax.arithmetic.border import Coefficients
 from aquant_jax.arithmetic.uniform import ActivationQuantizer, product
 from aquant_jax.layers.column import Rounding
 from aquant_jax.layers.conv_geometry import ConvGeometry
-from aquant_jax.layers.epilogue import NO_EPILOGUE, Codes, Epilogue, Requantization, Results
+from aquant_jax.layers.epilogue import NO_EPILOGUE, Codes, Epilogue, Results, for_columns
 from aquant_jax.layers.integer import QuantizedWeights
 from gpu_ops import arguments
 from gpu_ops.conv_int8 import conv_int8
@@ -76,10 +76,7 @@ def by_columns(
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> Results:
     """`conv_border_int8` of checked operands."""
-    if rounding.per_channel and not isinstance(x, Codes):
-        x = Codes(Requantization(quantizer, rounding, coefficients).codes(x), quantizer)
-    if isinstance(x, Codes):
-        x, coefficients, rounding = x.dequantized(), {}, Rounding(rounding.bits)
+    x, coefficients, rounding = for_columns(x, quantizer, coefficients, rounding)
     align = ALIGN.get(jax.default_backend(), 1)
     columns = img2col_border(x, quantizer, coefficients, rounding, geometry, align=align)
     int8, offset = int8_weights(weights, geometry.groups)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.graph.ir import ALIASES, Atom, Literal, Op
-from aquant_jax.layers.fake_quant import LayerSpec
+from aquant_jax.layers.fake_quant import LayerSpec, needs_columns
 from aquant_jax.layers.integer import in_integers, keeps_layout
 from aquant_jax.plan.block_program import BlockProgram
 
@@ -77,13 +77,18 @@ def plan_fusions(program: BlockProgram) -> FusionPlan:
     """The fusions of a network whose layers run in integers where they can."""
     fusions: dict[int, Fusion] = {}
     taken: set[int] = set()
+    readers: dict[int, list[Op]] = {}
+    for op in program.subgraph.ops:
+        for value in dict.fromkeys(op.reads):
+            readers.setdefault(value, []).append(op)
     for op, spec in zip(program.subgraph.weighted, program.specs, strict=True):
         if not in_integers(op, spec):
             continue
-        fusion, inside = _fuse(program, op, taken)
+        fusion, inside = _fuse(program, readers, op, taken)
         fusions[fusion.result] = fusion
         taken.update(inside)
-    wanted = {result: _wanted(program, result) for result in fusions}
+    specs = {spec.path: spec for spec in program.specs}
+    wanted = {r: _wanted(program, specs, r, readers.get(r, ())) for r in fusions}
     return FusionPlan(fusions, frozenset(taken - fusions.keys()), wanted)
 
 
@@ -94,17 +99,15 @@ def reads_codes(program: BlockProgram, op: Op, spec: LayerSpec, value: int) -> b
         return False
     if program.avals[value].dtype != jnp.float32:
         return False
-    if spec.border is None or op.layer.kind == "dense" or spec.border_granularity == "channel":
-        return True
-    spatial = op.params["dimension_numbers"].rhs_spec[2:]
-    taps = [op.layer.weight_shape[axis] for axis in spatial]
-    return set(taps) == {1} and not any(end for pair in op.params["padding"] for end in pair)
+    return spec.border is None or not needs_columns(op, spec)
 
 
-def _fuse(program: BlockProgram, op: Op, taken: set[int]) -> tuple[Fusion, list[int]]:
+def _fuse(
+    program: BlockProgram, readers: Mapping[int, Sequence[Op]], op: Op, taken: set[int]
+) -> tuple[Fusion, list[int]]:
     """The fusion of a layer, and the outputs of the ops inside it."""
     fusion, inside = Fusion(op, op, op.outputs[0]), [op.outputs[0]]
-    while keeps_layout(op) and (reader := _only_reader(program, fusion.result)) is not None:
+    while keeps_layout(op) and (reader := _only_reader(program, readers, fusion.result)):
         (out,) = reader.outputs
         longer = _longer(program, fusion, reader)
         if longer is None or out in taken:
@@ -114,14 +117,16 @@ def _fuse(program: BlockProgram, op: Op, taken: set[int]) -> tuple[Fusion, list[
     return fusion, inside
 
 
-def _only_reader(program: BlockProgram, value: int) -> Op | None:
+def _only_reader(
+    program: BlockProgram, readers: Mapping[int, Sequence[Op]], value: int
+) -> Op | None:
     """The op that alone reads a float32 value, which is neither quantized nor an output."""
     if value in program.tensor_of or value in program.subgraph.outputs:
         return None
     if program.avals[value].dtype != jnp.float32:
         return None
-    readers = [op for op in program.subgraph.ops if value in op.reads]
-    return readers[0] if len(readers) == 1 and readers[0].layer is None else None
+    found = readers.get(value, ())
+    return found[0] if len(found) == 1 and found[0].layer is None else None
 
 
 def _longer(program: BlockProgram, fusion: Fusion, op: Op) -> Fusion | None:
@@ -170,19 +175,22 @@ def _jaxpr_bounds(closed: Any) -> tuple[float, float] | None:
     jaxpr = closed.jaxpr
     if len(jaxpr.invars) != 1 or len(jaxpr.outvars) != 1:
         return None
-    value, bounds, converted = jaxpr.invars[0], EVERYTHING, {}
+    value, bounds = jaxpr.invars[0], EVERYTHING
+    converted: dict[int, float | None] = {}  # literals, by the id of their variable
+
+    def number(atom: Any) -> float | None:
+        return converted.get(id(atom), _number(atom))
+
     for equation in jaxpr.eqns:
         name, operands = equation.primitive.name, equation.invars
         if name == CONVERT and operands[0] is not value:
-            converted[equation.outvars[0]] = _number(operands[0])
+            converted[id(equation.outvars[0])] = _number(operands[0])
             continue
         if name in CALLS and operands == [value]:
             next_bounds = _jaxpr_bounds(equation.params[CALLS[name]])
         else:
-            others = {id(v): number for v, number in converted.items()}
-            find = lambda atom, others=others: others.get(id(atom), _number(atom))  # noqa: E731
-            reads = [atom for atom in operands if find(atom) is None]
-            next_bounds = _bounds(name, operands, find) if reads == [value] else None
+            reads = [atom for atom in operands if number(atom) is None]
+            next_bounds = _bounds(name, operands, number) if reads == [value] else None
         if next_bounds is None:
             return None
         bounds, value = _both(bounds, next_bounds), equation.outvars[0]
@@ -219,14 +227,13 @@ def _number(atom: Any) -> float | None:
     return None if math.isnan(number) else number
 
 
-def _wanted(program: BlockProgram, value: int) -> Wanted:
-    """What the readers of `value` want."""
+def _wanted(
+    program: BlockProgram, specs: Mapping[str, LayerSpec], value: int, ops: Sequence[Op]
+) -> Wanted:
+    """What `ops`, the readers of `value`, want."""
     values, quantized = value in program.subgraph.outputs, value in program.tensor_of
-    specs = {spec.path: spec for spec in program.specs}
     readers: list[str] = []
-    for op in program.subgraph.ops:
-        if value not in op.reads:
-            continue
+    for op in ops:
         spec = None if op.layer is None else specs[op.layer.path]
         if spec is None and quantized and op.name not in ALIASES:
             readers.append(NEAREST)

@@ -14,7 +14,7 @@ from aquant_jax.arithmetic.uniform import NEAREST, ActivationQuantizer
 from aquant_jax.layers import im2col
 from aquant_jax.layers.column import Rounding
 from aquant_jax.layers.conv_geometry import ConvGeometry
-from aquant_jax.layers.epilogue import NO_EPILOGUE, Codes, Epilogue, Requantization, Results
+from aquant_jax.layers.epilogue import NO_EPILOGUE, Codes, Epilogue, Results, for_columns
 from aquant_jax.layers.integer import QuantizedWeights
 
 
@@ -89,10 +89,7 @@ class ReferenceBackend(NamedTuple):
         epilogue: Epilogue = NO_EPILOGUE,
     ) -> Results:
         """See `Backend.convolve_codes`."""
-        if rounding.per_channel and not isinstance(x, Codes):
-            x = Codes(Requantization(quantizer, rounding, coefficients).codes(x), quantizer)
-        if isinstance(x, Codes):
-            x, rounding = x.dequantized(), Rounding(rounding.bits)
+        x, coefficients, rounding = for_columns(x, quantizer, coefficients, rounding)
         if rounding.border is None:
             rounding = Rounding(rounding.bits, "constant")
             coefficients = {"b0": jnp.full((geometry.taps, x.shape[-1]), NEAREST, jnp.float32)}

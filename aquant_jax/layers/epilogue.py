@@ -96,6 +96,32 @@ class Epilogue(NamedTuple):
 NO_EPILOGUE = Epilogue()
 
 
+def coded(
+    x: Float[AnyArray, "*shape C"] | Codes,
+    quantizer: ActivationQuantizer,
+    coefficients: Coefficients,
+    rounding: Rounding,
+) -> Float[AnyArray, "*shape C"] | Codes:
+    """An activation as codes, where it has one border a channel."""
+    if isinstance(x, Codes) or not rounding.per_channel:
+        return x
+    return Codes(Requantization(quantizer, rounding, coefficients).codes(x), quantizer)
+
+
+def for_columns(
+    x: Float[AnyArray, "*shape C"] | Codes,
+    quantizer: ActivationQuantizer,
+    coefficients: Coefficients,
+    rounding: Rounding,
+) -> tuple[Float[AnyArray, "*shape C"], Coefficients, Rounding]:
+    """The activation, coefficients and rounding of columns: codes become the values that they stand
+    for, which nearest rounding brings back."""
+    x = coded(x, quantizer, coefficients, rounding)
+    if isinstance(x, Codes):
+        return x.dequantized(), {}, Rounding(rounding.bits)
+    return x, coefficients, rounding
+
+
 class Results(NamedTuple):
     """What an epilogue gives (a pytree).
 

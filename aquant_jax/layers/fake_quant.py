@@ -163,7 +163,7 @@ def run_layer(
       The output, in the layout of the op.
     """
     x, quantizer, keep = inputs
-    if quantizer is not None and spec.border and _needs_columns(op, spec):
+    if quantizer is not None and spec.border and needs_columns(op, spec):
         padded, kernel, geometry = conv_operands(op, x.astype(jnp.float32), weights.weight)
         # QDrop drops elements of the tensor; not padding, which is always quantized.
         mask = None if keep is None else pad(op, keep, fill=True)
@@ -216,7 +216,9 @@ def _dequantize(
 
 def rounding_of(spec: LayerSpec) -> Rounding:
     """The bits and the border of a column's elements."""
-    return Rounding(spec.act_bits, spec.border, spec.phi, spec.border_granularity == "mean")
+    granularity = spec.border_granularity
+    per_channel = spec.kind == "conv" and spec.border is not None and granularity == "channel"
+    return Rounding(spec.act_bits, spec.border, spec.phi, granularity == "mean", per_channel)
 
 
 def contracted_axes(op: Op) -> tuple[int, ...]:
@@ -285,7 +287,7 @@ def quantize_elements(
     return fake_quantize(x, quantizer, spec.act_bits, bound)
 
 
-def _needs_columns(op: Op, spec: LayerSpec) -> bool:
+def needs_columns(op: Op, spec: LayerSpec) -> bool:
     """Whether the borders of a layer are those of its columns: it has several taps, or padding,
     which is a column element too."""
     if op.layer.kind == "dense" or spec.border_granularity == "channel":

@@ -140,16 +140,12 @@ def convolve_layer(
     """
     assert spec.weight_bits is not None
     weights = QuantizedWeights(state.codes, state.scale, state.zero_point, spec.weight_bits)
-    rounding = rounding_of(spec)
-    if op.layer.kind == "conv" and spec.border and spec.border_granularity == "channel":
-        rounding = rounding._replace(per_channel=True)
     form = _conv_form(op, x, weights) if op.layer.kind == "conv" else _dense_form(op, x, weights)
     epilogue = epilogue._replace(
         bias=state.bias.reshape(-1), residual=jax.tree.map(form.to_images, epilogue.residual)
     )
-    results = convolve(
-        form.x, quantizer, state.border, form.weights, form.geometry, rounding, epilogue
-    )
+    operands = (form.x, quantizer, state.border, form.weights, form.geometry)
+    results = convolve(*operands, rounding_of(spec), epilogue)
     return jax.tree.map(form.from_images, results)
 
 

@@ -100,7 +100,8 @@ BORDER_INLINE void GroupCodes(const Int8Convolution& job, int64_t run, From from
 
 // The columns of `count` pixels from pixel `first` of a block on.
 template <int degree>
-BORDER_INLINE void FillPanel(const Int8Convolution& job, int64_t first, int64_t count, TaskScratch& s) {
+BORDER_INLINE void FillPanel(const Int8Convolution& job, int64_t first, int64_t count,
+                             TaskScratch& s) {
   const Geometry& g = job.Window();
   const int64_t width = g.Out(1), line = job.columns.Line(), size = TaskScratch::PanelRow(job);
   const int64_t run = g.groups == 1 && g.dilation[1] == 1 ? g.kernel[1] : 1;
@@ -266,7 +267,7 @@ BORDER_INLINE void AnyRows(const Int8Convolution& job, const In* image, const Ta
 
 // target_clones takes no templates.
 #define ROWS(In)                                                                          \
-  VECTORISED void FillRows(const Int8Convolution& job, const In* image, const Task& task,     \
+  VECTORISED void FillRows(const Int8Convolution& job, const In* image, const Task& task, \
                            TaskScratch& s) {                                              \
     AnyRows(job, image, task, s);                                                         \
   }

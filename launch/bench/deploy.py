@@ -101,12 +101,13 @@ def measure(work: Workload) -> dict[str, Any]:
         calls |= started
         failures |= failed
     times = timing.milliseconds(calls, work.rounds)
-    medians = {name: timing.summary(values)["median"] for name, values in times.items()}
+    summaries = {name: timing.summary(values) for name, values in times.items()}
+    medians = {name: summary["median"] for name, summary in summaries.items()}
     products = _products(apply, variables, x[:1])
     return {
         "benchmark": "deploy",
         **dataclasses.asdict(work),
-        "ms": {name: timing.summary(values) for name, values in times.items()},
+        "ms": summaries,
         "xla_float32_over": {name: medians["xla float32"] / ms for name, ms in medians.items()},
         "images_per_second": {name: 1e3 * len(x) / ms for name, ms in medians.items()},
         "billion_products_an_image": products / 1e9,
