@@ -5,7 +5,8 @@ Formats, each a folder WORKDIR/export/FORMAT with a report.json of the compariso
   stablehlo   network.stablehlo: weights and program in one, plain XLA operations for CPU and CUDA;
               network_gpu_ops.stablehlo: the same by the int8 custom calls of gpu_ops, which the
               process that runs it must import. jax.export.deserialize reads both.
-  onnx        network.onnx: integer weights with DequantizeLinear, borders as standard operations
+  onnx        network.onnx, which onnxruntime runs in int8, and network_openvino.onnx, which
+              OpenVINO does: integer weights, borders as standard operations
 
 All test samples of the run's config run through both networks. If more than one in a hundred gets
 another class (or, without classes, another output), nothing is kept.
@@ -17,6 +18,7 @@ Example:
 
 import dataclasses
 import functools
+import importlib.util
 import logging
 import shutil
 import sys
@@ -32,7 +34,8 @@ from ml_collections import ConfigDict
 import aquant_jax as aq
 import gpu_ops
 from aquant_jax import data
-from aquant_jax.deployment import onnx, stablehlo
+from aquant_jax.deployment import onnx, onnx_runtimes, stablehlo
+from aquant_jax.deployment.onnx_runtimes import ONNXRUNTIME, OPENVINO
 from aquant_jax.deployment.quantized import Quantized, traced
 from aquant_jax.errors import InputError
 from aquant_jax.storage import archive, json_file
@@ -42,6 +45,7 @@ from aquant_jax.storage.ownership import remove_files
 from launch.lib import command_line, experiment, run_directory
 
 FORMATS = ("orbax", "stablehlo", "onnx")
+ONNX_FILES = {"network.onnx": ONNXRUNTIME, "network_openvino.onnx": OPENVINO}
 # Share of samples. Float layers (the first, where the image is not quantized) sum in another order
 # on another runtime, and at 2 bits an activation that is rounded the other way can change a class.
 MAY_DIFFER = 1e-2
@@ -139,10 +143,15 @@ def write_stablehlo(folder: Path, source: Source) -> dict[str, Runner]:
 
 
 def write_onnx(folder: Path, source: Source) -> dict[str, Runner]:
-    """Writes the network as ONNX, to be run by onnxruntime."""
-    path = folder / "network.onnx"
-    path.write_bytes(onnx.to_onnx(source.traced(), source.inputs).SerializeToString())
-    return {path.name: onnx.load(path)}
+    """Writes the network as ONNX for either runtime; onnxruntime stands in for one that is not
+    installed."""
+    runners = {}
+    for name, runtime in ONNX_FILES.items():
+        model = onnx.to_onnx(source.traced(), source.inputs, runtime)
+        (folder / name).write_bytes(model.SerializeToString())
+        there = importlib.util.find_spec(runtime) is not None
+        runners[name] = onnx_runtimes.load(folder / name, runtime if there else ONNXRUNTIME)
+    return runners
 
 
 WRITERS = {"orbax": write_orbax, "stablehlo": write_stablehlo, "onnx": write_onnx}

@@ -6,6 +6,7 @@ that a constant border of 0.5 and rounding to nearest agree on ties too.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -58,12 +59,25 @@ def clip_codes(raw: Float[AnyArray, "*shape"], bits: int) -> Float[Array, "*shap
     return clip(raw, 0.0, max_code(bits))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def clip(values: Float[AnyArray, "*shape"], low: float, high: float) -> Float[Array, "*shape"]:
     """Clip to ``[low, high]``; the gradient passes inside the range, its ends included.
 
     Codes often lie on the ends, where the derivative of `jnp.clip` is one half.
     """
-    return jnp.where(values < low, low, jnp.where(values > high, high, values))
+    return jnp.clip(values, low, high)
+
+
+@clip.defjvp
+def _clip_jvp(
+    low: float,
+    high: float,
+    primals: tuple[Float[AnyArray, "*shape"]],
+    tangents: tuple[Float[Array, "*shape"]],
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    (values,), (tangent,) = primals, tangents
+    outside = (values < low) | (values > high)
+    return clip(values, low, high), jnp.where(outside, 0.0, tangent)
 
 
 @jax.custom_jvp

@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import collections
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from aquant_jax.arithmetic.uniform import LOWEST
+
 
 def rewrite_nodes(model: Any) -> None:
-    """Rewrites max-pools and clips; the model computes the same.
+    """Rewrites max-pools and clips, and drops what nothing reads; the model computes the same.
 
     jax2onnx 0.17 pools over all four axes of an image, as spatial ones; onnxruntime knows three.
     The maximum and the minimum of a tensor and a number become Relu and Clip, which runtimes fuse
-    with the convolution before them.
+    with the convolution before them. The maximum with the lowest float32 goes: it keeps XLA from
+    fusing (`uniform.product`).
     """
-    graph = model.graph
-    numbers = {value.name for value in graph.initializer if len(value.dims) == 0}
-    zeros = {value.name for value in graph.initializer if value.name in numbers and _is_zero(value)}
+    _max_pools(model.graph)
+    _clips(model.graph)
+    read = {name for node in model.graph.node for name in node.input}
+    for value in list(model.graph.initializer):
+        if value.name not in read:  # jax2onnx leaves some behind
+            model.graph.initializer.remove(value)
+
+
+def move_transposes(model: Any) -> Any:
+    """The model with as few Transposes as onnxruntime finds; it moves them past other nodes when it
+    loads a model, which OpenVINO does not."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        options.optimized_model_filepath = str(path)
+        onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"],
+            disabled_optimizers=["ConstantFolding"],  # weights stay as small as they are
+        )  # fmt: skip
+        return onnx.load(path)
+
+
+def _max_pools(graph: Any) -> None:
     producers = {out: node for node in graph.node for out in node.output}
     readers = {name: node for node in graph.node for name in node.input}
     nodes, dropped = list(graph.node), set()
@@ -31,28 +61,41 @@ def rewrite_nodes(model: Any) -> None:
         if node.output[0] in pools:
             graph.node.extend(pools[node.output[0]])
         elif node.output[0] not in dropped:
-            graph.node.extend(_clip(node, numbers, zeros))
+            graph.node.append(node)
 
 
-def _is_zero(value: Any) -> bool:
-    from onnx import numpy_helper
+def _clips(graph: Any) -> None:
+    from onnx import helper, numpy_helper
 
-    return not np.any(numpy_helper.to_array(value))
-
-
-def _clip(node: Any, numbers: set[str], zeros: set[str]) -> Iterator[Any]:
-    """`node`, or what it is as a Relu or a Clip."""
-    from onnx import helper
-
-    bounds = [name for name in node.input if name in numbers]
-    values = [name for name in node.input if name not in numbers]
-    if node.op_type not in ("Max", "Min") or len(bounds) != 1 or len(values) != 1:
-        yield node
-    elif node.op_type == "Max" and bounds[0] in zeros:
-        yield helper.make_node("Relu", values, node.output)
-    else:
-        ends = [*bounds] if node.op_type == "Max" else ["", *bounds]
-        yield helper.make_node("Clip", [*values, *ends], node.output)
+    numbers = {
+        value.name: numpy_helper.to_array(value)
+        for value in graph.initializer if len(value.dims) == 0
+    }  # fmt: skip
+    outputs = {value.name for value in graph.output}
+    readers = collections.Counter(name for node in graph.node for name in node.input)
+    same: dict[str, str] = {}
+    raised: dict[str, Any] = {}  # clips to a lowest value that have one reader, by their output
+    nodes = list(graph.node)
+    del graph.node[:]
+    for node in nodes:
+        node.input[:] = [same.get(name, name) for name in node.input]
+        out, values = node.output[0], [name for name in node.input if name not in numbers]
+        bounds = [name for name in node.input if name in numbers]
+        if node.op_type not in ("Max", "Min") or len(bounds) != 1 or len(values) != 1:
+            graph.node.append(node)
+        elif node.op_type == "Max" and numbers[bounds[0]] == LOWEST and out not in outputs:
+            same[out] = values[0]
+        elif node.op_type == "Max":
+            relu = numbers[bounds[0]] == 0
+            made = ("Relu", values) if relu else ("Clip", [*values, *bounds])
+            graph.node.append(helper.make_node(*made, [out]))
+            if readers[out] == 1 and out not in outputs:
+                raised[out] = graph.node[-1], [*values, *bounds]
+        else:
+            low, given = raised.get(values[0], (None, [*values, ""]))
+            if low is not None:
+                graph.node.remove(low)
+            graph.node.append(helper.make_node("Clip", [*given, *bounds], [out]))
 
 
 def _pool(

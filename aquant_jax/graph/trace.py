@@ -30,7 +30,7 @@ _LOOPS = {"scan", "while", "cond"}
 
 
 def trace(
-    apply: Callable[..., Any], variables: Any, x: Any, custom_gradients: bool = True
+    apply: Callable[..., Any], variables: Any, x: Any, trainable: bool = True
 ) -> Graph:
     """Trace ``apply(variables, x)`` into a flat graph.
 
@@ -38,8 +38,8 @@ def trace(
       apply: any inference function that JAX can trace.
       variables: pytree of arrays; its paths name the weights.
       x: pytree of arrays or ``ShapeDtypeStruct`` with a leading batch axis.
-      custom_gradients: whether functions with a gradient of their own stay one op; False inlines
-        all calls, for a graph that nothing differentiates.
+      trainable: whether it is quantized and differentiated: a function with a gradient of its own
+        is then one op, and there is a weighted op. Otherwise all calls are inlined.
 
     Raises:
       InputError: `apply` cannot be traced with `x`, a weighted op is in a loop or has an
@@ -50,14 +50,14 @@ def trace(
     except Exception as error:  # frameworks raise various types for a wrong shape
         shapes = [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(x)]
         raise InputError(f"apply(variables, x) fails for x of {shapes}: {error}") from error
-    return _Flattener(closed, variables, jax.tree.structure(out_shape), custom_gradients).graph()
+    return _Flattener(closed, variables, jax.tree.structure(out_shape), trainable).graph()
 
 
 class _Flattener:
     """Inlines calls, numbers the values and finds the weighted ops."""
 
-    def __init__(self, closed: jex.ClosedJaxpr, variables: Any, tree: Any, custom: bool) -> None:
-        self.closed, self.tree, self.custom_gradients = closed, tree, custom
+    def __init__(self, closed: jex.ClosedJaxpr, variables: Any, tree: Any, trainable: bool) -> None:
+        self.closed, self.tree, self.trainable = closed, tree, trainable
         self.names = path_names(variables)
         self.avals: dict[int, Any] = {}
         self.constants: dict[int, Any] = {}
@@ -82,7 +82,7 @@ class _Flattener:
             zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *ids], strict=True)
         )
         outputs = self._flatten(jaxpr, env)
-        if not any(op.layer for op in self.ops):
+        if self.trainable and not any(op.layer for op in self.ops):
             raise InputError(
                 "the model has no weighted op: no conv or dot takes a weight from `variables` "
                 f"({len(self.names)} leaves) and an operand that depends on x"
@@ -113,7 +113,7 @@ class _Flattener:
 
         for eqn in jaxpr.eqns:
             inputs = [read(atom) for atom in eqn.invars]
-            inner = _called(eqn, self.custom_gradients)
+            inner = _called(eqn, self.trainable)
             if inner is not None:
                 constants = [self._new(var.aval) for var in inner.jaxpr.constvars]
                 self.constants.update(zip(constants, inner.consts, strict=True))

@@ -143,12 +143,49 @@ class LayerInput(NamedTuple):
     keep: Bool[AnyArray, "..."] | None = None
 
 
+def multiply(
+    op: Op, value: Inexact[AnyArray, "..."], weight: Inexact[AnyArray, "..."]
+) -> Inexact[Array, "..."]:
+    """`multiply_op`, or the same sum where XLA runs that faster."""
+    return (_grouped_convolution if _is_slow(op) else multiply_op)(op, value, weight)
+
+
+def multiply_op(
+    op: Op, value: Inexact[AnyArray, "..."], weight: Inexact[AnyArray, "..."]
+) -> Inexact[Array, "..."]:
+    """The op itself on a new activation and weight, in the dtypes that it was traced with."""
+    operands = [value, weight] if op.layer.x_position == 0 else [weight, value]
+    dtypes = op.params["operand_dtypes"]
+    (y,) = op.call(*(a.astype(d) for a, d in zip(operands, dtypes, strict=True)))
+    return y
+
+
+def _is_slow(op: Op) -> bool:
+    """Whether XLA runs the op slowly: on CPU, grouped convolutions take 5 to 40 times as long as
+    a sum over their taps."""
+    grouped = op.layer.kind == "conv" and op.params["feature_group_count"] > 1
+    floats = all(dtype == jnp.float32 for dtype in op.params["operand_dtypes"])
+    return grouped and floats and jax.default_backend() == "cpu"
+
+
+def _grouped_convolution(
+    op: Op, value: Float[AnyArray, "..."], weight: Float[AnyArray, "..."]
+) -> Float32[Array, "..."]:
+    """A grouped convolution as the sum over its taps."""
+    padded, kernel, geometry = conv_operands(op, value.astype(jnp.float32), weight)
+    taps = zip(geometry.tap_rows(geometry.flatten(padded)), kernel, strict=True)
+    products = [contract(rows, tap_weight) for rows, tap_weight in taps]
+    rows = functools.reduce(jnp.add, products)
+    return conv_result(op, geometry.crop(rows, padded.shape[0]))
+
+
 def run_layer(
     op: Op,
     spec: LayerSpec,
     inputs: LayerInput,
     weights: Weights,
     convolve: Callable[..., jax.Array] = im2col.convolve,
+    multiply: Callable[..., jax.Array] = multiply,
 ) -> Inexact[Array, "..."]:
     """Run one layer: quantize its input, apply the op, add the bias.
 
@@ -158,6 +195,7 @@ def run_layer(
       inputs: its activation.
       weights: real weights, bias and border coefficients.
       convolve: runs a convolution over columns; has the contract of `im2col.convolve`.
+      multiply: runs any other op; has the contract of `multiply_op`.
 
     Returns:
       The output, in the layout of the op.
@@ -174,7 +212,7 @@ def run_layer(
         if quantizer is not None:
             value = quantize_elements(op, spec, x, quantizer, weights.border)
             value = value if keep is None else jnp.where(keep, value, x.astype(jnp.float32))
-        y = _bind(op, value, weights.weight)
+        y = multiply(op, value, weights.weight)
     return add_bias(op, y, weights.bias)
 
 
@@ -226,37 +264,6 @@ def contracted_axes(op: Op) -> tuple[int, ...]:
     contract, batch = op.params["dimension_numbers"]
     side = op.layer.x_position
     return (*batch[side], *contract[side])
-
-
-def _bind(
-    op: Op, value: Inexact[AnyArray, "..."], weight: Inexact[AnyArray, "..."]
-) -> Inexact[Array, "..."]:
-    """The op itself on new operands, in the dtypes that it was traced with."""
-    if _is_slow(op):
-        return _grouped_convolution(op, value, weight)
-    operands = [value, weight] if op.layer.x_position == 0 else [weight, value]
-    dtypes = op.params["operand_dtypes"]
-    (y,) = op.call(*(a.astype(d) for a, d in zip(operands, dtypes, strict=True)))
-    return y
-
-
-def _is_slow(op: Op) -> bool:
-    """Whether XLA runs the op slowly: on CPU, grouped convolutions take 5 to 40 times as long as
-    a sum over their taps."""
-    grouped = op.layer.kind == "conv" and op.params["feature_group_count"] > 1
-    floats = all(dtype == jnp.float32 for dtype in op.params["operand_dtypes"])
-    return grouped and floats and jax.default_backend() == "cpu"
-
-
-def _grouped_convolution(
-    op: Op, value: Float[AnyArray, "..."], weight: Float[AnyArray, "..."]
-) -> Float32[Array, "..."]:
-    """A grouped convolution as the sum over its taps."""
-    padded, kernel, geometry = conv_operands(op, value.astype(jnp.float32), weight)
-    taps = zip(geometry.tap_rows(geometry.flatten(padded)), kernel, strict=True)
-    products = [contract(rows, tap_weight) for rows, tap_weight in taps]
-    rows = functools.reduce(jnp.add, products)
-    return conv_result(op, geometry.crop(rows, padded.shape[0]))
 
 
 def quantize_elements(

@@ -32,6 +32,7 @@ from aquant_jax.layers.fake_quant import (
     add_bias,
     contracted_axes,
     dequantize_weight,
+    multiply,
     output_channels,
     per_channel,
     rounding_of,
@@ -61,8 +62,11 @@ class QuantizedWeights(NamedTuple):
         return dequantize(codes.astype(jnp.float32), scale, zero)
 
 
-def integer_weight(op: Op, state: LayerState) -> Float32[Array, "..."]:
-    """The integers ``codes - zero_point`` of a deployed layer, laid out as the op's operand."""
+def read_weight(op: Op, state: LayerState, whole: bool) -> Inexact[Array, "..."]:
+    """The weights of a deployed layer, laid out as the op's operand: the integers
+    ``codes - zero_point``, or real values."""
+    if not whole:
+        return dequantize_weight(op, state)
     return state.codes.astype(jnp.float32) - per_channel(op, state.zero_point)
 
 
@@ -72,9 +76,9 @@ def run_deployed_layer(
     inputs: LayerInput,
     state: LayerState,
     *,
-    real: Callable[[Op, LayerState], jax.Array] = dequantize_weight,
-    integer: Callable[[Op, LayerState], jax.Array] = integer_weight,
+    read: Callable[[Op, LayerState, bool], jax.Array] = read_weight,
     convolve: Callable[..., jax.Array] = im2col.convolve,
+    multiply: Callable[..., jax.Array] = multiply,
 ) -> Inexact[Array, "..."]:
     """Run a deployed layer in float32: the reference implementation.
 
@@ -88,24 +92,29 @@ def run_deployed_layer(
       spec: its static part.
       inputs: its activation.
       state: its codes, scales, bias and border.
-      real, integer: read its weights as real values, and as integers ``q - z``.
-      convolve: see `fake_quant.run_layer`.
+      read: has the contract of `read_weight`.
+      convolve, multiply: see `fake_quant.run_layer`.
 
     Returns:
       The output, in the layout of the op.
     """
     quantizer = inputs.quantizer
-    single = all(d == jnp.float32 for d in op.params["operand_dtypes"])
-    if quantizer is None or spec.weight_bits is None or not single:
-        weights = Weights(real(op, state), state.bias, state.border)
-        return run_layer(op, spec, inputs, weights, convolve)
+    if quantizer is None or not in_whole_numbers(op, spec):
+        weights = Weights(read(op, state, False), state.bias, state.border)
+        return run_layer(op, spec, inputs, weights, convolve, multiply)
     one, no_bias = jnp.float32(1.0), jnp.zeros_like(state.bias)
     units = to_units(inputs.x, 1.0 / quantizer.step_size)
-    weights = Weights(integer(op, state), no_bias, state.border)
+    weights = Weights(read(op, state, True), no_bias, state.border)
     unscaled = LayerInput(units, ActivationQuantizer(one, quantizer.zero_point), inputs.keep)
-    total = run_layer(op, spec, unscaled, weights, convolve)
+    total = run_layer(op, spec, unscaled, weights, convolve, multiply)
     scale = output_channels(op, total, quantizer.step_size * state.scale)
     return add_bias(op, product(total, scale), state.bias)
+
+
+def in_whole_numbers(op: Op, spec: LayerSpec) -> bool:
+    """Whether a layer multiplies ``q - z``: its input and weights are quantized, and float32."""
+    single = all(dtype == jnp.float32 for dtype in op.params["operand_dtypes"])
+    return spec.tensor is not None and spec.weight_bits is not None and single
 
 
 def in_integers(op: Op, spec: LayerSpec) -> bool:
@@ -138,15 +147,27 @@ def convolve_layer(
     Returns:
       The results, in the layout of the op.
     """
-    assert spec.weight_bits is not None
-    weights = QuantizedWeights(state.codes, state.scale, state.zero_point, spec.weight_bits)
-    form = _conv_form(op, x, weights) if op.layer.kind == "conv" else _dense_form(op, x, weights)
+    form = _conv_form(op, x) if op.layer.kind == "conv" else _dense_form(op, x)
     epilogue = epilogue._replace(
         bias=state.bias.reshape(-1), residual=jax.tree.map(form.to_images, epilogue.residual)
     )
-    operands = (form.x, quantizer, state.border, form.weights, form.geometry)
+    weights = quantized_weights(op, spec, state)
+    operands = (form.x, quantizer, state.border, weights, form.geometry)
     results = convolve(*operands, rounding_of(spec), epilogue)
     return jax.tree.map(form.from_images, results)
+
+
+def quantized_weights(op: Op, spec: LayerSpec, state: LayerState) -> QuantizedWeights:
+    """The weights of a layer that is `in_integers`, in the form that a backend runs."""
+    assert spec.weight_bits is not None
+    if op.layer.kind == "conv":
+        codes = spatial_kernel(op, state.codes)
+    else:
+        weight_axes = op.params["dimension_numbers"][0][1 - op.layer.x_position]
+        codes = jnp.transpose(state.codes, (*weight_axes, *op.layer.channel_axes))
+        inner = math.prod(codes.shape[: len(weight_axes)])
+        codes = codes.reshape(1, 1, inner, -1)
+    return QuantizedWeights(codes, state.scale, state.zero_point, spec.weight_bits)
 
 
 def keeps_layout(op: Op) -> bool:
@@ -167,39 +188,34 @@ class _Form(NamedTuple):
     """A layer as a convolution over images ``[N, *spatial, C]``.
 
     Attributes:
-      x, weights, geometry: of the convolution.
+      x, geometry: of the convolution.
       to_images: reshapes a value in the layout of the layer's output like the result.
       from_images: brings a result to that layout.
     """
 
     x: Any
-    weights: QuantizedWeights
     geometry: ConvGeometry
     to_images: Callable[[jax.Array], jax.Array]
     from_images: Callable[[jax.Array], jax.Array]
 
 
-def _conv_form(op: Op, x: Any, weights: QuantizedWeights) -> _Form:
+def _conv_form(op: Op, x: Any) -> _Form:
     geometry = conv_geometry(op, jax.tree.leaves(x)[0].shape)
     if not isinstance(x, Codes):
         lhs = op.params["dimension_numbers"].lhs_spec
         x = jnp.transpose(x, (lhs[0], *lhs[2:], lhs[1]))
-    weights = weights._replace(codes=spatial_kernel(op, weights.codes))
-    return _Form(x, weights, geometry, lambda y: y, functools.partial(conv_result, op))
+    return _Form(x, geometry, lambda y: y, functools.partial(conv_result, op))
 
 
-def _dense_form(op: Op, x: Any, weights: QuantizedWeights) -> _Form:
+def _dense_form(op: Op, x: Any) -> _Form:
     """A dense layer as a convolution with one tap, whose images the first free axis numbers."""
-    contract, _ = op.params["dimension_numbers"]
-    axes, weight_axes = contracted_axes(op), contract[1 - op.layer.x_position]
+    axes = contracted_axes(op)
     values = x.codes if isinstance(x, Codes) else x
     free = [axis for axis in range(values.ndim) if axis not in axes]
     sizes = [values.shape[axis] for axis in free]
     elements = int(np.prod([values.shape[axis] for axis in axes]))
     images, pixels = (*sizes, 1)[0], math.prod(sizes[1:])
     rows = jnp.transpose(values, (*free, *axes)).reshape(images, pixels, 1, elements)
-    codes = jnp.transpose(weights.codes, (*weight_axes, *op.layer.channel_axes))
-    weights = weights._replace(codes=codes.reshape(1, 1, elements, -1))
     channels = [op.layer.weight_shape[axis] for axis in op.layer.channel_axes]
 
     def from_images(y: jax.Array) -> jax.Array:
@@ -212,4 +228,4 @@ def _dense_form(op: Op, x: Any, weights: QuantizedWeights) -> _Form:
         return y.reshape(images, pixels, 1, -1) if y.ndim else y
 
     x = x._replace(codes=rows) if isinstance(x, Codes) else rows
-    return _Form(x, weights, ConvGeometry.pointwise(pixels), to_images, from_images)
+    return _Form(x, ConvGeometry.pointwise(pixels), to_images, from_images)

@@ -27,7 +27,7 @@ namespace {
 constexpr int kPixels = 64;   // of a tile
 constexpr int kChannels = 32;  // of a step
 constexpr int kVector = 8;     // channels that a thread quantizes at once
-constexpr int64_t kSharedBytes = 96 << 10;
+constexpr int64_t kSharedBytes = 96 << 10;  // of a block, at most: two share a processor
 
 // The code of v, which is folded so that it lies between 0 and the largest code: rounded up by an
 // addition, whose last bits then hold it. Not-a-number becomes 0.
@@ -265,8 +265,9 @@ int64_t StageBytes(int64_t steps, int64_t outputs) {
 }
 
 // As many groups of 32 channels a stage as fit; 0 where not even one does.
-int64_t StageChunks(const TunedConvolution& c, int64_t outputs) {
-  const int64_t fit = kSharedBytes / StageBytes(c.g.Taps(), outputs);
+int64_t StageChunks(const Device& device, const TunedConvolution& c, int64_t outputs) {
+  const int64_t bytes = std::min<int64_t>(device.SharedBytes(), kSharedBytes);
+  const int64_t fit = bytes / StageBytes(c.g.Taps(), outputs);
   return std::min<int64_t>(fit, c.g.channels / kChannels);
 }
 
@@ -285,7 +286,7 @@ ffi::Error Run(Device& device, const TunedConvolution& c, int64_t degree, bool s
 ffi::Error Choose(Device& device, TunedConvolution c, int64_t degree, bool shared_border) {
   const int64_t down = (c.pixels + kPixels - 1) / kPixels, wanted = device.Processors();
   for (int64_t outputs : {256, 128, 64}) {
-    c.stage_chunks = static_cast<int32_t>(StageChunks(c, outputs));
+    c.stage_chunks = static_cast<int32_t>(StageChunks(device, c, outputs));
     const bool enough = outputs == 64 || down * (c.outer / outputs) >= wanted;
     if (c.outer % outputs != 0 || c.stage_chunks == 0 || !enough) continue;
     return outputs == 256   ? Run<256>(device, c, degree, shared_border)

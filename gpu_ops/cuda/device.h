@@ -80,16 +80,30 @@ class Device {
 
   // How many blocks it takes to keep all of it busy.
   int Processors() const {
-    int count = 1;
 #ifdef __CUDACC__
-    int device = 0;
-    if (cudaGetDevice(&device) == cudaSuccess)
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return Attribute(cudaDevAttrMultiProcessorCount, 1);
+#else
+    return 1;
 #endif
-    return count;
+  }
+
+  // The most bytes of shared memory that a block can have.
+  int SharedBytes() const {
+#ifdef __CUDACC__
+    return Attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 48 << 10);
+#else
+    return GPU_OPS_SHARED_BYTES;  // of the test's twin
+#endif
   }
 
 #ifdef __CUDACC__
+  static int Attribute(cudaDeviceAttr attribute, int otherwise) {
+    int device = 0, value = otherwise;
+    if (cudaGetDevice(&device) == cudaSuccess)
+      cudaDeviceGetAttribute(&value, attribute, device);
+    return value;
+  }
+
   cudaStream_t stream() const { return stream_; }
 #endif
 

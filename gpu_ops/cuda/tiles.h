@@ -36,11 +36,21 @@ using Sums = int32_t[4];
 
 #ifdef __CUDACC__
 __device__ __forceinline__ void Multiply(const FragmentA& a, const FragmentB& b, Sums& sums) {
+#if __CUDA_ARCH__ >= 800
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else  // Turing multiplies 8x16 and 16x8 elements, whose fragments are parts of these
+  UNROLL for (int i = 0; i < 4; ++i) {
+    int32_t* half = sums + i % 2 * 2;  // the rows Row, or Row + 8
+    asm volatile(
+        "mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+        : "+r"(half[0]), "+r"(half[1])
+        : "r"(a[i]), "r"(b[i / 2]));
+  }
+#endif
 }
 
 template <typename Tile>
@@ -63,7 +73,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) TileKernel(Tile tile) {
   tile.Finish(blockIdx.x, blockIdx.y, threadIdx.x, state);
 }
 #else
-// The same product, of the 32 threads of a warp.
+// mma.sync.m8n8k16 of the `i`-th fragment of A: of either factor a thread has elements 4 * Part on of
+// row, or column, Row; of the sums row Row, columns 2 * Part and the next.
+template <typename State>
+void MultiplySmall(const State* warp, int m, int n, int i, Sums* sums) {
+  int8_t a[8][16], b[8][16];
+  for (int t = 0; t < kWarp; ++t) {
+    std::memcpy(&a[Row(t)][4 * Part(t)], &warp[t].a[m][i], 4);
+    std::memcpy(&b[Row(t)][4 * Part(t)], &warp[t].b[n][i / 2], 4);
+  }
+  for (int t = 0; t < kWarp; ++t)
+    for (int column = 0; column < 2; ++column)
+      for (int k = 0; k < 16; ++k)
+        sums[t][i % 2 * 2 + column] += a[Row(t)][k] * b[2 * Part(t) + column][k];
+}
+
+// The same product, of the 32 threads of a warp; and as Turing's four, which must agree.
 template <typename State>
 void Multiply(State* warp, int m, int n) {
   int8_t a[16][32], b[8][32];
@@ -74,10 +99,15 @@ void Multiply(State* warp, int m, int n) {
       std::memcpy(&a[Row(t) + 8][at], &warp[t].a[m][2 * half + 1], 4);
       std::memcpy(&b[Row(t)][at], &warp[t].b[n][half], 4);
     }
+  Sums added[kWarp] = {};
+  for (int i = 0; i < 4; ++i) MultiplySmall(warp, m, n, i, added);
   for (int t = 0; t < kWarp; ++t)
-    for (int i = 0; i < 4; ++i)
-      for (int k = 0; k < 32; ++k)
-        warp[t].sums[m][n][i] += a[Row(t) + 8 * (i / 2)][k] * b[2 * Part(t) + i % 2][k];
+    for (int i = 0; i < 4; ++i) {
+      int32_t sum = 0;
+      for (int k = 0; k < 32; ++k) sum += a[Row(t) + 8 * (i / 2)][k] * b[2 * Part(t) + i % 2][k];
+      if (sum != added[t][i]) std::abort();
+      warp[t].sums[m][n][i] += sum;
+    }
 }
 #endif
 

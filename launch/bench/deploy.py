@@ -13,6 +13,7 @@ Example:
 
 import dataclasses
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -96,8 +97,8 @@ def measure(work: Workload) -> dict[str, Any]:
         calls[f"ours {name}"] = functools.partial(run, x)
         equal[name] = bool(np.array_equal(run(x[:1]), jax.jit(network)(x[:1])))
     failures: dict[str, str] = {}
-    for label, model in _files(apply, variables, calibration, networks):
-        started, failed = peers.runs(model, x, label)
+    for runtime, label, model in _files(apply, variables, calibration, networks):
+        started, failed = peers.runs(model, x, runtime, label)
         calls |= started
         failures |= failed
     times = timing.milliseconds(calls, work.rounds)
@@ -138,15 +139,16 @@ def _networks(work: Workload, apply: Any, variables: Any, x: np.ndarray) -> dict
 
 def _files(
     apply: Any, variables: Any, calibration: np.ndarray, networks: dict[str, Any]
-) -> Iterator[tuple[str, Any]]:
-    """The ONNX models that runtimes run; none where there is no runtime."""
-    if not peers.installed():
+) -> Iterator[tuple[str, str, Any]]:
+    """The runtimes that are installed, and the ONNX models that they run, with a label."""
+    installed = peers.installed()
+    if not installed:
         return
     single = peers.float_model(apply, variables, calibration)
-    yield "float32", single
-    yield "int8", peers.int8_model(single, calibration)
-    for name in ("nearest", "channel"):
-        yield f"of our ONNX, {name}", to_onnx(networks[name])
+    for label, model in (("float32", single), ("int8", peers.int8_model(single, calibration))):
+        yield from ((runtime, label, model) for runtime in installed)
+    for name, runtime in itertools.product(("nearest", "channel"), installed):
+        yield runtime, f"of our ONNX, {name}", to_onnx(networks[name], runtime=runtime)
 
 
 def _products(apply: Any, variables: Any, x: np.ndarray) -> float:

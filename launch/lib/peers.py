@@ -17,9 +17,9 @@ import numpy as np
 
 import aquant_jax as aq
 from aquant_jax.deployment.onnx import to_onnx
+from aquant_jax.deployment.onnx_runtimes import ONNXRUNTIME, OPENVINO, RUNTIMES
 from aquant_jax.errors import reason
 
-RUNTIMES = ("onnxruntime", "openvino")
 QUANTIZED = ["Conv", "Add", "MaxPool", "Relu", "Clip"]  # jax2onnx's Gemm has a bias without axes
 Run = Callable[[], Any]
 
@@ -29,27 +29,26 @@ def installed() -> list[str]:
     return [name for name in RUNTIMES if importlib.util.find_spec(name)]
 
 
-def runs(model: Any, x: np.ndarray, label: str) -> tuple[dict[str, Run], dict[str, str]]:
-    """Calls of one ONNX model on one batch, by ``"runtime label"``, and why others do not run.
+def runs(model: Any, x: np.ndarray, name: str, label: str) -> tuple[dict[str, Run], dict[str, str]]:
+    """A call of one ONNX model on one batch by one runtime, by ``"runtime label"``, or why it
+    does not run.
 
     Args:
         model: an ``onnx.ModelProto`` with one input.
         x: the batch.
+        name: of the runtime.
         label: of the model.
     """
-    start = {"onnxruntime": _onnxruntime, "openvino": _openvino}
-    calls, failures = {}, {}
+    start = {ONNXRUNTIME: _onnxruntime, OPENVINO: _openvino}[name]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model.SerializeToString())
-        for name in installed():
-            try:
-                calls[f"{name} {label}"] = call = start[name](path, x)
-                call()
-            except Exception as error:  # runtimes have exceptions of their own
-                calls.pop(f"{name} {label}", None)
-                failures[f"{name} {label}"] = reason(error)
-    return calls, failures
+        try:
+            call = start(path, x)
+            call()
+        except Exception as error:  # runtimes have exceptions of their own
+            return {}, {f"{name} {label}": reason(error)}
+    return {f"{name} {label}": call}, {}
 
 
 def _onnxruntime(path: Path, x: np.ndarray) -> Run:

@@ -14,7 +14,7 @@ from tests.support.process import REPOSITORY
 
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(not NVCC, reason="needs nvcc, which is not on PATH")
-ARCHITECTURES = {"sm_80", "sm_90", "sm_90a", "compute_90"}
+ALL = {"sm_75", "sm_80", "sm_89", "sm_90", "compute_90"}
 
 
 def run(*command, **environment):
@@ -30,9 +30,10 @@ def configure(tmp_path):
         pytest.skip("needs cmake and pybind11, which pip otherwise installs for the build alone")
     import pybind11
 
-    def configured(option, **environment):
+    def configured(option, archs="NATIVE", **environment):
         return run(
             "cmake", "-S", ".", "-B", str(tmp_path), f"-DGPU_OPS_CUDA={option}",
+            f"-DGPU_OPS_CUDA_ARCHS={archs}",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             **environment,
         )  # fmt: skip
@@ -82,13 +83,60 @@ def test_another_word_is_an_error(configure):
 
 
 @needs_nvcc
+@pytest.mark.parametrize(
+    ("archs", "message"),
+    [
+        ("80,65", "GPU_OPS_CUDA_ARCHS has 65, which nvcc .* does not know; it knows .*75 80 .*90"),
+        ("sm_90", "GPU_OPS_CUDA_ARCHS has sm_90, which nvcc .* ALL and NATIVE are possible"),
+        ("", "GPU_OPS_CUDA_ARCHS is empty"),
+    ],
+)
+def test_an_architecture_that_nvcc_does_not_know_is_an_error(configure, archs, message):
+    done = configure("ON", archs)
+    assert done.returncode != 0
+    assert re.search(message, " ".join(done.stderr.split()))
+
+
+def compiled_for(configure):
+    """What the GPU module would be compiled for."""
+    build = (configure.folder / "gpu_ops" / "CMakeFiles" / "_cuda.dir" / "flags.make").read_text()
+    return set(re.findall(r"code=(\w+_\d+)", build))
+
+
+def fake_smi(folder, *capabilities):
+    """PATH on which nvidia-smi finds GPUs of these compute capabilities, or fails."""
+    script = folder / "nvidia-smi"
+    lines = "\\n".join(capabilities)
+    script.write_text(f"#!/bin/sh\nprintf '{lines}\\n'\nexit {0 if capabilities else 9}\n")
+    script.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("archs", "gpus", "expected"),
+    [
+        ("NATIVE", ["7.5", "9.0", "7.5"], {"sm_75", "sm_90", "compute_90"}),
+        ("NATIVE", [], ALL),
+        ("ALL", ["9.0"], ALL),
+        ("120, 89", ["9.0"], {"sm_89", "sm_120", "compute_120"}),
+    ],
+)
+def test_the_gpus_that_are_there_decide_by_default(
+    configure, tmp_path_factory, archs, gpus, expected
+):
+    done = configure("ON", archs, **fake_smi(tmp_path_factory.mktemp("smi"), *gpus))
+    assert done.returncode == 0, done.stderr
+    assert compiled_for(configure) == expected
+
+
+@needs_nvcc
 def test_cuda_compiles_for_every_architecture_and_imports_without_a_gpu(configure):
-    done = configure("ON")
+    done = configure("ON", "ALL")
     assert done.returncode == 0, done.stderr
     done = run("cmake", "--build", str(configure.folder), "--target", "_cuda", "-j2", "-v")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    compiled = set(re.findall(r"(?:code=\[?|,)(\w+_\d+\w?)", done.stdout))
-    assert compiled == ARCHITECTURES
+    assert compiled_for(configure) == ALL
     assert "use_fast_math" not in done.stdout
     module = next((configure.folder / "gpu_ops").glob("_cuda*.so"))
     assert "libcudart" not in run("ldd", str(module)).stdout
@@ -103,10 +151,11 @@ def test_cuda_compiles_for_every_architecture_and_imports_without_a_gpu(configur
 def test_no_product_is_contracted_and_subnormals_are_flushed(tmp_path):
     sources = REPOSITORY / "gpu_ops"
     written = (sources / "CMakeLists.txt").read_text()
-    flags = re.search(r"COMPILE_LANGUAGE:CUDA>:(.*?)-gencode", written, re.DOTALL)
+    flags = re.search(r"COMPILE_LANGUAGE:CUDA>:(.*?);\$", written)
     done = run(
-        "nvcc", "-std=c++17", *flags[1].split(), "-arch=compute_90", "-ptx", f"-I{sources}/include",
-        "-isystem", jax.ffi.include_dir(), f"{sources}/cuda/img2col.cu", "-o", f"{tmp_path}/a.ptx",
+        "nvcc", "-std=c++17", *flags[1].split(";"), "-arch=compute_90", "-ptx",
+        f"-I{sources}/include", "-isystem", jax.ffi.include_dir(), f"{sources}/cuda/img2col.cu",
+        "-o", f"{tmp_path}/a.ptx",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ptx = (tmp_path / "a.ptx").read_text()

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import aquant_jax as aq
-from aquant_jax.deployment import onnx, stablehlo
+from aquant_jax.deployment import onnx, onnx_runtimes, stablehlo
 from aquant_jax.errors import InputError, ReconstructionError
 from aquant_jax.graph.fold import fold
 from aquant_jax.graph.ir import INVERSE, TRANSFORM
@@ -231,7 +231,7 @@ def test_onnxruntime_gives_the_same_outputs(tmp_path):
     network, x = learned(), rows()
     path = tmp_path / "network.onnx"
     path.write_bytes(onnx.to_onnx(network).SerializeToString())
-    np.testing.assert_allclose(onnx.load(path)(x)[0], network(x), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(onnx_runtimes.load(path)(x)[0], network(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):

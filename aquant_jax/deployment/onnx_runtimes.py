@@ -1,0 +1,79 @@
+"""The runtimes of ONNX models, on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from aquant_jax.deployment.stablehlo import in_batches
+from aquant_jax.errors import InputError, reason
+
+ONNXRUNTIME, OPENVINO = RUNTIMES = "onnxruntime", "openvino"
+
+
+def known(runtime: str) -> str:
+    """The name itself; raises an InputError for an unknown one."""
+    if runtime not in RUNTIMES:
+        raise InputError(f"runtime is {runtime!r}, not one of {', '.join(RUNTIMES)}")
+    return runtime
+
+
+def load(path: str | Path, runtime: str = ONNXRUNTIME) -> Callable:
+    """A function of a batch that runs a file of `to_onnx` on the CPU.
+
+    Args:
+      path: of the file.
+      runtime: "onnxruntime" or "openvino".
+
+    Returns:
+      Takes a pytree of arrays, leaves in the order of the file's inputs; gives a list of arrays.
+      A number of samples that is fixed in the file is run in batches of that size.
+
+    Raises:
+      InputError: the runtime is unknown, is not installed or cannot read the file.
+    """
+    try:
+        once, size = (_openvino if known(runtime) == OPENVINO else _onnxruntime)(path)
+    except ImportError as error:
+        extra = "bench" if runtime == OPENVINO else "onnx"
+        raise InputError(f"this needs {runtime}: pip install 'aquant-jax[{extra}]'") from error
+    except Exception as error:  # runtimes have exceptions of their own
+        raise InputError(f"{path} cannot be read by {runtime}: {reason(error)}") from error
+    return lambda batch: in_batches(once, batch, size)
+
+
+def _onnxruntime(path: str | Path) -> tuple[Callable, Any]:
+    """A function of a batch, and its number of samples, or the name of that number."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # Without VNNI, products of bytes saturate otherwise.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    inputs = session.get_inputs()
+
+    def once(batch: Any) -> Any:
+        leaves = map(np.asarray, jax.tree.leaves(batch))
+        return session.run(None, {i.name: a for i, a in zip(inputs, leaves, strict=True)})
+
+    return once, inputs[0].shape[0]
+
+
+def _openvino(path: str | Path) -> tuple[Callable, Any]:
+    """A function of a batch, and its number of samples, or the name of that number."""
+    openvino = importlib.import_module("openvino")
+    # Without the hint, a CPU with bfloat16 multiplies in it what is not int8.
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(path), "CPU", options)
+    size = compiled.inputs[0].partial_shape[0]
+
+    def once(batch: Any) -> Any:
+        found = compiled([np.asarray(leaf) for leaf in jax.tree.leaves(batch)])
+        return [found[output] for output in compiled.outputs]
+
+    return once, size.get_length() if size.is_static else "samples"
