@@ -168,11 +168,12 @@ def _apply_of_weights(
         def layer(op: Op, spec: LayerSpec, inputs: LayerInput, state: LayerState) -> jax.Array:
             if spec.path in whole:
                 assert inputs.quantizer is not None
-                operands = weights[spec.path], whole[spec.path].excess
+                operands = weights[spec.path], whole[spec.path]
                 convolve = functools.partial(onnx_layers.convolve, *operands)
                 results = convolve_layer(
                     op, spec, inputs.x, inputs.quantizer, state, convolve=convolve
                 )
+                assert results.values is not None
                 return results.values
             state = state._replace(codes=weights.get(spec.path, state.codes))
             return run_deployed_layer(

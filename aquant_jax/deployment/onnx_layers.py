@@ -56,11 +56,13 @@ class WholeWeights(NamedTuple):
         which sums the activation.
       zero_point: what brings `codes` back to codes of the layer; broadcasts.
       excess: ``zero_point - 128``, one a channel, where `codes` are ``code - 128``; else None.
+      scale: what their DequantizeLinear multiplies them with, along the last axis; None for 1.
     """
 
     codes: np.ndarray
     zero_point: np.ndarray
     excess: np.ndarray | None
+    scale: np.ndarray | None = None
 
 
 def whole_weights(op: Op, spec: LayerSpec, state: LayerState, runtime: str) -> WholeWeights | None:
@@ -89,13 +91,15 @@ def whole_weights(op: Op, spec: LayerSpec, state: LayerState, runtime: str) -> W
         return WholeWeights(kernel, zero_point.reshape(-1, *[1] * (kernel.ndim - 1)), excess)
     rows = whole.reshape(taps * inner, -1)
     if not fits:
-        rows = np.pad(rows, ((0, 0), (0, 1)), constant_values=1)
-    return WholeWeights(rows, zero_point, excess)
+        return WholeWeights(np.pad(rows, ((0, 0), (0, 1)), constant_values=1), zero_point, excess)
+    # onnxruntime scales the sums in the same pass, by one product: the same bits.
+    scale = np.asarray(weights.scale) if runtime == ONNXRUNTIME else None
+    return WholeWeights(rows, zero_point, None, scale)
 
 
 def convolve(
     weight: Float32[AnyArray, "..."],
-    excess: Float32[AnyArray, "O"] | None,
+    stored: WholeWeights,
     x: Float32[AnyArray, "N *spatial C"],
     quantizer: ActivationQuantizer,
     coefficients: Coefficients,
@@ -107,13 +111,16 @@ def convolve(
     """`backend.Backend.convolve_codes` of an activation, in operations that runtimes know.
 
     Args:
-      weight: the dequantized `WholeWeights`; its values are those of `weights`.
-      excess: of the whole weights.
+      weight: what the DequantizeLinear of `stored` gives.
+      stored: the values of `weights`.
     """
-    units = to_units(x, 1.0 / quantizer.step_size)
     own = rounding.border is not None and not rounding.per_channel
-    zero, matrix = int(quantizer.zero_point), weight.ndim == 2
-    padded = any(map(any, geometry.padding))
+    zero, matrix, padded = (
+        int(quantizer.zero_point),
+        weight.ndim == 2,
+        any(map(any, geometry.padding)),
+    )
+    units = _units(x, quantizer, rounding)
     if geometry.taps == 1 and not padded:
         # OpenVINO fails where a strided convolution of one tap and another layer read one tensor.
         units = columns(units, geometry, 0)
@@ -125,17 +132,28 @@ def convolve(
         border = channel_border(rounding, coefficients, units)
         codes = quantize_linear(_whole(units, zero, rounding.bits, border), zero)
         codes = columns(codes, geometry, zero) if matrix else codes
-    whole = dequantize_linear(codes, zero)
-    total = matmul(whole, weight) if matrix else conv(whole, weight, geometry)
+    step = 1.0 if stored.scale is None else float(quantizer.step_size)
+    values = dequantize_linear(codes, zero, step)
+    total = matmul(values, weight) if matrix else conv(values, weight, geometry)
+    if stored.scale is not None:
+        return epilogue.apply(total)
     lead = (1,) * (total.ndim - 1)
-    if excess is not None:
+    if stored.excess is not None:
         if matrix:
-            total, sums = split(total, (len(excess), 1))
+            total, sums = split(total, (len(stored.excess), 1))
         else:
-            sums = window_sum(whole, geometry)
-        total -= sums * excess.reshape(*lead, -1)
+            sums = window_sum(values, geometry)
+        total -= sums * stored.excess.reshape(*lead, -1)
     scale = quantizer.step_size * weights.scale
     return epilogue.apply(product(total, scale.reshape(*lead, -1)))
+
+
+def _units(
+    x: Float32[AnyArray, "*shape"], quantizer: ActivationQuantizer, rounding: Rounding
+) -> Float32[Array, "*shape"]:
+    """`uniform.to_units`, whose clip only a border sees."""
+    inv_step = 1.0 / quantizer.step_size
+    return jnp.multiply(x, inv_step) if rounding.border is None else to_units(x, inv_step)
 
 
 def _whole(

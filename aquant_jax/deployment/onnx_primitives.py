@@ -23,14 +23,14 @@ _WINDOW_SUM = Primitive("aquant_window_sum")
 
 def quantize_linear(whole: Float32[AnyArray, "*shape"], zero_point: int) -> UInt8[Array, "*shape"]:
     """The codes of whole numbers ``code - zero_point``."""
-    return _QUANTIZE.bind(whole, zero_point=zero_point)
+    return _QUANTIZE.bind(whole, scale=1.0, zero_point=zero_point)
 
 
 def dequantize_linear(
-    codes: UInt8[AnyArray, "*shape"], zero_point: int
+    codes: UInt8[AnyArray, "*shape"], zero_point: int, scale: float = 1.0
 ) -> Float32[Array, "*shape"]:
-    """The whole numbers ``code - zero_point`` of codes."""
-    return _DEQUANTIZE.bind(codes, zero_point=zero_point)
+    """``scale * (code - zero_point)``."""
+    return _DEQUANTIZE.bind(codes, scale=scale, zero_point=zero_point)
 
 
 def matmul(
@@ -72,8 +72,10 @@ def window_sum(
 
 
 _UINT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
-_QUANTIZE.def_abstract_eval(lambda x, *, zero_point: x.update(dtype=_UINT8, weak_type=False))
-_DEQUANTIZE.def_abstract_eval(lambda x, *, zero_point: x.update(dtype=_FLOAT32, weak_type=False))
+_QUANTIZE.def_abstract_eval(lambda x, *, scale, zero_point: x.update(dtype=_UINT8, weak_type=False))
+_DEQUANTIZE.def_abstract_eval(
+    lambda x, *, scale, zero_point: x.update(dtype=_FLOAT32, weak_type=False)
+)
 _MATMUL.def_abstract_eval(lambda x, y: x.update(shape=(*x.shape[:-1], y.shape[-1])))
 _COLUMNS.def_abstract_eval(
     lambda x, *, geometry, fill: _out(x, geometry, geometry.taps * x.shape[-1])
@@ -102,8 +104,9 @@ def register() -> None:
 
 def _one_to_one(operator: str, ctx: Any, eqn: Any) -> None:
     values = [ctx.get_value_for_var(var) for var in eqn.invars]
-    for zero_point in eqn.params.values():
-        values += [_constant(ctx, np.float32(1)), _constant(ctx, np.uint8(zero_point))]
+    if eqn.params:
+        values.append(_constant(ctx, np.float32(eqn.params["scale"])))
+        values.append(_constant(ctx, np.uint8(eqn.params["zero_point"])))
     (out,) = eqn.outvars
     ctx.bind_value_for_var(out, _emit(ctx, operator, out.aval, *values))
 

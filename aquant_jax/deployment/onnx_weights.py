@@ -56,16 +56,20 @@ def place_weights(
     model.graph.node.extend([helper.make_node(*args, **kwargs) for args, kwargs in nodes] + rest)
 
 
-Made = tuple[list[Any], dict[str, np.ndarray]]
+Made = tuple[list[Any], dict[str, Any]]
 
 
 def _int8(name: str, weights: WholeWeights, bits: int) -> Made:
     """Nodes and initializers of weights that a runtime multiplies in int8."""
-    whole, one, zero, codes, zero_points = (
-        f"{name}:{part}" for part in ("whole", "one", "zero", "codes", "zero_points")
+    whole, scale, zero, codes, zero_points = (
+        f"{name}:{part}" for part in ("whole", "scale", "zero", "codes", "zero_points")
     )
-    arrays = {one: np.float32(1), zero: np.int8(0)}
-    nodes = [(("DequantizeLinear", [whole, one, zero], [name]), {})]
+    arrays: dict[str, Any] = {scale: np.float32(1), zero: np.int8(0)}
+    axis = {}
+    if weights.scale is not None:
+        arrays = {scale: weights.scale, zero: np.zeros(len(weights.scale), np.int8)}
+        axis = {"axis": weights.codes.ndim - 1}
+    nodes = [(("DequantizeLinear", [whole, scale, zero], [name]), axis)]
     if bits > SMALL_BITS:
         return nodes, arrays | {whole: weights.codes}
     arrays[codes] = (weights.codes + weights.zero_point).astype(jnp.uint4)
