@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from aquant_jax.errors import InputError, ReconstructionError, reason
 from aquant_jax.recipe import Reconstruction
 from aquant_jax.recipe_checks import RENAMED, hint
-from launch.lib.process import keep_freed_memory, progress_on_stderr
+from launch.lib.process import keep_compiled_programs, keep_freed_memory, progress_on_stderr
 
 FAILED_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
@@ -57,6 +57,7 @@ def program(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         keep_freed_memory()
+        keep_compiled_programs()
         arguments = list(sys.argv if argv is None else argv)
         show = TRACEBACK in arguments
         try:

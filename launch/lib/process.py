@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from absl import logging as absl_logging
 
 import aquant_jax
 import launch
 
+_MOST_COMPILED = 2**32  # bytes
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _OURS = tuple(str(Path(package.__path__[0]).resolve()) for package in (aquant_jax, launch))
@@ -36,6 +39,21 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28))
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+def keep_compiled_programs() -> None:
+    """Make JAX keep compiled programs on disk, so that a second run does not compile them again.
+
+    They lie in the user's cache folder, where the least recently used ones go beyond 4 GiB;
+    ``JAX_COMPILATION_CACHE_DIR`` names another folder. JAX warns of one that cannot be written, and
+    compiles.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if jax.config.jax_compilation_cache_dir or not Path(base).is_absolute():
+        return  # one is set already, or the home folder is unknown
+    jax.config.update("jax_compilation_cache_dir", str(Path(base) / "aquant-jax" / "compiled"))
+    jax.config.update("jax_compilation_cache_max_size", _MOST_COMPILED)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @contextlib.contextmanager

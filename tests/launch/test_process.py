@@ -1,0 +1,45 @@
+"""Settings of the programs' processes."""
+
+import pytest
+
+from tests.support.process import run_python
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from jax._src import monitoring
+from launch.lib import command_line
+
+hits = []
+monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("cache_hits")))
+
+@command_line.program
+def main(argv):
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.jit(lambda x: jnp.sort(jnp.sin(x)) @ x)(jnp.ones((8, 8)))
+
+assert main(["program"]) == 0
+print(sum(hits) > 0)
+"""
+
+
+def run(**environment):
+    done = run_python(PROGRAM, **{"JAX_COMPILATION_CACHE_DIR": "", "HOME": "", **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[-1] == "True", done.stderr
+
+
+def files(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME", "JAX_COMPILATION_CACHE_DIR"])
+def test_a_second_run_does_not_compile_again(variable, tmp_path):
+    assert not run(**{variable: str(tmp_path)})[0]
+    assert files(tmp_path)
+    assert run(**{variable: str(tmp_path)})[0]
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
+    (tmp_path / "aquant-jax").write_text("a file")
+    hit, _ = run(XDG_CACHE_HOME=str(tmp_path))
+    assert not hit
