@@ -46,7 +46,9 @@ def deploy(load: Load) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run["ms"]))
     times = [{name: f"{ms['median']:,.1f}" for name, ms in run["ms"].items()} for run in runs]
     rows = [[name, *(found.get(name, "not run") for found in times)] for name in names]
-    heads = [f"{run['model']}, batch {run['batch_size']}" for run in runs]
+    heads = [
+        f"{run['model']} W{run['bits']}A{run['bits']}, batch {run['batch_size']}" for run in runs
+    ]
     return markdown(["", *heads], rows, 1)
 
 

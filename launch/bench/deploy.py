@@ -31,6 +31,7 @@ from aquant_jax.storage.environment import environment
 from launch.bench import timing
 from launch.lib import command_line, peers
 
+CALIBRATION = 8  # images
 WAYS = {"nearest": ("nearest", "element"), "channel": ("aquant", "channel"),
         "element": ("aquant", "element")}  # fmt: skip
 
@@ -87,8 +88,7 @@ def measure(work: Workload) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     shape = (work.size, work.size, 3)
     x = rng.normal(size=(work.batch_size, *shape)).astype(np.float32)
-    # Of the same size: an ONNX file may be of one number of samples.
-    calibration = rng.normal(size=x.shape).astype(np.float32)
+    calibration = rng.normal(size=(CALIBRATION, *shape)).astype(np.float32)
     calls = peers.jax_runs(apply, variables, x)
     networks = _networks(work, apply, variables, calibration)
     equal = {}

@@ -8,13 +8,15 @@ from launch.bench import deploy
 from launch.lib import peers
 
 
-@pytest.mark.parametrize("float_stem", [False, True], ids=["codes", "float stem"])
-def test_our_ways_run(monkeypatch, tmp_path, capsys, float_stem):
+@pytest.mark.parametrize(
+    ("float_stem", "batch_size"), [(False, 1), (True, 2)], ids=["codes", "float stem"]
+)
+def test_our_ways_run(monkeypatch, tmp_path, capsys, float_stem, batch_size):
     monkeypatch.setattr(peers, "installed", list)
     out = tmp_path / "deploy.json"
     flags = [
-        "--model=resnet20_cifar", "--size=8", "--batch_size=2", "--rounds=1", "--peak=100",
-        f"--float_stem={float_stem}", f"--out={out}",
+        "--model=resnet20_cifar", "--size=8", "--rounds=1", "--peak=100",
+        f"--batch_size={batch_size}", f"--float_stem={float_stem}", f"--out={out}",
     ]  # fmt: skip
     assert deploy.main(["deploy", *flags]) == 0
     found = json.loads(out.read_text())
