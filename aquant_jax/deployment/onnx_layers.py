@@ -115,11 +115,8 @@ def convolve(
       stored: the values of `weights`.
     """
     own = rounding.border is not None and not rounding.per_channel
-    zero, matrix, padded = (
-        int(quantizer.zero_point),
-        weight.ndim == 2,
-        any(map(any, geometry.padding)),
-    )
+    padded = any(map(any, geometry.padding))
+    zero, matrix = int(quantizer.zero_point), weight.ndim == 2
     units = _units(x, quantizer, rounding)
     if geometry.taps == 1 and not padded:
         # OpenVINO fails where a strided convolution of one tap and another layer read one tensor.
