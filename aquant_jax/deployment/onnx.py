@@ -28,8 +28,9 @@ from aquant_jax.errors import InputError, reason
 from aquant_jax.graph.ir import PAD_WITH_VALUE, Op
 from aquant_jax.graph.subgraph import bind_inputs, extract_subgraph, run
 from aquant_jax.graph.trace import trace
-from aquant_jax.layers.fake_quant import LayerInput, LayerSpec, LayerState, multiply_op
+from aquant_jax.layers.fake_quant import LayerInput, LayerSpec, LayerState
 from aquant_jax.layers.integer import convolve_layer, run_deployed_layer
+from aquant_jax.layers.products import multiply_op
 
 OPSET = 23
 
@@ -168,10 +169,9 @@ def _apply_of_weights(
         def layer(op: Op, spec: LayerSpec, inputs: LayerInput, state: LayerState) -> jax.Array:
             if spec.path in whole:
                 assert inputs.quantizer is not None
-                operands = weights[spec.path], whole[spec.path]
-                convolve = functools.partial(onnx_layers.convolve, *operands)
+                int8 = onnx_layers.Int8Layer(weights[spec.path], whole[spec.path])
                 results = convolve_layer(
-                    op, spec, inputs.x, inputs.quantizer, state, convolve=convolve
+                    op, spec, inputs.x, inputs.quantizer, state, convolve=int8.convolve_codes
                 )
                 assert results.values is not None
                 return results.values

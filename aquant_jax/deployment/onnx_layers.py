@@ -97,52 +97,58 @@ def whole_weights(op: Op, spec: LayerSpec, state: LayerState, runtime: str) -> W
     return WholeWeights(rows, zero_point, None, scale)
 
 
-def convolve(
-    weight: Float32[AnyArray, "..."],
-    stored: WholeWeights,
-    x: Float32[AnyArray, "N *spatial C"],
-    quantizer: ActivationQuantizer,
-    coefficients: Coefficients,
-    weights: QuantizedWeights,
-    geometry: ConvGeometry,
-    rounding: Rounding,
-    epilogue: Epilogue,
-) -> Results:
-    """`backend.Backend.convolve_codes` of an activation, in operations that runtimes know.
+class Int8Layer(NamedTuple):
+    """Runs a layer in operations that runtimes know.
 
-    Args:
+    Attributes:
       weight: what the DequantizeLinear of `stored` gives.
-      stored: the values of `weights`.
+      stored: its weights.
     """
-    own = rounding.border is not None and not rounding.per_channel
-    padded = any(map(any, geometry.padding))
-    zero, matrix = int(quantizer.zero_point), weight.ndim == 2
-    units = _units(x, quantizer, rounding)
-    if geometry.taps == 1 and not padded:
-        # OpenVINO fails where a strided convolution of one tap and another layer read one tensor.
-        units = columns(units, geometry, 0)
-        geometry = geometry._replace(spatial=geometry.out, strides=(1,) * len(geometry.out))
-    if own and (geometry.taps > 1 or padded):
-        whole = _border_columns(units, zero, coefficients, geometry, rounding)
-        codes = quantize_linear(whole, zero)
-    else:
-        border = channel_border(rounding, coefficients, units)
-        codes = quantize_linear(_whole(units, zero, rounding.bits, border), zero)
-        codes = columns(codes, geometry, zero) if matrix else codes
-    step = 1.0 if stored.scale is None else float(quantizer.step_size)
-    values = dequantize_linear(codes, zero, step)
-    total = matmul(values, weight) if matrix else conv(values, weight, geometry)
-    if stored.scale is not None:
-        return epilogue.apply(total)
-    lead = (1,) * (total.ndim - 1)
-    if stored.excess is not None:
-        if matrix:
-            total, sums = split(total, (len(stored.excess), 1))
+
+    weight: Float32[AnyArray, "..."]
+    stored: WholeWeights
+
+    def convolve_codes(
+        self,
+        x: Float32[AnyArray, "N *spatial C"],
+        quantizer: ActivationQuantizer,
+        coefficients: Coefficients,
+        weights: QuantizedWeights,
+        geometry: ConvGeometry,
+        rounding: Rounding,
+        epilogue: Epilogue,
+    ) -> Results:
+        """`backend.Backend.convolve_codes` of an activation; `weights` give its scale alone."""
+        weight, stored = self
+        own = rounding.border is not None and not rounding.per_channel
+        padded = any(map(any, geometry.padding))
+        zero, matrix = int(quantizer.zero_point), weight.ndim == 2
+        units = _units(x, quantizer, rounding)
+        if geometry.taps == 1 and not padded:
+            # OpenVINO fails where a strided convolution of one tap shares its input with a layer.
+            units = columns(units, geometry, 0)
+            geometry = geometry._replace(spatial=geometry.out, strides=(1,) * len(geometry.out))
+        if own and (geometry.taps > 1 or padded):
+            whole = _border_columns(units, zero, coefficients, geometry, rounding)
+            codes = quantize_linear(whole, zero)
         else:
-            sums = window_sum(values, geometry)
-        total -= sums * stored.excess.reshape(*lead, -1)
-    scale = quantizer.step_size * weights.scale
-    return epilogue.apply(product(total, scale.reshape(*lead, -1)))
+            border = channel_border(rounding, coefficients, units)
+            codes = quantize_linear(_whole(units, zero, rounding.bits, border), zero)
+            codes = columns(codes, geometry, zero) if matrix else codes
+        step = 1.0 if stored.scale is None else float(quantizer.step_size)
+        values = dequantize_linear(codes, zero, step)
+        total = matmul(values, weight) if matrix else conv(values, weight, geometry)
+        if stored.scale is not None:
+            return epilogue.apply(total)
+        lead = (1,) * (total.ndim - 1)
+        if stored.excess is not None:
+            if matrix:
+                total, sums = split(total, (len(stored.excess), 1))
+            else:
+                sums = window_sum(values, geometry)
+            total -= sums * stored.excess.reshape(*lead, -1)
+        scale = quantizer.step_size * weights.scale
+        return epilogue.apply(product(total, scale.reshape(*lead, -1)))
 
 
 def _units(

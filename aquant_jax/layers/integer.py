@@ -32,12 +32,12 @@ from aquant_jax.layers.fake_quant import (
     add_bias,
     contracted_axes,
     dequantize_weight,
-    multiply,
     output_channels,
     per_channel,
     rounding_of,
     run_layer,
 )
+from aquant_jax.layers.products import multiply
 
 
 class QuantizedWeights(NamedTuple):

@@ -49,7 +49,7 @@ def keep_compiled_programs() -> None:
     compiles.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if jax.config.jax_compilation_cache_dir or not Path(base).is_absolute():
+    if jax.config.values["jax_compilation_cache_dir"] or not Path(base).is_absolute():
         return  # one is set already, or the home folder is unknown
     jax.config.update("jax_compilation_cache_dir", str(Path(base) / "aquant-jax" / "compiled"))
     jax.config.update("jax_compilation_cache_max_size", _MOST_COMPILED)
