@@ -23,15 +23,14 @@ from aquant_jax.graph.ir import (
     Op,
     path_names,
 )
+from aquant_jax.graph.weighted_ops import layer_of
 
 _INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"}
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _LOOPS = {"scan", "while", "cond"}
 
 
-def trace(
-    apply: Callable[..., Any], variables: Any, x: Any, trainable: bool = True
-) -> Graph:
+def trace(apply: Callable[..., Any], variables: Any, x: Any, trainable: bool = True) -> Graph:
     """Trace ``apply(variables, x)`` into a flat graph.
 
     Args:
@@ -173,18 +172,11 @@ class _Flattener:
         ]  # fmt: skip
         if not weighted:
             return None
-        weight = inputs[weighted[0]]
+        weight, params = inputs[weighted[0]], eqn.params
+        avals: list[Any] = [atom.aval for atom in eqn.invars]
+        shapes = [aval.shape for aval in avals]
         path = self._name(weight)
-        shape = tuple(self.avals[weight].shape)
-        if eqn.primitive.name == "conv_general_dilated":
-            if weighted[0] == 0:
-                raise InputError(f"{path}: the weight is the left operand of a convolution")
-            _check_convolution(path, eqn.params)
-            numbers = eqn.params["dimension_numbers"]
-            axes = (numbers.rhs_spec[0],), (numbers.out_spec[1],)
-            return Layer(path, "conv", weight, shape, *axes, x_position=0)
-        axes = _dense_axes(eqn, weighted[0])
-        return Layer(path, "dense", weight, shape, *axes, x_position=1 - weighted[0])
+        return layer_of(eqn.primitive.name, params, path, weight, weighted[0], shapes)
 
     def _name(self, weight: int) -> str:
         """Path of the largest variable in the operand, numbered when it is reused."""
@@ -248,36 +240,6 @@ def _reject_loop(
             f"a weighted op inside `{eqn.primitive.name}` cannot be quantized: unroll the loop "
             "(flax: scan=False or a Python loop over the layers)"
         )
-
-
-def _check_convolution(path: str, params: Mapping[str, Any]) -> None:
-    """InputError for a convolution of an unsupported form."""
-    if any(d != 1 for d in params["lhs_dilation"]):
-        raise InputError(
-            f"{path}: transposed convolutions (lhs_dilation {params['lhs_dilation']}, supported "
-            "is 1) are not supported; leave them out or use a resize and a convolution"
-        )
-    if params["batch_group_count"] != 1:
-        raise InputError(
-            f"{path}: batch_group_count {params['batch_group_count']} is not supported, only 1"
-        )
-    if any(p < 0 for pair in params["padding"] for p in pair):
-        raise InputError(
-            f"{path}: negative padding {params['padding']} is not supported; slice the input"
-        )
-
-
-def _dense_axes(eqn: jex.JaxprEqn, weight_side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Channel axes of the weight of a dot, and the corresponding axes of its output."""
-    (contract, batch) = eqn.params["dimension_numbers"]
-    avals: list[Any] = [atom.aval for atom in eqn.invars]
-    shape, other = avals[weight_side].shape, avals[1 - weight_side].shape
-    free = [a for a in range(len(shape)) if a not in contract[weight_side]]
-    free = [a for a in free if a not in batch[weight_side]]
-    rows = len(other) - len(contract[0]) - len(batch[0])
-    start = len(batch[0]) + (rows if weight_side == 1 else 0)
-    channel_axes = (*batch[weight_side], *free)
-    return tuple(channel_axes), (*range(len(batch[0])), *range(start, start + len(free)))
 
 
 def _function(eqn: jex.JaxprEqn, template: jex.Jaxpr) -> Callable[..., list[Any]]:
