@@ -58,6 +58,23 @@ class Layer(NamedTuple):
     x_position: int
 
 
+class Unquantized(NamedTuple):
+    """A weighted op that stays an ordinary float op, because no layer can stand for it.
+
+    Attributes:
+      path: path of its weight, as in a `Layer`.
+      primitive: its primitive.
+      reason: why it is not quantized.
+    """
+
+    path: str
+    primitive: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.primitive}): {self.reason}"
+
+
 class Op(NamedTuple):
     """One equation of the flat program.
 
@@ -111,6 +128,7 @@ class Graph(NamedTuple):
       tree: tree definition of the output.
       position_axes: the axes that number the positions of a padded sequence, by value id; see
         `quantize`.
+      unquantized: the weighted ops without a layer, in topological order.
     """
 
     ops: tuple[Op, ...]
@@ -123,6 +141,7 @@ class Graph(NamedTuple):
     weight_dependent: frozenset[int]
     tree: Any
     position_axes: Mapping[int, tuple[int, ...]] = MappingProxyType({})
+    unquantized: tuple[Unquantized, ...] = ()
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -21,6 +21,7 @@ from aquant_jax.graph.ir import (
     Graph,
     Layer,
     Op,
+    Unquantized,
     path_names,
 )
 from aquant_jax.graph.weighted_ops import layer_of
@@ -41,8 +42,8 @@ def trace(apply: Callable[..., Any], variables: Any, x: Any, trainable: bool = T
         is then one op, and there is a weighted op. Otherwise all calls are inlined.
 
     Raises:
-      InputError: `apply` cannot be traced with `x`, a weighted op is in a loop or has an
-        unsupported form (transposed, batch-grouped, negatively padded), or there is none.
+      InputError: `apply` cannot be traced with `x`, a weighted op is in a loop, or there is none
+        that can be quantized.
     """
     try:
         closed, out_shape = jax.make_jaxpr(apply, return_shape=True)(variables, x)
@@ -66,6 +67,7 @@ class _Flattener:
         self.scalars: dict[int, Any] = {}
         self.static_of: dict[int, set[int]] = {}  # static value -> the variables it depends on
         self.used: dict[str, int] = {}
+        self.unquantized: list[Unquantized] = []
 
     def graph(self) -> Graph:
         """The graph of the traced function."""
@@ -82,14 +84,22 @@ class _Flattener:
         )
         outputs = self._flatten(jaxpr, env)
         if self.trainable and not any(op.layer for op in self.ops):
-            raise InputError(
-                "the model has no weighted op: no conv or dot takes a weight from `variables` "
-                f"({len(self.names)} leaves) and an operand that depends on x"
-            )
+            raise InputError(self._no_layer())
         return Graph(
             tuple(self.ops), tuple(inputs), self.variables, self.constants, tuple(outputs),
             self.avals, frozenset(self.dynamic), frozenset(self.weight_dependent), self.tree,
+            unquantized=tuple(self.unquantized),
         )  # fmt: skip
+
+    def _no_layer(self) -> str:
+        """Why nothing of the model can be quantized."""
+        if self.unquantized:
+            reasons = "; ".join(map(str, self.unquantized))
+            return f"no weighted op of the model can be quantized: {reasons}"
+        return (
+            "the model has no weighted op: no conv or dot takes a weight from `variables` "
+            f"({len(self.names)} leaves) and an operand that depends on x"
+        )
 
     def _new(self, aval: Any) -> int:
         """The id of a new value."""
@@ -162,7 +172,8 @@ class _Flattener:
         return self.scalars.get(value) if constant is None or np.ndim(constant) else constant
 
     def _layer(self, eqn: jex.JaxprEqn, inputs: Sequence[Any]) -> Layer | None:
-        """The layer of a conv or dot with a static operand; None for any other equation."""
+        """The layer of a conv or dot with a static operand; None for any other equation, and for
+        one that cannot be quantized, which it notes."""
         if eqn.primitive.name not in PRODUCTS:
             return None
         weighted = [
@@ -176,7 +187,11 @@ class _Flattener:
         avals: list[Any] = [atom.aval for atom in eqn.invars]
         shapes = [aval.shape for aval in avals]
         path = self._name(weight)
-        return layer_of(eqn.primitive.name, params, path, weight, weighted[0], shapes)
+        found = layer_of(eqn.primitive.name, params, path, weight, weighted[0], shapes)
+        if isinstance(found, Layer):
+            return found
+        self.unquantized.append(found)
+        return None
 
     def _name(self, weight: int) -> str:
         """Path of the largest variable in the operand, numbered when it is reused."""

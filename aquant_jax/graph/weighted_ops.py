@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aquant_jax.errors import InputError
-from aquant_jax.graph.ir import Layer
+from aquant_jax.graph.ir import Layer, Unquantized
 
 CONVOLUTION = "conv_general_dilated"
 
@@ -18,8 +17,8 @@ def layer_of(
     weight: int,
     side: int,
     shapes: Sequence[tuple[int, ...]],
-) -> Layer:
-    """The layer of a weighted op.
+) -> Layer | Unquantized:
+    """The layer of a weighted op, or why it has none.
 
     Args:
       primitive: one of `ir.PRODUCTS`.
@@ -28,15 +27,11 @@ def layer_of(
       weight: its value id.
       side: its place among the operands, 0 or 1.
       shapes: of both operands.
-
-    Raises:
-      InputError: it is a convolution of an unsupported form.
     """
     shape = tuple(shapes[side])
     if primitive == CONVOLUTION:
-        if side == 0:
-            raise InputError(f"{path}: the weight is the left operand of a convolution")
-        _check_convolution(path, params)
+        if (reason := _obstacle(params, side)) is not None:
+            return Unquantized(path, primitive, reason)
         numbers = params["dimension_numbers"]
         axes = (numbers.rhs_spec[0],), (numbers.out_spec[1],)
         return Layer(path, "conv", weight, shape, *axes, x_position=0)
@@ -44,21 +39,13 @@ def layer_of(
     return Layer(path, "dense", weight, shape, *axes, x_position=1 - side)
 
 
-def _check_convolution(path: str, params: Mapping[str, Any]) -> None:
-    """InputError for a convolution of an unsupported form."""
-    if any(d != 1 for d in params["lhs_dilation"]):
-        raise InputError(
-            f"{path}: transposed convolutions (lhs_dilation {params['lhs_dilation']}, supported "
-            "is 1) are not supported; leave them out or use a resize and a convolution"
-        )
+def _obstacle(params: Mapping[str, Any], side: int) -> str | None:
+    """Why no layer can stand for a convolution with its weight on this side; None if one can."""
+    if side == 0:
+        return "the weight is the left operand of a convolution"
     if params["batch_group_count"] != 1:
-        raise InputError(
-            f"{path}: batch_group_count {params['batch_group_count']} is not supported, only 1"
-        )
-    if any(p < 0 for pair in params["padding"] for p in pair):
-        raise InputError(
-            f"{path}: negative padding {params['padding']} is not supported; slice the input"
-        )
+        return f"batch_group_count is {params['batch_group_count']}, supported is 1"
+    return None
 
 
 def _dense_axes(

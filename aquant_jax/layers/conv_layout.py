@@ -39,11 +39,35 @@ def padded_input(
 
 
 def pad(op: Op, x: Shaped[AnyArray, "..."], fill: bool | int = 0) -> Shaped[Array, "N *padded C"]:
-    """An array that is laid out as the activation of a convolution, padded with `fill`."""
+    """An array that is laid out as the activation of a convolution, padded with `fill`, which is
+    also what the dilation of the activation inserts."""
+    return _pad(op, to_images(op, x), op.params["padding"], fill)
+
+
+def to_images(op: Op, x: Shaped[AnyArray, "..."]) -> Shaped[Array, "N *spatial C"]:
+    """An array that is laid out as the activation of a convolution, with its channels last."""
     lhs = op.params["dimension_numbers"].lhs_spec
-    x = jnp.transpose(x, (lhs[0], *lhs[2:], lhs[1]))
-    padding = [(0, 0, 0), *((lo, hi, 0) for lo, hi in op.params["padding"]), (0, 0, 0)]
-    return lax.pad(x, jnp.asarray(fill, x.dtype), padding)
+    return jnp.transpose(x, (lhs[0], *lhs[2:], lhs[1]))
+
+
+def inserts(op: Op) -> bool:
+    """Whether a convolution inserts zeros between the elements of its activation (a transposed
+    convolution), or crops it by negative padding."""
+    crops = any(end < 0 for pair in op.params["padding"] for end in pair)
+    return crops or any(dilation > 1 for dilation in op.params["lhs_dilation"])
+
+
+def insert(
+    op: Op, images: Shaped[AnyArray, "N *spatial C"], fill: Any = 0
+) -> Shaped[Array, "N *inserted C"]:
+    """`pad` without the padding: images in which `fill` is inserted, and which are cropped."""
+    return _pad(op, images, [(min(lo, 0), min(hi, 0)) for lo, hi in op.params["padding"]], fill)
+
+
+def _pad(op: Op, images: Any, padding: Any, fill: Any) -> Shaped[Array, "N *padded C"]:
+    ends = zip(padding, op.params["lhs_dilation"], strict=True)
+    config = [(0, 0, 0), *((lo, hi, dilation - 1) for (lo, hi), dilation in ends), (0, 0, 0)]
+    return lax.pad(images, jnp.asarray(fill, images.dtype), config)
 
 
 def spatial_kernel(op: Op, weight: Shaped[AnyArray, "..."]) -> Shaped[Array, "*kernel Cg O"]:
@@ -68,13 +92,17 @@ def conv_result(op: Op, y: Shaped[AnyArray, "N *out O"]) -> Shaped[Array, "..."]
 
 
 def conv_geometry(op: Op, x_shape: tuple[Any, ...]) -> ConvGeometry:
-    """The geometry of a convolution whose activation has this shape."""
+    """The geometry of a convolution whose activation has this shape, over what `insert` gives."""
     numbers, params = op.params["dimension_numbers"], op.params
+    sizes = zip(numbers.lhs_spec[2:], params["lhs_dilation"], params["padding"], strict=True)
     return ConvGeometry(
-        spatial=tuple(x_shape[axis] for axis in numbers.lhs_spec[2:]),
+        spatial=tuple(
+            (x_shape[axis] - 1) * dilation + 1 + min(lo, 0) + min(hi, 0)
+            for axis, dilation, (lo, hi) in sizes
+        ),
         kernel=tuple(op.layer.weight_shape[axis] for axis in numbers.rhs_spec[2:]),
         strides=tuple(params["window_strides"]),
         dilation=tuple(params["rhs_dilation"]),
-        padding=tuple(params["padding"]),
+        padding=tuple((max(lo, 0), max(hi, 0)) for lo, hi in params["padding"]),
         groups=params["feature_group_count"],
     )

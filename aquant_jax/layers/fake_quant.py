@@ -22,7 +22,7 @@ from aquant_jax.arithmetic.uniform import (
 from aquant_jax.graph.ir import Op
 from aquant_jax.layers import im2col
 from aquant_jax.layers.column import Rounding
-from aquant_jax.layers.conv_layout import conv_operands, conv_result, pad
+from aquant_jax.layers.conv_layout import conv_operands, conv_result, inserts, pad
 from aquant_jax.layers.products import multiply
 
 
@@ -259,10 +259,11 @@ def quantize_elements(
 
 
 def needs_columns(op: Op, spec: LayerSpec) -> bool:
-    """Whether the borders of a layer are those of its columns: it has several taps, or padding,
-    which is a column element too."""
+    """Whether the borders of a layer are those of its columns: it has several taps, or padding or
+    inserted zeros, which are column elements too."""
     if op.layer.kind == "dense" or spec.border_granularity == "channel":
         return False
     spatial = op.params["dimension_numbers"].rhs_spec[2:]
     taps = [op.layer.weight_shape[a] for a in spatial]
-    return any(t > 1 for t in taps) or any(p for pair in op.params["padding"] for p in pair)
+    zeros = inserts(op) or any(p for pair in op.params["padding"] for p in pair)
+    return zeros or any(t > 1 for t in taps)

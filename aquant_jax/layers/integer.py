@@ -21,9 +21,12 @@ from aquant_jax.layers.conv_layout import (
     conv_geometry,
     conv_result,
     grouped_kernel,
+    insert,
+    inserts,
     spatial_kernel,
+    to_images,
 )
-from aquant_jax.layers.epilogue import NO_EPILOGUE, Codes, Epilogue, Results
+from aquant_jax.layers.epilogue import NO_EPILOGUE, Codes, Epilogue, Results, for_columns
 from aquant_jax.layers.fake_quant import (
     LayerInput,
     LayerSpec,
@@ -151,9 +154,15 @@ def convolve_layer(
     epilogue = epilogue._replace(
         bias=state.bias.reshape(-1), residual=jax.tree.map(form.to_images, epilogue.residual)
     )
+    x, border, rounding = form.x, state.border, rounding_of(spec)
+    if op.layer.kind == "conv" and inserts(op):
+        if isinstance(x, Codes):
+            x = x._replace(codes=insert(op, x.codes, x.quantizer.zero_point))
+        else:  # quantized first where an inserted zero has the code of the zero point
+            x, border, rounding = for_columns(x, quantizer, border, rounding)
+            x = insert(op, x)
     weights = quantized_weights(op, spec, state)
-    operands = (form.x, quantizer, state.border, weights, form.geometry)
-    results = convolve(*operands, rounding_of(spec), epilogue)
+    results = convolve(x, quantizer, border, weights, form.geometry, rounding, epilogue)
     return jax.tree.map(form.from_images, results)
 
 
@@ -201,9 +210,7 @@ class _Form(NamedTuple):
 
 def _conv_form(op: Op, x: Any) -> _Form:
     geometry = conv_geometry(op, jax.tree.leaves(x)[0].shape)
-    if not isinstance(x, Codes):
-        lhs = op.params["dimension_numbers"].lhs_spec
-        x = jnp.transpose(x, (lhs[0], *lhs[2:], lhs[1]))
+    x = x if isinstance(x, Codes) else to_images(op, x)
     return _Form(x, geometry, lambda y: y, functools.partial(conv_result, op))
 
 
