@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from aquant_jax.deployment import onnx_layers, onnx_primitives
 from aquant_jax.deployment.onnx_layers import WholeWeights
 from aquant_jax.deployment.onnx_nodes import move_transposes, rewrite_nodes
+from aquant_jax.deployment.onnx_padding import plain_padding
 from aquant_jax.deployment.onnx_runtimes import ONNXRUNTIME, known
 from aquant_jax.deployment.onnx_weights import ReadWeight, place_weights
 from aquant_jax.deployment.quantized import Quantized, Traced
 from aquant_jax.deployment.stablehlo import batches_of
 from aquant_jax.errors import InputError, reason
-from aquant_jax.graph.ir import PAD_WITH_VALUE, Op
+from aquant_jax.graph.ir import Op
 from aquant_jax.graph.subgraph import bind_inputs, extract_subgraph, run
 from aquant_jax.graph.trace import trace
 from aquant_jax.layers.fake_quant import LayerInput, LayerSpec, LayerState
@@ -121,7 +121,7 @@ def _function(quantized: Quantized, program: Traced, batch: Any, runtime: str) -
     # All calls are inlined: jax2onnx 0.17 knows no call of JAX 0.12.
     apply = _apply_of_weights(quantized, program, whole, reads)
     graph = trace(apply, weights, batch, trainable=False)
-    graph = graph._replace(ops=tuple(map(_plain, graph.ops)))
+    graph = graph._replace(ops=tuple(plain_padding(op._replace(layer=None)) for op in graph.ops))
     network = extract_subgraph(graph, (), graph.outputs)
 
     def function(*values: Any) -> tuple[Any, ...]:
@@ -190,27 +190,6 @@ def _read(reads: dict[str, ReadWeight], op: Op, state: LayerState, whole: bool) 
     """The weight of a layer; notes how its codes are read."""
     reads[op.layer.path] = ReadWeight(op.layer.channel_axes, whole)
     return state.codes
-
-
-def _plain(op: Op) -> Op:
-    """The op as any other one; padding beside an axis of symbolic size, which jax2onnx does not
-    know, as a concatenation."""
-    padding = op.name in ("pad", PAD_WITH_VALUE)
-    return op._replace(layer=None, call=functools.partial(_pad, op) if padding else op.call)
-
-
-def _pad(op: Op, x: jax.Array, value: jax.Array) -> list[jax.Array]:
-    sizes = op.params["padding_config"]
-    if all(isinstance(size, int) for size in x.shape) or min(min(pair) for pair in sizes) < 0:
-        return op.call(x, value)
-    if any(inner for _, _, inner in sizes):
-        return op.call(x, value)
-    for axis, (low, high, _) in enumerate(sizes):
-        shapes = [(*x.shape[:axis], size, *x.shape[axis + 1 :]) for size in (low, high)]
-        before, after = (lax.full(shape, value, x.dtype) for shape in shapes)
-        parts = [part for part in (before, x, after) if part.shape[axis] != 0]
-        x = lax.concatenate(parts, axis) if len(parts) > 1 else x
-    return [x]
 
 
 def _names(tree: Any, default: str) -> list[str]:
