@@ -52,7 +52,7 @@ def make_plan(graph: Graph, recipe: Recipe) -> Plan:
     producers = graph.producers()
     matches = match_rules(graph, recipe.activations)
     keys = [match.key for match in matches]
-    overrides = _match(recipe, [layer.path for layer in graph.layers], keys)
+    overrides = _match(graph, recipe, keys)
     layers = _layer_specs(graph, recipe, overrides)
     _check_complex(graph, layers)
     _check_act_bits(recipe, layers, overrides)
@@ -158,16 +158,21 @@ def _check_act_bits(
             )
 
 
-def _match(recipe: Recipe, paths: Sequence[str], keys: Sequence[str]) -> dict[str, list[Override]]:
+def _match(graph: Graph, recipe: Recipe, keys: Sequence[str]) -> dict[str, list[Override]]:
     """The overrides of every layer and activation; only patterns with a colon match activations."""
+    paths = [layer.path for layer in graph.layers]
     overrides: dict[str, list[Override]] = {name: [] for name in (*paths, *keys)}
     for override in recipe.overrides:
         names = [*paths, *keys] if ":" in override.pattern else list(paths)
         try:
             matches = [name for name in names if re.search(override.pattern, name)]
+            floats = [op for op in graph.unquantized if re.search(override.pattern, op.path)]
         except re.error as error:
             raise InputError(f"overrides: {override.pattern!r}: {error}") from error
-        if not matches:
+        if not matches and floats and not override.keep_float:
+            reasons = "; ".join(map(str, floats))
+            raise InputError(f"overrides: {override.pattern!r} cannot quantize {reasons}")
+        if not matches and not floats:
             raise InputError(f"overrides: {override.pattern!r} matches none of {names}")
         for name in matches:
             overrides[name].append(override)

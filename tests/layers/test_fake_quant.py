@@ -24,7 +24,7 @@ from tests.support.nets import conv, normal, rng_of
 
 GRID = ActivationQuantizer(jnp.float32(0.3), jnp.float32(2.0))
 BITS = 3
-# What a convolution may be: padding, strides, dilation and groups.
+# What a convolution may be: padding, strides, dilations and groups.
 CONVOLUTIONS = {
     "same": {"padding": ((1, 1), (1, 1))},
     "valid": {"padding": ((0, 0), (0, 0))},
@@ -32,7 +32,12 @@ CONVOLUTIONS = {
     "dilated": {"padding": ((2, 2), (2, 2)), "dilation": (2, 2)},
     "grouped": {"padding": ((1, 1), (1, 1)), "groups": 2},
     "depthwise": {"padding": ((1, 1), (1, 1)), "groups": 4},
-}
+    "cropped": {"padding": ((-2, 1), (1, -1))},
+    "transposed": {"padding": ((2, -1), (0, 1)), "lhs_dilation": (2, 3), "dilation": (2, 1)},
+    "transposed, grouped": {
+        "padding": ((1, 2), (-1, 2)), "lhs_dilation": (3, 1), "strides": (2, 2), "groups": 2,
+    },
+}  # fmt: skip
 
 
 def op_of(function, kernel, x):
@@ -93,6 +98,21 @@ def test_convolution_is_that_of_the_numpy_reference(options, phi, granularity):
     np.testing.assert_allclose(y, expected, atol=2e-5)
     found = input_codes(op, spec, x, GRID, coefficients)
     np.testing.assert_array_equal(as_columns(found, granularity, kernel, options), codes)
+
+
+def test_zeros_between_the_elements_have_the_border_of_a_single_tap():
+    options = {"padding": ((0, 0), (0, 0)), "lhs_dilation": (2, 3)}
+    op, x, kernel = convolution(options, size=1)
+    spec = spec_of(op, "constant", "identity", "element")
+    coefficients = {"b0": np.full((1, 4), -0.5, np.float32)}  # rounds zero up
+    expected, _ = reference.quantized_conv(
+        x, kernel, np.float32(0), np.float32(0.3), 2, BITS, coefficients, "identity", "element",
+        **options,
+    )  # fmt: skip
+    weights = Weights(kernel, np.zeros(4, "f"), coefficients)
+    y = run_layer(op, spec, LayerInput(x, GRID), weights)
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+    assert np.abs(y[:, 1]).min() > 0.01
 
 
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
@@ -256,7 +276,9 @@ class TestGradients:
 
     @pytest.mark.parametrize("granularity", borders.GRANULARITIES)
     @pytest.mark.parametrize("phi", ["clamp", "identity"])
-    @pytest.mark.parametrize("options", [CONVOLUTIONS["strided"], CONVOLUTIONS["grouped"]])
+    @pytest.mark.parametrize(
+        "options", [CONVOLUTIONS[name] for name in ("strided", "grouped", "transposed")]
+    )
     def test_of_step_size_and_border(self, options, phi, granularity):
         op, x, kernel = convolution(options)
         spec = spec_of(op, phi=phi, granularity=granularity)

@@ -20,9 +20,9 @@ def normal(rng, *shape):
     return rng.normal(size=shape).astype(np.float32)
 
 
-def conv(x, kernel, strides=(1, 1), padding="SAME", groups=1, dilation=(1, 1)):
+def conv(x, kernel, strides=(1, 1), padding="SAME", groups=1, dilation=(1, 1), lhs_dilation=(1, 1)):
     return lax.conv_general_dilated(
-        x, kernel, strides, padding, rhs_dilation=dilation, feature_group_count=groups,
+        x, kernel, strides, padding, lhs_dilation, dilation, feature_group_count=groups,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
 

@@ -43,9 +43,24 @@ def column_borders(columns, coefficients, phi_name, shared_across_taps):
     return phi(phi_name, p).astype(columns.dtype)
 
 
-def im2col(x, kernel, strides=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1)):
-    """[N, H, W, C] -> [N, OH, OW, taps, C], taps in row-major order."""
-    x = np.pad(x, ((0, 0), *padding, (0, 0)))
+def im2col(
+    x, kernel, strides=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1), lhs_dilation=(1, 1)
+):
+    """[N, H, W, C] -> [N, OH, OW, taps, C], taps in row-major order.
+
+    Zeros are inserted into `x` by `lhs_dilation`; then it is padded, or cropped where `padding` is
+    negative.
+    """
+    n, height, width, channels = x.shape
+    down, right = lhs_dilation
+    inserted = np.zeros((n, (height - 1) * down + 1, (width - 1) * right + 1, channels), x.dtype)
+    inserted[:, ::down, ::right] = x
+    (top, bottom), (left, right) = padding
+    padded = np.pad(
+        inserted, ((0, 0), *((max(low, 0), max(high, 0)) for low, high in padding), (0, 0))
+    )
+    x = padded[:, max(-top, 0) : padded.shape[1] + min(bottom, 0)]
+    x = x[:, :, max(-left, 0) : x.shape[2] + min(right, 0)]
     (kh, kw), (sh, sw), (dh, dw) = kernel, strides, dilation
     out_h = (x.shape[1] - (kh - 1) * dh - 1) // sh + 1
     out_w = (x.shape[2] - (kw - 1) * dw - 1) // sw + 1
@@ -107,12 +122,15 @@ def quantize_activation(x, step, zero, bits, border=0.5, quantizer=Live):
 def quantized_conv(
     x, weight, bias, step, zero, bits, coefficients=None, phi_name="clamp", granularity="mean",
     strides=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1), groups=1, keep=None, quantizer=Live,
+    lhs_dilation=(1, 1),
 ):  # fmt: skip
     """A convolution of fake-quantized columns; `weight` holds real values. Also the codes.
 
-    With one border a channel, padding is added to what is quantized: it has the code of zero.
+    With one border a channel, padding and the zeros of `lhs_dilation` are added to what is
+    quantized: they have the code of zero.
     """
-    columns = im2col(x, weight.shape[:2], strides, padding, dilation)
+    geometry = weight.shape[:2], strides, padding, dilation, lhs_dilation
+    columns = im2col(x, *geometry)
     inverse = x.dtype.type(1.0) / x.dtype.type(step)
     u = columns * inverse
     border = x.dtype.type(0.5)
@@ -120,12 +138,12 @@ def quantized_conv(
         border = column_borders(u, coefficients, phi_name, granularity == "mean")
     codes = quantizer.codes(u - border, zero, bits)
     if granularity == "channel":
-        inside = im2col(np.ones(x.shape, bool), weight.shape[:2], strides, padding, dilation)
+        inside = im2col(np.ones(x.shape, bool), *geometry)
         codes = np.where(inside, codes, zero).astype(codes.dtype)
     values = step * (codes - zero)
     if keep is not None:
         # Padding is no element of the tensor: nothing drops its quantizer.
-        dropped = im2col(~keep, weight.shape[:2], strides, padding, dilation)
+        dropped = im2col(~keep, *geometry)
         values = np.where(dropped, columns, values)
     return product(values, weight, groups) + bias, codes
 
