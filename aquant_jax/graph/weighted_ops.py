@@ -16,7 +16,7 @@ def layer_of(
     path: str,
     weight: int,
     side: int,
-    shapes: Sequence[tuple[int, ...]],
+    shapes: Sequence[tuple[Any, ...]],
 ) -> Layer | Unquantized:
     """The layer of a weighted op, or why it has none.
 
@@ -26,7 +26,7 @@ def layer_of(
       path: of the weight.
       weight: its value id.
       side: its place among the operands, 0 or 1.
-      shapes: of both operands.
+      shapes: of both operands; the first size of an activation may be symbolic.
     """
     shape = tuple(shapes[side])
     if primitive == CONVOLUTION:
@@ -49,7 +49,7 @@ def _obstacle(params: Mapping[str, Any], side: int) -> str | None:
 
 
 def _dense_axes(
-    dimension_numbers: Any, weight_side: int, shapes: Sequence[tuple[int, ...]]
+    dimension_numbers: Any, weight_side: int, shapes: Sequence[tuple[Any, ...]]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Channel axes of the weight of a dot, and the corresponding axes of its output."""
     (contract, batch) = dimension_numbers

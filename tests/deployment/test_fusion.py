@@ -96,9 +96,17 @@ def pointwise(v, x):
     return conv(jax.nn.relu(conv(h, v["b"][:1, :1])), v["c"][:1, :1], padding=((1, 1), (0, 0)))
 
 
+def transposed(v, x):
+    """Codes pass into transposed and cropped convolutions, and out of them."""
+    h = jax.nn.relu(conv(x, v["a"]))
+    h = jax.nn.relu(conv(h, v["b"], padding=((2, -1), (1, 1)), lhs_dilation=(2, 3)))
+    skip = conv(h, v["c"], padding=((-1, 0), (0, 0)), strides=(2, 1))
+    return conv(jax.nn.relu(skip), v["d"], padding=((1, 1), (1, 0)), lhs_dilation=(1, 2))
+
+
 NETS = [
     relu_chain, residual, projected, twice, doubled, broadcast, pooled, channels_first, an_output,
-    halved, dense, pointwise,
+    halved, dense, pointwise, transposed,
 ]  # fmt: skip
 KINDS = {
     "nearest": ("nearest", {}),
@@ -147,6 +155,12 @@ def test_clips_are_absorbed_and_codes_handed_on():
     assert {path: wanted for path, (_, wanted) in plan.items()} == {
         "a": (False, ("b",)), "b": (False, ("c",)), "c": (False, ("d",)), "d": (True, ())
     }  # fmt: skip
+
+
+def test_codes_pass_into_a_transposed_convolution():
+    plan = plan_of(transposed)
+    wanted = [(wanted.values, wanted.readers) for _, wanted in plan.values()]
+    assert wanted == [(False, ("b",)), (False, ("c",)), (False, ("d",)), (True, ())]
 
 
 def test_element_borders_read_values():

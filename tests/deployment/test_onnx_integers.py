@@ -83,6 +83,31 @@ def rows(v, x):
     return h.mean(1) @ v["head"]
 
 
+def transposed(v, x):
+    """A transposed layer, one that is strided too, and one of groups, which crops."""
+    h = jax.nn.relu(lax.conv_transpose(x, v["a"], (2, 2), "SAME"))
+    h = lax.conv_general_dilated(
+        h, v["square"], (2, 1), ((1, 2), (0, -3)), (1, 2), (2, 1), dimension_numbers=NHWC
+    )
+    h = lax.conv_general_dilated(
+        jnp.tanh(h), v["grouped"], (1, 1), ((-1, 1), (2, -2)), (2, 1), dimension_numbers=NHWC,
+        feature_group_count=2,
+    )  # fmt: skip
+    return h.mean((1, 2)) @ v["head"]
+
+
+def cropped(v, x):
+    """Thin layers, whose products are of floats."""
+    h = lax.conv_general_dilated(
+        x[..., :12], v["a"][:, :, :12], (1, 1), ((-1, 1), (0, -2)), dimension_numbers=NHWC
+    )
+    h = jax.nn.relu(h)[..., :12]
+    h = lax.conv_general_dilated(
+        h, v["b"][:, :, :12], (2, 1), ((0, 2), (-1, 1)), (1, 3), dimension_numbers=NHWC
+    )
+    return h.mean((1, 2)) @ v["head"]
+
+
 def dense(v, x):
     """Dense layers over tokens, one with the weight first and one over two axes."""
     h = jnp.tanh(x[:, 0] @ v["a"][0, 0])
@@ -138,6 +163,7 @@ def written(network, runtime, folder):
         (grouped, "channel", 3), (grouped, "element", 8), (grouped, "mean", 4),
         (shortcut, "nearest", 3), (shortcut, "element", 8),
         (rows, "channel", 8), (rows, "mean", 3),
+        (transposed, "nearest", 8), (transposed, "channel", 3), (cropped, "mean", 8),
         (dense, "nearest", 8), (dense, "element", 3),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,36 +200,68 @@ def test_a_loop_without_weights_is_no_obstacle():
     assert paths(apply, kernels(a=(3, 3, 3, 3))) == ["a", "a#2"]
 
 
-def odd_convolution(v, x, **options):
-    arguments = {"window_strides": (1, 1), "padding": ((1, 1), (1, 1)), **options}
+TRANSPOSED = {
+    "flax": ({}, (3, 3, 3, 4)),
+    "transposed kernel": ({"transpose_kernel": True}, (3, 3, 4, 3)),
+    "haiku": ({"dimension_numbers": ("NHWC", "HWOI", "NHWC")}, (3, 3, 4, 3)),
+    "dilated": ({"rhs_dilation": (2, 1), "padding": ((1, 0), (-1, 2))}, (3, 2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize(("options", "shape"), TRANSPOSED.values(), ids=TRANSPOSED)
+def test_a_transposed_convolution_is_a_layer(options, shape):
+    given = {"strides": (2, 3), "padding": "SAME", **options}
+    apply = lambda v, x: lax.conv_transpose(x, v["up"], **given)  # noqa: E731
+    variables = kernels(up=shape)
+    (layer,) = trace(apply, variables, X).layers
+    sizes = [layer.weight_shape[axis] for axis in layer.channel_axes]
+    assert (layer.path, layer.kind, sizes) == ("up", "conv", [4])
+    assert relative_error(replay(apply, variables, X), apply(variables, X)) < 1e-6
+
+
+def in_batch_groups(v, x):
     return lax.conv_general_dilated(
-        x, v["net/w"], dimension_numbers=("NHWC", "HWIO", "NHWC"), **arguments
+        x, v["odd"], (1, 1), "SAME", batch_group_count=2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+
+
+def weight_first(v, x):
+    return conv(v["odd"], x)
+
+
+ODD = [
+    (in_batch_groups, (3, 3, 3, 4), X, "batch_group_count is 2, supported is 1"),
+    (
+        weight_first, (1, 8, 8, 6), normal(rng_of(0), 3, 3, 6, 3),
+        "the weight is the left operand of a convolution",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "shape", "x", "reason"), ODD)
+def test_a_convolution_that_is_no_layer_is_recorded(function, shape, x, reason):
+    variables = kernels(odd=shape, head=(2, 3))
+
+    def apply(v, x):
+        y = function(v, x)
+        return y.reshape(-1, 2) @ v["head"]
+
+    graph = trace(apply, variables, x)
+    assert [layer.path for layer in graph.layers] == ["head"]
+    assert graph.unquantized == (("odd", "conv_general_dilated", reason),)
+    assert relative_error(replay(apply, variables, x), apply(variables, x)) < 1e-6
+
+
+def test_a_model_of_such_convolutions_alone_is_an_error_with_all_reasons():
+    def apply(v, x):
+        return in_batch_groups(v, in_batch_groups(v, x)[..., :3].repeat(2, axis=0))
+
+    message = (
+        r"can be quantized: odd \(conv_general_dilated\): batch_group.*; odd#2 \(conv_g.* is 1"
     )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lhs_dilation": (2, 2)}, r"net/w: transposed convolutions \(lhs_dilation \(2, 2\)"),
-        ({"batch_group_count": 2}, r"net/w: batch_group_count 2 is not supported, only 1"),
-        ({"padding": ((-1, 0), (0, 0))}, r"net/w: negative padding \(\(-1, 0\)"),
-    ],
-)
-def test_unsupported_convolutions_are_named(options, message):
     with pytest.raises(InputError, match=message):
-        trace(functools.partial(odd_convolution, **options), kernels(**{"net/w": (3, 3, 3, 4)}), X)
-
-
-def test_flax_style_transposed_convolution_is_named():
-    apply = lambda v, x: lax.conv_transpose(x, v["up"], (2, 2), "SAME")  # noqa: E731
-    with pytest.raises(InputError, match="up: transposed convolutions"):
-        trace(apply, kernels(up=(3, 3, 3, 4)), X)
-
-
-def test_a_weight_that_is_convolved_with_a_kernel_is_named():
-    apply = lambda v, x: conv(v["a"], x)  # noqa: E731
-    with pytest.raises(InputError, match="a: the weight is the left operand"):
-        trace(apply, kernels(a=(1, 8, 8, 6)), normal(rng_of(0), 3, 3, 6, 3))
+        trace(apply, kernels(odd=(3, 3, 3, 4)), X)
 
 
 def test_no_weighted_op_is_an_error():
