@@ -195,6 +195,53 @@ def odd_convolutions():
 
 
 @model
+def linen_decoder():
+    """Transposed convolutions of every kind that linen has."""
+    nn = pytest.importorskip("flax.linen")
+
+    class Net(nn.Module):
+        """From rows to images."""
+
+        @nn.compact
+        def __call__(self, x):
+            up = functools.partial(nn.ConvTranspose, 4)
+            h = nn.relu(nn.Conv(6, (1,), name="stem")(x))
+            h = nn.relu(up((3,), strides=(3,), padding="VALID", name="line")(h))
+            h = nn.relu(nn.BatchNorm(use_running_average=True)(up((2,), name="one")(h)))
+            h = h.reshape(h.shape[0], -1, 3, 4)
+            h = nn.relu(up((4, 4), strides=(2, 2), transpose_kernel=True, name="up")(h))
+            h = up((3, 2), (1, 3), ((1, 2), (0, 1)), kernel_dilation=(2, 1), name="uneven")(h)
+            return nn.relu(up((3, 3), strides=(2, 2), padding="CIRCULAR", name="round")(h))
+
+    net, x = Net(), normal(rng_of(3), BATCH, 4, 3)
+    variables = scrambled(jax.jit(net.init)(jax.random.key(0), x))
+    names = ("stem", "line", "one", "up", "uneven", "round")
+    return Model(net.apply, variables, x, [(f"params/{name}/kernel",) for name in names])
+
+
+@model
+def haiku_decoder():
+    """Haiku's transposed convolutions, as JAX's; of two groups, and cropped to a size."""
+    shapes = {
+        "stem": (1, 1, 3, 4),
+        "up": (4, 4, 6, 4),
+        "grouped": (3, 3, 3, 4),
+        "crop": (3, 3, 4, 5),
+    }
+    variables = {n: 0.3 * normal(rng_of(i), *s) for i, (n, s) in enumerate(shapes.items())}
+
+    def apply(v, x):
+        h = jax.nn.relu(conv(x, v["stem"]))
+        numbers = ("NHWC", "HWOI", "NHWC")
+        h = jax.nn.relu(lax.conv_transpose(h, v["up"], (2, 2), "SAME", dimension_numbers=numbers))
+        ends = ((1, 2), (2, 1))
+        h = jnp.tanh(conv(h, v["grouped"], padding=ends, groups=2, lhs_dilation=(2, 1)))
+        return conv(h, v["crop"], padding=((-2, -3), (0, -1)))
+
+    return Model(apply, variables, images(0, BATCH, size=4), [(name,) for name in shapes])
+
+
+@model
 def one_dimensional():
     variables = {
         "first": {"kernel": 0.3 * normal(rng_of(0), 5, 3, 6)},
@@ -379,13 +426,7 @@ def tokens():
 
 @promoting_model("Keras's Dense adds a bias of one axis to rows")
 def keras_cnn():
-    if importlib.util.find_spec("keras") is None:
-        pytest.skip("keras is not installed (pip install keras)")
-    if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
-        pytest.skip(f"KERAS_BACKEND is {os.environ['KERAS_BACKEND']}, not jax")
-    import keras
-
-    keras.utils.set_random_seed(0)
+    keras = keras_with_jax()
     layers = keras.layers
     given = keras.Input((6, 6, 3))
     h = layers.Conv2D(4, 3, padding="same", use_bias=False)(given)
@@ -393,10 +434,27 @@ def keras_cnn():
     y = layers.DepthwiseConv2D(3, padding="same")(h)
     h = layers.Add()([h, layers.ReLU()(layers.BatchNormalization()(y))])
     h = layers.GlobalAveragePooling2D()(layers.MaxPooling2D()(h))
-    net = keras.Model(given, layers.Dense(5)(h))
-    trainable = [np.asarray(v.value) for v in net.trainable_variables]
+    return keras_model(keras.Model(given, layers.Dense(5)(h)), images(0, BATCH))
+
+
+def keras_with_jax():
+    if importlib.util.find_spec("keras") is None:
+        pytest.skip("keras is not installed (pip install keras)")
+    if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
+        pytest.skip(f"KERAS_BACKEND is {os.environ['KERAS_BACKEND']}, not jax")
+    import keras
+
+    keras.utils.set_random_seed(0)
+    return keras
+
+
+def keras_model(net, x):
+    """A Keras model, with moving means and variances in turn; every kernel is a block."""
+    trainable = [
+        np.asarray(v.value) + np.float32(0.2 * (v.value.ndim == 1)) * normal(rng_of(i), *v.shape)
+        for i, v in enumerate(net.trainable_variables)
+    ]
     fixed = [np.asarray(v.value) for v in net.non_trainable_variables]
-    # Moving means and variances in turn.
     fixed = [np.exp(normal(rng_of(i), *a.shape)) if a.ndim == 1 else a for i, a in enumerate(fixed)]
 
     def apply(variables, x):
@@ -404,7 +462,18 @@ def keras_cnn():
 
     index_of = {id(v): i for i, v in enumerate(net.trainable_variables)}
     kernels = [f"0/{index_of[id(v)]}" for v in net.trainable_variables if "kernel" in v.path]
-    return Model(apply, (trainable, fixed), images(0, BATCH), [(k,) for k in kernels])
+    return Model(apply, (trainable, fixed), x, [(k,) for k in kernels])
+
+
+@promoting_model("Keras's layers add a bias of one axis to images")
+def keras_decoder():
+    keras = keras_with_jax()
+    layers = keras.layers
+    given = keras.Input((4, 4, 3))
+    h = layers.Conv2DTranspose(4, 3, strides=2, padding="same", activation="relu")(given)
+    h = layers.BatchNormalization()(layers.Conv2DTranspose(4, 4, strides=3, output_padding=1)(h))
+    h = layers.Conv2DTranspose(3, 3, dilation_rate=2, padding="valid")(layers.ReLU()(h))
+    return keras_model(keras.Model(given, h), images(0, BATCH, size=4))
 
 
 @pytest.fixture(params=MODELS, scope="module")
