@@ -472,7 +472,7 @@ def keras_decoder():
     given = keras.Input((4, 4, 3))
     h = layers.Conv2DTranspose(4, 3, strides=2, padding="same", activation="relu")(given)
     h = layers.BatchNormalization()(layers.Conv2DTranspose(4, 4, strides=3, output_padding=1)(h))
-    h = layers.Conv2DTranspose(3, 3, dilation_rate=2, padding="valid")(layers.ReLU()(h))
+    h = layers.Conv2DTranspose(3, 3, dilation_rate=2, padding="valid")(layers.LeakyReLU()(h))
     return keras_model(keras.Model(given, h), images(0, BATCH, size=4))
 
 
