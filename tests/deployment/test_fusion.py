@@ -97,8 +97,8 @@ def pointwise(v, x):
 
 
 def transposed(v, x):
-    """Codes pass into transposed and cropped convolutions, and out of them."""
-    h = jax.nn.relu(conv(x, v["a"]))
+    """Codes pass into transposed and cropped convolutions, and out of them; not of relu alone."""
+    h = conv(x, v["a"])
     h = jax.nn.relu(conv(h, v["b"], padding=((2, -1), (1, 1)), lhs_dilation=(2, 3)))
     skip = conv(h, v["c"], padding=((-1, 0), (0, 0)), strides=(2, 1))
     return conv(jax.nn.relu(skip), v["d"], padding=((1, 1), (1, 0)), lhs_dilation=(1, 2))
