@@ -49,7 +49,7 @@ def _convolve(
 
 def pad(
     x: Shaped[AnyArray, "..."], value: Shaped[AnyArray, ""], config: PaddingConfig
-) -> Shaped[Array, "..."]:
+) -> Shaped[AnyArray, "..."]:
     """`lax.pad`; beside an axis of symbolic size as a concatenation."""
     for axis, (low, high, inner) in enumerate(config):
         x = _spread(x, value, axis, inner)
@@ -69,7 +69,7 @@ def pad(
 
 def _spread(
     x: Shaped[AnyArray, "..."], value: Shaped[AnyArray, ""], axis: int, inner: int
-) -> Shaped[Array, "..."]:
+) -> Shaped[AnyArray, "..."]:
     """`x` with `value` between its elements, `inner` times."""
     if not inner:
         return x

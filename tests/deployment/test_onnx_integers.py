@@ -163,7 +163,7 @@ def written(network, runtime, folder):
         (grouped, "channel", 3), (grouped, "element", 8), (grouped, "mean", 4),
         (shortcut, "nearest", 3), (shortcut, "element", 8),
         (rows, "channel", 8), (rows, "mean", 3),
-        (transposed, "nearest", 8), (transposed, "channel", 3), (cropped, "nearest", 8),
+        (transposed, "channel", 8), (cropped, "nearest", 8),
         (dense, "nearest", 8), (dense, "element", 3),
     ],
     ids=lambda value: getattr(value, "__name__", None),
