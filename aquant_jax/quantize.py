@@ -227,8 +227,8 @@ def _build(calibration: Any, net: Network, state: State, reports: list[Report]) 
     everything = extract_subgraph(net.graph, (), net.graph.outputs)
     values = constant_inputs(net.graph, everything, net.variables)
     constants = {
-        net.graph.variables[i]: jnp.array(value)  # copied: the caller may donate its own
-        for i, value in zip(everything.constants, values, strict=True) if i in net.graph.variables
+        net.graph.paths[i]: jnp.array(value)  # copied: the caller may donate its own
+        for i, value in zip(everything.constants, values, strict=True) if i in net.graph.paths
     }  # fmt: skip
     return Quantized(
         state.layers,
@@ -238,4 +238,5 @@ def _build(calibration: Any, net: Network, state: State, reports: list[Report]) 
         tuple(net.plan.layers[path] for path in state.layers),
         net.recipe,
         History(reports),
+        unquantized=net.graph.unquantized,
     )

@@ -61,6 +61,7 @@ class Recipe:
         error of what reads it (see `plan.channel_transform`): "shift_scale", a shift and a scale a
         channel; "hadamard", a rotation of the channels.
       overrides: exceptions by path regex; the last match decides.
+      require_all: a weighted op that stays float is an error, instead of a line of `describe`.
       border: name of the border function, or None to round activations to nearest. "auto" tries
         several for every block and keeps the cheapest that is good enough (see
         `reconstruction.border_choice`); the quantized network's recipe has the choice in overrides.
@@ -85,6 +86,7 @@ class Recipe:
     activations: tuple[str, ...] = ()
     transforms: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
+    require_all: bool = False
     border: str | None = None
     border_granularity: str = "mean"
     phi: str = "clamp"

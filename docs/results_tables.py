@@ -42,6 +42,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "throughput": speed_tables.throughput,
     "columns": speed_tables.columns,
     "deploy": speed_tables.deploy,
+    "stack": speed_tables.stack,
     "backends": speed_tables.backends,
     "latency": speed_tables.latency,
     "size": speed_tables.size,

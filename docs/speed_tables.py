@@ -52,6 +52,19 @@ def deploy(load: Load) -> str:
     return markdown(["", *heads], rows, 1)
 
 
+def stack(load: Load) -> str:
+    """A stack of layers, rolled and unrolled."""
+    rows = []
+    for row in load("stack_cpu")["rows"]:
+        cells = [f"{row['layers']}, {row['form']}", f"{row['program']:,}"]
+        for name in ("reference", "int8"):
+            seconds = row[name]["lower"] + row[name]["compile"]
+            cells += [f"{seconds:.2f}", f"{row[name]['ms']['median']:.1f}"]
+        rows.append(cells)
+    head = ["layers", "program, bytes", "reference: compile, s", "ms", "int8: compile, s", "ms"]
+    return markdown(head, rows, 1)
+
+
 def backends(load: Load) -> str:
     """Quantized networks in float32 and in integers."""
     rows = []

@@ -30,7 +30,9 @@ from aquant_jax.deployment.stablehlo import (
     with_state,
 )
 from aquant_jax.errors import InputError
+from aquant_jax.graph.ir import Unquantized
 from aquant_jax.layers.fake_quant import LayerSpec, LayerState, skeletons
+from aquant_jax.plan.coverage import coverage
 from aquant_jax.recipe import Recipe
 from aquant_jax.storage import archive
 from aquant_jax.storage.environment import environment
@@ -89,9 +91,10 @@ def sizes(quantized: Quantized) -> Sizes:
 
 
 def summary(quantized: Quantized) -> Sizes:
-    """Prints and returns the sizes of a network."""
+    """Prints the sizes of a network and the weighted ops that stay float, and returns the sizes."""
     found = sizes(quantized)
     print(found)
+    print(coverage(quantized.specs, quantized.unquantized))
     return found
 
 
@@ -125,6 +128,7 @@ def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
         "borders": {path: list(layer.border) for path, layer in quantized.layers.items()},
         "activations": list(quantized.activations),
         "constants": list(quantized.constants),
+        "unquantized": [list(op) for op in quantized.unquantized],
         "exponents": exponents,
         "program_bytes": len(program_bytes),
         **environment(),
@@ -185,6 +189,7 @@ def _network(stored: archive.Stored, program: Exported) -> Quantized:
         program,
         specs,
         Recipe(**metadata["recipe"]),
+        unquantized=tuple(Unquantized(*map(str, op)) for op in metadata.get("unquantized", ())),
     )
     roles, exponents = leaf_roles(unfilled), metadata["exponents"]
     borders = {name: int for name, role in roles.items() if role.part == "borders"}

@@ -108,8 +108,8 @@ def _fuse(
     """The fusion of a layer, and the outputs of the ops inside it."""
     fusion, inside = Fusion(op, op, op.outputs[0]), [op.outputs[0]]
     while keeps_layout(op) and (reader := _only_reader(program, readers, fusion.result)):
-        (out,) = reader.outputs
-        longer = _longer(program, fusion, reader)
+        out = reader.outputs[0]
+        longer = _longer(program, fusion, reader) if reader.loop == op.loop else None
         if longer is None or out in taken:
             break
         fusion = longer._replace(last=reader, result=out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -12,17 +12,19 @@ import numpy as np
 
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.deployment import stacked
 from aquant_jax.deployment.integer_program import run_integers
 from aquant_jax.deployment.layer_summary import LayerSummary
 from aquant_jax.errors import InputError
 from aquant_jax.graph.fold import fold
+from aquant_jax.graph.ir import Unquantized
 from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.graph.trace import trace
 from aquant_jax.layers.backend import Backend
 from aquant_jax.layers.fake_quant import LayerSpec, LayerState
 from aquant_jax.layers.integer import run_deployed_layer
 from aquant_jax.plan.assign import make_plan
-from aquant_jax.plan.block_program import BlockProgram, forward, make_block_program
+from aquant_jax.plan.block_program import BlockProgram, forward
 from aquant_jax.recipe import Recipe
 from aquant_jax.reconstruction.report import History
 
@@ -70,23 +72,22 @@ class Traced(NamedTuple):
             `run_deployed_layer`.
         """
         graph = fold(trace(self.apply, jax.tree.unflatten(self.treedef, self.shapes), x))
-        program = make_block_program(graph, make_plan(graph, quantized.recipe), (), graph.outputs)
-        _check_same(quantized, program)
-        by_id = dict(zip(graph.inputs, jax.tree.leaves(x), strict=True)) | graph.constants
-        by_id |= {i: quantized.constants.get(path) for i, path in graph.variables.items()}
-        subgraph = program.subgraph
-        inputs = BlockInputs(
-            model=[by_id[i] for i in subgraph.model_inputs],
-            constants=[by_id[i] for i in subgraph.constants],
-        )
-        activations = [quantized.activations[tensor.key] for tensor in program.tensors]
-        if quantized.backend is not None and jax.tree.leaves(x)[0].size:
-            outputs = run_integers(
-                program, quantized.layers, activations, inputs, quantized.backend
-            )
-        else:
-            layers = [quantized.layers[spec.path] for spec in program.specs]
-            outputs = forward(program, layers, activations, inputs, layer=layer)
+        plan = make_plan(graph, quantized.recipe)
+        parts = stacked.split(graph, plan, rolled=layer is run_deployed_layer)
+        _check_same(quantized, [program for part in parts for program in part.programs])
+        values = dict(zip(graph.inputs, jax.tree.leaves(x), strict=True)) | graph.constants
+        values |= {i: quantized.constants.get(path) for i, path in graph.paths.items()}
+
+        def run_program(
+            program: BlockProgram, state: stacked.State, inputs: BlockInputs
+        ) -> tuple[Any, ...]:
+            if quantized.backend is not None and jax.tree.leaves(x)[0].size:
+                return run_integers(
+                    program, state.layers, state.activations, inputs, quantized.backend
+                )
+            return forward(program, state.layers, state.activations, inputs, layer=layer)
+
+        outputs = stacked.run(parts, graph, values, quantized.state_of, run_program)
         return jax.tree.unflatten(graph.tree, outputs)
 
 
@@ -101,6 +102,7 @@ class Quantized:
       program: runs the network on a batch.
       specs: static part of every layer.
       recipe: how it was made.
+      unquantized: the weighted ops that stay float, because no layer can stand for them.
       reports: how the reconstruction of each block went, and the whole-network stage, if it ran.
       backend: runs its layers in integers; None runs the reference implementation, in float32.
     """
@@ -113,6 +115,7 @@ class Quantized:
     recipe: Recipe = dataclasses.field(metadata={"static": True})
     reports: History = dataclasses.field(metadata={"static": True}, default=History())
     backend: Backend | None = dataclasses.field(metadata={"static": True}, default=None)
+    unquantized: tuple[Unquantized, ...] = dataclasses.field(metadata={"static": True}, default=())
 
     def __call__(self, x: Any) -> Any:
         """Run the network on a batch of any size; the same pytree of outputs as the float one."""
@@ -131,6 +134,11 @@ class Quantized:
             reference implementation.
         """
         return dataclasses.replace(self, backend=backend)
+
+    def state_of(self, program: BlockProgram) -> tuple[list[LayerState], list[ActivationQuantizer]]:
+        """The layers and the activation quantizers of a part of the network."""
+        layers = [self.layers[spec.path] for spec in program.specs]
+        return layers, [self.activations[tensor.key] for tensor in program.tensors]
 
     def summary(self) -> list[LayerSummary]:
         """Path, shape, bits, step size, zero point, borders and codes of every layer."""
@@ -168,9 +176,10 @@ def _shapes(tree: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
     return treedef, tuple(jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in leaves)
 
 
-def _check_same(quantized: Quantized, program: BlockProgram) -> None:
+def _check_same(quantized: Quantized, programs: Sequence[BlockProgram]) -> None:
     """A network may compute something else for another shape of its input."""
-    names = {spec.path for spec in program.specs} | {tensor.key for tensor in program.tensors}
+    names = {part.path for program in programs for part in program.specs}
+    names |= {tensor.key for program in programs for tensor in program.tensors}
     differ = names ^ (quantized.layers.keys() | quantized.activations.keys())
     if differ:
         raise InputError(

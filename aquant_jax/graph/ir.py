@@ -16,8 +16,12 @@ PAD_WITH_VALUE = "pad with a value"  # makes a new tensor, unlike a pad with zer
 TO_COMPLEX = "convert to complex"  # passes its tensor on exactly: nothing complex is quantized
 # Jitted functions of `plan.channel_transform`, which a trace keeps as one op each.
 TRANSFORM, INVERSE = "aquant_channel_transform", "aquant_inverse_transform"
+# The ends of a loop whose steps are a region of the graph (`graph.loops`).
+LOOP_SLICE, LOOP_CARRY = "loop slice", "loop carry"  # what a step reads
+LOOP_RESULT, LOOP_STACK = "loop result", "loop stack"  # what it makes of the values of a step
 ALIASES = SHAPE_ONLY | {
     "pad", "convert_element_type", "reduce_window_max", "stop_gradient", STATIC_GATHER, TO_COMPLEX,
+    LOOP_SLICE,
 }  # fmt: skip
 PRODUCTS = {"dot_general", "conv_general_dilated"}
 
@@ -58,6 +62,27 @@ class Layer(NamedTuple):
     x_position: int
 
 
+class Loop(NamedTuple):
+    """A loop that stays rolled: its ends and the ops of one step are consecutive ops of the graph.
+
+    Attributes:
+      number: counts the loops of a graph.
+      length: number of its steps.
+      reverse: whether the last step comes first.
+      outer: the loop that it is a part of, or None.
+    """
+
+    number: int
+    length: Any
+    reverse: bool
+    outer: Any = None
+
+    @property
+    def outermost(self) -> Loop:
+        """The loop around it that is part of no other."""
+        return self if self.outer is None else self.outer.outermost
+
+
 class Unquantized(NamedTuple):
     """A weighted op that stays an ordinary float op, because no layer can stand for it.
 
@@ -87,6 +112,9 @@ class Op(NamedTuple):
       layer: a `Layer` on weighted ops, otherwise None.
       primitives: its primitive, or the primitives inside a function with a custom gradient, such as
         `jax.nn.relu`.
+      loop: the innermost rolled loop that the op is part of, or None.
+      iteration: the iterations of unrolled loops that the op is part of, ``number[step]`` of each,
+        such as ``1[3]``; empty outside.
     """
 
     name: str
@@ -96,6 +124,8 @@ class Op(NamedTuple):
     outputs: tuple[int, ...]
     layer: Any = None
     primitives: frozenset[str] = frozenset()
+    loop: Loop | None = None
+    iteration: str = ""
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -103,6 +133,14 @@ class Op(NamedTuple):
         if self.layer is not None:
             return (self.x,)
         return tuple(i for i in self.inputs if isinstance(i, int))
+
+    @property
+    def steps(self) -> Any:
+        """How often the op runs in the rolled loops that it is part of."""
+        loop, count = self.loop, 1
+        while loop is not None:
+            loop, count = loop.outer, count * loop.length
+        return count
 
     @property
     def x(self) -> int:
@@ -113,6 +151,20 @@ class Op(NamedTuple):
         return value
 
 
+class Slice(NamedTuple):
+    """The part of stacked weights that one step of an unrolled loop reads.
+
+    Attributes:
+      path: of the stacked weight, with the step: ``layers/kernel[3]``.
+      stack: value id of the stacked values, which depend on no input.
+      index: the step.
+    """
+
+    path: str
+    stack: int
+    index: int
+
+
 class Graph(NamedTuple):
     """A flat network.
 
@@ -121,6 +173,7 @@ class Graph(NamedTuple):
       inputs: value ids of the input's leaves.
       variables: path of every leaf of the variables, by value id.
       constants: arrays that the function closed over, by value id.
+      slices: of stacked weights, by value id.
       outputs: value ids (or literals) of the output's leaves.
       avals: shape and dtype of every value.
       dynamic: ids that depend on the input.
@@ -141,7 +194,13 @@ class Graph(NamedTuple):
     weight_dependent: frozenset[int]
     tree: Any
     position_axes: Mapping[int, tuple[int, ...]] = MappingProxyType({})
+    slices: Mapping[int, Slice] = MappingProxyType({})
     unquantized: tuple[Unquantized, ...] = ()
+
+    @property
+    def paths(self) -> dict[int, str]:
+        """Paths of the leaves of the variables, and of the slices of stacked ones, by value id."""
+        return {**self.variables, **{i: part.path for i, part in self.slices.items()}}
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -11,6 +11,7 @@ from aquant_jax.errors import InputError
 from aquant_jax.graph.ir import ALIASES, Graph, Op
 
 _PRODUCTS = ("dot", "conv")
+_LONG = 8  # more layers than a residual branch has
 _POOLS = ("reduce_window", "argmax", "argmin", "cum", "gather", "concatenate")
 
 
@@ -45,7 +46,8 @@ def partition(
 
     Args:
       graph: from `fold`.
-      granularity: "block" cuts where a single activation crosses, so a residual block stays whole,
+      granularity: "block" cuts where a single activation crosses, so a residual block stays whole
+        (an activation that earlier blocks have handed on, for many layers, may cross beside it),
         and merges the layers of one repeated module (``blocks_3/...``). "layer" cuts after each
         layer and the activation function, or residual sum and normalisation, that follows it.
       patterns: path regexes that replace the merging by module: consecutive layers that match the
@@ -57,13 +59,14 @@ def partition(
       InputError: a pattern matches no layer, or is not a regular expression.
     """
     weighted = [index for index, op in enumerate(graph.ops) if op.layer is not None]
-    crossing = _crossing(graph)
+    crossing = crossing_values(graph)
     allowed = [sampled is None or sampled.issuperset(values) for values in crossing]
+    # A loop is never cut.
+    loops = [op.loop and op.loop.outermost for op in graph.ops]
+    for index, (loop, after) in enumerate(itertools.pairwise(loops)):
+        allowed[index] &= loop is None or loop != after
     if granularity != "layer":
-        # No cut behind a view: its tensor would be quantized in a block that does not consume it.
-        views = {out for op in graph.ops if op.name in ALIASES for out in op.outputs}
-        single = [len(values) == 1 and not views.issuperset(values) for values in crossing]
-        allowed = [ok and one for ok, one in zip(allowed, single, strict=True)]
+        allowed = _single(graph, crossing, allowed)
     cuts = list(_cuts(graph, crossing, weighted, allowed, granularity == "layer"))
     keys = _keys(graph, patterns)
     if granularity != "layer":
@@ -71,7 +74,7 @@ def partition(
     return _blocks(graph, crossing, weighted, cuts, sampled, per_layer=granularity == "layer")
 
 
-def _crossing(graph: Graph) -> list[tuple[int, ...]]:
+def crossing_values(graph: Graph) -> list[tuple[int, ...]]:
     """For every i, the weight-dependent values that ops[:i + 1] make and later ops read."""
     last_read: dict[int, int] = {}
     for index, op in enumerate(graph.ops):
@@ -85,6 +88,37 @@ def _crossing(graph: Graph) -> list[tuple[int, ...]]:
                 pending[out] = None
         table.append(tuple(v for v in pending if last_read[v] > index))
     return table
+
+
+def _single(
+    graph: Graph, crossing: Sequence[tuple[int, ...]], allowed: Sequence[bool]
+) -> list[bool]:
+    """The positions among those `allowed` where a single new value crosses.
+
+    Besides it, values may cross that were the single one before and stay live over more than
+    `_LONG` layers: the output of an encoder, or a skip connection of a UNet.
+    """
+    lives = _lives(graph)
+    # No cut behind a view: its tensor would be quantized in a block that does not consume it.
+    views = {out for op in graph.ops if op.name in ALIASES for out in op.outputs}
+    known: set[int] = set()
+    single = []
+    for values, ok in zip(crossing, allowed, strict=True):
+        new = [value for value in values if value not in known or lives[value] <= _LONG]
+        single.append(ok and len(new) == 1 and not views.issuperset(new))
+        known.update(new if single[-1] else ())
+    return single
+
+
+def _lives(graph: Graph) -> dict[int, int]:
+    """For every value, how many weighted ops run from the one that makes it to its last reader."""
+    count, born, lives = 0, {}, {}
+    for op in graph.ops:
+        lives.update({value: count - born[value] for value in op.reads if value in born})
+        count += op.layer is not None
+        born.update(dict.fromkeys(op.outputs, count))
+        lives.update(dict.fromkeys(op.outputs, 0))
+    return lives
 
 
 def _cuts(
@@ -151,7 +185,8 @@ def _keys(graph: Graph, patterns: Sequence[str]) -> dict[str, str | None]:
     """The text that layers must share to be merged, by path; None keeps a layer apart."""
     paths = [layer.path for layer in graph.layers]
     if not patterns:
-        return {path: _module(path, paths) for path in paths}
+        weighted = [op for op in graph.ops if op.layer is not None]
+        return {op.layer.path: op.iteration or _module(op.layer.path, paths) for op in weighted}
     keys: dict[str, str | None] = dict.fromkeys(paths)
     for pattern in patterns:
         try:
@@ -209,7 +244,8 @@ def _blocks(
         layers = tuple(op.layer.path for op in inside)
         targets = tuple(value for value in end if value not in start) or end
         between = graph.ops[made[inside[-1].outputs[0]] + 1 : high + 1]
-        if per_layer and not last and not any(_reduces(op) for op in between):
+        plain = inside[-1].loop is None and not any(_reduces(op) for op in between)
+        if per_layer and not last and plain:
             target = _layer_target(graph, inside[-1], end)
             targets = target if sampled is None or sampled.issuperset(target) else targets
         blocks.append(Block(_common(layers), layers, start, end, targets))
@@ -232,8 +268,10 @@ def _layer_target(graph: Graph, op: Op, end: Sequence[int]) -> tuple[int, ...]:
 
 
 def _common(paths: tuple[str, ...]) -> str:
-    """The longest common module path; of a single layer, the path of its module."""
+    """The longest common module path, of a single layer that of its module, and the step of a loop
+    that all are part of."""
     split = [path.split("/") for path in paths]
+    steps = {path[path.find("[") :] if path.endswith("]") else "" for path in paths}
     common: list[str] = []
     for parts in zip(*split, strict=False):
         if len(set(parts)) > 1:
@@ -241,4 +279,5 @@ def _common(paths: tuple[str, ...]) -> str:
         common.append(parts[0])
     if len(paths) == 1 and len(common) > 1:
         common = common[:-1]
-    return "/".join(common) or " + ".join(dict.fromkeys(parts[0] for parts in split))
+    name = "/".join(common) or " + ".join(dict.fromkeys(parts[0] for parts in split))
+    return name + (steps.pop() if len(steps) == 1 and not name.endswith("]") else "")

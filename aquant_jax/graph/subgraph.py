@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from aquant_jax.graph.ir import ALIASES, SHAPE_ONLY, TO_COMPLEX, Atom, Graph, Op
+from aquant_jax.graph.loops import regions, run_ops
 
 LayerFn = Callable[[Op, Any], Any]
 ReadFn = Callable[[int, Any], Any]
@@ -22,7 +23,7 @@ class Subgraph(NamedTuple):
       boundary_inputs: ids of the values that it takes from the previous slice.
       model_inputs: ids of the leaves of the model's input that it reads.
       constants: ids of the leaves of the variables, and of the closed-over arrays, that it reads.
-      outputs: value ids or literals.
+      outputs: value ids or literals. A value of the steps of a loop is stacked along its last axis.
     """
 
     ops: tuple[Op, ...]
@@ -61,7 +62,8 @@ def extract_subgraph(
       boundary_inputs: values that are given; their ops are left out.
       outputs: the values to compute, as ids or literals.
     """
-    producers = graph.producers()
+    groups = regions(graph.ops)
+    group_of = {out: group for group in groups for op in group for out in op.outputs}
     needed: set[int] = set()
     stack = [out for out in outputs if isinstance(out, int)]
     while stack:
@@ -69,8 +71,8 @@ def extract_subgraph(
         if value in needed:
             continue
         needed.add(value)
-        if value not in boundary_inputs and value in producers:
-            stack.extend(producers[value].reads)
+        if value not in boundary_inputs and value in group_of:
+            stack.extend(i for op in group_of[value] for i in (*op.reads, *op.outputs))
     ops = tuple(
         op for op in graph.ops
         if any(out in needed and out not in boundary_inputs for out in op.outputs)
@@ -79,7 +81,7 @@ def extract_subgraph(
         ops,
         tuple(boundary_inputs),
         tuple(i for i in graph.inputs if i in needed and i not in boundary_inputs),
-        tuple(i for i in (*graph.variables, *graph.constants) if i in needed),
+        tuple(i for i in (*graph.variables, *graph.slices, *graph.constants) if i in needed),
         tuple(outputs),
     )
 
@@ -102,23 +104,39 @@ def run(
     Returns:
       The values of ``subgraph.outputs``.
     """
-    env = dict(zip(subgraph.boundary_inputs, inputs.boundary, strict=True))
-    env.update(zip(subgraph.model_inputs, inputs.model, strict=True))
-    env.update(zip(subgraph.constants, inputs.constants, strict=True))
+    env = _Values({}, read_fn)
+    env.values.update(zip(subgraph.boundary_inputs, inputs.boundary, strict=True))
+    env.values.update(zip(subgraph.model_inputs, inputs.model, strict=True))
+    env.values.update(zip(subgraph.constants, inputs.constants, strict=True))
 
-    def value(atom: Atom, through: bool = False) -> Any:
-        if not isinstance(atom, int):
-            return atom.val
-        return env[atom] if through else read_fn(atom, env[atom])
-
-    for op in subgraph.ops:
+    def run_op(op: Op, env: _Values) -> None:
         if op.layer is not None:
-            results = [layer_fn(op, env[op.x])]
+            results = [layer_fn(op, env.values[op.x])]
         else:
-            results = op.call(*(value(i, op.name in ALIASES) for i in op.inputs))
-        env.update(zip(op.outputs, results, strict=True))
+            read = env.through if op.name in ALIASES else env.read
+            results = op.call(*map(read, op.inputs))
+        env.values.update(zip(op.outputs, results, strict=True))
+
+    run_ops(subgraph.ops, env, run_op, subgraph.outputs)
     # Outputs are not passed through `read_fn`: they are quantized where they are consumed.
-    return tuple(value(out, through=True) for out in subgraph.outputs)
+    return tuple(map(env.through, subgraph.outputs))
+
+
+class _Values(NamedTuple):
+    """The values of a run, and what an op reads of each."""
+
+    values: dict[int, Any]
+    read_fn: ReadFn
+
+    def through(self, atom: Atom) -> Any:
+        return self.values[atom] if isinstance(atom, int) else atom.val
+
+    def read(self, atom: Atom) -> Any:
+        value = self.through(atom)
+        return self.read_fn(atom, value) if isinstance(atom, int) else value
+
+    def copy(self) -> _Values:
+        return self._replace(values=dict(self.values))
 
 
 def source_tensor(producers: dict[int, Op], value: int) -> int:
@@ -152,6 +170,11 @@ def constant_values(graph: Graph, variables: Any, ids: Sequence[int]) -> dict[in
 def constant_inputs(graph: Graph, subgraph: Subgraph, variables: Any) -> list[Any]:
     """The values of ``subgraph.constants``, given the variables of the network."""
     by_id = dict(zip(graph.variables, jax.tree.leaves(variables), strict=True)) | graph.constants
+    parts = {i: graph.slices[i] for i in subgraph.constants if i in graph.slices}
+    derived = {part.stack for part in parts.values()} - by_id.keys()
+    if derived:
+        by_id |= constant_values(graph, variables, sorted(derived))
+    by_id |= {i: by_id[part.stack][part.index] for i, part in parts.items()}
     return [by_id[i] for i in subgraph.constants]
 
 
@@ -182,6 +205,7 @@ def _no_layer(op: Op, x: Any) -> Any:
 def signature(graph: Graph, subgraph: Subgraph) -> str:
     """A text that is equal for subgraphs that compute the same function of their inputs."""
     local: dict[int, int] = {}
+    numbers: dict[int, int] = {}  # of loops
 
     def name(atom: Atom) -> str:
         if not isinstance(atom, int):
@@ -196,4 +220,6 @@ def signature(graph: Graph, subgraph: Subgraph) -> str:
         values = [name(i) for i in op.inputs if not (op.layer and i == op.layer.weight)]
         weight = op.layer and (op.layer.kind, op.layer.weight_shape, op.layer.x_position)
         lines.append(f"{' '.join(map(name, op.outputs))} = {op.name} {values} {weight} {params}")
+        if op.loop is not None:
+            lines[-1] += f" {numbers.setdefault(op.loop.number, len(numbers))} {op.loop[1:3]}"
     return "\n".join([*lines, " ".join(map(name, subgraph.outputs))])

@@ -1,34 +1,36 @@
-"""Tracing of an inference function into a `Graph`. No other module reads jaxprs."""
+"""Tracing of an inference function into a `Graph`.
+
+Only this module, `control_flow` and `equations` read jaxprs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.errors import InputError
+from aquant_jax.graph.control_flow import Kind, flatten_control_flow
+from aquant_jax.graph.equations import called, function_of, is_transform, primitives
 from aquant_jax.graph.ir import (
-    INVERSE,
     PAD_WITH_VALUE,
     PRODUCTS,
     STATIC_GATHER,
     TO_COMPLEX,
-    TRANSFORM,
     Atom,
     Graph,
     Layer,
+    Loop,
     Op,
+    Slice,
     Unquantized,
     path_names,
 )
-from aquant_jax.graph.weighted_ops import layer_of
-
-_INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"}
-_CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-_LOOPS = {"scan", "while", "cond"}
+from aquant_jax.graph.weighted_ops import SELECTS, VIEWS, layer_of, opaque
 
 
 def trace(apply: Callable[..., Any], variables: Any, x: Any, trainable: bool = True) -> Graph:
@@ -65,30 +67,38 @@ class _Flattener:
         self.dynamic: set[int] = set()
         self.weight_dependent: set[int] = set()
         self.scalars: dict[int, Any] = {}
-        self.static_of: dict[int, set[int]] = {}  # static value -> the variables it depends on
-        self.used: dict[str, int] = {}
+        # Static value -> the variables, slices of them and closed-over arrays that it depends on.
+        self.static_of: dict[int, set[int]] = {}
+        self.closed_over: set[int] = set()
+        self.path_of: dict[int, str] = {}  # of those
+        self.selected: dict[int, int] = {}  # value that the input selects of a static one
+        self.used: dict[str, int] = {}  # how often, by the path of a weight
+        self.sliced: dict[str, int] = {}  # likewise, of a slice
+        self.slices: dict[int, Slice] = {}
+        self.slice_ids: dict[tuple[int, int], int] = {}  # by stack and index
+        self.loops = 0  # number of loops so far
+        self.loop: Loop | None = None  # the innermost that stays rolled
+        self.iteration = ""  # of the loops that are unrolled
+        self.region: list[Op] = []  # of the outermost rolled loop
         self.unquantized: list[Unquantized] = []
 
     def graph(self) -> Graph:
         """The graph of the traced function."""
         jaxpr = self.closed.jaxpr
-        constants = [self._new(var.aval) for var in jaxpr.constvars]
-        self.constants.update(zip(constants, self.closed.consts, strict=True))
-        ids = [self._new(var.aval) for var in jaxpr.invars]
+        ids = [self.new(var.aval) for var in jaxpr.invars]
         weights, inputs = ids[: len(self.names)], ids[len(self.names) :]
-        self.variables = dict(zip(weights, self.names, strict=True))
+        variables = dict(zip(weights, self.names, strict=True))
+        self.path_of.update(variables)
         self.static_of.update({i: {i} for i in weights})
         self.dynamic.update(inputs)
-        env: dict[Any, Atom] = dict(
-            zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *ids], strict=True)
-        )
-        outputs = self._flatten(jaxpr, env)
-        if self.trainable and not any(op.layer for op in self.ops):
+        outputs = self.flatten(self.closed, ids)
+        layers = [op.layer for op in self.ops if op.layer]
+        if self.trainable and all(self.static_of[i.weight] <= self.closed_over for i in layers):
             raise InputError(self._no_layer())
         return Graph(
-            tuple(self.ops), tuple(inputs), self.variables, self.constants, tuple(outputs),
+            tuple(self.ops), tuple(inputs), variables, self.constants, tuple(outputs),
             self.avals, frozenset(self.dynamic), frozenset(self.weight_dependent), self.tree,
-            unquantized=tuple(self.unquantized),
+            slices=self.slices, unquantized=tuple(self.unquantized),
         )  # fmt: skip
 
     def _no_layer(self) -> str:
@@ -101,59 +111,97 @@ class _Flattener:
             f"({len(self.names)} leaves) and an operand that depends on x"
         )
 
-    def _new(self, aval: Any) -> int:
+    def new(self, aval: Any) -> int:
         """The id of a new value."""
         self.avals[len(self.avals)] = aval
         return len(self.avals) - 1
 
-    def _flatten(self, jaxpr: jex.Jaxpr, env: dict[Any, Atom]) -> list[Atom]:
-        """Appends the equations of a jaxpr.
+    def flatten(self, closed: jex.ClosedJaxpr, inputs: Sequence[Atom]) -> list[Atom]:
+        """Appends the equations of a jaxpr, whose calls are inlined.
 
         Args:
-          jaxpr: whose calls are inlined.
-          env: the atom of each of its variables; grows by those of the equations.
+          closed: the jaxpr.
+          inputs: the atoms of its inputs.
 
         Returns:
           The atoms of its outputs.
         """
+        jaxpr = closed.jaxpr
+        constants = [self.new(var.aval) for var in jaxpr.constvars]
+        self.constants.update(zip(constants, closed.consts, strict=True))
+        for value, array in zip(constants, closed.consts, strict=True):
+            if np.ndim(array) > 1 and jnp.issubdtype(jnp.result_type(array), jnp.inexact):
+                self.path_of[value] = f"closed_over/{len(self.closed_over)}"
+                self.static_of[value] = {value}
+                self.closed_over.add(value)
+        names = [*jaxpr.constvars, *jaxpr.invars]
+        env: dict[Any, Atom] = dict(zip(names, [*constants, *inputs], strict=True))
 
         def read(atom: Any) -> Atom:
             return atom if isinstance(atom, jex.Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
-            inputs = [read(atom) for atom in eqn.invars]
-            inner = _called(eqn, self.trainable)
+            operands = [read(atom) for atom in eqn.invars]
+            inner = called(eqn, self.trainable)
             if inner is not None:
-                constants = [self._new(var.aval) for var in inner.jaxpr.constvars]
-                self.constants.update(zip(constants, inner.consts, strict=True))
-                names = [*inner.jaxpr.constvars, *inner.jaxpr.invars]
-                scope = dict(zip(names, [*constants, *inputs], strict=True))
-                outputs = self._flatten(inner.jaxpr, scope)
+                outputs = self.flatten(inner, operands)
             else:
-                outputs = [self._new(var.aval) for var in eqn.outvars]
-                self._append(eqn, tuple(inputs), tuple(outputs))
+                outputs = flatten_control_flow(self, eqn, operands)
+            if outputs is None:
+                outputs = self._append(eqn, tuple(operands))
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _append(self, eqn: jex.JaxprEqn, inputs: tuple[Any, ...], outputs: tuple[int, ...]) -> None:
+    def append(self, op: Op, dynamic: bool, weight: bool) -> None:
+        """Appends one op; what depends on no input leaves the loop that it is part of."""
+        if dynamic:
+            self.dynamic.update(op.outputs)
+            if weight:
+                self.weight_dependent.update(op.outputs)
+        (self.region if dynamic and self.loop else self.ops).append(op)
+
+    def close_loop(self) -> None:
+        """Ends a rolled loop."""
+        if self.loop is None:
+            self.ops += self.region
+            self.region = []
+
+    def kind(self, atom: Atom) -> Kind:
+        """On what a value depends."""
+        if not isinstance(atom, int):
+            return Kind()
+        weight = bool(self.static_of.get(atom)) or atom in self.weight_dependent
+        return Kind(atom in self.dynamic, weight)
+
+    def slice_of(self, stack: int, index: int) -> int:
+        """A slice of stacked weights, as a weight of its own."""
+        key = stack, index
+        if key not in self.slice_ids:
+            aval = self.avals[stack]
+            value = self.slice_ids[key] = self.new(aval.update(shape=aval.shape[1:]))
+            path = self._numbered(f"{self._path(stack)}[{index}]", self.sliced)
+            self.slices[value] = Slice(path, stack, index)
+            self.path_of[value] = path
+            self.static_of[value] = {value}
+        return self.slice_ids[key]
+
+    def _append(self, eqn: jex.JaxprEqn, inputs: tuple[Any, ...]) -> list[Atom]:
         """Appends one equation, and records on what its outputs depend."""
+        outputs = tuple(self.new(var.aval) for var in eqn.outvars)
         ids = [i for i in inputs if isinstance(i, int)]
         made_of = set().union(*(self.static_of.get(i, set()) for i in ids)) if ids else set()
         dynamic = any(i in self.dynamic for i in ids)
         layer = self._layer(eqn, inputs) if dynamic else None
-        if dynamic:
-            self.dynamic.update(outputs)
-            if layer or made_of or any(i in self.weight_dependent for i in ids):
-                self.weight_dependent.update(outputs)
-            _reject_loop(eqn, inputs, self.static_of)
-        else:
+        if dynamic and layer is None:
+            self._note(eqn, inputs, outputs)
+        if not dynamic:
             self.static_of.update(dict.fromkeys(outputs, made_of))
-        call = _function(eqn, self.closed.jaxpr)
+        call = function_of(eqn, self.closed.jaxpr)
         params = dict(eqn.params)
         if layer:
             avals: list[Any] = [atom.aval for atom in eqn.invars]
             params["operand_dtypes"] = tuple(aval.dtype for aval in avals)
-        name = eqn.params["name"] if _is_transform(eqn) else eqn.primitive.name
+        name = eqn.params["name"] if is_transform(eqn) else eqn.primitive.name
         if name == "pad" and self._scalar(inputs[1]) not in (0, -np.inf):
             name = PAD_WITH_VALUE
         if name == "gather" and [i for i in ids if i in self.dynamic] == [inputs[0]]:
@@ -162,7 +210,14 @@ class _Flattener:
             self.scalars[outputs[0]] = self._scalar(inputs[0])
         if name == "convert_element_type" and params["new_dtype"].kind == "c":
             name = TO_COMPLEX
-        self.ops.append(Op(name, params, call, inputs, outputs, layer, _primitives(eqn)))
+        loop = self.loop if dynamic else None
+        parts = primitives(eqn), loop, self.iteration
+        op = Op(name, params, call, inputs, outputs, layer, *parts)
+        of_weight = bool(layer or made_of - self.closed_over) or any(
+            i in self.weight_dependent for i in ids
+        )
+        self.append(op, dynamic, of_weight)
+        return list(outputs)
 
     def _scalar(self, value: Atom) -> Any:
         """The number in a literal, in a constant or in a conversion of one; None if unknown."""
@@ -193,85 +248,35 @@ class _Flattener:
         self.unquantized.append(found)
         return None
 
+    def _note(self, eqn: jex.JaxprEqn, inputs: Sequence[Any], outputs: Sequence[int]) -> None:
+        """Notes an op with weights that no layer stands for, and what of them the input selects."""
+        name, ids = eqn.primitive.name, [i for i in inputs if isinstance(i, int)]
+        weights = [i for i in ids if self.static_of.get(i) and len(self.avals[i].shape) > 1]
+        reason = opaque(name, primitives(eqn))
+        if reason is not None and weights:
+            largest = max(weights, key=lambda i: self.avals[i].size)
+            self.unquantized.append(Unquantized(self._name(largest), name, reason))
+        chosen = [self.selected[i] for i in ids if i in self.selected]
+        chosen.sort(key=lambda i: -self.avals[i].size)
+        if name in PRODUCTS and chosen:
+            reason = "the input selects its weights"
+            self.unquantized.append(Unquantized(self._name(chosen[0]), name, reason))
+        if name in SELECTS and weights and inputs[0] == weights[0]:
+            self.selected.update(dict.fromkeys(outputs, weights[0]))
+        elif name in VIEWS and chosen:
+            self.selected.update(dict.fromkeys(outputs, chosen[0]))
+
+    def _path(self, weight: int) -> str:
+        """Path of the largest variable, or slice of one, in the operand; else of an array."""
+        found = self.static_of[weight]
+        candidates = found - self.closed_over or found
+        return self.path_of[max(candidates, key=lambda i: self.avals[i].size)]
+
     def _name(self, weight: int) -> str:
-        """Path of the largest variable in the operand, numbered when it is reused."""
-        path = self.variables[max(self.static_of[weight], key=lambda i: self.avals[i].size)]
-        self.used[path] = self.used.get(path, 0) + 1
-        return path if self.used[path] == 1 else f"{path}#{self.used[path]}"
+        """`_path`, numbered when it is reused."""
+        return self._numbered(self._path(weight), self.used)
 
-
-def _called(eqn: jex.JaxprEqn, custom_gradients: bool) -> jex.ClosedJaxpr | None:
-    """The closed jaxpr that an equation calls, or None where the call is not inlined."""
-    name = eqn.primitive.name
-    is_call = name in _INLINED or name in _CUSTOM
-    if not is_call or (custom_gradients and _is_transform(eqn)):
-        return None
-    inner = next(
-        eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params
-    )
-    if not isinstance(inner, jex.ClosedJaxpr):
-        inner = jex.ClosedJaxpr(inner, ())
-    # Inlining loses a custom gradient (relu'(0) would be 0.5), so only weighted ops justify it.
-    if custom_gradients and name in _CUSTOM and not _contains_weighted(inner.jaxpr):
-        return None
-    return inner
-
-
-def _is_transform(eqn: jex.JaxprEqn) -> bool:
-    return eqn.params.get("name") in (TRANSFORM, INVERSE)
-
-
-def _contains_weighted(jaxpr: jex.Jaxpr) -> bool:
-    return any(
-        eqn.primitive.name in PRODUCTS or any(map(_contains_weighted, _inner_jaxprs(eqn)))
-        for eqn in jaxpr.eqns
-    )
-
-
-def _inner_jaxprs(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
-    """The jaxprs in the parameters of an equation."""
-    for value in eqn.params.values():
-        for item in value if isinstance(value, tuple | list) else [value]:
-            if isinstance(item, jex.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, jex.Jaxpr):
-                yield item
-
-
-def _primitives(eqn: jex.JaxprEqn) -> frozenset[str]:
-    """Names of the primitives inside an equation, or of its own where it has no inner jaxprs."""
-    inner = [_primitives(e) for jaxpr in _inner_jaxprs(eqn) for e in jaxpr.eqns]
-    return frozenset().union(*inner) if inner else frozenset({eqn.primitive.name})
-
-
-def _reject_loop(
-    eqn: jex.JaxprEqn, inputs: Sequence[Any], static_of: Mapping[int, set[int]]
-) -> None:
-    """InputError for a loop with a weighted op in it."""
-    if eqn.primitive.name not in _LOOPS or not any(map(_contains_weighted, _inner_jaxprs(eqn))):
-        return
-    if any(static_of.get(i) for i in inputs if isinstance(i, int)):
-        raise InputError(
-            f"a weighted op inside `{eqn.primitive.name}` cannot be quantized: unroll the loop "
-            "(flax: scan=False or a Python loop over the layers)"
-        )
-
-
-def _function(eqn: jex.JaxprEqn, template: jex.Jaxpr) -> Callable[..., list[Any]]:
-    """The equation as a function of its operands; a closed jaxpr keeps its custom gradients.
-
-    Args:
-      eqn: the equation.
-      template: the jaxpr whose other fields the new jaxpr takes over.
-    """
-    variables = list(dict.fromkeys(a for a in eqn.invars if not isinstance(a, jex.Literal)))
-    first = [eqn.invars.index(var) for var in variables]
-    names = tuple(f"x{i}" for i in range(len(variables)))
-    results = tuple(f"y{i}" for i in range(len(eqn.outvars)))
-    info = jex.DebugInfo("equation", eqn.primitive.name, names, results)
-    jaxpr = template.replace(
-        constvars=[], invars=variables, outvars=list(eqn.outvars), eqns=[eqn],
-        effects=eqn.effects, debug_info=info,
-    )  # fmt: skip
-    function = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
-    return lambda *operands: function(*(operands[i] for i in first))
+    def _numbered(self, path: str, used: dict[str, int]) -> str:
+        """`path`, numbered when it is used again."""
+        used[path] = used.get(path, 0) + 1
+        return path if used[path] == 1 else f"{path}#{used[path]}"

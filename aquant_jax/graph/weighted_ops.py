@@ -1,13 +1,34 @@
-"""The layer of a convolution or dot that reads a weight."""
+"""The layer of a convolution or dot that reads a weight, and why other ops have none."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aquant_jax.graph.ir import Layer, Unquantized
+from aquant_jax.graph.ir import ALIASES, PRODUCTS, Layer, Unquantized
 
 CONVOLUTION = "conv_general_dilated"
+SELECTS = {"gather", "dynamic_slice", "select_n"}  # the input may select weights by these
+VIEWS = ALIASES | {"broadcast_in_dim"}
+_WHY = {
+    "while": "the number of its steps is not known",
+    "scan": "it is a loop of no step",
+    "shard_map": "it runs on several devices",
+    "pallas_call": "it is a kernel of its own",
+    "ffi_call": "it is a custom call",
+    "pure_callback": "it calls Python",
+    "io_callback": "it calls Python",
+    "ragged_dot_general": "its groups depend on the input",
+    "ragged_dot": "its groups depend on the input",
+}
+_OPAQUE = {
+    *PRODUCTS,
+    "ragged_dot",
+    "ragged_dot_general",
+    "pallas_call",
+    "ffi_call",
+    "pure_callback",
+}
 
 
 def layer_of(
@@ -37,6 +58,17 @@ def layer_of(
         return Layer(path, "conv", weight, shape, *axes, x_position=0)
     axes = _dense_axes(params["dimension_numbers"], side, shapes)
     return Layer(path, "dense", weight, shape, *axes, x_position=1 - side)
+
+
+def opaque(name: str, inside: frozenset[str]) -> str | None:
+    """Why an op, which has weights if it multiplies, is no layer; None for ops of other kinds.
+
+    Args:
+      name: its primitive.
+      inside: the primitives inside it.
+    """
+    multiplies = bool(_OPAQUE & {name, *inside}) and name not in PRODUCTS
+    return _WHY.get(name, "no layer can stand for it") if multiplies else None
 
 
 def _obstacle(params: Mapping[str, Any], side: int) -> str | None:

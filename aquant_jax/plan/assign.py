@@ -10,10 +10,13 @@ import jax.numpy as jnp
 
 from aquant_jax.errors import InputError
 from aquant_jax.graph.activation_rules import match_rules, weighted_sources
-from aquant_jax.graph.ir import ALIASES, Graph
+from aquant_jax.graph.ir import ALIASES, LOOP_CARRY, Graph
 from aquant_jax.graph.subgraph import source_tensor
 from aquant_jax.layers.fake_quant import LayerSpec
+from aquant_jax.plan.coverage import coverage
 from aquant_jax.recipe import Override, Recipe, border_of
+
+EVERYTHING = ".*"  # the pattern of an override that leaves a whole network in float
 
 
 class Tensor(NamedTuple):
@@ -47,7 +50,8 @@ def make_plan(graph: Graph, recipe: Recipe) -> Plan:
 
     Raises:
       InputError: an override matches nothing, is not a regular expression, or sets the bits of a
-        float input; a layer with complex operands is not left in float.
+        float input; a layer with complex operands is not left in float; overrides leave all layers
+        in float; `require_all`, and a weighted op stays float.
     """
     producers = graph.producers()
     matches = match_rules(graph, recipe.activations)
@@ -55,6 +59,7 @@ def make_plan(graph: Graph, recipe: Recipe) -> Plan:
     overrides = _match(graph, recipe, keys)
     layers = _layer_specs(graph, recipe, overrides)
     _check_complex(graph, layers)
+    _check_coverage(graph, recipe, layers)
     _check_act_bits(recipe, layers, overrides)
     tensors: dict[int, Tensor] = {}
     for op in graph.ops:
@@ -126,7 +131,8 @@ def _raw_values(graph: Graph) -> frozenset[int]:
         reads = [value for value in op.reads if value in graph.dynamic]
         table = op.inputs[0] if op.name == "gather" else None
         looked_up = isinstance(table, int) and table not in graph.dynamic
-        if reads and op.layer is None and not looked_up and raw.issuperset(reads):
+        carried = op.name == LOOP_CARRY  # the steps of a loop have made it, but for the first
+        if reads and op.layer is None and not (looked_up or carried) and raw.issuperset(reads):
             raw.update(op.outputs)
     return frozenset(raw)
 
@@ -142,6 +148,19 @@ def _check_complex(graph: Graph, specs: Mapping[str, LayerSpec]) -> None:
                     f"{op.layer.path} multiplies {dtype} values; only real ones can be quantized: "
                     "leave the layer in float with an override (keep_float)"
                 )
+
+
+def _check_coverage(graph: Graph, recipe: Recipe, specs: Mapping[str, LayerSpec]) -> None:
+    """InputError for overrides that leave nothing to quantize, and a float op not allowed."""
+    floats = [path for path, spec in specs.items() if spec.weight_bits is None]
+    on_purpose = any(override.pattern == EVERYTHING for override in recipe.overrides)
+    if len(floats) == len(specs) and not on_purpose:
+        raise InputError(
+            f"overrides: keep_float leaves nothing to quantize of {', '.join(floats)}; the pattern "
+            f"{EVERYTHING!r} makes a float network on purpose"
+        )
+    if recipe.require_all and (floats or graph.unquantized):
+        raise InputError(f"require_all: {coverage(specs.values(), graph.unquantized)}")
 
 
 def _check_act_bits(

@@ -138,19 +138,31 @@ def forward(
 def _masks(
     program: BlockProgram, keep: KeepFn | None
 ) -> Callable[[int, tuple[Any, ...]], jax.Array | None]:
-    """`keep`, drawn once per tensor: the views of a tensor share its mask."""
+    """`keep`, drawn once per tensor: the views of a tensor share its mask.
+
+    All steps of a loop draw the same one, and none that was drawn inside is read outside.
+    """
     masks: dict[int, jax.Array] = {}
+    in_loops = {i for op in program.subgraph.ops if op.loop for i in (*op.reads, *op.outputs)}
+
+    def draw(value_id: int, shape: tuple[Any, ...], again: Callable[..., Any]) -> jax.Array:
+        assert keep is not None
+        view = same_elements(program.producers, value_id)
+        if view is None or value_id in program.subgraph.boundary_inputs:
+            return keep(value_id, shape)
+        source = view.reads[0]
+        return view.call(again(source, program.avals[source].shape))[0]
+
+    def draw_again(value_id: int, shape: tuple[Any, ...]) -> jax.Array:
+        return draw(value_id, shape, draw_again)
 
     def mask(value_id: int, shape: tuple[Any, ...]) -> jax.Array | None:
         if keep is None:
             return None
+        if value_id in in_loops:
+            return draw_again(value_id, shape)
         if value_id not in masks:
-            view = same_elements(program.producers, value_id)
-            if view is None or value_id in program.subgraph.boundary_inputs:
-                masks[value_id] = keep(value_id, shape)
-            else:
-                source = view.reads[0]
-                masks[value_id] = view.call(mask(source, program.avals[source].shape))[0]
+            masks[value_id] = draw(value_id, shape, mask)
         return masks[value_id]
 
     return mask

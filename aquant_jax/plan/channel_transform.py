@@ -81,11 +81,14 @@ def transformable(graph: Graph, plan: Plan) -> dict[int, list[Op]]:
 
     Every op that reads such a tensor rounded reads the tensor itself and not a view of it. It is a
     dense layer that contracts the last axis only, or neither a layer nor a product of activations.
+    No loop reads or makes it.
     """
     producers = graph.producers()
+    in_loops = {i for op in graph.ops if op.loop for i in (*op.reads, *op.outputs)}
     readers: dict[int, list[Op]] = {
-        value: [] for value in plan.tensors if len(graph.avals[value].shape) > 1
-    }
+        value: [] for value in plan.tensors
+        if len(graph.avals[value].shape) > 1 and value not in in_loops
+    }  # fmt: skip
     for op in graph.ops:
         for value in () if op.name in ALIASES else op.reads:
             source = source_tensor(producers, value)

@@ -229,12 +229,18 @@ def check_outputs(graph: Graph, sampled: frozenset[int], recipe: Recipe) -> None
             )
 
 
+def boundary_bytes(graph: Graph, values: Sequence[int], samples: int) -> int:
+    """Bytes of cached activations: two a float32 element."""
+    avals = [graph.avals[v] for v in values]
+    widths = [2 if a.dtype == np.float32 else a.dtype.itemsize for a in avals]
+    sizes = [int(np.prod(a.shape[1:])) * w for a, w in zip(avals, widths, strict=True)]
+    return samples * sum(sizes)
+
+
 def cache_bytes(graph: Graph, blocks: Sequence[Block], samples: int) -> int:
     """Bytes of the cached activations of the largest block: both inputs, and the targets."""
 
     def size(values: Sequence[int]) -> int:
-        avals = [graph.avals[v] for v in values]
-        widths = [2 if a.dtype == np.float32 else a.dtype.itemsize for a in avals]
-        return sum(int(np.prod(a.shape[1:])) * w for a, w in zip(avals, widths, strict=True))
+        return boundary_bytes(graph, values, samples)
 
-    return max(samples * (2 * size(b.start) + 2 * size(b.end) + size(b.targets)) for b in blocks)
+    return max(2 * size(b.start) + 2 * size(b.end) + size(b.targets) for b in blocks)

@@ -17,6 +17,7 @@ from aquant_jax.graph.partition import Block
 from aquant_jax.plan import checks
 from aquant_jax.plan.assign import Plan
 from aquant_jax.plan.channel_transform import ChannelTransform, kind
+from aquant_jax.plan.coverage import coverage
 from aquant_jax.recipe import Recipe
 
 
@@ -58,10 +59,13 @@ def batch_shapes(inputs: Any, samples: Any) -> Any:
 
 
 def describe(net: Network) -> str:
-    """A text: the blocks, the transformed activations, those that the rules add, and the peak of
-    cached memory."""
+    """A text: the blocks, the transformed activations, those that the rules add, the peak of cached
+    memory, and the weighted ops that stay float."""
     lines = [f"{len(net.blocks)} blocks:"]
-    lines += [f"{i:3d}  {block}" for i, block in enumerate(net.blocks)]
+    for index, block in enumerate(net.blocks):
+        size = checks.boundary_bytes(net.graph, block.start, net.samples) / 2**20
+        several = f" (takes {len(block.start)} activations, {size:.1f} MiB)"
+        lines.append(f"{index:3d}  {block}{several if len(block.start) > 1 else ''}")
     if net.transforms:
         lines.append(f"{len(net.transforms)} activations transformed before they are rounded:")
         lines += [f"     {key}: {kind(transform)}" for key, transform in net.transforms.items()]
@@ -71,4 +75,5 @@ def describe(net: Network) -> str:
         lines += [f"     {tensor.key}: {tensor.bits} bits" for tensor in added]
     peak = checks.cache_bytes(net.graph, net.blocks, net.samples) / 2**20
     lines.append(f"cached activations: {peak:.1f} MiB at the peak")
+    lines.append(coverage(net.plan.layers.values(), net.graph.unquantized))
     return "\n".join(lines)

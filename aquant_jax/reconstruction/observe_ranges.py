@@ -54,8 +54,10 @@ def observe_ranges(
     values = tuple(value for value, _ in wanted.values())
     probe = make_block_program(net.graph, net.plan, boundary, values)
     samples = min(net.recipe.reconstruction.init_samples, net.samples)
-    shapes = [probe.avals[value].shape[1:] for value in values]
-    found = [_Elements(samples * math.prod(shape)) for shape in shapes]
+    totals = [samples * math.prod(probe.avals[value].shape[1:]) for value in values]
+    made_by = probe.producers
+    steps = [made_by[value].steps if value in made_by else 1 for value in values]
+    found = [_Elements(total * count) for total, count in zip(totals, steps, strict=True)]
     for rows, outputs in run_float(probe):
         for elements, value, axes in zip(found, outputs, probe.position_axes, strict=True):
             elements.add(_valid_values(net, rows, value, axes))

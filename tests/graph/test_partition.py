@@ -40,7 +40,8 @@ def test_description_shows_every_block_and_the_memory():
         "  0  stem: stem/kernel",
         "  1  block_1: block_1/conv1/kernel, block_1/conv2/kernel",
         "  2  head: head/kernel",
-        text.splitlines()[-1],
+        text.splitlines()[-2],
+        "4 of 4 weighted ops quantized",
     ]
     assert "cached activations" in text
 

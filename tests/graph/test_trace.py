@@ -184,12 +184,56 @@ def nested(v, x):
     return jax.jit(loop)(v, x)
 
 
+def reversed_loop(v, x):
+    return lax.scan(lambda h, k: (conv(h, k), None), x, v["a"], reverse=True)[0]
+
+
+def shared(v, x):
+    return lax.fori_loop(0, 3, lambda _, h: conv(h, v["a"][0]), x)
+
+
 @pytest.mark.parametrize(
-    ("apply", "name"), [(loop, "scan"), (until, "while"), (branch, "cond"), (nested, "scan")]
+    ("apply", "found"),
+    [
+        (loop, ["a[0]", "a[1]"]),
+        (nested, ["a[0]", "a[1]"]),
+        (reversed_loop, ["a[1]", "a[0]"]),
+        (shared, ["a"]),
+        (branch, ["a"]),
+    ],
 )
-def test_a_weighted_op_in_a_loop_is_refused(apply, name):
-    with pytest.raises(InputError, match=rf"weighted op inside `{name}`.*unroll"):
-        trace(apply, kernels(a=(2, 3, 3, 3, 3)), X)
+def test_weighted_ops_in_loops_and_branches_are_layers(apply, found):
+    variables = kernels(a=(2, 3, 3, 3, 3))
+    assert paths(apply, variables) == found
+    for x in (X, -X):  # another branch
+        assert relative_error(replay(apply, variables, x), apply(variables, x)) < 1e-6
+
+
+def test_an_unknown_number_of_steps_leaves_a_loop_float():
+    variables = kernels(a=(2, 3, 3, 3, 3))
+    with pytest.raises(InputError, match=r"can be quantized: a \(while\): the number of its steps"):
+        trace(until, variables, X)
+    graph = trace(lambda v, x: conv(until(v, x), v["a"][1]), variables, X)
+    assert [layer.path for layer in graph.layers] == ["a#2"]
+    assert [op[:2] for op in graph.unquantized] == [("a", "while")]
+
+
+def test_ops_that_no_layer_stands_for_are_named():
+    variables = kernels(experts=(3, 4, 5), groups=(2, 4, 5), table=(3, 4), head=(5, 2))
+
+    def apply(v, x):
+        chosen = jnp.argmax(x[:, :3], axis=1)
+        h = jnp.einsum("bi,bio->bo", v["table"][chosen], v["experts"][chosen])  # a router
+        sizes = jnp.stack([jnp.sum(x[:, 0] > 0), jnp.sum(x[:, 0] <= 0)]).astype(jnp.int32)
+        return (h + lax.ragged_dot(x, v["groups"], sizes)) @ v["head"]
+
+    graph = trace(apply, variables, normal(rng_of(1), 6, 4))
+    assert [layer.path for layer in graph.layers] == ["head"]
+    found = {op.path: op.reason for op in graph.unquantized}
+    assert found == {
+        "experts": "the input selects its weights",
+        "groups": "its groups depend on the input",
+    }
 
 
 def test_a_loop_without_weights_is_no_obstacle():
@@ -269,7 +313,17 @@ def test_no_weighted_op_is_an_error():
         trace(lambda v, x: x * v["a"], kernels(a=(1, 1)), np.ones((2, 1), np.float32))
 
 
-def test_weights_that_the_function_closes_over_are_no_weights():
+def test_weights_that_the_function_closes_over_beside_others_are_layers():
+    apply, variables = mlp()
+    inner, x = normal(rng_of(1), 6, 6), normal(rng_of(0), 2, 6)
+    both = lambda v, x: apply(v, x @ inner)  # noqa: E731
+    first, *others = paths(both, variables, x)
+    assert first == "closed_over/0"
+    assert others == paths(apply, variables, x)
+    assert relative_error(replay(both, variables, x), both(variables, x)) < 1e-6
+
+
+def test_weights_that_the_function_closes_over_alone_are_an_error():
     apply, variables = mlp()
     closed = lambda v, x: apply(variables, x) * v["scale"]  # noqa: E731
     with pytest.raises(InputError, match="no conv or dot takes a weight from `variables`"):
