@@ -10,7 +10,14 @@ from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.packing import FORMATS
 from aquant_jax.errors import InputError
 from aquant_jax.graph.activation_rules import RULES
-from aquant_jax.recipe_checks import check_bits, check_choice, check_types, field_names, hint
+from aquant_jax.recipe_checks import (
+    check_bits,
+    check_choice,
+    check_types,
+    check_weights_only,
+    field_names,
+    hint,
+)
 from aquant_jax.recipe_reconstruction import Reconstruction
 
 GRANULARITIES = ("block", "layer")
@@ -47,7 +54,11 @@ class Recipe:
 
     Attributes:
       preset: name of the preset it started from.
-      weight_bits, act_bits: 2 to 8.
+      weight_bits: 2 to 8.
+      act_bits: 2 to 8; None quantizes weights only. An override may still set it for some layers.
+      weight_group: number of inputs of a dense layer's output channel that share a scale and a zero
+        point; it must divide their number. None has one grid for each channel, as convolutions
+        always have.
       first_weight_bits, last_weight_bits: weights of the layers that read the network's input, and
         of those that no weighted layer follows; None for ``weight_bits``.
       last_act_bits: the input of the last layers; None for ``act_bits``.
@@ -75,7 +86,8 @@ class Recipe:
 
     preset: str = "custom"
     weight_bits: int = 4
-    act_bits: int = 4
+    act_bits: int | None = 4
+    weight_group: int | None = None
     first_weight_bits: int | None = 8
     last_weight_bits: int | None = 8
     last_act_bits: int | None = 8
@@ -106,6 +118,7 @@ class Recipe:
         if not isinstance(self.reconstruction, Reconstruction):
             object.__setattr__(self, "reconstruction", _reconstruction(self.reconstruction))
         check_bits(self)
+        check_weights_only(self)
         check_types(self)
         _check_recipe(self)
 
@@ -159,37 +172,37 @@ def preset(name: str, **fields: Any) -> Recipe:
     return recipe
 
 
-def nearest(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
+def nearest(weight_bits: int = 4, act_bits: int | None = 4, **fields: Any) -> Recipe:
     """Rounding to nearest, scales by MSE search, nothing learned."""
     return preset("nearest", weight_bits=weight_bits, act_bits=act_bits, **fields)
 
 
-def adaround(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
+def adaround(weight_bits: int = 4, act_bits: int | None = 4, **fields: Any) -> Recipe:
     """AdaRound (Nagel et al. 2020), layer by layer, with LSQ step sizes."""
     return preset("adaround", weight_bits=weight_bits, act_bits=act_bits, **fields)
 
 
-def brecq(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
+def brecq(weight_bits: int = 4, act_bits: int | None = 4, **fields: Any) -> Recipe:
     """BRECQ (Li et al. 2020): block reconstruction, with LSQ step sizes."""
     return preset("brecq", weight_bits=weight_bits, act_bits=act_bits, **fields)
 
 
-def qdrop(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
+def qdrop(weight_bits: int = 4, act_bits: int | None = 4, **fields: Any) -> Recipe:
     """QDrop (Wei et al. 2022): block reconstruction with randomly dropped quantization."""
     return preset("qdrop", weight_bits=weight_bits, act_bits=act_bits, **fields)
 
 
-def aquant(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
+def aquant(weight_bits: int = 4, act_bits: int | None = 4, **fields: Any) -> Recipe:
     """AQuant (Li et al. 2022): QDrop with learned border functions of the activations."""
     return preset("aquant", weight_bits=weight_bits, act_bits=act_bits, **fields)
 
 
-def aquant_plus(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
+def aquant_plus(weight_bits: int = 4, act_bits: int | None = 4, **fields: Any) -> Recipe:
     """AQuant, and then the whole-network stage, of as many steps as a block's."""
     return preset("aquant_plus", weight_bits=weight_bits, act_bits=act_bits, **fields)
 
 
-def aquant_bert(weight_bits: int = 4, act_bits: int = 4, **fields: Any) -> Recipe:
+def aquant_bert(weight_bits: int = 4, act_bits: int | None = 4, **fields: Any) -> Recipe:
     """AQuant as in the paper's BERT experiments: layer by layer, one border per element."""
     return preset("aquant_bert", weight_bits=weight_bits, act_bits=act_bits, **fields)
 

@@ -71,11 +71,23 @@ def check_bits(recipe: Any) -> None:
         bits[f"overrides[{override.pattern!r}].weight_bits"] = override.weight_bits
         bits[f"overrides[{override.pattern!r}].act_bits"] = override.act_bits
     for name, value in bits.items():
-        if value is None and name not in ("weight_bits", "act_bits"):
+        if value is None and name != "weight_bits":
             continue
         whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         if not whole or value not in range(MIN_BITS, MAX_BITS + 1):
             raise InputError(f"{name} is {value!r}; it must be a whole number of 2 to 8 bits")
+
+
+def check_weights_only(recipe: Any) -> None:
+    """InputError for a group of no weights, and for borders without activations to round."""
+    check_types(recipe)
+    if recipe.weight_group is not None and recipe.weight_group < 1:
+        raise InputError(f"weight_group is {recipe.weight_group}; it must be at least 1")
+    if recipe.act_bits is None and recipe.border is not None:
+        raise InputError(
+            f"act_bits is None, so border {recipe.border!r} has no activations to round; presets "
+            "for weights only: nearest, adaround, brecq, qdrop"
+        )
 
 
 def check_choice(part: Any, name: str, known: Sequence[str]) -> None:

@@ -11,14 +11,15 @@ from aquant_jax.errors import InputError
 PRESETS = ("aquant", "nearest", "adaround", "brecq", "qdrop", "aquant_plus")
 BERT_PRESETS = ("aquant_bert", "nearest", "adaround", "aquant_plus")
 _BITS = ((4, 4), (2, 4), (3, 3), (2, 2), (4, 2), (4, 6), (4, 8), (8, 8))
-BIT_WIDTHS = {f"w{w}a{a}": (w, a) for w, a in _BITS}
+BIT_WIDTHS: dict[str, tuple[int, int | None]] = {f"w{w}a{a}": (w, a) for w, a in _BITS}
+BIT_WIDTHS |= {f"w{w}a16": (w, None) for w in (2, 3, 4, 8)}  # weights only
 
 
 class Variant(NamedTuple):
     """Bits of weights and activations, and the settings given as key=value."""
 
     weight_bits: int
-    act_bits: int
+    act_bits: int | None
     settings: dict[str, str]
 
 

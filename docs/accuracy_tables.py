@@ -79,6 +79,19 @@ def stage_w4a4(load: Load) -> str:
     return markdown(["seed", "qdrop and the stage", "aquant_plus", "difference"], rows, 1)
 
 
+def loops(load: Load) -> str:
+    """A recurrent network and a stack, trained by the examples: float, nearest, aquant."""
+    rows, presets = [], ("float", "nearest", "aquant")
+    for name, metric in (("rnn_digits", "top1"), ("character_stack", "bits_per_character")):
+        runs = load(name)["runs"]
+        for bits in dict.fromkeys(run["bits"] for run in runs):
+            found = [run[metric] for run in runs if run["bits"] == bits]
+            scores = ([score[preset] for score in found] for preset in presets)
+            label = f"`{name}`, {metric.replace('_', ' ')}"
+            rows.append([label, f"w{bits}a{bits}", *map(spread, scores)])
+    return markdown(["example, metric", "bits", *presets], rows)
+
+
 def border_auto(load: Load) -> str:
     """ResNet-20 with borders chosen by block, between qdrop (none) and aquant (all)."""
     rows = []

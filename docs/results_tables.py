@@ -30,6 +30,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "demo": accuracy_tables.demo,
     "whole-network": accuracy_tables.whole_network,
     "stage-w4a4": accuracy_tables.stage_w4a4,
+    "loops": accuracy_tables.loops,
     "border-auto": accuracy_tables.border_auto,
     "resnet20": accuracy_tables.resnet20,
     "resnet20-gain": accuracy_tables.resnet20_gain,

@@ -21,6 +21,7 @@ extern "C" XLA_FFI_Error* ConvInt8Handler(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* Missing(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* CpuOnly(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* GpuOnly(XLA_FFI_CallFrame*);
+const char* ChooseInstructions();
 #else
 extern "C" XLA_FFI_Error* ConvTunedHandler(XLA_FFI_CallFrame*);
 #endif
@@ -75,5 +76,6 @@ PYBIND11_MODULE(GPU_OPS_MODULE, module) {
   module.def("handlers", &All);
 #ifdef GPU_OPS_MISSING
   module.def("missing", &Absent);
+  module.def("instructions", &ChooseInstructions);
 #endif
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.arithmetic.border import Coefficients
@@ -15,7 +17,12 @@ from aquant_jax.layers.column import Rounding
 from aquant_jax.layers.conv_geometry import ConvGeometry
 from aquant_jax.layers.epilogue import Codes, Epilogue, Requantization, Results
 from aquant_jax.layers.integer import QuantizedWeights
-from gpu_ops import arguments, partition, targets
+from gpu_ops import (
+    _cpu,  # pyright: ignore[reportMissingModuleSource]
+    arguments,
+    partition,
+    targets,
+)
 
 IMAGES, PIXELS = "n h w c", "n a b o"
 
@@ -88,6 +95,7 @@ def conv_int8(
     epilogue: Epilogue,
 ) -> Results:
     """`conv_border_int8` of checked operands, on a CPU."""
+    _say_if_slow(_cpu.instructions())
     taps = 1 if rounding.per_channel else geometry.taps
     channels, outputs = geometry.groups * weights.codes.shape[2], weights.codes.shape[3]
     if isinstance(x, Codes):
@@ -112,6 +120,17 @@ def conv_int8(
     results = results if isinstance(results, tuple) else (results,)
     values = epilogue.values
     return Results(results[0] if values else None, tuple(results[1:] if values else results))
+
+
+@functools.cache
+def _say_if_slow(instructions: str | None) -> None:
+    """Logs, once, that the kernels run without VNNI."""
+    if instructions in ("avx2", "plain"):
+        logging.warning(
+            "gpu_ops: no AVX-512 VNNI or AVX-VNNI here, so int8 convolutions run in their %s "
+            "kernels: the results are the same, but take longer.",
+            {"avx2": "AVX2", "plain": "plain C++"}[instructions],
+        )
 
 
 def _residual(epilogue: Epilogue) -> tuple[AnyArray, jax.Array]:

@@ -31,7 +31,7 @@ from aquant_jax.errors import InputError
 from aquant_jax.storage.environment import environment
 from launch.lib import cells, command_line, paper_tables, plots
 from launch.lib.paper_tables import TABLES
-from launch.lib.results import metric_name
+from launch.lib.results import bit_width, metric_name
 from launch.lib.run_directory import RunDirectory, claim
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -160,7 +160,7 @@ def presets_table(rows: Sequence[dict[str, Any]]) -> str:
         score = f"{row['mean']:.2f}{spread}"
         score = f"**{score}**" if row["preset"] in best else score
         lines.append(
-            f"| {row['preset']} | w{row['weight_bits']}a{row['act_bits']} "
+            f"| {row['preset']} | {bit_width(row['weight_bits'], row['act_bits'])} "
             f"| {score} | {row['float']:.2f} "
             f"| {row['float'] - row['mean']:.2f} | {len(row['seeds'])} "
             f"| {row['seconds']:.0f} |"

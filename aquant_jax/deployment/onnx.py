@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from aquant_jax.deployment import onnx_layers, onnx_primitives
 from aquant_jax.deployment.onnx_layers import WholeWeights
 from aquant_jax.deployment.onnx_nodes import move_transposes, rewrite_nodes
 from aquant_jax.deployment.onnx_padding import plain_padding
-from aquant_jax.deployment.onnx_runtimes import ONNXRUNTIME, known
+from aquant_jax.deployment.onnx_runtimes import ONNXRUNTIME, OPENVINO, known
 from aquant_jax.deployment.onnx_weights import ReadWeight, place_weights
 from aquant_jax.deployment.quantized import Quantized, Traced
 from aquant_jax.deployment.stablehlo import batches_of
@@ -58,13 +59,12 @@ def to_onnx(quantized: Quantized, inputs: Any = None, runtime: str = ONNXRUNTIME
 
     Raises:
       InputError: jax2onnx is not installed, or cannot convert an operation of the network; the
-        runtime is unknown.
+        runtime is unknown; onnxruntime, which "openvino" needs too, is not installed.
     """
     known(runtime)
-    try:
-        import jax2onnx
-    except ImportError as error:
-        raise InputError("ONNX needs jax2onnx: pip install 'aquant-jax[onnx]'") from error
+    jax2onnx = _imported("jax2onnx")
+    if runtime == OPENVINO:
+        _imported("onnxruntime")  # for `move_transposes`
     program = quantized.program
     if not isinstance(program, Traced):
         raise InputError("a restored network is StableHLO; the ONNX export needs the model's code")
@@ -86,6 +86,13 @@ def to_onnx(quantized: Quantized, inputs: Any = None, runtime: str = ONNXRUNTIME
         return model if runtime == ONNXRUNTIME else move_transposes(model)
     said = problem and reason(problem)
     raise InputError(f"the network cannot become ONNX: {said}") from problem
+
+
+def _imported(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise InputError(f"ONNX needs {package}: pip install 'aquant-jax[onnx]'") from error
 
 
 class _Function(NamedTuple):

@@ -120,15 +120,14 @@ class Int8Layer(NamedTuple):
     ) -> Results:
         """`backend.Backend.convolve_codes` of an activation; `weights` give its scale alone."""
         weight, stored = self
-        own = rounding.border is not None and not rounding.per_channel
-        padded = any(map(any, geometry.padding))
+        own = rounding.border is not None and not rounding.per_channel and geometry.gathers
         zero, matrix = int(quantizer.zero_point), weight.ndim == 2
         units = _units(x, quantizer, rounding)
-        if geometry.taps == 1 and not padded:
+        if not geometry.gathers:
             # OpenVINO fails where a strided convolution of one tap shares its input with a layer.
             units = columns(units, geometry, 0)
             geometry = geometry._replace(spatial=geometry.out, strides=(1,) * len(geometry.out))
-        if own and (geometry.taps > 1 or padded):
+        if own:
             whole = _border_columns(units, zero, coefficients, geometry, rounding)
             codes = quantize_linear(whole, zero)
         else:

@@ -99,10 +99,10 @@ def _codes(name: str, layer: LayerState, bits: int, weight: ReadWeight) -> Made:
         zero_point = np.transpose(zero_point, np.argsort(axes)).reshape(sizes)
         return _whole(at, zero, name, np.float32), {at: codes, zero: zero_point.astype(np.float32)}
     arrays = {scale: layer.scale, zero: layer.zero_point.astype(kind)}
-    if len(axes) == 1:
+    if len(axes) == 1 and layer.scale.size == codes.shape[axes[0]]:
         nodes = [(("DequantizeLinear", [at, scale, zero], [name]), {"axis": axes[0]})]
         return nodes, arrays | {at: codes}
-    # DequantizeLinear has one axis of scales.
+    # DequantizeLinear has one axis of scales: a row for each grid.
     moved = np.moveaxis(codes, axes, range(len(axes)))
     back = np.argsort([*axes, *(a for a in range(moved.ndim) if a not in axes)])
     rows, shape, shaped = (f"{name}:{part}" for part in ("rows", "shape", "shaped"))

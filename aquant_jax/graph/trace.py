@@ -44,8 +44,7 @@ def trace(apply: Callable[..., Any], variables: Any, x: Any, trainable: bool = T
         is then one op, and there is a weighted op. Otherwise all calls are inlined.
 
     Raises:
-      InputError: `apply` cannot be traced with `x`, a weighted op is in a loop, or there is none
-        that can be quantized.
+      InputError: `apply` cannot be traced with `x`, or has no weighted op that can be quantized.
     """
     try:
         closed, out_shape = jax.make_jaxpr(apply, return_shape=True)(variables, x)
@@ -210,9 +209,8 @@ class _Flattener:
             self.scalars[outputs[0]] = self._scalar(inputs[0])
         if name == "convert_element_type" and params["new_dtype"].kind == "c":
             name = TO_COMPLEX
-        loop = self.loop if dynamic else None
-        parts = primitives(eqn), loop, self.iteration
-        op = Op(name, params, call, inputs, outputs, layer, *parts)
+        place = self.loop if dynamic else None, self.iteration
+        op = Op(name, params, call, inputs, outputs, layer, primitives(eqn), *place)
         of_weight = bool(layer or made_of - self.closed_over) or any(
             i in self.weight_dependent for i in ids
         )

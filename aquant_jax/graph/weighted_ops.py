@@ -12,7 +12,6 @@ SELECTS = {"gather", "dynamic_slice", "select_n"}  # the input may select weight
 VIEWS = ALIASES | {"broadcast_in_dim"}
 _WHY = {
     "while": "the number of its steps is not known",
-    "scan": "it is a loop of no step",
     "shard_map": "it runs on several devices",
     "pallas_call": "it is a kernel of its own",
     "ffi_call": "it is a custom call",

@@ -65,6 +65,11 @@ class ConvGeometry(NamedTuple):
         return int(np.prod(self.kernel))
 
     @property
+    def gathers(self) -> bool:
+        """Whether a column holds more than the channels of one pixel: other taps, or padding."""
+        return self.taps > 1 or any(map(any, self.padding))
+
+    @property
     def phase(self) -> tuple[int, ...]:
         """Spatial sizes of one phase of the padded input."""
         return tuple(-(-size // s) for size, s in zip(self.padded, self.strides, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,13 @@ from aquant_jax.arithmetic.uniform import (
 from aquant_jax.graph.ir import Op
 from aquant_jax.layers import im2col
 from aquant_jax.layers.column import Rounding
-from aquant_jax.layers.conv_layout import conv_operands, conv_result, inserts, pad
+from aquant_jax.layers.conv_layout import (
+    conv_geometry,
+    conv_operands,
+    conv_result,
+    inserts,
+    pad,
+)
 from aquant_jax.layers.products import multiply
 
 
@@ -34,10 +41,11 @@ class LayerSpec(NamedTuple):
       kind: "conv" or "dense".
       weight_bits: 2 to 8, or None for float weights.
       tensor: key of the quantized tensor that is its input, or None for a float input.
-      act_bits: bits of that tensor.
+      act_bits: bits of that tensor; nothing reads it without one.
       border: name of its border function; None rounds to nearest.
       phi: see `border.PHIS`.
       border_granularity: see `border.GRANULARITIES`.
+      weight_group: inputs of an output channel that share a grid; None for all of them.
     """
 
     path: str
@@ -48,6 +56,7 @@ class LayerSpec(NamedTuple):
     border: str | None
     phi: str
     border_granularity: str
+    weight_group: int | None = None
 
 
 class Weights(NamedTuple):
@@ -70,7 +79,8 @@ class LayerState(NamedTuple):
     Attributes:
       codes: weight codes, laid out as the op's operand; the weights themselves in a float layer,
         which may be complex.
-      scale, zero_point: one per output channel; empty for a float layer.
+      scale, zero_point: one per output channel, or per group of its inputs (the last group of a
+        channel stands before the first of the next); empty for a float layer.
       bias: one value per output channel.
       border: coefficients by name; empty for nearest rounding.
     """
@@ -108,24 +118,36 @@ def border_shape(op: Op, granularity: str, x_shape: tuple[Any, ...]) -> tuple[in
     return taps, x_shape[numbers.lhs_spec[1]]
 
 
-def per_channel(op: Op, values: Shaped[AnyArray, "channels"]) -> Shaped[Array, "..."]:
-    """Per-channel `values` (in the order of the channel axes) shaped to broadcast on the weight."""
-    axes = op.layer.channel_axes
-    shape = [1] * len(op.layer.weight_shape)
-    for axis in axes:
-        shape[axis] = op.layer.weight_shape[axis]
-    sizes = [op.layer.weight_shape[axis] for axis in axes]
-    order = tuple(int(i) for i in np.argsort(axes))
-    return jnp.transpose(values.reshape(sizes), order).reshape(shape)
+def per_channel(op: Op, values: Shaped[AnyArray, "grids"]) -> Shaped[Array, "..."]:
+    """Values of a weight's grids, shaped to broadcast on the weight.
+
+    Args:
+      op: the weighted op.
+      values: one per output channel, in the order of the channel axes; or one per group of a
+        channel's inputs, see `LayerState`.
+    """
+    axes, shape = op.layer.channel_axes, op.layer.weight_shape
+    sizes = [shape[axis] for axis in axes]
+    groups = values.size // math.prod(sizes)
+    if groups == 1:
+        wide = [size if axis in axes else 1 for axis, size in enumerate(shape)]
+        order = tuple(int(i) for i in np.argsort(axes))
+        return jnp.transpose(values.reshape(sizes), order).reshape(wide)
+    inner = [axis for axis in range(len(shape)) if axis not in axes]
+    elements = math.prod(shape[axis] for axis in inner)
+    spread = jnp.broadcast_to(values[:, None], (values.size, elements // groups))
+    spread = spread.reshape(*sizes, *(shape[axis] for axis in inner))
+    return jnp.transpose(spread, tuple(int(i) for i in np.argsort([*axes, *inner])))
 
 
-def channel_rows(
-    op: Op, weight: Shaped[np.ndarray, "..."]
-) -> Shaped[np.ndarray, "channels elements"]:
-    """The weight operand as one row per output channel."""
+def weight_rows(
+    op: Op, weight: Shaped[np.ndarray, "..."], group: int | None = None
+) -> Shaped[np.ndarray, "grids elements"]:
+    """The weight operand as one row for each grid: for an output channel, or `group` elements."""
     axes = op.layer.channel_axes
     moved = np.moveaxis(weight, axes, range(len(axes)))
-    return np.ascontiguousarray(moved.reshape(int(np.prod(moved.shape[: len(axes)])), -1))
+    rows = moved.reshape(int(np.prod(moved.shape[: len(axes)])), -1)
+    return np.ascontiguousarray(rows.reshape(-1, group or rows.shape[1]))
 
 
 class LayerInput(NamedTuple):
@@ -259,11 +281,9 @@ def quantize_elements(
 
 
 def needs_columns(op: Op, spec: LayerSpec) -> bool:
-    """Whether the borders of a layer are those of its columns: it has several taps, or padding or
+    """Whether the borders of a layer are those of its columns, see `ConvGeometry.gathers`, or of
     inserted zeros, which are column elements too."""
     if op.layer.kind == "dense" or spec.border_granularity == "channel":
         return False
-    spatial = op.params["dimension_numbers"].rhs_spec[2:]
-    taps = [op.layer.weight_shape[a] for a in spatial]
-    zeros = inserts(op) or any(p for pair in op.params["padding"] for p in pair)
-    return zeros or any(t > 1 for t in taps)
+    any_size = (1,) * len(op.layer.weight_shape)
+    return inserts(op) or conv_geometry(op, any_size).gathers

@@ -115,16 +115,22 @@ def run_deployed_layer(
 
 
 def in_whole_numbers(op: Op, spec: LayerSpec) -> bool:
-    """Whether a layer multiplies ``q - z``: its input and weights are quantized, and float32."""
+    """Whether a layer multiplies ``q - z``: its input and weights are quantized, and float32, and a
+    channel has one grid."""
     single = all(dtype == jnp.float32 for dtype in op.params["operand_dtypes"])
-    return spec.tensor is not None and spec.weight_bits is not None and single
+    return _has_codes(spec) and single
 
 
 def in_integers(op: Op, spec: LayerSpec) -> bool:
-    """Whether a layer can multiply codes: its input and weights are quantized, and it is no dense
-    layer with batch axes."""
+    """Whether a layer can multiply codes: its input and weights are quantized, a channel has one
+    grid, and it is no dense layer with batch axes."""
     batched = op.layer.kind == "dense" and op.params["dimension_numbers"][1][op.layer.x_position]
-    return spec.tensor is not None and spec.weight_bits is not None and not batched
+    return _has_codes(spec) and not batched
+
+
+def _has_codes(spec: LayerSpec) -> bool:
+    quantized = spec.tensor is not None and spec.weight_bits is not None
+    return quantized and spec.weight_group is None
 
 
 def convolve_layer(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from aquant_jax.arithmetic.uniform import MAX_BITS
 from aquant_jax.errors import InputError
 from aquant_jax.graph.activation_rules import match_rules, weighted_sources
-from aquant_jax.graph.ir import ALIASES, LOOP_CARRY, Graph
+from aquant_jax.graph.ir import ALIASES, LOOP_CARRY, Graph, Op
 from aquant_jax.graph.subgraph import source_tensor
 from aquant_jax.layers.fake_quant import LayerSpec
 from aquant_jax.plan.coverage import coverage
 from aquant_jax.recipe import Override, Recipe, border_of
 
-EVERYTHING = ".*"  # the pattern of an override that leaves a whole network in float
+EVERYTHING = (".*", "")  # patterns of an override that leaves a whole network in float on purpose
 
 
 class Tensor(NamedTuple):
@@ -67,11 +69,9 @@ def make_plan(graph: Graph, recipe: Recipe) -> Plan:
             tensors[source_tensor(producers, op.x)] = Tensor(spec.tensor, spec.act_bits)
     rounded = _read_rounded(graph, layers)
     for value, key in matches:
-        bits = recipe.act_bits
-        for override in overrides[key]:
-            bits = override.act_bits or bits
+        bits = _act_bits(recipe, overrides[key])
         floats = bool(overrides[key]) and overrides[key][-1].keep_float
-        if value in rounded and not floats:
+        if value in rounded and not floats and bits is not None:
             tensors.setdefault(value, Tensor(key, bits))
     return Plan(layers, tensors)
 
@@ -105,6 +105,7 @@ def _layer_specs(
         value = source_tensor(producers, op.x)
         floats = bool(overrides[path]) and overrides[path][-1].keep_float
         quantized = not floats and (value not in raw or recipe.quantize_input)
+        quantized &= _act_bits(recipe, overrides[path]) is not None
         tensor = owner.setdefault(value, path) if quantized else None
         bits = _weight_bits(recipe, path, first, last, overrides[path])
         border, granularity = border_of(recipe, overrides[path])
@@ -113,10 +114,11 @@ def _layer_specs(
             kind=op.layer.kind,
             weight_bits=None if floats else bits,
             tensor=tensor,
-            act_bits=recipe.act_bits,
+            act_bits=recipe.act_bits or MAX_BITS,
             border=border if tensor else None,
             phi=recipe.phi,
             border_granularity=granularity,
+            weight_group=None if floats else _weight_group(recipe, op),
         )
     return _share_act_bits(recipe, specs, above, first, last, overrides)
 
@@ -153,11 +155,11 @@ def _check_complex(graph: Graph, specs: Mapping[str, LayerSpec]) -> None:
 def _check_coverage(graph: Graph, recipe: Recipe, specs: Mapping[str, LayerSpec]) -> None:
     """InputError for overrides that leave nothing to quantize, and a float op not allowed."""
     floats = [path for path, spec in specs.items() if spec.weight_bits is None]
-    on_purpose = any(override.pattern == EVERYTHING for override in recipe.overrides)
+    on_purpose = any(override.pattern in EVERYTHING for override in recipe.overrides)
     if len(floats) == len(specs) and not on_purpose:
         raise InputError(
             f"overrides: keep_float leaves nothing to quantize of {', '.join(floats)}; the pattern "
-            f"{EVERYTHING!r} makes a float network on purpose"
+            f"{EVERYTHING[0]!r} makes a float network on purpose"
         )
     if recipe.require_all and (floats or graph.unquantized):
         raise InputError(f"require_all: {coverage(specs.values(), graph.unquantized)}")
@@ -205,6 +207,32 @@ def _weighted_ancestors(graph: Graph) -> dict[str, frozenset[str]]:
     return {op.layer.path: sources.get(op.x, nothing) for op in graph.ops if op.layer is not None}
 
 
+def _act_bits(recipe: Recipe, overrides: Sequence[Override]) -> int | None:
+    """The bits of an activation, but for those of the first and last layers; None for float."""
+    bits = recipe.act_bits
+    for override in overrides:
+        bits = override.act_bits or bits
+    return bits
+
+
+def _weight_group(recipe: Recipe, op: Op) -> int | None:
+    """The inputs of an output channel that share a grid; None for all of them.
+
+    Raises:
+      InputError: the groups do not fill the inputs of a dense layer.
+    """
+    size, layer = recipe.weight_group, op.layer
+    if size is None or layer.kind != "dense":
+        return None
+    shape, axes = layer.weight_shape, layer.channel_axes
+    elements = math.prod(n for axis, n in enumerate(shape) if axis not in axes)
+    if elements % size:
+        raise InputError(
+            f"weight_group {size} does not divide the {elements} inputs of {layer.path}"
+        )
+    return size if size < elements else None
+
+
 def _weight_bits(
     recipe: Recipe, path: str, first: Set[str], last: Set[str], overrides: Sequence[Override]
 ) -> int:
@@ -234,7 +262,7 @@ def _share_act_bits(
         if spec.tensor is not None:
             readers.setdefault(spec.tensor, []).append(path)
     for tensor, paths in readers.items():
-        bits[tensor] = recipe.act_bits
+        bits[tensor] = recipe.act_bits or MAX_BITS
         if recipe.first_output_bits and all(above[p] and above[p] <= first for p in paths):
             bits[tensor] = recipe.first_output_bits
         if recipe.last_act_bits and all(path in last for path in paths):

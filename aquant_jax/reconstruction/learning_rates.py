@@ -55,7 +55,8 @@ def make_finetune_optimizer(
     """Adam with a cosine schedule for the parameters of `finetune_step.Finetuner`."""
     learning = recipe.reconstruction
     schedule = optax.cosine_decay_schedule(1.0, max(learning.whole_network_steps, 1))
-    factor = max_code(2) / max_code(min(recipe.weight_bits, recipe.act_bits))
+    bits = min(recipe.weight_bits, recipe.act_bits or recipe.weight_bits)
+    factor = max_code(2) / max_code(bits)
     rate, codes = factor * learning.finetune_lr, factor * learning.finetune_weight_lr
 
     def of_layer(path: str, own: dict[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from aquant_jax.layers.fake_quant import (
     LayerState,
     Weights,
     border_shape,
-    channel_rows,
     dequantize_weight,
     per_channel,
+    weight_rows,
 )
 from aquant_jax.plan.block_program import BlockProgram
 
@@ -31,7 +31,7 @@ class WeightQuantizer(NamedTuple):
     Attributes:
       weight: float32, the operand of the op.
       bias: float32, one per output channel.
-      scale, zero_point: float32 ``[channels]``, or None for a float layer.
+      scale, zero_point: float32 ``[grids]``, see `LayerState`, or None for a float layer.
     """
 
     weight: jax.Array
@@ -49,7 +49,9 @@ def make_weight_quantizers(
         weight, bias = folded[spec.path]
         scales = (None, None)
         if spec.weight_bits is not None:
-            scales = search_weight_range(channel_rows(op, weight), spec.weight_bits)
+            scales = search_weight_range(
+                weight_rows(op, weight, spec.weight_group), spec.weight_bits
+            )
         quantizers.append(WeightQuantizer(jnp.asarray(weight), jnp.asarray(bias), *scales))
     return tuple(quantizers)
 

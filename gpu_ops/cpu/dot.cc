@@ -118,6 +118,8 @@ DOT_TILES(Avx2, AVX2, __m256i, 3, 2)
 
 #endif
 
+constexpr int kInstructionSets = 4;
+
 struct InstructionSet {
   const char* name;
   bool present;
@@ -141,17 +143,25 @@ const InstructionSet* Sets() {
   return sets;
 }
 
-}  // namespace
-
-const char* InstructionName(int set) { return Sets()[set].name; }
-bool HasInstructions(int set) { return Sets()[set].present; }
-
-DotFunction ChooseDot() {
+// kInstructionSets where GPU_OPS_INSTRUCTIONS names none.
+int Widest() {
   const char* most = std::getenv("GPU_OPS_INSTRUCTIONS");
   int set = 0;
   if (most != nullptr)
-    while (set < kInstructionSets && std::strcmp(most, InstructionName(set)) != 0) ++set;
-  while (set < kInstructionSets && !HasInstructions(set)) ++set;
+    while (set < kInstructionSets && std::strcmp(most, Sets()[set].name) != 0) ++set;
+  while (set < kInstructionSets && !Sets()[set].present) ++set;
+  return set;
+}
+
+}  // namespace
+
+const char* ChooseInstructions() {
+  const int set = Widest();
+  return set == kInstructionSets ? nullptr : Sets()[set].name;
+}
+
+DotFunction ChooseDot() {
+  const int set = Widest();
   return set == kInstructionSets ? nullptr : Sets()[set].dot;
 }
 

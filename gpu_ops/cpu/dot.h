@@ -20,13 +20,9 @@ inline int64_t RoundTo(int64_t count, int64_t of) { return (count + of - 1) / of
 using DotFunction = void (*)(const uint8_t* codes, int64_t row, int64_t rows,
                              const int8_t* weights, int64_t quads, int64_t outputs, int32_t* sums);
 
-// The function for the widest instructions that this CPU has, and that the environment variable
-// GPU_OPS_INSTRUCTIONS allows; null where it names none of `InstructionNames`.
+// The name of the widest instructions that this CPU has, and that the environment variable
+// GPU_OPS_INSTRUCTIONS allows, and the function for them; null where it names none.
+const char* ChooseInstructions();
 DotFunction ChooseDot();
-
-// The instruction sets that ChooseDot knows, the widest first, and whether this CPU has them.
-constexpr int kInstructionSets = 4;
-const char* InstructionName(int set);
-bool HasInstructions(int set);
 
 }  // namespace gpu_ops

@@ -34,6 +34,15 @@ def split_reports(reports: Sequence[Report]) -> tuple[list[Report], list[Report]
     return blocks, [report for report in reports if "held_out_curve" in report]
 
 
+def bit_width(weight_bits: int, act_bits: int | None) -> str:
+    """The name of a bit-width; 16 stands for activations that are not quantized.
+
+    >>> bit_width(4, 4), bit_width(4, None)
+    ('w4a4', 'w4a16')
+    """
+    return f"w{weight_bits}a{act_bits or 16}"
+
+
 def metric_name(metric: str) -> str:
     """How a metric is called in text.
 
@@ -47,7 +56,7 @@ def one_line(results: dict[str, Any]) -> str:
     """The results of a run in words."""
     metric = results["metric"]
     return (
-        f"{results['preset']} w{results['weight_bits']}a{results['act_bits']} "
+        f"{results['preset']} {bit_width(results['weight_bits'], results['act_bits'])} "
         f"seed {results['seed']}: {results['quantized'][metric]:.2f}% {metric_name(metric)} "
         f"(float {results['float'][metric]:.2f}%) of {results['test_samples']} samples, "
         f"{results['seconds']:.0f} s on {results['device']}"

@@ -16,14 +16,11 @@ from aquant_jax.deployment import onnx_runtimes
 from aquant_jax.deployment.onnx import to_onnx
 from aquant_jax.errors import InputError
 from tests.support.nets import normal, rng_of
+from tests.support.onnx_marks import IGNORED_WARNINGS
 
 onnx = pytest.importorskip("onnx", reason="needs aquant-jax[onnx]")
 pytest.importorskip("jax2onnx", reason="needs aquant-jax[onnx]")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*os.fork:RuntimeWarning"),  # OpenVINO's telemetry
-]
+pytestmark = IGNORED_WARNINGS
 RUNTIMES = [
     pytest.param(
         runtime,

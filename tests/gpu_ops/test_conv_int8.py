@@ -8,7 +8,7 @@ import pytest
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.layers.column import Rounding
 from aquant_jax.layers.integer import QuantizedWeights
-from gpu_ops import Codes, Epilogue, Requantization, conv_border_int8, conv_geometry
+from gpu_ops import Codes, Epilogue, Requantization, conv_border_int8, conv_geometry, conv_int8
 from gpu_ops.conv_border_int8 import by_columns
 from tests.support.img2col_reference import Case
 from tests.support.nets import normal, rng_of
@@ -51,6 +51,24 @@ def test_every_instruction_set_gives_the_bits_of_the_columns(monkeypatch, option
     found, expected = conv_border_int8(*operands).values, by_columns(*operands).values
     assert np.abs(expected).max() > 0
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("instructions", "named"), [("avx2", "AVX2"), ("plain", "plain C++")])
+def test_a_cpu_without_vnni_is_told_so_once(monkeypatch, instructions, named):
+    conv_int8._say_if_slow.cache_clear()
+    monkeypatch.setenv("GPU_OPS_INSTRUCTIONS", instructions)
+    lines = []
+    monkeypatch.setattr(conv_int8.logging, "warning", lambda text, *args: lines.append(text % args))
+    for shape in ("odd", "rows"):
+        conv_border_int8(*layer(*LAYERS[shape]))
+    (line,) = lines
+    assert f"in their {named} kernels" in line
+
+
+def test_a_cpu_with_vnni_is_told_nothing(monkeypatch):
+    monkeypatch.setattr(conv_int8._cpu, "instructions", lambda: "avx_vnni")
+    monkeypatch.setattr(conv_int8.logging, "warning", lambda *args: pytest.fail(str(args)))
+    conv_border_int8(*layer(*LAYERS["odd"]))
 
 
 def test_instructions_that_nobody_knows_are_named(monkeypatch):

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +20,12 @@ from aquant_jax.errors import InputError
 from aquant_jax.storage import archive
 from launch import export
 from tests.support.nets import conv, images, mlp, normal, rng_of, small_net
+from tests.support.onnx_marks import IGNORED_WARNINGS
 from tests.support.process import run_python
 
 onnx = pytest.importorskip("onnx", reason="needs aquant-jax[onnx]")
 pytest.importorskip("jax2onnx", reason="needs aquant-jax[onnx]")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*os.fork:RuntimeWarning"),  # OpenVINO's telemetry
-]
+pytestmark = IGNORED_WARNINGS
 X = images(0, 8, size=5)
 
 
@@ -142,6 +140,17 @@ def test_what_onnx_lacks_is_one_line():
     )  # fmt: skip
     with pytest.raises(InputError, match=r"cannot become ONNX: .*qr"):
         onnx_export.to_onnx(network)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "missing"), [("onnxruntime", "jax2onnx"), ("openvino", "onnxruntime")]
+)
+def test_a_package_that_is_not_installed_is_named_in_one_line(monkeypatch, runtime, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(
+        InputError, match=rf"ONNX needs {missing}: pip install 'aquant-jax\[onnx\]'$"
+    ):
+        onnx_export.to_onnx(quantized(odd_net, "element", 3), runtime=runtime)
 
 
 def test_a_restored_network_needs_the_code_for_onnx(tmp_path):

@@ -13,10 +13,10 @@ from aquant_jax.layers.fake_quant import (
     LayerState,
     Weights,
     border_shape,
-    channel_rows,
     dequantize_weight,
     per_channel,
     run_layer,
+    weight_rows,
 )
 from tests.support import numpy_reference as reference
 from tests.support.layer_codes import input_codes
@@ -241,9 +241,9 @@ def test_two_contracted_axes_are_two_axes_of_column_elements():
 
 
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
-def test_channel_rows_and_per_channel_number_the_output_channels(options):
+def test_weight_rows_and_per_channel_number_the_output_channels(options):
     op, _, kernel = convolution(options)
-    rows = channel_rows(op, kernel)
+    rows = weight_rows(op, kernel)
     assert rows.shape == (4, kernel.size // 4)
     for channel in range(4):
         np.testing.assert_array_equal(rows[channel], kernel[..., channel].ravel())

@@ -89,7 +89,7 @@ def prepare(name, shape):
 
 def blocks_of(net):
     """Lines of the description: its blocks with their layers in the order of their names."""
-    lines = aq.describe(net).replace("params/", "").splitlines()[1:-1]
+    lines = aq.describe(net).replace("params/", "").splitlines()[1:-2]
     found = []
     for line in lines:
         name, layers = line.split(maxsplit=1)[1].split(": ")

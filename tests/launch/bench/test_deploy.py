@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from aquant_jax import models
 from launch.bench import deploy
 from launch.lib import peers
+from tests.support.nets import small_net
 
 
 @pytest.mark.parametrize(
@@ -13,6 +15,7 @@ from launch.lib import peers
 )
 def test_our_ways_run(monkeypatch, tmp_path, capsys, float_stem, batch_size):
     monkeypatch.setattr(peers, "installed", list)
+    monkeypatch.setattr(models, "create", lambda name, seed=0: small_net())
     out = tmp_path / "deploy.json"
     flags = [
         "--model=resnet20_cifar", "--size=8", "--rounds=1", "--peak=100",

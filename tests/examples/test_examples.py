@@ -1,0 +1,44 @@
+"""Every example runs, trained little and reconstructed in no step: it prints what it says."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.process import REPOSITORY
+
+EXAMPLES = REPOSITORY / "examples"
+# Flags that make it short; packages that it needs; what it prints.
+SHORT = {
+    "character_stack": (
+        ["--train_steps=2", "--steps=0", "--samples=32", "--layers=1"],
+        ["flax"],
+        r"bits a character",
+    ),
+    "dict_of_inputs": ([], [], r"score: relative error 0\.0[0-4]"),
+    "equinox_model": (["--epochs=100", "--steps=0"], ["equinox"], r"float [6-9]\d\.\d\d%, w4a4"),
+    "keras_model": (["--epochs=1", "--steps=0"], ["keras"], r"float \d+\.\d\d%, w4a4 \d+\.\d\d%"),
+    "linen_model": (["--epochs=2", "--steps=0"], ["flax"], r"float \d+\.\d\d%, w4a4 \d+\.\d\d%"),
+    "nnx_model": (["--steps=0"], ["flax"], r"float 9\d\.\d\d%, w4a4 [5-9]\d\.\d\d%"),
+    "plain_jax": (["--steps=0"], [], r"float 9\d\.\d\d%, w3a3 [5-9]\d\.\d\d%"),
+    "rnn_digits": (["--epochs=1", "--steps=0"], ["flax"], r"float \d.*, nearest \d.*, aquant \d"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_an_example_runs(name, tmp_path):
+    given, packages, expected = SHORT[name]
+    for package in ["sklearn", *packages]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    out = [f"--out={tmp_path / 'scores.json'}"] if name in ("character_stack", "rnn_digits") else []
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *given, *out]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(expected, done.stdout)
+    if out:
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        assert scores["seed"] == 0
