@@ -14,6 +14,7 @@ from aquant_jax import data
 
 EPOCHS = flags.DEFINE_integer("epochs", 200, "full-batch steps of the float network")
 STEPS = flags.DEFINE_integer("steps", 100, "of the reconstruction of a block")
+PRESET = flags.DEFINE_string("preset", "aquant", "of the recipe")
 
 
 def main(_):
@@ -40,7 +41,8 @@ def main(_):
 
     for _ in range(EPOCHS.value):
         arrays, state = step(arrays, state)
-    recipe = aq.recipes.aquant(weight_bits=4, act_bits=4, steps=STEPS.value)
+    bits = {"weight_bits": 4, "act_bits": 4}
+    recipe = aq.recipes.preset(PRESET.value, **bits, steps=STEPS.value)
     network = aq.quantize(apply, arrays, images[:1024], recipe, observer=aq.Observer())
 
     def score(run):

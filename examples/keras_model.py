@@ -16,6 +16,7 @@ from aquant_jax import data
 
 EPOCHS = flags.DEFINE_integer("epochs", 10, "passes over the training digits")
 STEPS = flags.DEFINE_integer("steps", 100, "of the reconstruction of a block")
+PRESET = flags.DEFINE_string("preset", "aquant", "of the recipe")
 
 
 def main(_):
@@ -44,7 +45,8 @@ def main(_):
         given = [[variables[path] for path in paths] for paths in (trainable, others)]
         return model.stateless_call(*given, x, training=False)[0]
 
-    recipe = aq.recipes.aquant(weight_bits=4, act_bits=4, steps=STEPS.value)
+    bits = {"weight_bits": 4, "act_bits": 4}
+    recipe = aq.recipes.preset(PRESET.value, **bits, steps=STEPS.value)
     network = aq.quantize(apply, variables, images[:1024], recipe, observer=aq.Observer())
 
     def score(run):

@@ -14,6 +14,7 @@ from aquant_jax import data
 
 EPOCHS = flags.DEFINE_integer("epochs", 60, "full-batch steps of the float network")
 STEPS = flags.DEFINE_integer("steps", 100, "of the reconstruction of a block")
+PRESET = flags.DEFINE_string("preset", "aquant", "of the recipe")
 
 
 class Net(nn.Module):
@@ -56,7 +57,8 @@ def main(_):
     test_images, test_labels = digits.test()
     model = Net()
     variables = train(model, images, labels, EPOCHS.value)
-    recipe = aq.recipes.aquant(weight_bits=4, act_bits=4, steps=STEPS.value)
+    bits = {"weight_bits": 4, "act_bits": 4}
+    recipe = aq.recipes.preset(PRESET.value, **bits, steps=STEPS.value)
     network = aq.quantize(model.apply, variables, images[:1024], recipe, observer=aq.Observer())
 
     def score(run):

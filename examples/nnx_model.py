@@ -12,6 +12,7 @@ from aquant_jax import data, models
 from aquant_jax.models.digits_cnn import DigitsCNN
 
 STEPS = flags.DEFINE_integer("steps", 100, "of the reconstruction of a block")
+PRESET = flags.DEFINE_string("preset", "aquant", "of the recipe")
 
 
 def main(_):
@@ -28,7 +29,8 @@ def main(_):
     def apply(state, x):
         return nnx.merge(graph, state)(x, False)  # not training: the running statistics
 
-    recipe = aq.recipes.aquant(weight_bits=4, act_bits=4, steps=STEPS.value)
+    bits = {"weight_bits": 4, "act_bits": 4}
+    recipe = aq.recipes.preset(PRESET.value, **bits, steps=STEPS.value)
     network = aq.quantize(apply, state, images, recipe, observer=aq.Observer())
 
     def score(run):

@@ -12,6 +12,7 @@ from aquant_jax import data
 
 EPOCHS = flags.DEFINE_integer("epochs", 200, "full-batch steps of the float network")
 STEPS = flags.DEFINE_integer("steps", 100, "of the reconstruction of a block")
+PRESET = flags.DEFINE_string("preset", "aquant", "of the recipe")
 
 
 def init(key, sizes):
@@ -47,7 +48,8 @@ def main(_):
 
     for _ in range(EPOCHS.value):
         params = step(params)
-    recipe = aq.recipes.aquant(weight_bits=3, act_bits=3, steps=STEPS.value)
+    bits = {"weight_bits": 3, "act_bits": 3}
+    recipe = aq.recipes.preset(PRESET.value, **bits, steps=STEPS.value)
     network = aq.quantize(apply, params, images[:1024], recipe, observer=aq.Observer())
 
     def score(run):

@@ -1,4 +1,4 @@
-"""Every example runs, trained little and reconstructed in no step: it prints what it says."""
+"""Every example runs, trained little and rounded to nearest: it prints what it says."""
 
 import importlib.util
 import json
@@ -19,11 +19,27 @@ SHORT = {
         r"bits a character",
     ),
     "dict_of_inputs": ([], [], r"score: relative error 0\.0[0-4]"),
-    "equinox_model": (["--epochs=100", "--steps=0"], ["equinox"], r"float [6-9]\d\.\d\d%, w4a4"),
-    "keras_model": (["--epochs=1", "--steps=0"], ["keras"], r"float \d+\.\d\d%, w4a4 \d+\.\d\d%"),
-    "linen_model": (["--epochs=2", "--steps=0"], ["flax"], r"float \d+\.\d\d%, w4a4 \d+\.\d\d%"),
-    "nnx_model": (["--steps=0"], ["flax"], r"float 9\d\.\d\d%, w4a4 [5-9]\d\.\d\d%"),
-    "plain_jax": (["--steps=0"], [], r"float 9\d\.\d\d%, w3a3 [5-9]\d\.\d\d%"),
+    "equinox_model": (
+        ["--epochs=100", "--steps=0", "--preset=nearest"],
+        ["equinox"],
+        r"float [6-9]\d\.\d\d%, w4a4",
+    ),
+    "keras_model": (
+        ["--epochs=1", "--steps=0", "--preset=nearest"],
+        ["keras"],
+        r"float \d+\.\d\d%, w4a4 \d+\.\d\d%",
+    ),
+    "linen_model": (
+        ["--epochs=2", "--steps=0", "--preset=nearest"],
+        ["flax"],
+        r"float \d+\.\d\d%, w4a4 \d+\.\d\d%",
+    ),
+    "nnx_model": (
+        ["--steps=0", "--preset=nearest"],
+        ["flax"],
+        r"float 9\d\.\d\d%, w4a4 [5-9]\d\.\d\d%",
+    ),
+    "plain_jax": (["--steps=0", "--preset=nearest"], [], r"float 9\d\.\d\d%, w3a3 [5-9]\d\.\d\d%"),
     "rnn_digits": (["--epochs=1", "--steps=0"], ["flax"], r"float \d.*, nearest \d.*, aquant \d"),
 }
 
