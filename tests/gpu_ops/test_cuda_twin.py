@@ -42,6 +42,7 @@ pytestmark = pytest.mark.skipif(
 HANDLERS = {
     "border_columns": "BorderColumnsForward",
     "border_columns_vjp": "BorderColumnsBackward",
+    "conv_int8": "ConvInt8Handler",
     "conv_tuned": "ConvTunedHandler",
     "img2col": "Img2colHandler",
     "img2col_border": "Img2colBorderHandler",
