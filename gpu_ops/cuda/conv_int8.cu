@@ -22,7 +22,6 @@ namespace {
 constexpr int kWord = 4;             // codes
 constexpr int64_t kMostTensors = 8;  // of codes that result
 constexpr int32_t kByte = 128;       // weights of 8 bits are multiplied less this
-constexpr int32_t kChunkThreads = 1 << 20;
 
 int64_t DivideUp(int64_t count, int64_t size) { return (count + size - 1) / size; }
 int64_t RoundUp(int64_t count, int64_t size) { return DivideUp(count, size) * size; }
@@ -216,7 +215,8 @@ struct ImplicitProduct : CodeConvolution {
 template <int pixels, int outputs, bool sums_codes>
 struct ProductTile : ImplicitProduct {
   using Code = uint8_t;
-  static constexpr int kThreads = 256, kBlocks = 1, kBuffers = 3;
+  static constexpr int kThreads = 256, kBuffers = 3;
+  static constexpr int kBlocks = pixels * outputs < 128 * 128 ? 2 : 1;  // by their registers
   static constexpr int kSlice = 2;  // steps
   static constexpr int kDown = pixels / 32, kWeights = outputs / 32;
   static constexpr int kAcross = kWeights + (sums_codes ? 1 : 0);
@@ -350,12 +350,10 @@ template <int size>
 struct GroupedOutputs : CodeConvolution {
   explicit GroupedOutputs(const CodeConvolution& c) : CodeConvolution(c) {}
 
-  BORDER_INLINE void operator()(int64_t chunk, int32_t place) const {
-    const int64_t index = chunk * kChunkThreads + place;
+  BORDER_INLINE void operator()(int64_t image_number, int32_t index) const {
     const int32_t outputs = results.outputs, inner = g.Inner();
-    const int64_t pixel = index / (outputs / size);
-    if (pixel >= Pixels()) return;
-    const int32_t first = static_cast<int32_t>(index % (outputs / size)) * size;
+    const int64_t pixel = image_number * g.Pixels() + index / (outputs / size);
+    const int32_t first = index % (outputs / size) * size;
     const int32_t channel = first / (outputs / g.groups) * inner;
     const int32_t top = Top(pixel), left = Left(pixel), z = ZeroCode(zero);
     int32_t zeros[size], sums[size] = {};
@@ -416,9 +414,11 @@ ffi::Error MultiplyCodes(Device& device, const CodeConvolution& c) {
 
 ffi::Error MultiplyGroups(Device& device, const CodeConvolution& c) {
   const auto run = [&](const auto& body, int64_t size) {
-    const int64_t threads = c.Pixels() * (c.results.outputs / size);
-    return device.Launch(DivideUp(threads, kChunkThreads), std::min<int64_t>(threads, kChunkThreads),
-                         body);
+    const int64_t vectors = c.results.outputs / size;
+    if (ffi::Error error = CheckIndices(static_cast<double>(vectors) * c.g.Pixels());
+        error.failure())
+      return error;
+    return device.Launch(c.g.images, vectors * c.g.Pixels(), body);
   };
   const bool depthwise = c.g.Inner() == 1 && c.g.groups == c.results.outputs;
   if (depthwise && c.results.outputs % kWord == 0 && c.stride % kWord == 0)
