@@ -338,9 +338,12 @@ struct ProductTile : ImplicitProduct {
   BORDER_INLINE void FinishOwn(int64_t pixel, int32_t first, const int32_t (&sums)[kOwn]) const {
     if (results.outputs % kOwn == 0) {
       if (first < results.outputs) results.template Finish<kOwn>(pixel, first, sums);
-    } else {
-      UNROLL for (int k = 0; k < kOwn; ++k)
-        if (first + k < results.outputs) results.template Finish<1>(pixel, first + k, sums + k);
+    } else {  // one by one; selected, as registers have no addresses, in code that is short
+      NO_UNROLL for (int k = 0; k < kOwn && first + k < results.outputs; ++k) {
+        int32_t sum = sums[0];
+        UNROLL for (int i = 1; i < kOwn; ++i) sum = i == k ? sums[i] : sum;
+        results.template Finish<1>(pixel, first + k, &sum);
+      }
     }
   }
 };

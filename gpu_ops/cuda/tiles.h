@@ -21,8 +21,10 @@ namespace gpu_ops {
 // Before a loop whose index must be known when compiling, as registers have no addresses.
 #ifdef __CUDA_ARCH__
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
 #else
 #define UNROLL
+#define NO_UNROLL
 #endif
 
 constexpr int kWarp = 32;
@@ -42,6 +44,13 @@ BORDER_INLINE int Swizzle(int row, int byte) { return row * kStep + (byte ^ (row
 using FragmentA = uint32_t[4];
 using FragmentB = uint32_t[2];
 using Sums = int32_t[4];
+
+// The stages that are filled ahead of the one that is multiplied, and the newest of their groups of
+// copies that need not have ended.
+template <typename Tile>
+constexpr int kAhead = Tile::kBuffers - 1;
+template <typename Tile>
+constexpr int kPending = kAhead<Tile> > 1 ? kAhead<Tile> - 1 : 0;
 
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 800
@@ -100,7 +109,6 @@ __device__ __forceinline__ void AwaitCopies() {
 
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) TileKernel(Tile tile) {
-  constexpr int kAhead = Tile::kBuffers - 1;
   extern __shared__ uint4 memory[];
   int8_t* shared = reinterpret_cast<int8_t*>(memory);
   typename Tile::State state;
@@ -113,15 +121,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) TileKernel(Tile
     if (stage < stages) tile.Fill(stage, threadIdx.x, state, buffer(stage));
     CommitCopies();
   };
-  for (int stage = 0; stage < kAhead; ++stage) fill(stage);
+  for (int stage = 0; stage < kAhead<Tile>; ++stage) fill(stage);
   for (int stage = 0; stage < stages; ++stage) {
-    if constexpr (kAhead == 0) {
+    if constexpr (kAhead<Tile> == 0) {
       __syncthreads();
       fill(stage);
     }
-    AwaitCopies<(kAhead > 1 ? kAhead - 1 : 0)>();
+    AwaitCopies<kPending<Tile>>();
     __syncthreads();  // the stage is filled, and none reads the one before
-    if constexpr (kAhead > 0) fill(stage + kAhead);
+    if constexpr (kAhead<Tile> > 0) fill(stage + kAhead<Tile>);
     for (int step = 0; step < tile.Steps(stage); ++step) {
       tile.Load(step, threadIdx.x, state, buffer(stage));
       UNROLL for (int m = 0; m < Tile::kDown; ++m)
@@ -198,7 +206,6 @@ void CopyAsync(void* to, const void* from) {
 template <typename Tile>
 void RunBlock(const Tile& tile, int64_t row, int64_t column, int8_t* shared,
               std::vector<typename Tile::State>& states) {
-  constexpr int kAhead = Tile::kBuffers - 1;
   const auto each = [](auto run) {
     for (int t = 0; t < Tile::kThreads; ++t) run(t);
   };
@@ -211,11 +218,11 @@ void RunBlock(const Tile& tile, int64_t row, int64_t column, int8_t* shared,
     copies.groups.emplace_back();
   };
   each([&](int t) { tile.Start(row, column, t, states[t]); });
-  for (int stage = 0; stage < kAhead; ++stage) fill(stage);
+  for (int stage = 0; stage < kAhead<Tile>; ++stage) fill(stage);
   for (int stage = 0; stage < stages; ++stage) {
-    if (kAhead == 0) fill(stage);
-    copies.Await(kAhead > 1 ? kAhead - 1 : 0);
-    if (kAhead > 0) fill(stage + kAhead);
+    if (kAhead<Tile> == 0) fill(stage);
+    copies.Await(kPending<Tile>);
+    if (kAhead<Tile> > 0) fill(stage + kAhead<Tile>);
     for (int step = 0; step < tile.Steps(stage); ++step) {
       each([&](int t) { tile.Load(step, t, states[t], buffer(stage)); });
       for (int t = 0; t < Tile::kThreads; t += kWarp)
