@@ -67,7 +67,7 @@ Geometry Flattened(const Geometry& g) {
 }
 
 // What becomes of the sums, by grids and zero points whose values are checked here.
-ffi::Error MakeResults(const Convolution& c, const ConvolutionOperands& o,
+ffi::Error MakeResults(const DeployedConvolution& c, const ConvolutionOperands& o,
                        const ConvolutionAttributes& a, Results& r) {
   for (int64_t i = 0; i < c.outputs; ++i)
     if (const float zero = o.weight_zero.typed_data()[i];

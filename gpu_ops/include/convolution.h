@@ -48,7 +48,7 @@ struct CodeTensor {
 };
 
 // What they say; absent operands are null. All pointers are to where the device can read.
-struct Convolution {
+struct DeployedConvolution {
   Geometry geometry;
   Border border;
   bool per_element;  // the borders are those of column elements
@@ -73,10 +73,7 @@ inline ffi::ErrorOr<Geometry> ReadConvolutionGeometry(const ConvolutionOperands&
   const BorderAttributes rounding = a.Rounding();
   if (ffi::Error error = ReadWindow(o.x.dimensions(), rounding.Window(), g); error.failure())
     return ffi::Unexpected(error);
-  if (a.groups < 1 || g.channels % a.groups != 0)
-    return ffi::Unexpected(Bad(std::to_string(a.groups) + " groups do not divide " +
-                               std::to_string(g.channels) + " channels"));
-  g.groups = a.groups;
+  if (ffi::Error error = ReadGroups(a.groups, g); error.failure()) return ffi::Unexpected(error);
   g.row = g.Taps() * g.Inner();
   if (ffi::Error error = CheckColumns(g); error.failure()) return ffi::Unexpected(error);
   const auto w = o.weights.dimensions();
@@ -94,7 +91,7 @@ inline ffi::ErrorOr<Geometry> ReadConvolutionGeometry(const ConvolutionOperands&
 }
 
 // Bias and residual of a result of `c.Count()` elements.
-inline ffi::Error ReadAddends(const ConvolutionOperands& o, Convolution& c) {
+inline ffi::Error ReadAddends(const ConvolutionOperands& o, DeployedConvolution& c) {
   if (o.bias.element_count() != 0) {
     if (ffi::Error error = CheckCount("the bias", o.bias.element_count(), c.outputs);
         error.failure())
@@ -117,7 +114,7 @@ inline ffi::Error ReadAddends(const ConvolutionOperands& o, Convolution& c) {
 
 // The results of `c.Count()` elements each.
 inline ffi::Error ReadResults(const ConvolutionOperands& o, ffi::RemainingRets rets,
-                              const ConvolutionAttributes& a, Convolution& c) {
+                              const ConvolutionAttributes& a, DeployedConvolution& c) {
   const int64_t tensors = static_cast<int64_t>(a.code_bits.size());
   const int64_t values = a.values ? 1 : 0;
   if (static_cast<int64_t>(rets.size()) != values + tensors ||
@@ -154,7 +151,7 @@ inline ffi::Error ReadResults(const ConvolutionOperands& o, ffi::RemainingRets r
   return ffi::Error::Success();
 }
 
-inline ffi::ErrorOr<Convolution> ReadConvolution(const ConvolutionOperands& o,
+inline ffi::ErrorOr<DeployedConvolution> ReadConvolution(const ConvolutionOperands& o,
                                                  ffi::RemainingRets rets,
                                                  const ConvolutionAttributes& a) {
   if (ffi::Error error = CheckScalars(o.step, o.zero); error.failure())
@@ -171,7 +168,7 @@ inline ffi::ErrorOr<Convolution> ReadConvolution(const ConvolutionOperands& o,
   const bool whole = g.Padded(0) == g.height && g.Padded(1) == g.width;
   const bool per_element = from != ffi::U8 && border->degree >= 0 && !a.per_channel &&
                            !(g.Taps() == 1 && whole);
-  Convolution c{g, *border, per_element, o.weights.dimensions()[3], {}, {}, {}, {}, {}};
+  DeployedConvolution c{g, *border, per_element, o.weights.dimensions()[3], {}, {}, {}, {}, {}};
   if (ffi::Error error = ReadAddends(o, c); error.failure()) return ffi::Unexpected(error);
   if (ffi::Error error = ReadResults(o, rets, a, c); error.failure())
     return ffi::Unexpected(error);

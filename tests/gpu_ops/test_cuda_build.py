@@ -144,8 +144,9 @@ def test_cuda_compiles_for_every_architecture_and_imports_without_a_gpu(configur
     names = "import _cuda; print(*sorted(_cuda.handlers()))"
     program = f"import sys; sys.path.insert(0, {folder!r}); {names}"
     found = run(sys.executable, "-c", program).stdout.split()
-    assert found == [f"gpu_ops_{n}" for n in ("border_columns", "border_columns_vjp", "conv_int8",
-                                              "conv_tuned", "img2col", "img2col_border")]  # fmt: skip
+    built = ("border_columns", "border_columns_vjp", "conv_int8", "conv_tuned", "img2col",
+             "img2col_border")  # fmt: skip
+    assert found == [f"gpu_ops_{name}" for name in built]
 
 
 @needs_nvcc
