@@ -217,6 +217,7 @@ void RunBlock(const Tile& tile, int64_t row, int64_t column, int8_t* shared,
     if (stage < stages) each([&](int t) { tile.Fill(stage, t, states[t], buffer(stage)); });
     copies.groups.emplace_back();
   };
+  copies = {};
   each([&](int t) { tile.Start(row, column, t, states[t]); });
   for (int stage = 0; stage < kAhead<Tile>; ++stage) fill(stage);
   for (int stage = 0; stage < stages; ++stage) {
@@ -231,7 +232,6 @@ void RunBlock(const Tile& tile, int64_t row, int64_t column, int8_t* shared,
     }
   }
   each([&](int t) { tile.Finish(row, column, t, states[t]); });
-  copies.Await(0);
 }
 #endif
 
