@@ -57,7 +57,7 @@ gpu-here:
 	$(RUN) -m pytest tests/gpu_ops/test_cuda_device.py
 	compute-sanitizer --error-exitcode 1 $(RUN) -m pytest tests/gpu_ops/test_cuda_device.py
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(RUN) -m pytest \
-	  tests/gpu_ops/test_cuda_device.py -k tuned
+	  tests/gpu_ops/test_cuda_device.py -k "tuned or one_call"
 	$(RUN) -m launch.bench.latency --model=resnet18 --batch_size=32 --rounds=100 \
 	  --out=docs/measurements/latency_resnet18_gpu.json
 	-command -v nsys && nsys profile --force-overwrite true --output build/latency_resnet18 \

@@ -12,12 +12,12 @@ namespace py = pybind11;
 namespace gpu_ops {
 extern "C" XLA_FFI_Error* BorderColumnsForward(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* BorderColumnsBackward(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* ConvInt8Handler(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* Img2colHandler(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* Img2colBorderHandler(XLA_FFI_CallFrame*);
 #ifdef GPU_OPS_MISSING
 extern "C" XLA_FFI_Error* BorderConvForward(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* BorderConvBackward(XLA_FFI_CallFrame*);
-extern "C" XLA_FFI_Error* ConvInt8Handler(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* Missing(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* CpuOnly(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* GpuOnly(XLA_FFI_CallFrame*);
@@ -35,6 +35,7 @@ using Handlers = std::vector<std::pair<const char*, XLA_FFI_Handler*>>;
 Handlers OnEveryPlatform() {
   return {{"gpu_ops_border_columns", BorderColumnsForward},
           {"gpu_ops_border_columns_vjp", BorderColumnsBackward},
+          {"gpu_ops_conv_int8", ConvInt8Handler},
           {"gpu_ops_img2col", Img2colHandler},
           {"gpu_ops_img2col_border", Img2colBorderHandler}};
 }
@@ -50,7 +51,6 @@ py::dict All() {
   // The GPU multiplies columns by its own library, the CPU has no tensor cores.
   Name(named, "gpu_ops_border_conv", BorderConvForward);
   Name(named, "gpu_ops_border_conv_vjp", BorderConvBackward);
-  Name(named, "gpu_ops_conv_int8", ConvInt8Handler);
   Name(named, "gpu_ops_conv_tuned", GpuOnly);
 #else
   Name(named, "gpu_ops_conv_tuned", ConvTunedHandler);
@@ -63,7 +63,6 @@ py::dict Absent() {
   py::dict named;
   for (auto [name, handler] : OnEveryPlatform()) Name(named, name, Missing);
   Name(named, "gpu_ops_conv_tuned", Missing);
-  Name(named, "gpu_ops_conv_int8", CpuOnly);
   Name(named, "gpu_ops_border_conv", CpuOnly);
   Name(named, "gpu_ops_border_conv_vjp", CpuOnly);
   return named;

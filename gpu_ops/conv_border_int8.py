@@ -16,7 +16,7 @@ from aquant_jax.layers.conv_geometry import ConvGeometry
 from aquant_jax.layers.epilogue import NO_EPILOGUE, Codes, Epilogue, Results, for_columns
 from aquant_jax.layers.integer import QuantizedWeights
 from gpu_ops import arguments
-from gpu_ops.conv_int8 import conv_int8
+from gpu_ops.conv_int8 import conv_int8, serves
 from gpu_ops.geometry import check_geometry
 from gpu_ops.img2col_border import img2col_border
 
@@ -39,8 +39,9 @@ def conv_border_int8(
 
     The columns are codes ``q`` of the activation x = s (q - z), the weights
     w = scale (codes - zero_point), both asymmetric. Their product is summed exactly, in int32, and
-    becomes ``s * scale * sum`` in float32, which the epilogue takes. A CPU does all of it in one
-    pass (`conv_int8`); a GPU writes the columns and multiplies them by its own library.
+    becomes ``s * scale * sum`` in float32, which the epilogue takes. All of it is one call
+    (`conv_int8`), without columns in memory. But where every column element has its own border, a
+    GPU writes the columns and multiplies them by its own library.
 
     Args:
       x: float32 or bfloat16 ``[N, H, W, C]``, or its codes.
@@ -61,7 +62,7 @@ def conv_border_int8(
     geometry = check_geometry(geometry, images.shape)
     arguments.check_weights(weights, geometry, images.shape[-1], rounding)
     arguments.check_epilogue(epilogue, (images.shape[0], *geometry.out, weights.codes.shape[-1]))
-    if jax.default_backend() == "cpu":
+    if serves(x, rounding, geometry, epilogue):
         return conv_int8(x, quantizer, coefficients, weights, rounding, geometry, epilogue)
     return by_columns(x, quantizer, coefficients, weights, rounding, geometry, epilogue)
 

@@ -1,4 +1,4 @@
-"""A deployed convolution on a CPU in one pass, from values or codes to values and codes."""
+"""A deployed convolution in one call, from values or codes to values and codes."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from gpu_ops import (
 )
 
 IMAGES, PIXELS = "n h w c", "n a b o"
+# Tensors of codes that a GPU writes in one call.
+MOST_TENSORS = 8
 
 
 class ConvInt8Call(NamedTuple):
@@ -85,6 +87,17 @@ class ConvInt8Call(NamedTuple):
         return found[0] if len(found) == 1 else tuple(found)
 
 
+def serves(
+    x: AnyArray | Codes, rounding: Rounding, geometry: ConvGeometry, epilogue: Epilogue
+) -> bool:
+    """Whether the default device runs a convolution by this call: a CPU any, a GPU where an
+    activation has one code, whatever tap reads it."""
+    if jax.default_backend() == "cpu":
+        return True
+    columns = rounding.border is not None and not rounding.per_channel and geometry.gathers
+    return (isinstance(x, Codes) or not columns) and len(epilogue.requantizations) <= MOST_TENSORS
+
+
 def conv_int8(
     x: AnyArray | Codes,
     quantizer: ActivationQuantizer,
@@ -94,8 +107,9 @@ def conv_int8(
     geometry: ConvGeometry,
     epilogue: Epilogue,
 ) -> Results:
-    """`conv_border_int8` of checked operands, on a CPU."""
-    _say_if_slow(_cpu.instructions())
+    """`conv_border_int8` of checked operands that this call `serves`."""
+    if jax.default_backend() == "cpu":
+        _say_if_slow(_cpu.instructions())
     taps = 1 if rounding.per_channel else geometry.taps
     channels, outputs = geometry.groups * weights.codes.shape[2], weights.codes.shape[3]
     if isinstance(x, Codes):

@@ -2,7 +2,7 @@
 
 A handler has one name on all platforms, so a program that was traced or exported for one platform
 runs on another. The exceptions fail with a message: `border_conv` exists for the CPU only and
-`conv_tuned` for NVIDIA GPUs only.
+`conv_tuned` for NVIDIA GPUs only. On a GPU `conv_int8` takes one code an activation.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ struct TunedAttributes {
 namespace {
 
 constexpr int kPixels = 64;   // of a tile
-constexpr int kChannels = 32;  // of a step
+constexpr int kChannels = kStep;
 constexpr int kVector = 8;     // channels that a thread quantizes at once
 constexpr int64_t kSharedBytes = 96 << 10;  // of a block, at most: two share a processor
 
@@ -63,12 +63,6 @@ BORDER_INLINE uint16_t ToBfloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Where element `byte` of row `row` lies: rows of 32 bytes, whose halves change places every four
-// rows, so that no two threads of a warp read the same bank.
-BORDER_INLINE int Swizzle(int row, int byte) {
-  return row * kChannels + (byte ^ (row / 4 % 2 * 16));
-}
-
 // The operands of a call; the shared memory holds `stage_chunks` groups of 32 channels.
 struct TunedConvolution {
   GeometryOf<int32_t> g;
@@ -88,7 +82,8 @@ struct TunedConvolution {
 
 template <int outputs, int degree, bool shared_border>
 struct ConvTile : TunedConvolution {
-  static constexpr int kThreads = 256, kOutputs = outputs;
+  using Code = int8_t;
+  static constexpr int kThreads = 256, kBlocks = 2, kBuffers = 1, kOutputs = outputs;
   static constexpr int kAcross = outputs / 32, kDown = 2;  // of a warp, four warps across
 
   struct State {
@@ -107,6 +102,7 @@ struct ConvTile : TunedConvolution {
     const int left_over = Chunks() - stage * stage_chunks;
     return (left_over < stage_chunks ? left_over : stage_chunks) * g.Taps();
   }
+  BORDER_INLINE int BufferBytes() const { return 0; }  // there is no second
   // The weights lie after the codes of all steps of a full stage.
   BORDER_INLINE int Codes(int step) const { return step * kPixels * kChannels; }
   BORDER_INLINE int Weights(int step) const {

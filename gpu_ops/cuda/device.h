@@ -83,7 +83,7 @@ class Device {
 #ifdef __CUDACC__
     return Attribute(cudaDevAttrMultiProcessorCount, 1);
 #else
-    return 1;
+    return GPU_OPS_PROCESSORS;  // of the test's twin
 #endif
   }
 
@@ -106,6 +106,19 @@ class Device {
 
   cudaStream_t stream() const { return stream_; }
 #endif
+
+  // Zeros; null where memory has run out.
+  template <typename T>
+  T* Zeros(int64_t count) {
+    T* to = Allocate<T>(count);
+    if (to == nullptr) return to;
+#ifdef __CUDACC__
+    return cudaMemsetAsync(to, 0, count * sizeof(T), stream_) == cudaSuccess ? to : nullptr;
+#else
+    std::fill_n(to, count, T{});
+    return to;
+#endif
+  }
 
   // Uninitialised; null where memory has run out.
   template <typename T>
@@ -183,6 +196,15 @@ struct Vector {
 #endif
   }
 };
+
+// Adds where other threads do: whole numbers, whose sum does not depend on the order.
+BORDER_INLINE void AddTo(int32_t* to, int32_t value) {
+#ifdef __CUDA_ARCH__
+  atomicAdd(to, value);
+#else
+  *to += value;
+#endif
+}
 
 // The grid, where only the device knows the step size: one that is not positive and finite makes
 // everything not-a-number.

@@ -88,14 +88,19 @@ inline ffi::Error ReadWindow(Sizes x, const WindowAttributes& a, Geometry& g) {
                       std::max<int64_t>(g.channels, 1));
 }
 
+inline ffi::Error ReadGroups(int64_t groups, Geometry& g) {
+  if (groups < 1 || g.channels % groups != 0)
+    return Bad(std::to_string(groups) + " groups do not divide " + std::to_string(g.channels) +
+               " channels");
+  g.groups = groups;
+  return ffi::Error::Success();
+}
+
 // The geometry of columns [images, out, out, groups, row].
 inline ffi::ErrorOr<Geometry> ReadGeometry(Sizes x, Sizes columns, const WindowAttributes& a) {
   Geometry g{};
   if (ffi::Error error = ReadWindow(x, a, g); error.failure()) return ffi::Unexpected(error);
-  if (a.groups < 1 || g.channels % a.groups != 0)
-    return ffi::Unexpected(Bad(std::to_string(a.groups) + " groups do not divide " +
-                               std::to_string(g.channels) + " channels"));
-  g.groups = a.groups;
+  if (ffi::Error error = ReadGroups(a.groups, g); error.failure()) return ffi::Unexpected(error);
   const bool fits = columns.size() == 5 && columns[0] == g.images && columns[1] == g.Out(0) &&
                     columns[2] == g.Out(1) && columns[3] == g.groups;
   if (!fits || static_cast<double>(columns[4]) < static_cast<double>(g.Taps()) * g.Inner())

@@ -1,8 +1,8 @@
 """Measures the latency of each convolution of a network.
 
 A dense layer counts as a 1x1 convolution. Each layer runs alone, as im2col and a matrix product
-with and without the quadratic border (the paper's Fig. 3), in float32 and in int8 ("nearest" is the
-same kernel without borders), as XLA's own convolution in float32 and bfloat16, and on a GPU by the
+with and without the quadratic border (the paper's Fig. 3), in float32 and int8 ("channel": one a
+channel, "nearest": none), as XLA's own convolution in float32 and bfloat16, and on a GPU by the
 tuned kernel. Figures are medians, taken in turns; each run reads other inputs. Layers of one shape
 are measured once and counted as often as they occur. --out also writes a table and a plot.
 
@@ -45,6 +45,7 @@ REPEAT = {"cpu": 1, "gpu": 20}  # calls a run: waiting for one costs as much as 
 OVERHEADS = {
     "border fp32 over im2col fp32": ("border fp32", "im2col fp32"),
     "border int8 over nearest int8": ("border int8", "nearest int8"),
+    "channel int8 over nearest int8": ("channel int8", "nearest int8"),
     "border int8 over im2col fp32": ("border int8", "im2col fp32"),
     "border int8 over xla bf16": ("border int8", "xla bf16"),
     "border tuned over nearest tuned": ("border tuned", "nearest tuned"),
@@ -59,7 +60,7 @@ class Workload:
     Attributes:
         model, size, batch_size: network of the zoo, side of its input, images.
         rounds: runs of each figure.
-        border_granularity: "element" or "mean"; a border per channel needs no columns.
+        border_granularity: "element" or "mean", of the ways that are called border.
     """
 
     model: str
@@ -157,8 +158,7 @@ def _layer(op: Op, x: tuple[int, ...]) -> Layer:
 
 def _times(layer: Layer, work: Workload) -> dict[str, dict[str, float]]:
     size = 4 * int(np.prod(layer.x))
-    number = min(MOST_BUFFERS, 2 + CACHE // size)
-    keys = jax.random.split(jax.random.key(0), number)
+    keys = jax.random.split(jax.random.key(0), min(MOST_BUFFERS, 2 + CACHE // size))
     calls = {}
     for name, way in ways(layer, work.border_granularity).items():
         inputs = [jax.random.normal(key, layer.x, way.dtype) for key in keys]
@@ -179,14 +179,15 @@ def ways(layer: Layer, border_granularity: str) -> dict[str, Way]:
         for name in ("b0", "b1", "b2")
     }
     quantizer = ActivationQuantizer(jnp.float32(0.2), jnp.float32(7))
-    outer = layer.kernel[-1]
-    weights = (codes, jnp.ones(outer), jnp.full(outer, 8.0))
-    nearest = Rounding(BITS)
+    weights = (codes, jnp.ones(codes.shape[-1]), jnp.full(codes.shape[-1], 8.0))
+    first_tap = {name: b[:1] for name, b in borders.items()}
+    nearest, channel = Rounding(BITS), Rounding(BITS, "quadratic", per_channel=True)
     rounding = Rounding(BITS, "quadratic", shared_across_taps=border_granularity == "mean")
     chosen = {
         **_float_ways(layer, rounding, kernel, (quantizer, borders)),
         "nearest int8": _integer(layer, nearest, (quantizer, {}, weights)),
         "border int8": _integer(layer, rounding, (quantizer, borders, weights)),
+        "channel int8": _integer(layer, channel, (quantizer, first_tap, weights)),
     }
     if jax.default_backend() == "gpu":
         chosen["nearest tuned"] = tuned(layer, nearest, chosen["nearest int8"])

@@ -10,8 +10,9 @@ import pytest
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.layers.conv_geometry import ConvGeometry
 from aquant_jax.layers.integer import QuantizedWeights
-from gpu_ops import Epilogue, conv_border_int8
+from gpu_ops import Codes, Epilogue, conv_border_int8
 from gpu_ops.conv_border_int8 import ALIGN, by_columns
+from gpu_ops.conv_int8 import MOST_TENSORS, serves
 from tests.support.img2col_reference import Case, random_case, reference
 from tests.support.nets import rng_of
 
@@ -89,6 +90,40 @@ def test_a_cpu_runs_it_in_one_call():
     text = jax.jit(lambda *o: call(case, o, weights_of(case, 4))).lower(*case.operands()).as_text()
     assert "gpu_ops_conv_int8" in text
     assert "dot_general" not in text
+
+
+UNPADDED = ((0, 0), (0, 0))
+ON_A_GPU = {
+    "nearest": (Case(border=None), True),
+    "pointwise": (Case(kernel=(1, 1), padding=UNPADDED), True),
+    "padded pointwise": (Case(kernel=(1, 1)), False),
+    "mean": (Case(padding=UNPADDED), False),
+    "element": (Case(shared_across_taps=False), False),
+}
+
+
+@pytest.mark.parametrize(("case", "one_call"), ON_A_GPU.values(), ids=ON_A_GPU.keys())
+def test_a_gpu_writes_columns_where_taps_have_own_codes(monkeypatch, case, one_call):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    run = jax.jit(lambda *operands: call(case, operands, weights_of(case, 4)))
+    text = run.lower(*case.operands()).as_text()
+    assert ("gpu_ops_conv_int8" in text) == one_call
+    assert ("gpu_ops_img2col_border" in text) != one_call
+
+
+def test_a_gpu_takes_codes_and_borders_a_channel_in_one_call(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    case = Case()
+    x, step, zero, _ = case.operands()
+    several = Epilogue(requantizations=(None,) * (MOST_TENSORS + 1))
+    element, channel = case.rounding(), case.rounding()._replace(per_channel=True)
+    codes = Codes(x, ActivationQuantizer(step, zero))
+    served = [
+        serves(*operands, case.geometry(), epilogue)
+        for operands in ((x, element), (x, channel), (codes, element))
+        for epilogue in (Epilogue(), several)
+    ]
+    assert served == [False, False, True, False, True, False]
 
 
 def test_columns_are_multiplied_as_int8():

@@ -144,21 +144,26 @@ def test_cuda_compiles_for_every_architecture_and_imports_without_a_gpu(configur
     names = "import _cuda; print(*sorted(_cuda.handlers()))"
     program = f"import sys; sys.path.insert(0, {folder!r}); {names}"
     found = run(sys.executable, "-c", program).stdout.split()
-    assert found == [f"gpu_ops_{n}" for n in ("border_columns", "border_columns_vjp", "conv_tuned",
-                                              "img2col", "img2col_border")]  # fmt: skip
+    built = ("border_columns", "border_columns_vjp", "conv_int8", "conv_tuned", "img2col",
+             "img2col_border")  # fmt: skip
+    assert found == [f"gpu_ops_{name}" for name in built]
 
 
 @needs_nvcc
-def test_no_product_is_contracted_and_subnormals_are_flushed(tmp_path):
+@pytest.mark.parametrize("source", ["img2col", "conv_int8"])
+def test_no_product_is_contracted_and_subnormals_are_flushed(tmp_path, source):
     sources = REPOSITORY / "gpu_ops"
     written = (sources / "CMakeLists.txt").read_text()
     flags = re.search(r"COMPILE_LANGUAGE:CUDA>:(.*?);\$", written)
     done = run(
         "nvcc", "-std=c++17", *flags[1].split(";"), "-arch=compute_90", "-ptx",
-        f"-I{sources}/include", "-isystem", jax.ffi.include_dir(), f"{sources}/cuda/img2col.cu",
+        f"-I{sources}/include", "-isystem", jax.ffi.include_dir(), f"{sources}/cuda/{source}.cu",
         "-o", f"{tmp_path}/a.ptx",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ptx = (tmp_path / "a.ptx").read_text()
     operations = set(re.findall(r"\b(?:fma|mad|mul|add|sub|rcp)\.[a-z.]*f32", ptx))
     assert operations == {f"{name}.rn.ftz.f32" for name in ("mul", "add", "sub", "rcp")}
+    multiplied = set(re.findall(r"\bmma\.[a-z0-9.]*", ptx))
+    expected = {"mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"}
+    assert multiplied == (expected if source == "conv_int8" else set())

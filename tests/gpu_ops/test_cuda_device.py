@@ -17,6 +17,7 @@ from tests.layers.test_im2col import (
     drop_zero,
     pulled,
 )
+from tests.support.deployed_layers import LAYERS
 from tests.support.img2col_reference import (
     Case,
     assert_same,
@@ -85,6 +86,15 @@ def test_the_int8_convolution_sums_exactly(bits):
         own, weights = case.operands(seed), int8.weights_of(case, bits, seed)
         expected = int8.exact(case, own, weights)
         np.testing.assert_allclose(int8.call(case, own, weights), expected, rtol=3e-7)
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_one_call_gives_the_bits_of_the_cpu(layer):
+    found = layer.run()
+    with jax.default_device(jax.devices("cpu")[0]):
+        expected = layer.run()
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 @pytest.mark.parametrize("preset", ["nearest", "aquant"])

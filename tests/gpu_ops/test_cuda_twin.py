@@ -12,8 +12,12 @@ import pytest
 import gpu_ops
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.layers.column import Rounding
+from aquant_jax.layers.epilogue import NO_EPILOGUE
+from aquant_jax.layers.integer import QuantizedWeights
 from gpu_ops import partition, targets
+from gpu_ops.conv_int8 import conv_int8
 from tests.layers.test_im2col import CASES, assert_close
+from tests.support.deployed_layers import LAYERS
 from tests.support.img2col_reference import (
     FAST_TO_COMPILE,
     Case,
@@ -42,10 +46,12 @@ pytestmark = pytest.mark.skipif(
 HANDLERS = {
     "border_columns": "BorderColumnsForward",
     "border_columns_vjp": "BorderColumnsBackward",
+    "conv_int8": "ConvInt8Handler",
     "conv_tuned": "ConvTunedHandler",
     "img2col": "Img2colHandler",
     "img2col_border": "Img2colBorderHandler",
 }
+ERRORS = (ValueError, jax.errors.JaxRuntimeError)  # as JAX has it
 BUILT_IN = {name: case for name, case in CASES.items() if case.phi != "sigmoid"}
 # Of the 200 that the CPU and, in test_cuda_device, a GPU run.
 RANDOM = [random_case(seed) for seed in range(60)]
@@ -211,6 +217,26 @@ def test_training_on_no_images_has_no_slope(twin):
     value, found = twin(pulled, geometry, rounding, None, operands, jnp.zeros((0, 4, 4, 9, 4)))
     assert value.shape == (0, 4, 4, 9, 4)
     assert all(not np.any(gradient) for gradient in jax.tree.leaves(found))
+
+
+class TestDeployedConvolution:
+    @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+    def test_one_call_gives_the_bits_of_the_cpu(self, twin, layer):
+        found, expected = twin(layer.run), layer.run()
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+
+    def test_borders_of_column_elements_are_refused(self, twin):
+        case = Case()
+        x, step, zero, coefficients = case.operands()
+        weights = QuantizedWeights(
+            np.ones((3, 3, 4, 8), np.uint8), np.ones(8, np.float32), np.zeros(8, np.float32), 4
+        )
+        operands = (jnp.asarray(x), ActivationQuantizer(step, zero), coefficients, weights)
+        run = lambda: conv_int8(*operands, case.rounding(), case.geometry(), NO_EPILOGUE)  # noqa: E731
+        with pytest.raises(ERRORS, match="no borders of column elements"):
+            twin(run)
 
 
 class TestTunedConvolution:

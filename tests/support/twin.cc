@@ -4,7 +4,9 @@
 // XLA calls CPU handlers with flush-to-zero set, which is what --ftz=true gives on the device.
 // Few blocks, so that a thread has more than one element to do.
 #define GPU_OPS_MOST_BLOCKS 2
+#define GPU_OPS_PROCESSORS 2
 #define GPU_OPS_SHARED_BYTES (64 << 10)  // as Turing has
 #include "../../gpu_ops/cuda/border_columns.cu"
+#include "../../gpu_ops/cuda/conv_int8.cu"
 #include "../../gpu_ops/cuda/conv_tuned.cu"
 #include "../../gpu_ops/cuda/img2col.cu"

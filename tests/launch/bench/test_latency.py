@@ -40,6 +40,7 @@ def test_all_ways_convolve(groups):
     # Of the two ways to round the activations to 4 bits, each is far from the other and from float.
     assert np.abs(found["border fp32"] - found["im2col fp32"]).max() > 0.1
     assert np.abs(found["border int8"] - found["nearest int8"]).max() > 0.1
+    assert np.abs(found["channel int8"] - found["nearest int8"]).max() > 0.1
 
 
 def test_the_launcher_writes_json_table_and_plot(tmp_path, capsys, monkeypatch):
