@@ -217,7 +217,7 @@ def _spec(fields: Mapping[str, Any], activations: Container[str]) -> LayerSpec:
     bits = range(MIN_BITS, MAX_BITS + 1)
     quantizes = spec.act_bits in bits and spec.weight_bits in (None, *bits)
     reads = spec.tensor is None or spec.tensor in activations
-    known = spec.kind in ("conv", "dense") and spec.border_granularity in GRANULARITIES
+    known = spec.kind in ("conv", "dense", "experts") and spec.border_granularity in GRANULARITIES
     if not known or not quantizes or not reads:
         raise ValueError(f"layer {spec}")
     return spec

@@ -122,6 +122,7 @@ class _Run(NamedTuple):
         spec, (out,) = self.specs[op.layer.path], op.outputs
         quantizer = None if spec.tensor is None else env.quantizer(op.x)
         inputs = LayerInput(env.values[op.x], quantizer)
+        op = op.bind(env.through)
         y = run_deployed_layer(op, spec, inputs, self.layers[spec.path])
         return y.astype(self.program.avals[out].dtype)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from aquant_jax.graph.equations import closed_jaxpr, scan_parts
+from aquant_jax.graph.experts import SELECTS, VIEWS
 from aquant_jax.graph.ir import (
     LOOP_CARRY,
     LOOP_RESULT,
@@ -34,11 +35,18 @@ class Kind(NamedTuple):
       dynamic: on the model's input.
       weight: on the variables.
       varies: on the step of the loop.
+      selected: it consists of weights that the input selects.
     """
 
     dynamic: bool = False
     weight: bool = False
     varies: bool = False
+    selected: bool = False
+
+    @property
+    def static(self) -> bool:
+        """Whether it depends on the variables alone."""
+        return self.weight and not self.dynamic
 
 
 @runtime_checkable
@@ -77,7 +85,7 @@ class Flattener(Protocol):
 
 
 def products(jaxpr: jex.Jaxpr, kinds: Sequence[Kind]) -> tuple[set[Kind], list[Kind]]:
-    """The kinds of the weights that meet a dynamic operand in a product, and of the outputs.
+    """The kinds of the weights that a product with the input reads, and of the outputs.
 
     Args:
       jaxpr: of a loop's step, of a branch or of a call.
@@ -87,9 +95,14 @@ def products(jaxpr: jex.Jaxpr, kinds: Sequence[Kind]) -> tuple[set[Kind], list[K
     met: set[Kind] = set()
     for eqn in jaxpr.eqns:
         reads = [Kind() if isinstance(a, jex.Literal) else env.get(a, Kind()) for a in eqn.invars]
-        outputs = [_join(reads)] * len(eqn.outvars)
-        if eqn.primitive.name in PRODUCTS and any(kind.dynamic for kind in reads):
-            met.update(kind for kind in reads if kind.weight and not kind.dynamic)
+        name = eqn.primitive.name
+        outputs = [_join(reads)._replace(selected=False)] * len(eqn.outvars)
+        if name in VIEWS:
+            outputs = reads[:1]
+        elif name in SELECTS and reads[0].static and outputs[0].dynamic:
+            outputs = [Kind(True, True, reads[0].varies, selected=True)]
+        if name in PRODUCTS and any(kind.dynamic for kind in reads):
+            met.update(kind for kind in reads if kind.static or kind.selected)
         for inner, given in _inner(eqn, reads):
             more, made = products(inner, given)
             met |= more
@@ -236,7 +249,7 @@ def _slice(trace: Flattener, value: Atom, step: int) -> Atom:
     """The slice of a stacked value that a step reads."""
     assert isinstance(value, int)
     kind, aval = trace.kind(value), trace.avals[value]
-    if kind.weight and not kind.dynamic:
+    if kind.static:
         return trace.slice_of(value, step)
     return _call(trace, lambda a: lax.index_in_dim(a, step, keepdims=False), [value], [aval])
 

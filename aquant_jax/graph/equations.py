@@ -11,6 +11,7 @@ from aquant_jax.graph.ir import INVERSE, PRODUCTS, TRANSFORM
 
 _INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"}
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+INLINED_CALLS = _INLINED | _CUSTOM
 
 
 def closed_jaxpr(jaxpr: Any) -> jex.ClosedJaxpr:
@@ -28,15 +29,19 @@ def scan_parts(eqn: jex.JaxprEqn, values: Sequence[Any]) -> tuple[list[Any], lis
     return list(values[:consts]), list(values[consts:end]), list(values[end:])
 
 
+def inner_jaxpr(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
+    """The jaxpr that a call runs."""
+    keys = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    return closed_jaxpr(next(eqn.params[key] for key in keys if key in eqn.params))
+
+
 def called(eqn: jex.JaxprEqn, custom_gradients: bool) -> jex.ClosedJaxpr | None:
     """The closed jaxpr that an equation calls, or None where the call is not inlined."""
     name = eqn.primitive.name
     is_call = name in _INLINED or name in _CUSTOM
     if not is_call or (custom_gradients and is_transform(eqn)):
         return None
-    inner = closed_jaxpr(
-        next(eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params)
-    )
+    inner = inner_jaxpr(eqn)
     # Inlining loses a custom gradient (relu'(0) would be 0.5), so only weighted ops justify it.
     if custom_gradients and name in _CUSTOM and not _contains_weighted(inner.jaxpr):
         return None

@@ -81,6 +81,8 @@ def _chain(
 ) -> _Chain:
     outputs = {out for out in graph.outputs if isinstance(out, int)}
     absorbed, operands = [], []
+    if op.layer.kind == "experts":  # its output does not tell which expert made what
+        return _Chain((), ())
     (value,) = op.outputs
     while value not in outputs and len(consumers.get(value, ())) == 1:
         (index,) = consumers[value]

@@ -23,7 +23,8 @@ ALIASES = SHAPE_ONLY | {
     "pad", "convert_element_type", "reduce_window_max", "stop_gradient", STATIC_GATHER, TO_COMPLEX,
     LOOP_SLICE,
 }  # fmt: skip
-PRODUCTS = {"dot_general", "conv_general_dilated"}
+RAGGED = "ragged_dot_general"
+PRODUCTS = {"dot_general", "conv_general_dilated", RAGGED}
 
 
 @runtime_checkable
@@ -45,11 +46,12 @@ class Layer(NamedTuple):
 
     Attributes:
       path: path of its weight in the variables, with ``#2``, ``#3`` ... when the weight is reused.
-      kind: "conv" or "dense".
+      kind: "conv", "dense" or "experts": a stack of dense weights, of which the input selects.
       weight: value id of the weight operand.
       weight_shape: shape of that operand, as the op sees it.
-      channel_axes: axes of the operand that number output channels.
-      output_axes: the corresponding axes of the output.
+      channel_axes: axes of the operand that number output channels, and experts.
+      output_axes: the corresponding axes of the output; of "experts" those that there are.
+      column_axes: axes of the activation that number column elements; empty for a conv.
       x_position: index of the activation among the operands (0 or 1).
     """
 
@@ -59,6 +61,7 @@ class Layer(NamedTuple):
     weight_shape: tuple[int, ...]
     channel_axes: tuple[int, ...]
     output_axes: tuple[int, ...]
+    column_axes: tuple[int, ...]
     x_position: int
 
 
@@ -130,9 +133,8 @@ class Op(NamedTuple):
     @property
     def reads(self) -> tuple[int, ...]:
         """Value ids that the op needs to run; the weight of a weighted op comes from state."""
-        if self.layer is not None:
-            return (self.x,)
-        return tuple(i for i in self.inputs if isinstance(i, int))
+        weight = self.layer and self.layer.weight
+        return tuple(i for i in self.inputs if isinstance(i, int) and i != weight)
 
     @property
     def steps(self) -> Any:
@@ -149,6 +151,15 @@ class Op(NamedTuple):
         value = self.inputs[self.layer.x_position]
         assert isinstance(value, int)
         return value
+
+    def bind(self, read: Callable[[Atom], Any]) -> Op:
+        """A weighted op as a function of its activation and weight alone.
+
+        Args:
+          read: gives the value of any other operand: of what selects experts.
+        """
+        others = [read(atom) for atom in self.inputs[2:]]
+        return self._replace(call=lambda *both: self.call(*both, *others)) if others else self
 
 
 class Slice(NamedTuple):
@@ -232,18 +243,18 @@ def path_names(tree: Any) -> list[str]:
     return short if len(set(short)) == len(set(names)) else names
 
 
-def sample_first(graph: Graph, other: Graph, samples: int) -> frozenset[int]:
+def sample_first(graph: Graph, other: Graph) -> frozenset[int]:
     """The values whose first axis, and no other, numbers the samples.
 
     Args:
-      graph: traced with `samples` samples.
-      other: the same function, traced with one sample more.
-      samples: number of samples.
+      graph: the network.
+      other: the same function, traced with more samples.
     """
+    samples, more_samples = (g.avals[g.inputs[0]].shape[0] for g in (graph, other))
     sampled = set()
     for value, aval in graph.avals.items():
         shape, more = aval.shape, getattr(other.avals.get(value), "shape", ())
-        if shape[:1] == (samples,) and more == (samples + 1, *shape[1:]):
+        if shape[:1] == (samples,) and more == (more_samples, *shape[1:]):
             sampled.add(value)
     return frozenset(sampled)
 

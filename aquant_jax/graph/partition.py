@@ -10,7 +10,7 @@ from typing import NamedTuple
 from aquant_jax.errors import InputError
 from aquant_jax.graph.ir import ALIASES, Graph, Op
 
-_PRODUCTS = ("dot", "conv")
+_PRODUCTS = ("dot", "conv", "ragged_dot")
 _LONG = 8  # more layers than a residual branch has
 _POOLS = ("reduce_window", "argmax", "argmin", "cum", "gather", "concatenate")
 

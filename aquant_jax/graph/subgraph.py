@@ -111,7 +111,7 @@ def run(
 
     def run_op(op: Op, env: _Values) -> None:
         if op.layer is not None:
-            results = [layer_fn(op, env.values[op.x])]
+            results = [layer_fn(op.bind(env.through), env.values[op.x])]
         else:
             read = env.through if op.name in ALIASES else env.read
             results = op.call(*map(read, op.inputs))

@@ -1,6 +1,6 @@
 """Tracing of an inference function into a `Graph`.
 
-Only this module, `control_flow` and `equations` read jaxprs.
+Only this module, `control_flow`, `shards` and `equations` read jaxprs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from aquant_jax.errors import InputError
 from aquant_jax.graph.control_flow import Kind, flatten_control_flow
 from aquant_jax.graph.equations import called, function_of, is_transform, primitives
+from aquant_jax.graph.experts import Selections, without_selections
 from aquant_jax.graph.ir import (
     PAD_WITH_VALUE,
     PRODUCTS,
@@ -30,7 +31,8 @@ from aquant_jax.graph.ir import (
     Unquantized,
     path_names,
 )
-from aquant_jax.graph.weighted_ops import SELECTS, VIEWS, layer_of, opaque
+from aquant_jax.graph.shards import SHARD_MAP, unsharded
+from aquant_jax.graph.weighted_ops import layer_of, opaque
 
 
 def trace(apply: Callable[..., Any], variables: Any, x: Any, trainable: bool = True) -> Graph:
@@ -70,7 +72,7 @@ class _Flattener:
         self.static_of: dict[int, set[int]] = {}
         self.closed_over: set[int] = set()
         self.path_of: dict[int, str] = {}  # of those
-        self.selected: dict[int, int] = {}  # value that the input selects of a static one
+        self.selected = Selections(self.avals)
         self.used: dict[str, int] = {}  # how often, by the path of a weight
         self.sliced: dict[str, int] = {}  # likewise, of a slice
         self.slices: dict[int, Slice] = {}
@@ -91,6 +93,7 @@ class _Flattener:
         self.static_of.update({i: {i} for i in weights})
         self.dynamic.update(inputs)
         outputs = self.flatten(self.closed, ids)
+        self.ops = without_selections(self.ops, outputs)
         layers = [op.layer for op in self.ops if op.layer]
         if self.trainable and all(self.static_of[i.weight] <= self.closed_over for i in layers):
             raise InputError(self._no_layer())
@@ -141,7 +144,8 @@ class _Flattener:
 
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
-            inner = called(eqn, self.trainable)
+            is_sharded = eqn.primitive.name == SHARD_MAP
+            inner = unsharded(eqn) if is_sharded else called(eqn, self.trainable)
             if inner is not None:
                 outputs = self.flatten(inner, operands)
             else:
@@ -170,7 +174,7 @@ class _Flattener:
         if not isinstance(atom, int):
             return Kind()
         weight = bool(self.static_of.get(atom)) or atom in self.weight_dependent
-        return Kind(atom in self.dynamic, weight)
+        return Kind(atom in self.dynamic, weight, selected=atom in self.selected.of)
 
     def slice_of(self, stack: int, index: int) -> int:
         """A slice of stacked weights, as a weight of its own."""
@@ -191,14 +195,12 @@ class _Flattener:
         made_of = set().union(*(self.static_of.get(i, set()) for i in ids)) if ids else set()
         dynamic = any(i in self.dynamic for i in ids)
         layer = self._layer(eqn, inputs) if dynamic else None
-        if dynamic and layer is None:
-            self._note(eqn, inputs, outputs)
         if not dynamic:
             self.static_of.update(dict.fromkeys(outputs, made_of))
         call = function_of(eqn, self.closed.jaxpr)
         params = dict(eqn.params)
         if layer:
-            avals: list[Any] = [atom.aval for atom in eqn.invars]
+            avals: list[Any] = [atom.aval for atom in eqn.invars[:2]]
             params["operand_dtypes"] = tuple(aval.dtype for aval in avals)
         name = eqn.params["name"] if is_transform(eqn) else eqn.primitive.name
         if name == "pad" and self._scalar(inputs[1]) not in (0, -np.inf):
@@ -211,7 +213,9 @@ class _Flattener:
             name = TO_COMPLEX
         place = self.loop if dynamic else None, self.iteration
         op = Op(name, params, call, inputs, outputs, layer, primitives(eqn), *place)
-        of_weight = bool(layer or made_of - self.closed_over) or any(
+        if dynamic and layer is None:
+            op = self._experts(op) or self._note(eqn, op)
+        of_weight = bool(op.layer or made_of - self.closed_over) or any(
             i in self.weight_dependent for i in ids
         )
         self.append(op, dynamic, of_weight)
@@ -246,23 +250,27 @@ class _Flattener:
         self.unquantized.append(found)
         return None
 
-    def _note(self, eqn: jex.JaxprEqn, inputs: Sequence[Any], outputs: Sequence[int]) -> None:
+    def _experts(self, op: Op) -> Op | None:
+        """A product with weights that the input selects as a weighted op; None for another op."""
+        product = self.selected.multiplied(op) if self.dynamic.issuperset(op.reads) else None
+        if product is None:
+            return None
+        return product._replace(layer=product.layer._replace(path=self._name(product.layer.weight)))
+
+    def _note(self, eqn: jex.JaxprEqn, op: Op) -> Op:
         """Notes an op with weights that no layer stands for, and what of them the input selects."""
-        name, ids = eqn.primitive.name, [i for i in inputs if isinstance(i, int)]
+        name, ids = op.name, [i for i in op.inputs if isinstance(i, int)]
         weights = [i for i in ids if self.static_of.get(i) and len(self.avals[i].shape) > 1]
         reason = opaque(name, primitives(eqn))
         if reason is not None and weights:
             largest = max(weights, key=lambda i: self.avals[i].size)
             self.unquantized.append(Unquantized(self._name(largest), name, reason))
-        chosen = [self.selected[i] for i in ids if i in self.selected]
-        chosen.sort(key=lambda i: -self.avals[i].size)
-        if name in PRODUCTS and chosen:
+        chosen = self.selected.largest(op)
+        if name in PRODUCTS and chosen is not None:
             reason = "the input selects its weights"
-            self.unquantized.append(Unquantized(self._name(chosen[0]), name, reason))
-        if name in SELECTS and weights and inputs[0] == weights[0]:
-            self.selected.update(dict.fromkeys(outputs, weights[0]))
-        elif name in VIEWS and chosen:
-            self.selected.update(dict.fromkeys(outputs, chosen[0]))
+            self.unquantized.append(Unquantized(self._name(chosen), name, reason))
+        self.selected.follow(op, weights)
+        return op
 
     def _path(self, weight: int) -> str:
         """Path of the largest variable, or slice of one, in the operand; else of an array."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aquant_jax.graph.ir import ALIASES, PRODUCTS, Layer, Unquantized
+from aquant_jax.graph.ir import PRODUCTS, RAGGED, Layer, Unquantized
 
 CONVOLUTION = "conv_general_dilated"
-SELECTS = {"gather", "dynamic_slice", "select_n"}  # the input may select weights by these
-VIEWS = ALIASES | {"broadcast_in_dim"}
 _WHY = {
     "while": "the number of its steps is not known",
     "shard_map": "it runs on several devices",
@@ -17,13 +15,9 @@ _WHY = {
     "ffi_call": "it is a custom call",
     "pure_callback": "it calls Python",
     "io_callback": "it calls Python",
-    "ragged_dot_general": "its groups depend on the input",
-    "ragged_dot": "its groups depend on the input",
 }
 _OPAQUE = {
     *PRODUCTS,
-    "ragged_dot",
-    "ragged_dot_general",
     "pallas_call",
     "ffi_call",
     "pure_callback",
@@ -54,7 +48,14 @@ def layer_of(
             return Unquantized(path, primitive, reason)
         numbers = params["dimension_numbers"]
         axes = (numbers.rhs_spec[0],), (numbers.out_spec[1],)
-        return Layer(path, "conv", weight, shape, *axes, x_position=0)
+        return Layer(path, "conv", weight, shape, *axes, column_axes=(), x_position=0)
+    if primitive == RAGGED:
+        if (reason := _ragged_obstacle(params, side)) is not None:
+            return Unquantized(path, primitive, reason)
+        numbers = params["ragged_dot_dimension_numbers"]
+        groups = tuple(numbers.rhs_group_dimensions)
+        axes = _dense_axes(numbers.dot_dimension_numbers, side, shapes, groups)
+        return Layer(path, "experts", weight, shape, *axes, x_position=0)
     axes = _dense_axes(params["dimension_numbers"], side, shapes)
     return Layer(path, "dense", weight, shape, *axes, x_position=1 - side)
 
@@ -79,15 +80,32 @@ def _obstacle(params: Mapping[str, Any], side: int) -> str | None:
     return None
 
 
+def _ragged_obstacle(params: Mapping[str, Any], side: int) -> str | None:
+    """Why no layer can stand for a ragged dot with its weight on this side; None if one can."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    contract, batch = numbers.dot_dimension_numbers
+    (ragged,) = numbers.lhs_ragged_dimensions
+    if side == 0:
+        return "the weight is its left operand"
+    if ragged in (*contract[0], *batch[0]) or params["group_offset"] is not None:
+        return "its groups are not of rows"
+    return None
+
+
 def _dense_axes(
-    dimension_numbers: Any, weight_side: int, shapes: Sequence[tuple[Any, ...]]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Channel axes of the weight of a dot, and the corresponding axes of its output."""
+    dimension_numbers: Any,
+    weight_side: int,
+    shapes: Sequence[tuple[Any, ...]],
+    groups: tuple[int, ...] = (),
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Channel axes of the weight of a dot, the corresponding axes of its output, and the column
+    axes of its activation; `groups` are axes of the weight that the output has not."""
     (contract, batch) = dimension_numbers
     shape, other = shapes[weight_side], shapes[1 - weight_side]
     free = [a for a in range(len(shape)) if a not in contract[weight_side]]
-    free = [a for a in free if a not in batch[weight_side]]
+    free = [a for a in free if a not in (*batch[weight_side], *groups)]
     rows = len(other) - len(contract[0]) - len(batch[0])
     start = len(batch[0]) + (rows if weight_side == 1 else 0)
-    channel_axes = (*batch[weight_side], *free)
-    return tuple(channel_axes), (*range(len(batch[0])), *range(start, start + len(free)))
+    channel_axes = (*batch[weight_side], *groups, *free)
+    output_axes = (*range(len(batch[0])), *range(start, start + len(free)))
+    return channel_axes, output_axes, (*batch[1 - weight_side], *contract[1 - weight_side])

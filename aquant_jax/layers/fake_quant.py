@@ -38,7 +38,7 @@ class LayerSpec(NamedTuple):
 
     Attributes:
       path: path of its weight.
-      kind: "conv" or "dense".
+      kind: see `ir.Layer`.
       weight_bits: 2 to 8, or None for float weights.
       tensor: key of the quantized tensor that is its input, or None for a float input.
       act_bits: bits of that tensor; nothing reads it without one.
@@ -109,9 +109,8 @@ def border_shape(op: Op, granularity: str, x_shape: tuple[Any, ...]) -> tuple[in
       granularity: see `border.GRANULARITIES`; "channel" has one tap.
       x_shape: shape of its activation, whose first size may be symbolic.
     """
-    if op.layer.kind == "dense":
-        axes = contracted_axes(op)
-        return 1, int(np.prod([x_shape[a] for a in axes]))
+    if op.layer.kind != "conv":
+        return 1, math.prod(x_shape[axis] for axis in op.layer.column_axes)
     numbers = op.params["dimension_numbers"]
     spatial = [op.layer.weight_shape[a] for a in numbers.rhs_spec[2:]]
     taps = 1 if granularity == "channel" else int(np.prod(spatial))
@@ -205,8 +204,11 @@ def run_layer(
 def add_bias(
     op: Op, y: Inexact[Array, "*shape"], bias: Float32[AnyArray, "..."]
 ) -> Inexact[Array, "*shape"]:
-    """The op's result `y` plus `bias` (per output channel), float32 or wider or complex."""
+    """The op's result `y` plus `bias` (per output channel), float32 or wider or complex; experts
+    have none."""
     dtype = np.promote_types(y.dtype, np.float32)
+    if op.layer.kind == "experts":
+        return y.astype(dtype)
     return y.astype(dtype) + output_channels(op, y, bias).astype(dtype)
 
 
@@ -245,13 +247,6 @@ def rounding_of(spec: LayerSpec) -> Rounding:
     return Rounding(spec.act_bits, spec.border, spec.phi, granularity == "mean", per_channel)
 
 
-def contracted_axes(op: Op) -> tuple[int, ...]:
-    """Axes of a dense layer's activation that number column elements."""
-    contract, batch = op.params["dimension_numbers"]
-    side = op.layer.x_position
-    return (*batch[side], *contract[side])
-
-
 def quantize_elements(
     op: Op,
     spec: LayerSpec,
@@ -262,9 +257,8 @@ def quantize_elements(
     """Quantize and dequantize `x` itself: every element has one border, whatever tap reads it."""
     if not spec.border:
         return fake_quantize(x, quantizer, spec.act_bits)
-    if op.layer.kind == "dense":
-        axes = contracted_axes(op)
-    else:
+    axes = op.layer.column_axes
+    if op.layer.kind == "conv":
         axes = (op.params["dimension_numbers"].lhs_spec[1],)
     shape = [1] * x.ndim
     for axis in axes:
@@ -283,7 +277,7 @@ def quantize_elements(
 def needs_columns(op: Op, spec: LayerSpec) -> bool:
     """Whether the borders of a layer are those of its columns, see `ConvGeometry.gathers`, or of
     inserted zeros, which are column elements too."""
-    if op.layer.kind == "dense" or spec.border_granularity == "channel":
+    if op.layer.kind != "conv" or spec.border_granularity == "channel":
         return False
     any_size = (1,) * len(op.layer.weight_shape)
     return inserts(op) or conv_geometry(op, any_size).gathers

@@ -33,7 +33,6 @@ from aquant_jax.layers.fake_quant import (
     LayerState,
     Weights,
     add_bias,
-    contracted_axes,
     dequantize_weight,
     output_channels,
     per_channel,
@@ -115,22 +114,22 @@ def run_deployed_layer(
 
 
 def in_whole_numbers(op: Op, spec: LayerSpec) -> bool:
-    """Whether a layer multiplies ``q - z``: its input and weights are quantized, and float32, and a
-    channel has one grid."""
+    """Whether a layer multiplies ``q - z``: its input and weights are quantized, and float32, and
+    every output channel has one grid."""
     single = all(dtype == jnp.float32 for dtype in op.params["operand_dtypes"])
     return _has_codes(spec) and single
 
 
 def in_integers(op: Op, spec: LayerSpec) -> bool:
-    """Whether a layer can multiply codes: its input and weights are quantized, a channel has one
-    grid, and it is no dense layer with batch axes."""
+    """Whether a layer can multiply codes: its input and weights are quantized, every output channel
+    has one grid, and it is no dense layer with batch axes."""
     batched = op.layer.kind == "dense" and op.params["dimension_numbers"][1][op.layer.x_position]
     return _has_codes(spec) and not batched
 
 
 def _has_codes(spec: LayerSpec) -> bool:
     quantized = spec.tensor is not None and spec.weight_bits is not None
-    return quantized and spec.weight_group is None
+    return quantized and spec.weight_group is None and spec.kind != "experts"
 
 
 def convolve_layer(
@@ -193,7 +192,7 @@ def keeps_layout(op: Op) -> bool:
         rank = len(numbers.lhs_spec)
         order = (0, rank - 1, *range(1, rank - 1))
         return tuple(numbers.lhs_spec) == tuple(numbers.out_spec) == order
-    axes, channels = contracted_axes(op), len(op.layer.channel_axes)
+    axes, channels = op.layer.column_axes, len(op.layer.channel_axes)
     rank = len(op.layer.output_axes) and max(op.layer.output_axes) + 1
     last = tuple(op.layer.output_axes) == tuple(range(rank - channels, rank))
     return op.layer.x_position == 0 and len(axes) == 1 and axes[0] == rank - channels and last
@@ -222,7 +221,7 @@ def _conv_form(op: Op, x: Any) -> _Form:
 
 def _dense_form(op: Op, x: Any) -> _Form:
     """A dense layer as a convolution with one tap, whose images the first free axis numbers."""
-    axes = contracted_axes(op)
+    axes = op.layer.column_axes
     values = x.codes if isinstance(x, Codes) else x
     free = [axis for axis in range(values.ndim) if axis not in axes]
     sizes = [values.shape[axis] for axis in free]

@@ -222,7 +222,7 @@ def _weight_group(recipe: Recipe, op: Op) -> int | None:
       InputError: the groups do not fill the inputs of a dense layer.
     """
     size, layer = recipe.weight_group, op.layer
-    if size is None or layer.kind != "dense":
+    if size is None or layer.kind == "conv":
         return None
     shape, axes = layer.weight_shape, layer.channel_axes
     elements = math.prod(n for axis, n in enumerate(shape) if axis not in axes)

@@ -63,10 +63,8 @@ def _prepare(
     """The network of an inference function, whose arguments are checked."""
     samples = len(jax.tree.leaves(calibration)[0])
     batch = min(recipe.reconstruction.batch_size, samples)
-    unfolded, other = (
-        trace(apply, variables, batch_shapes(calibration, count)) for count in (batch, batch + 1)
-    )
-    sampled = sample_first(unfolded, other, batch)
+    unfolded = trace(apply, variables, batch_shapes(calibration, batch))
+    sampled = sample_first(unfolded, _of_more_samples(apply, variables, calibration, batch))
     checks.check_outputs(unfolded, sampled, recipe)
     valid_mask = None
     if mask is not None:
@@ -80,6 +78,16 @@ def _prepare(
     return Network(
         apply, graph, variables, folded, plan, blocks, recipe, samples, batch, valid_mask
     )
+
+
+def _of_more_samples(
+    apply: Callable[..., Any], variables: Any, calibration: Any, batch: int
+) -> Graph:
+    """The graph for one sample more than `batch`; for twice as many where a mesh divides them."""
+    try:
+        return trace(apply, variables, batch_shapes(calibration, batch + 1))
+    except InputError:
+        return trace(apply, variables, batch_shapes(calibration, 2 * batch))
 
 
 def _position_axes(

@@ -219,21 +219,32 @@ def test_an_unknown_number_of_steps_leaves_a_loop_float():
 
 
 def test_ops_that_no_layer_stands_for_are_named():
-    variables = kernels(experts=(3, 4, 5), groups=(2, 4, 5), table=(3, 4), head=(5, 2))
+    variables = kernels(mixed=(3, 2, 10), rows=(2, 4), head=(5, 2))
 
     def apply(v, x):
         chosen = jnp.argmax(x[:, :3], axis=1)
-        h = jnp.einsum("bi,bio->bo", v["table"][chosen], v["experts"][chosen])  # a router
-        sizes = jnp.stack([jnp.sum(x[:, 0] > 0), jnp.sum(x[:, 0] <= 0)]).astype(jnp.int32)
-        return (h + lax.ragged_dot(x, v["groups"], sizes)) @ v["head"]
+        mixed = v["mixed"][chosen].reshape(-1, 4, 5)
+        rows = lax.ragged_dot(v["rows"], jnp.stack([x[:4], x[2:]]), jnp.array([1, 1]))
+        return (jnp.einsum("bi,bio->bo", x, mixed) + rows.sum()) @ v["head"]
 
     graph = trace(apply, variables, normal(rng_of(1), 6, 4))
     assert [layer.path for layer in graph.layers] == ["head"]
     found = {op.path: op.reason for op in graph.unquantized}
     assert found == {
-        "experts": "the input selects its weights",
-        "groups": "its groups depend on the input",
+        "mixed": "the input selects its weights",
+        "rows": "the weight is its left operand",
     }
+
+
+def test_of_two_selections_the_larger_stack_is_the_weight():
+    def apply(v, x):
+        chosen = jnp.argmax(x[:, :3], axis=1)
+        return jnp.einsum("bi,bio->bo", v["table"][chosen], v["experts"][chosen])
+
+    variables = kernels(experts=(3, 4, 5), table=(3, 4))
+    graph = trace(apply, variables, normal(rng_of(1), 6, 4))
+    assert [(layer.path, layer.kind) for layer in graph.layers] == [("experts", "experts")]
+    assert not graph.unquantized
 
 
 def test_a_loop_without_weights_is_no_obstacle():

@@ -1,0 +1,120 @@
+"""A `shard_map` as a program of one device: shards are an axis, over which its body is mapped.
+
+``vmap`` with the names of the mesh gives collectives their meaning, so that the program computes
+what the devices compute together. Where weights are sharded, every shard has grids of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+from jax import lax
+
+from aquant_jax.graph.equations import INLINED_CALLS, closed_jaxpr, function_of, inner_jaxpr
+
+SHARD_MAP = "shard_map"
+_TO_VARYING = {"pvary", "pcast"}  # these change a type alone
+
+
+def unsharded(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
+    """The program of one device; None where `vmap` cannot stand for the devices.
+
+    Args:
+      eqn: a `shard_map`.
+    """
+    sizes = {name: eqn.params["mesh"].shape[name] for name in eqn.params["newly_manual_axes"]}
+    specs, body = eqn.params["in_specs"], closed_jaxpr(eqn.params["jaxpr"])
+    where = [_axes_of(spec, var.aval.ndim) for spec, var in zip(specs, eqn.invars, strict=True)]
+
+    def mapped(*shards: Any) -> list[Any]:
+        return _evaluate(body, shards)
+
+    function: Callable[..., Sequence[Any]] = mapped
+    for name, size in reversed(sizes.items()):
+        in_axes = tuple(0 if name in itertools.chain(*axes) else None for axes in where)
+        function = jax.vmap(function, in_axes, axis_name=name, axis_size=size)
+
+    def run(*arrays: Any) -> list[Any]:
+        shards = [_split(a, axes, sizes) for a, axes in zip(arrays, where, strict=True)]
+        joined = zip(function(*shards), eqn.params["out_specs"], eqn.outvars, strict=True)
+        return [_join(a, _axes_of(spec, var.aval.ndim), sizes) for a, spec, var in joined]
+
+    shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars]
+    try:
+        return jax.make_jaxpr(run)(*shapes)
+    except Exception:  # a body may do what no `vmap` can
+        return None
+
+
+def _axes_of(spec: Any, rank: int) -> list[tuple[str, ...]]:
+    """The names of the mesh over which each axis of an array is sharded."""
+    names = [() if n is None else n if isinstance(n, tuple) else (n,) for n in spec]
+    return [*names, *[()] * (rank - len(names))]
+
+
+def _split(array: Any, axes: Sequence[tuple[str, ...]], sizes: Mapping[str, int]) -> Any:
+    """An array of shards, which its first axes number, in the order of `sizes`."""
+    shape: list[Any] = []
+    places: dict[str, int] = {}
+    for size, names in zip(array.shape, axes, strict=True):
+        places.update({name: len(shape) + i for i, name in enumerate(names)})
+        counts = [sizes[name] for name in names]
+        shape += [*counts, size // math.prod(counts)]
+    first = [places[name] for name in sizes if name in places]
+    rest = [axis for axis in range(len(shape)) if axis not in first]
+    return lax.transpose(lax.reshape(array, shape), (*first, *rest))
+
+
+def _join(array: Any, axes: Sequence[tuple[str, ...]], sizes: Mapping[str, int]) -> Any:
+    """The inverse of `_split`, of one of the shards that are equal."""
+    used = set(itertools.chain(*axes))
+    array = array[tuple(slice(None) if name in used else 0 for name in sizes)]
+    first = [name for name in sizes if name in used]
+    order: list[int] = []
+    shape: list[Any] = []
+    for axis, names in enumerate(axes, len(first)):
+        order += [*(first.index(name) for name in names), axis]
+        shape.append(math.prod(sizes[name] for name in names) * array.shape[axis])
+    return lax.reshape(lax.transpose(array, order), shape)
+
+
+def _evaluate(closed: jex.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
+    """The outputs of a body under `vmap`, which knows no types of varying values."""
+    jaxpr = closed.jaxpr
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *arguments), strict=True))
+
+    def read(atom: Any) -> Any:
+        return np.asarray(atom.val) if isinstance(atom, jex.Literal) else env[atom]
+
+    (plain,) = jax.make_jaxpr(lax.neg)(0.0).eqns  # those of the body have a mesh as their context
+    for eqn in jaxpr.eqns:
+        operands, name = [read(atom) for atom in eqn.invars], eqn.primitive.name
+        if name in _TO_VARYING:
+            outputs = operands
+        elif name == "psum_invariant":
+            outputs = lax.psum(operands, eqn.params["axes"])
+        elif name in INLINED_CALLS:  # custom gradients too, whose types vary
+            outputs = _evaluate(inner_jaxpr(eqn), operands)
+        else:
+            params = {key: _retraced(value) for key, value in eqn.params.items()}
+            outputs = function_of(eqn.replace(params=params, ctx=plain.ctx), jaxpr)(*operands)
+        env.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _retraced(value: Any) -> Any:
+    """A parameter of an equation, in whose jaxprs no type varies."""
+    if type(value) in (tuple, list):
+        return type(value)(map(_retraced, value))
+    if not isinstance(value, jex.ClosedJaxpr | jex.Jaxpr):
+        return value
+    closed = closed_jaxpr(value)
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
+    traced = jax.make_jaxpr(lambda *arguments: _evaluate(closed, arguments))(*shapes)
+    return traced if isinstance(value, jex.ClosedJaxpr) else traced.jaxpr
