@@ -234,7 +234,7 @@ def _build(calibration: Any, net: Network, state: State, reports: list[Report]) 
         state.layers,
         state.activations,
         constants,
-        traced(net.apply, net.variables, calibration),
+        traced(net.apply, net.variables, calibration, net.targets),
         tuple(net.plan.layers[path] for path in state.layers),
         net.recipe,
         History(reports),

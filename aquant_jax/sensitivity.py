@@ -14,7 +14,7 @@ from aquant_jax.graph.subgraph import BlockInputs, bind_inputs, run
 from aquant_jax.layers.fake_quant import LayerInput, run_layer
 from aquant_jax.plan import checks
 from aquant_jax.plan.block_program import BlockProgram, forward, make_block_program
-from aquant_jax.plan.network import Network
+from aquant_jax.plan.network import Network, count_samples, take_samples
 from aquant_jax.plan.prepare import prepare
 from aquant_jax.recipe import Recipe
 from aquant_jax.reconstruction.observe_ranges import observe_ranges
@@ -53,10 +53,10 @@ def sensitivity(
     checks.check_recipe(recipe)
     calibration = checks.host_arrays(calibration)
     checks.check_calibration(calibration, recipe.replace(steps=0))
-    samples = min(len(jax.tree.leaves(calibration)[0]), recipe.reconstruction.init_samples)
-    calibration = jax.tree.map(lambda leaf: leaf[:samples], calibration)
+    samples = min(count_samples(calibration), recipe.reconstruction.init_samples)
+    calibration = jax.tree.map(lambda leaf: take_samples(leaf, slice(samples)), calibration)
     net = prepare(apply, variables, calibration, recipe.replace(batch_size=samples, steps=0))
-    program = make_block_program(net.graph, net.plan, (), net.graph.outputs)
+    program = make_block_program(net.graph, net.plan, (), net.graph.target_outputs)
     inputs = _inputs(net, program, calibration)
     exact = float_weights(program, net.folded)
     layers = nearest_layers(program, make_weight_quantizers(program, net.folded))

@@ -138,7 +138,8 @@ def _function(quantized: Quantized, program: Traced, batch: Any, runtime: str) -
 
     arguments = [*weights.values(), *jax.tree.leaves(batch)]
     outputs = jax.tree.unflatten(graph.tree, range(len(graph.outputs)))
-    names = [*weights, *_names(batch, "input")], _names(outputs, "output")
+    taken = [*weights, *_names(batch, "input")]
+    names = taken, [f"output/{n}" if n in taken else n for n in _names(outputs, "output")]
     return _Function(function, arguments, names, whole, reads)
 
 

@@ -19,6 +19,7 @@ from aquant_jax.errors import InputError
 from aquant_jax.graph.fold import fold
 from aquant_jax.graph.ir import Unquantized
 from aquant_jax.graph.subgraph import BlockInputs
+from aquant_jax.graph.targets import focus
 from aquant_jax.graph.trace import trace
 from aquant_jax.layers.backend import Backend
 from aquant_jax.layers.fake_quant import LayerSpec, LayerState
@@ -44,6 +45,7 @@ class Traced(NamedTuple):
       treedef: of the variables.
       shapes: and dtypes of their leaves.
       input_tree, input_shapes: likewise, of the calibration set.
+      targets: see `graph.targets.focus`.
     """
 
     apply: Callable
@@ -51,6 +53,7 @@ class Traced(NamedTuple):
     shapes: tuple[jax.ShapeDtypeStruct, ...]
     input_tree: Any
     input_shapes: tuple[jax.ShapeDtypeStruct, ...]
+    targets: tuple[int, ...] | None = None
 
     @property
     def inputs(self) -> Any:
@@ -71,7 +74,8 @@ class Traced(NamedTuple):
           layer: runs one layer where the network has no backend; has the arguments of
             `run_deployed_layer`.
         """
-        graph = fold(trace(self.apply, jax.tree.unflatten(self.treedef, self.shapes), x))
+        graph = trace(self.apply, jax.tree.unflatten(self.treedef, self.shapes), x)
+        graph = fold(focus(graph, self.targets))
         plan = make_plan(graph, quantized.recipe)
         parts = stacked.split(graph, plan, rolled=layer is run_deployed_layer)
         _check_same(quantized, [program for part in parts for program in part.programs])
@@ -81,7 +85,7 @@ class Traced(NamedTuple):
         def run_program(
             program: BlockProgram, state: stacked.State, inputs: BlockInputs
         ) -> tuple[Any, ...]:
-            if quantized.backend is not None and jax.tree.leaves(x)[0].size:
+            if quantized.backend is not None and all(map(np.size, jax.tree.leaves(x))):
                 return run_integers(
                     program, state.layers, state.activations, inputs, quantized.backend
                 )
@@ -166,9 +170,11 @@ class Quantized:
         )
 
 
-def traced(apply: Callable, variables: Any, inputs: Any) -> Traced:
+def traced(
+    apply: Callable, variables: Any, inputs: Any, targets: tuple[int, ...] | None = None
+) -> Traced:
     """The program of an inference function for variables and inputs of these shapes."""
-    return Traced(apply, *_shapes(variables), *_shapes(inputs))
+    return Traced(apply, *_shapes(variables), *_shapes(inputs), targets)
 
 
 def _shapes(tree: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:

@@ -16,7 +16,7 @@ from jax.interpreters import mlir
 
 from aquant_jax.deployment.quantized import Quantized, Traced
 from aquant_jax.errors import InputError, reason
-from aquant_jax.plan.network import batch_shapes
+from aquant_jax.plan.network import batch_shapes, count_samples, take_samples
 from aquant_jax.storage import archive
 from aquant_jax.storage.parsing import malformed, printable
 
@@ -56,7 +56,7 @@ class Exported:
     @property
     def batch(self) -> int | None:
         """Samples that the program takes at a time; None: any number."""
-        samples = samples_of(self.inputs)
+        samples = count_samples(self.inputs)
         return samples if isinstance(samples, int) else None
 
     def check_signature(self) -> None:
@@ -74,7 +74,7 @@ class Exported:
             )
         run = functools.partial(self.program.call, state_of(quantized))
         try:
-            return in_batches(run, x, samples_of(self.inputs))
+            return in_batches(run, x, count_samples(self.inputs))
         except ValueError as error:
             said = " ".join(str(error).split())[:300]
             raise InputError(f"the saved program does not take this input: {said}") from error
@@ -106,7 +106,7 @@ def export_program(quantized: Quantized, inputs: Any = None, **options: Any) -> 
         exported = export.export(run, platforms=PLATFORMS, **options)(state, fixed)
     except Exception as error:
         raise InputError(f"the network cannot be exported: {reason(error)}") from error
-    if any(out.shape[:1] != (samples_of(fixed),) for out in exported.out_avals):
+    if any(out.shape[:1] != (count_samples(fixed),) for out in exported.out_avals):
         raise InputError(
             f"the network cannot be traced with a symbolic number of samples ({reason(first)}), "
             f"nor run in batches: not all of its outputs have a leading sample axis"
@@ -117,12 +117,7 @@ def export_program(quantized: Quantized, inputs: Any = None, **options: Any) -> 
 def batches_of(shapes: Any, size: int) -> tuple[Any, Any]:
     """Inputs of these shapes for a symbolic number of samples, and for at most `size`."""
     symbol = export.symbolic_shape("samples")[0]
-    return batch_shapes(shapes, symbol), batch_shapes(shapes, min(samples_of(shapes), size))
-
-
-def samples_of(inputs: Any) -> Any:
-    """The number of samples of a batch; an integer if it is known."""
-    return jax.tree.leaves(inputs)[0].shape[0]
+    return batch_shapes(shapes, symbol), batch_shapes(shapes, min(count_samples(shapes), size))
 
 
 def in_batches(run: Callable, x: Any, size: Any) -> Any:
@@ -133,11 +128,11 @@ def in_batches(run: Callable, x: Any, size: Any) -> Any:
     """
     if not isinstance(size, int):
         return run(x)
-    count = samples_of(x)
+    count = count_samples(x)
     if not count:
         raise ValueError(f"an empty batch; the program takes {size} samples at a time")
     rows = [np.arange(start, start + size) % count for start in range(0, count, size)]
-    outputs = [run(jax.tree.map(lambda a, index=index: a[index], x)) for index in rows]
+    outputs = [run(jax.tree.map(functools.partial(take_samples, index=i), x)) for i in rows]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *outputs)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from aquant_jax.graph.ir import INVERSE, PRODUCTS, STATIC_GATHER, TRANSFORM, Graph, Op
 from aquant_jax.graph.subgraph import source_tensor
+from aquant_jax.graph.targets import needed_ops
 
 _MOVES = {
     *PRODUCTS, "transpose", "rev", "gather", STATIC_GATHER, "sort", "concatenate", INVERSE,
@@ -52,12 +53,13 @@ def match_rules(graph: Graph, rules: Sequence[str]) -> list[ActivationMatch]:
     order = {op.layer.path: i for i, op in enumerate(graph.ops) if op.layer is not None}
     made = {out: i for i, op in enumerate(graph.ops) for out in op.outputs}
     transformed = {op.reads[0]: op.outputs[0] for op in graph.ops if op.name == TRANSFORM}
+    needed = {out for op in needed_ops(graph) for out in op.outputs}
     rule_of: dict[int, str] = {}
     for rule in rules:
         for value in RULES[rule](view):
             tensor = source_tensor(view.producers, value)
             tensor = transformed.get(tensor, tensor)
-            if tensor in graph.weight_dependent and jnp.issubdtype(
+            if tensor in needed & graph.weight_dependent and jnp.issubdtype(
                 graph.avals[tensor].dtype, jnp.floating
             ):
                 rule_of.setdefault(tensor, rule)

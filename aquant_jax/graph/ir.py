@@ -193,6 +193,7 @@ class Graph(NamedTuple):
       position_axes: the axes that number the positions of a padded sequence, by value id; see
         `quantize`.
       unquantized: the weighted ops without a layer, in topological order.
+      targets: the outputs whose error reconstruction minimises; None for all.
     """
 
     ops: tuple[Op, ...]
@@ -207,6 +208,18 @@ class Graph(NamedTuple):
     position_axes: Mapping[int, tuple[int, ...]] = MappingProxyType({})
     slices: Mapping[int, Slice] = MappingProxyType({})
     unquantized: tuple[Unquantized, ...] = ()
+    targets: tuple[Atom, ...] | None = None
+
+    @property
+    def samples(self) -> Any:
+        """The number of samples of the inputs."""
+        shapes = (self.avals[value].shape for value in self.inputs)
+        return next(shape[0] for shape in shapes if shape)
+
+    @property
+    def target_outputs(self) -> tuple[Atom, ...]:
+        """The outputs whose error reconstruction minimises."""
+        return self.outputs if self.targets is None else self.targets
 
     @property
     def paths(self) -> dict[int, str]:
@@ -250,11 +263,10 @@ def sample_first(graph: Graph, other: Graph) -> frozenset[int]:
       graph: the network.
       other: the same function, traced with more samples.
     """
-    samples, more_samples = (g.avals[g.inputs[0]].shape[0] for g in (graph, other))
-    sampled = set()
+    samples, sampled = graph.samples, set()
     for value, aval in graph.avals.items():
         shape, more = aval.shape, getattr(other.avals.get(value), "shape", ())
-        if shape[:1] == (samples,) and more == (more_samples, *shape[1:]):
+        if shape[:1] == (samples,) and more == (other.samples, *shape[1:]):
             sampled.add(value)
     return frozenset(sampled)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from aquant_jax.errors import InputError
 from aquant_jax.graph.ir import ALIASES, Graph, Op
+from aquant_jax.graph.targets import needed_ops
 
 _PRODUCTS = ("dot", "conv", "ragged_dot")
 _LONG = 8  # more layers than a residual branch has
@@ -22,7 +23,7 @@ class Block(NamedTuple):
       name: common path of its layers.
       layers: paths of its weighted ops.
       start: the values that it takes from the previous block; none for the first block.
-      end: the values that the next block takes; the model's output for the last block.
+      end: the values that the next block takes; the targets of the network for the last block.
       targets: the values whose error reconstruction minimises.
     """
 
@@ -58,6 +59,7 @@ def partition(
     Raises:
       InputError: a pattern matches no layer, or is not a regular expression.
     """
+    graph = graph._replace(ops=needed_ops(graph), outputs=graph.target_outputs)
     weighted = [index for index, op in enumerate(graph.ops) if op.layer is not None]
     crossing = crossing_values(graph)
     allowed = [sampled is None or sampled.issuperset(values) for values in crossing]

@@ -30,7 +30,8 @@ def unsharded(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
     """
     sizes = {name: eqn.params["mesh"].shape[name] for name in eqn.params["newly_manual_axes"]}
     specs, body = eqn.params["in_specs"], closed_jaxpr(eqn.params["jaxpr"])
-    where = [_axes_of(spec, var.aval.ndim) for spec, var in zip(specs, eqn.invars, strict=True)]
+    shapes = [_shape_of(var) for var in eqn.invars]
+    where = [_axes_of(spec, a.ndim) for spec, a in zip(specs, shapes, strict=True)]
 
     def mapped(*shards: Any) -> list[Any]:
         return _evaluate(body, shards)
@@ -42,14 +43,17 @@ def unsharded(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
 
     def run(*arrays: Any) -> list[Any]:
         shards = [_split(a, axes, sizes) for a, axes in zip(arrays, where, strict=True)]
-        joined = zip(function(*shards), eqn.params["out_specs"], eqn.outvars, strict=True)
-        return [_join(a, _axes_of(spec, var.aval.ndim), sizes) for a, spec, var in joined]
+        made = zip(function(*shards), eqn.params["out_specs"], eqn.outvars, strict=True)
+        return [_join(a, _axes_of(spec, _shape_of(var).ndim), sizes) for a, spec, var in made]
 
-    shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars]
     try:
         return jax.make_jaxpr(run)(*shapes)
     except Exception:  # a body may do what no `vmap` can
         return None
+
+
+def _shape_of(var: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
 def _axes_of(spec: Any, rank: int) -> list[tuple[str, ...]]:
@@ -115,6 +119,6 @@ def _retraced(value: Any) -> Any:
     if not isinstance(value, jex.ClosedJaxpr | jex.Jaxpr):
         return value
     closed = closed_jaxpr(value)
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
+    shapes = map(_shape_of, closed.jaxpr.invars)
     traced = jax.make_jaxpr(lambda *arguments: _evaluate(closed, arguments))(*shapes)
     return traced if isinstance(value, jex.ClosedJaxpr) else traced.jaxpr

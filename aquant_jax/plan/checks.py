@@ -73,7 +73,7 @@ def host_arrays(calibration: Any) -> Any:
     def on_host(path: str, leaf: Any) -> np.ndarray:
         readable = _readable(path, leaf)
         _check_numbers(path, jnp.result_type(readable))
-        return np.asarray(readable)
+        return np.asarray(readable, None if np.ndim(leaf) else jnp.result_type(readable))
 
     return _map_leaves(on_host, "calibration", calibration)
 
@@ -82,7 +82,7 @@ def check_calibration(calibration: Any, recipe: Recipe) -> int:
     """Check a calibration set.
 
     Returns:
-      The number of samples.
+      The number of samples. A scalar belongs to all of them.
 
     Raises:
       InputError: there are fewer samples than the recipe needs, or the leaves have different
@@ -91,12 +91,12 @@ def check_calibration(calibration: Any, recipe: Recipe) -> int:
     leaves, names = jax.tree.leaves(calibration), path_names(calibration)
     if not leaves:
         raise InputError("the calibration set is an empty pytree")
-    if any(leaf.ndim == 0 for leaf in leaves):
-        raise InputError("the calibration set has a scalar leaf; samples are on the first axis")
-    counts = {name: leaf.shape[0] for name, leaf in zip(names, leaves, strict=True)}
+    counts = {name: a.shape[0] for name, a in zip(names, leaves, strict=True) if a.ndim}
+    if not counts:
+        raise InputError("the calibration set has only scalars; samples are on the first axis")
     if len(set(counts.values())) > 1:
         raise InputError(f"the calibration leaves have different sample counts: {counts}")
-    samples = leaves[0].shape[0]
+    samples = next(iter(counts.values()))
     learning = recipe.reconstruction
     needed = max(MIN_SAMPLES, learning.batch_size if learning.steps else MIN_SAMPLES)
     if samples < needed:
@@ -210,10 +210,16 @@ def check_outputs(graph: Graph, sampled: frozenset[int], recipe: Recipe) -> None
       recipe: its recipe.
 
     Raises:
-      InputError: no output can be reconstructed, or one does not have the samples on its first
-        axis only.
+      InputError: no output has samples, none of these can be reconstructed, or one does not have
+        the samples on its first axis only.
     """
-    outputs = [out for out in graph.outputs if isinstance(out, int)]
+    if graph.targets is not None and not graph.weight_dependent.intersection(graph.targets):
+        shapes = [graph.avals[out].shape for out in graph.outputs if isinstance(out, int)]
+        raise InputError(
+            f"the outputs have the shapes {', '.join(map(str, shapes))} for any number of samples; "
+            "one must have the samples on its first axis"
+        )
+    outputs = [out for out in graph.target_outputs if isinstance(out, int)]
     avals = [graph.avals[out] for out in outputs if out in graph.weight_dependent]
     floats = any(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in avals)
     if recipe.reconstruction.steps and avals and not floats:

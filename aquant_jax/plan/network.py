@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from aquant_jax.graph.fold import Folded
-from aquant_jax.graph.ir import Graph
+from aquant_jax.graph.ir import Graph, path_names
 from aquant_jax.graph.partition import Block
 from aquant_jax.plan import checks
 from aquant_jax.plan.assign import Plan
@@ -34,6 +34,7 @@ class Network(NamedTuple):
       recipe: the recipe that `prepare` was given.
       samples: number of samples of the calibration set.
       batch: number of samples that a program runs at once.
+      targets: positions of the outputs that have samples.
       valid_mask: False at padding; None without padding.
       transforms: the channel transforms in `apply`, by tensor key.
     """
@@ -47,15 +48,29 @@ class Network(NamedTuple):
     recipe: Recipe
     samples: int
     batch: int
+    targets: tuple[int, ...] = ()
     valid_mask: Bool[np.ndarray, "samples positions"] | None = None
     transforms: Mapping[str, ChannelTransform] = MappingProxyType({})
 
 
 def batch_shapes(inputs: Any, samples: Any) -> Any:
     """Shapes and dtypes of a batch like `inputs`, of a number of samples that may be symbolic."""
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((samples, *a.shape[1:]), jnp.result_type(a)), inputs
-    )
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        sizes = (samples, *leaf.shape[1:]) if np.ndim(leaf) else ()
+        return jax.ShapeDtypeStruct(sizes, jnp.result_type(leaf))
+
+    return jax.tree.map(shape, inputs)
+
+
+def count_samples(inputs: Any) -> Any:
+    """The number of samples of a pytree of inputs, on the first axis of those that have axes."""
+    return next(leaf.shape[0] for leaf in jax.tree.leaves(inputs) if np.ndim(leaf))
+
+
+def take_samples(leaf: Any, index: Any) -> Any:
+    """The samples of an input at `index`; a scalar belongs to all of them."""
+    return leaf[index] if np.ndim(leaf) else leaf
 
 
 def describe(net: Network) -> str:
@@ -73,6 +88,10 @@ def describe(net: Network) -> str:
     if added:
         lines.append(f"{len(added)} activations rounded to nearest besides the inputs of layers:")
         lines += [f"     {tensor.key}: {tensor.bits} bits" for tensor in added]
+    outputs = path_names(jax.tree.unflatten(net.graph.tree, range(len(net.graph.outputs))))
+    rest = [name or "output" for i, name in enumerate(outputs) if i not in net.targets]
+    if rest:
+        lines.append(f"outputs without samples, which are no target: {', '.join(rest)}")
     peak = checks.cache_bytes(net.graph, net.blocks, net.samples) / 2**20
     lines.append(f"cached activations: {peak:.1f} MiB at the peak")
     lines.append(coverage(net.plan.layers.values(), net.graph.unquantized))

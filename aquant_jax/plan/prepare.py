@@ -12,11 +12,12 @@ from aquant_jax.errors import InputError
 from aquant_jax.graph.fold import fold, folded_weights
 from aquant_jax.graph.ir import Graph, find_position_axes, sample_first
 from aquant_jax.graph.partition import partition
+from aquant_jax.graph.targets import find_targets, focus
 from aquant_jax.graph.trace import trace
 from aquant_jax.plan import checks
 from aquant_jax.plan.assign import make_plan
 from aquant_jax.plan.channel_transform import transformed
-from aquant_jax.plan.network import Network, batch_shapes
+from aquant_jax.plan.network import Network, batch_shapes, count_samples
 from aquant_jax.plan.transform_search import find_transforms
 from aquant_jax.recipe import Recipe
 
@@ -61,10 +62,12 @@ def _prepare(
     apply: Callable[..., Any], variables: Any, calibration: Any, recipe: Recipe, mask: str | None
 ) -> Network:
     """The network of an inference function, whose arguments are checked."""
-    samples = len(jax.tree.leaves(calibration)[0])
+    samples = count_samples(calibration)
     batch = min(recipe.reconstruction.batch_size, samples)
     unfolded = trace(apply, variables, batch_shapes(calibration, batch))
-    sampled = sample_first(unfolded, _of_more_samples(apply, variables, calibration, batch))
+    other = _of_more_samples(apply, variables, calibration, batch)
+    sampled, targets = sample_first(unfolded, other), find_targets(unfolded, other)
+    unfolded = focus(unfolded, targets)
     checks.check_outputs(unfolded, sampled, recipe)
     valid_mask = None
     if mask is not None:
@@ -76,7 +79,7 @@ def _prepare(
     plan = make_plan(graph, recipe)
     folded = folded_weights(unfolded, variables)
     return Network(
-        apply, graph, variables, folded, plan, blocks, recipe, samples, batch, valid_mask
+        apply, graph, variables, folded, plan, blocks, recipe, samples, batch, targets, valid_mask
     )
 
 
@@ -100,7 +103,6 @@ def _position_axes(
 ) -> dict[int, tuple[int, ...]]:
     """The axes of the values of `graph` that number the positions of `mask`."""
     length = checks.leaf(calibration, mask).shape[1]
-    batch = graph.avals[graph.inputs[0]].shape[0]
 
     def shorten(leaf: np.ndarray) -> np.ndarray:
         has_positions = leaf.ndim > 1 and leaf.shape[1] == length
@@ -108,7 +110,7 @@ def _position_axes(
 
     shorter = jax.tree.map(shorten, calibration)
     try:
-        other = trace(apply, variables, batch_shapes(shorter, batch))
+        other = trace(apply, variables, batch_shapes(shorter, graph.samples))
     except InputError as error:
         raise InputError(
             f"mask {mask!r}: sequence axes are found by tracing the network with sequences of "

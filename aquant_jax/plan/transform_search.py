@@ -38,7 +38,7 @@ from aquant_jax.plan.channel_transform import (
     inverse,
     transformable,
 )
-from aquant_jax.plan.network import Network
+from aquant_jax.plan.network import Network, take_samples
 
 ROWS = 2048  # of a tensor, on which candidates are compared
 THRESHOLDS = 12  # ranges to which the channels of larger range are scaled down
@@ -191,7 +191,7 @@ def _observe(net: Network, values: Sequence[int], leaves: Mapping[int, Any]) -> 
     parts: list[list[_Sample]] = [[] for _ in values]
     for start in starts:
         numbers = np.arange(start, start + net.batch) % net.samples
-        outputs = run({i: leaf[numbers] for i, leaf in leaves.items()})
+        outputs = run({i: take_samples(leaf, numbers) for i, leaf in leaves.items()})
         for part, tensor, axes in zip(parts, outputs, program.position_axes, strict=True):
             rows = _valid_rows(net, numbers, tensor, axes)
             some = rng.permutation(len(rows))[: -(-ROWS // len(starts))]

@@ -18,7 +18,7 @@ import numpy as np
 
 from aquant_jax.graph.partition import Block
 from aquant_jax.layers.fake_quant import Weights
-from aquant_jax.plan.network import Network
+from aquant_jax.plan.network import Network, take_samples
 from aquant_jax.reconstruction.block_store import BlockResult
 from aquant_jax.reconstruction.border_choice import resolved
 from aquant_jax.reconstruction.chain import Chain, Parts, inexact
@@ -217,7 +217,7 @@ class _Stage:
         return self._loss(*pair, None if mask is None else jnp.asarray(mask[rows]))
 
     def _leaves(self, rows: np.ndarray) -> dict[int, jax.Array]:
-        return {i: leaf[rows] for i, leaf in self.run.inputs.items()}
+        return {i: take_samples(leaf, rows) for i, leaf in self.run.inputs.items()}
 
 
 def _resume(run: Run, stage: _Stage) -> Progress:

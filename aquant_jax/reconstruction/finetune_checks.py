@@ -12,6 +12,7 @@ import numpy as np
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.errors import InputError
 from aquant_jax.layers.fake_quant import Weights
+from aquant_jax.plan.network import batch_shapes, take_samples
 from aquant_jax.reconstruction.chain import Chain, Parts, inexact
 from aquant_jax.reconstruction.finetune import float_parts
 from aquant_jax.reconstruction.memory import free_bytes
@@ -37,7 +38,7 @@ def check_finetune(run: Run) -> None:
     chain = Chain(net, run.compiler)
     _check_memory(run, chain)
     rows = np.arange(net.batch) % net.samples
-    leaves = {i: leaf[rows] for i, leaf in run.inputs.items()}
+    leaves = {i: take_samples(leaf, rows) for i, leaf in run.inputs.items()}
     last = chain.programs[-1]
     outputs = chain.forward(float_parts(net), leaves, quantized=False)[-1]
     outputs = inexact(last, last.subgraph.outputs, outputs)
@@ -103,9 +104,6 @@ def _bytes_needed(run: Run, chain: Chain) -> int:
         for program in chain.programs for tensor in program.tensors
     }  # fmt: skip
     parts = Parts(weights, activations)
-    leaves = {
-        i: jax.ShapeDtypeStruct((net.batch, *leaf.shape[1:]), leaf.dtype)
-        for i, leaf in run.inputs.items()
-    }
+    leaves = batch_shapes(run.inputs, net.batch)
     size = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(parts))
     return chain.backward_bytes(parts, leaves) + (COPIES + 3) * size

@@ -14,7 +14,7 @@ from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.graph.subgraph import BlockInputs, bind_inputs
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan.block_program import BlockProgram, forward
-from aquant_jax.plan.network import Network
+from aquant_jax.plan.network import Network, take_samples
 from aquant_jax.reconstruction.activation_cache import Cache, take
 from aquant_jax.reconstruction.block_store import BlockStore
 from aquant_jax.reconstruction.observer import Observer
@@ -74,7 +74,7 @@ def take_and_run(
     """Run a block on the samples at `index` of its cached inputs."""
     dtypes = program.dtypes(program.subgraph.boundary_inputs)
     boundary = take(inputs.boundary, index, dtypes)
-    model = [leaf[index] for leaf in inputs.model]
+    model = [take_samples(leaf, index) for leaf in inputs.model]
     batch = BlockInputs(boundary, model, inputs.constants)
     return forward(program, weights, activations, batch, layer=layer)
 

@@ -17,6 +17,7 @@ from aquant_jax.arithmetic.uniform import ActivationQuantizer, lsq_gradient_scal
 from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.layers.fake_quant import Weights, per_channel
 from aquant_jax.plan.block_program import BlockProgram, forward, random_keep
+from aquant_jax.plan.network import take_samples
 from aquant_jax.recipe import Recipe, Reconstruction
 from aquant_jax.reconstruction.activation_cache import Cache, take
 from aquant_jax.reconstruction.loss import output_loss, rounding_loss
@@ -32,7 +33,7 @@ class CalibrationData(NamedTuple):
     Attributes:
       quantized, floating: its inputs, from the quantized prefix and from the float network.
       targets: its float outputs.
-      model_inputs: the leaves of the model's input that it reads, ``[samples, ...]``.
+      model_inputs: the leaves of the model's input that it reads, ``[samples, ...]`` or scalar.
       constants: the arrays of the network that it reads.
       valid_mask: bool ``[samples, positions]``, False at padding; None without padding.
       learn_from: numbers of the samples to draw batches from; None for all.
@@ -113,7 +114,8 @@ def _step(
     begin = int(np.ceil(learning.steps * (1.0 - learning.final_full_quant_fraction)))
     full = step >= begin if learning.final_full_quant_fraction > 0 else False
     boundary = _mix(trainer, data, index, mixing, full)
-    inputs = BlockInputs(boundary, [leaf[index] for leaf in data.model_inputs], data.constants)
+    model = [take_samples(leaf, index) for leaf in data.model_inputs]
+    inputs = BlockInputs(boundary, model, data.constants)
     targets = take(data.targets, index, program.dtypes(program.subgraph.outputs))
     valid_mask = None if data.valid_mask is None else data.valid_mask[index]
     draw_of = {value: i for i, value in enumerate(program.tensor_of)}
