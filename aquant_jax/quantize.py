@@ -59,7 +59,8 @@ def quantize(
     Args:
       apply: any traceable inference function (Flax NNX after `nnx.split`, linen, plain JAX).
       variables: pytree of float32, bfloat16 or float16 arrays (others are passed through).
-      calibration: unlabelled inputs, a pytree of arrays with a leading sample axis.
+      calibration: unlabelled inputs, a pytree of arrays with a leading sample axis. A scalar, such
+        as a decode index, belongs to every sample; ranges are searched for its value alone.
       recipe: see `recipes`; the same recipe, seed and machine give the same codes, bit for bit.
       mask: path of the calibration leaf ``[samples, positions]`` that is one at the positions of a
         sequence and zero at its padding. Padding is excluded from losses and from the range search.

@@ -245,15 +245,22 @@ class Graph(NamedTuple):
 
 
 def path_names(tree: Any) -> list[str]:
-    """``a/b/kernel`` for every leaf of a pytree, in order; without the ``value`` of NNX variables.
+    """``a/b/kernel`` for every leaf of a pytree, in order; without what NNX and penzai variables
+    are made of.
 
-    >>> path_names({"a": {"kernel": 1, "bias": [2, 3]}})
-    ['a/bias/0', 'a/bias/1', 'a/kernel']
+    >>> path_names({("net", "a"): {"kernel": 1, "bias": [2, 3]}})
+    ['net/a/bias/0', 'net/a/bias/1', 'net/a/kernel']
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    short = [name.removesuffix("/value") for name in names]
+    names = ["/".join(map(_key_name, path)) for path, _ in jax.tree.leaves_with_path(tree)]
+    short = [name.removesuffix("/data_array").removesuffix("/value") for name in names]
     return short if len(set(short)) == len(set(names)) else names
+
+
+def _key_name(key: Any) -> str:
+    """The name of a key of a pytree; a tuple is a path of its own."""
+    if isinstance(getattr(key, "key", None), tuple):
+        return "/".join(map(str, key.key))
+    return jax.tree_util.keystr((key,), simple=True, separator="/")
 
 
 def sample_first(graph: Graph, other: Graph) -> frozenset[int]:

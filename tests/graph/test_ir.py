@@ -16,6 +16,15 @@ def test_paths_are_those_of_the_leaves_in_order():
     assert path_names(np.zeros(1)) == [""]
 
 
+def test_paths_hide_what_a_framework_makes_variables_of():
+    assert path_names({("params", "dense"): {"kernel": 1}}) == ["params/dense/kernel"]  # flat
+    penzai = {"mlp/Linear.weights": {"value": {"data_array": 1}}}
+    assert path_names(penzai) == ["mlp/Linear.weights"]
+    assert path_names({"a": {"value": 1}, "b": {"value": 2, "c": 3}}) == ["a", "b/c", "b"]
+    two = {"a": {"value": 1, "value/data_array": 2}}
+    assert len(set(path_names(two))) == 2
+
+
 def test_ops_are_in_topological_order():
     g = graph()
     known = {*g.inputs, *g.variables, *g.constants}
