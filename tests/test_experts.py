@@ -47,7 +47,8 @@ def taken_one_by_one(v, h, x):
 
 def weight_on_the_left(v, h, x):
     chosen = jnp.argmax(x @ v["router"], -1)
-    return h + jnp.einsum("nio,ni->no", v["same"][chosen], h)
+    turned = jnp.swapaxes(v["same"], 1, 2)  # a static view, which is the layer's weight
+    return h + jnp.einsum("nio,ni->no", turned[chosen], h) @ v["in"].T
 
 
 def ragged(v, h, x):

@@ -53,15 +53,14 @@ def match_rules(graph: Graph, rules: Sequence[str]) -> list[ActivationMatch]:
     order = {op.layer.path: i for i, op in enumerate(graph.ops) if op.layer is not None}
     made = {out: i for i, op in enumerate(graph.ops) for out in op.outputs}
     transformed = {op.reads[0]: op.outputs[0] for op in graph.ops if op.name == TRANSFORM}
-    needed = {out for op in needed_ops(graph) for out in op.outputs}
+    made_for_targets = {out for op in needed_ops(graph) for out in op.outputs}
+    known = graph.weight_dependent & made_for_targets
     rule_of: dict[int, str] = {}
     for rule in rules:
         for value in RULES[rule](view):
             tensor = source_tensor(view.producers, value)
             tensor = transformed.get(tensor, tensor)
-            if tensor in needed & graph.weight_dependent and jnp.issubdtype(
-                graph.avals[tensor].dtype, jnp.floating
-            ):
+            if tensor in known and jnp.issubdtype(graph.avals[tensor].dtype, jnp.floating):
                 rule_of.setdefault(tensor, rule)
     used: dict[str, int] = {}
     matches = []

@@ -169,6 +169,6 @@ def without_selections(ops: Sequence[Op], outputs: Sequence[Atom]) -> list[Op]:
     for op in reversed(ops):
         if op.name in SELECTS | VIEWS and not read.intersection(op.outputs):
             continue
-        read.update(op.reads)
+        read.update(i for i in op.inputs if isinstance(i, int))
         kept.append(op)
     return kept[::-1]

@@ -28,7 +28,8 @@ def unsharded(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
     Args:
       eqn: a `shard_map`.
     """
-    sizes = {name: eqn.params["mesh"].shape[name] for name in eqn.params["newly_manual_axes"]}
+    manual, mesh = eqn.params["newly_manual_axes"], eqn.params["mesh"]
+    sizes = {name: mesh.shape[name] for name in mesh.axis_names if name in manual}
     specs, body = eqn.params["in_specs"], closed_jaxpr(eqn.params["jaxpr"])
     shapes = [_shape_of(var) for var in eqn.invars]
     where = [_axes_of(spec, a.ndim) for spec, a in zip(specs, shapes, strict=True)]
