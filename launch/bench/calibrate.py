@@ -1,10 +1,10 @@
 """Measures what reconstruction costs: one optimisation step, and the search of all ranges.
 
 A step is one of the first residual block, at batch 32: in float (forward, backward and a step
-against the gradient, of the block alone), by qdrop and by aquant; on a GPU in a scanned loop. The
-search covers all weights and the activations of 256 images. Weights and images are random: the
-arithmetic does not depend on them. Every figure is the median of the rounds, and every ratio is
-one of figures of the same run.
+against the gradient, of the block alone), by qdrop, and by aquant with a border an element and with
+one a channel; on a GPU in a scanned loop. The search covers all weights and the activations of 256
+images. Weights and images are random: the arithmetic does not depend on them. Every figure is the
+median of the rounds, and every ratio is one of figures of the same run.
 
 Example:
 
@@ -44,6 +44,11 @@ BATCH = 32
 CALLS = 3  # of the scanned loop; the first one is not timed
 BLOCK = 1  # the first residual block; block 0 is the stem
 SAMPLES = 256
+WAYS: dict[str, tuple[str, dict[str, str]]] = {
+    "qdrop": ("qdrop", {}),
+    "aquant": ("aquant", {}),
+    "aquant_channel": ("aquant", {"border_granularity": "channel"}),
+}
 Carry = tuple[list[Weights], jax.Array]  # of the float step: weights and input
 
 
@@ -65,8 +70,10 @@ def measure(rounds: int, model: str) -> dict[str, Any]:
     images = np.random.default_rng(0).normal(size=(SAMPLES, side, side, 3)).astype(np.float32)
     steps = CALLS * max(optimize.LOG_EVERY, optimize.steps_a_call())
     networks = {
-        name: aq.prepare(apply, variables, images, _recipe(name, 2, steps=steps, batch_size=BATCH))
-        for name in ("qdrop", "aquant")
+        name: aq.prepare(
+            apply, variables, images, _recipe(preset, 2, steps=steps, batch_size=BATCH, **fields)
+        )
+        for name, (preset, fields) in WAYS.items()
     }
     timers = {"float": _float_step(networks["qdrop"])}
     timers |= {name: _quantized_step(net, gpu_ops.backend()) for name, net in networks.items()}
@@ -86,6 +93,7 @@ def measure(rounds: int, model: str) -> dict[str, Any]:
         "step_ms_all": {name: [v * 1e3 for v in values] for name, values in times.items()},
         "qdrop_over_float": medians["qdrop"] / medians["float"],
         "aquant_over_qdrop": medians["aquant"] / medians["qdrop"],
+        "channel_over_qdrop": medians["aquant_channel"] / medians["qdrop"],
         "scale_search_s": searches,
         **environment(),
     }

@@ -28,11 +28,19 @@ def test_steps_are_timed(monkeypatch, tmp_path, capsys, scanned):
     monkeypatch.setattr(calibrate, "range_search", lambda *arguments: 1.5)
     monkeypatch.setattr(calibrate, "BATCH", 2)
     monkeypatch.setattr(calibrate, "SAMPLES", 2)
+    borders, step = [], calibrate._quantized_step
+    monkeypatch.setattr(
+        calibrate, "_quantized_step",
+        lambda net, backend: borders.append(net.recipe.border_granularity) or step(net, backend),
+    )  # fmt: skip
     out = tmp_path / "calibrate.json"
     assert calibrate.main(["calibrate", "--rounds=3", f"--out={out}"]) == 0
     report = json.loads(out.read_text())
     assert report == json.loads(capsys.readouterr().out)
-    assert set(report["step_ms"]) == {"float", "qdrop", "aquant", "aquant_without_gpu_ops"}
+    assert set(report["step_ms"]) == {
+        "float", "qdrop", "aquant", "aquant_channel", "aquant_without_gpu_ops",
+    }  # fmt: skip
+    assert borders[1:] == ["element", "channel", "element"]  # qdrop has none
     for name, median in report["step_ms"].items():
         every = report["step_ms_all"][name]
         assert (len(every), statistics.median(every)) == (3, median)
@@ -40,6 +48,7 @@ def test_steps_are_timed(monkeypatch, tmp_path, capsys, scanned):
     ms = report["step_ms"]
     assert report["qdrop_over_float"] == pytest.approx(ms["qdrop"] / ms["float"])
     assert report["aquant_over_qdrop"] == pytest.approx(ms["aquant"] / ms["qdrop"])
+    assert report["channel_over_qdrop"] == pytest.approx(ms["aquant_channel"] / ms["qdrop"])
     assert report["scale_search_s"] == {"w2a2": 1.5, "w4a4": 1.5}
     assert report["block"].startswith("block_1")
     assert report["block_input"] == [[2, 32, 32, 4]]
