@@ -65,6 +65,26 @@ def whole_network(load: Load) -> str:
     return markdown(head, rows)
 
 
+def weights_only(load: Load) -> str:
+    """ResNet-20 with float activations, one seed."""
+    found = {
+        (run["weight_bits"], run["preset"]): run for run in load("resnet20_weights_only")["runs"]
+    }
+    rows = []
+    for bits in sorted({bits for bits, _ in found}):
+        pair = [found[bits, preset] for preset in ("nearest", "brecq")]
+        seconds = f"{pair[1]['seconds']:.0f}"
+        rows.append(
+            [
+                f"w{bits}a16",
+                f"{pair[0]['float']['top1']:.2f}",
+                *(f"{score(r):.2f}" for r in pair),
+                seconds,
+            ]
+        )
+    return markdown(["bits", "float", "nearest", "brecq", "seconds of brecq"], rows, 1)
+
+
 def stage_w4a4(load: Load) -> str:
     """ResNet-20 at W4A4, qdrop and aquant with the same whole-network stage."""
     found = {(run["preset"], run["seed"]): run for run in load("resnet20_w4a4_stage")["runs"]}

@@ -29,6 +29,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "headline": accuracy_tables.headline,
     "demo": accuracy_tables.demo,
     "whole-network": accuracy_tables.whole_network,
+    "weights-only": accuracy_tables.weights_only,
     "stage-w4a4": accuracy_tables.stage_w4a4,
     "loops": accuracy_tables.loops,
     "border-auto": accuracy_tables.border_auto,

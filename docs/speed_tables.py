@@ -13,6 +13,7 @@ def calibrate(load: Load) -> str:
         "float": ("float: forward, backward, update", "", ""),
         "qdrop": ("qdrop", "float", "at most 2.5"),
         "aquant": ("aquant with gpu_ops", "qdrop", "at most 2.5"),
+        "aquant_channel": ("aquant, a border a channel", "qdrop", "at most 1.15"),
         "aquant_without_gpu_ops": ("aquant without gpu_ops", "qdrop", "at most 5"),
     }
     rows = [

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import aquant_jax as aq
 import gpu_ops
@@ -26,7 +26,7 @@ REPLICATED = Spec()
 
 def sharded(body, mesh, specs, outputs, **options):
     """Over a mesh of devices that need not be there: only its trace is used."""
-    mesh = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    mesh = AbstractMesh(tuple(mesh.values()), tuple(mesh), (AxisType.Auto,) * len(mesh))
     return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=outputs, **options)
 
 

@@ -66,8 +66,9 @@ def test_variables_that_are_no_numbers_are_named():
 def test_calibration_leaves_that_do_not_fit_together():
     with pytest.raises(InputError, match=r"different sample counts: \{'a': 8, 'b': 7\}"):
         check_calibration({"a": images(0, 8), "b": images(0, 7)}, NEAREST)
-    with pytest.raises(InputError, match="scalar leaf"):
-        check_calibration({"a": images(0, 8), "b": np.float32(1.0)}, NEAREST)
+    assert check_calibration({"a": np.float32(1.0), "b": images(0, 8)}, NEAREST) == 8
+    with pytest.raises(InputError, match="the calibration set has only scalars"):
+        check_calibration({"a": np.float32(1.0)}, NEAREST)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.complex128, object])
