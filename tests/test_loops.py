@@ -207,6 +207,7 @@ def equinox_lstm():
 def keras_lstm():
     os.environ.setdefault("KERAS_BACKEND", "jax")
     keras = pytest.importorskip("keras")
+    keras.utils.set_random_seed(0)
     net = keras.Sequential(
         [keras.layers.Input((6, 8)), keras.layers.LSTM(8), keras.layers.Dense(5)]
     )

@@ -64,8 +64,15 @@ def batch_shapes(inputs: Any, samples: Any) -> Any:
 
 
 def count_samples(inputs: Any) -> Any:
-    """The number of samples of a pytree of inputs, on the first axis of those that have axes."""
-    return next(leaf.shape[0] for leaf in jax.tree.leaves(inputs) if np.ndim(leaf))
+    """The number of samples of a pytree of inputs, on the first axis of those that have axes.
+
+    Raises:
+      ValueError: none has.
+    """
+    for leaf in jax.tree.leaves(inputs):
+        if np.ndim(leaf):
+            return leaf.shape[0]
+    raise ValueError("no input has a sample axis")
 
 
 def take_samples(leaf: Any, index: Any) -> Any:
