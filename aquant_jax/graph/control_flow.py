@@ -14,7 +14,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from aquant_jax.graph.equations import closed_jaxpr, scan_parts
+from aquant_jax.graph.equations import closed_jaxpr, inner_jaxpr, scan_parts
 from aquant_jax.graph.experts import SELECTS, VIEWS
 from aquant_jax.graph.ir import (
     LOOP_CARRY,
@@ -149,10 +149,10 @@ def _inner(eqn: jex.JaxprEqn, reads: Sequence[Kind]) -> list[tuple[jex.Jaxpr, li
     params, name = eqn.params, eqn.primitive.name
     if name == "cond":
         return [(closed_jaxpr(branch).jaxpr, list(reads[1:])) for branch in params["branches"]]
-    inner = next((params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params), None)
+    inner = inner_jaxpr(eqn)
     if inner is None:
         return []
-    jaxpr, kinds = closed_jaxpr(inner).jaxpr, list(reads)
+    jaxpr, kinds = inner.jaxpr, list(reads)
     if len(jaxpr.invars) != len(kinds):
         return []
     if name == "scan":

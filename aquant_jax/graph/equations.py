@@ -29,19 +29,18 @@ def scan_parts(eqn: jex.JaxprEqn, values: Sequence[Any]) -> tuple[list[Any], lis
     return list(values[:consts]), list(values[consts:end]), list(values[end:])
 
 
-def inner_jaxpr(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
-    """The jaxpr that a call runs."""
+def inner_jaxpr(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
+    """The jaxpr that a call, or a loop of one body, runs; None for any other equation."""
     keys = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-    return closed_jaxpr(next(eqn.params[key] for key in keys if key in eqn.params))
+    return next((closed_jaxpr(eqn.params[key]) for key in keys if key in eqn.params), None)
 
 
 def called(eqn: jex.JaxprEqn, custom_gradients: bool) -> jex.ClosedJaxpr | None:
     """The closed jaxpr that an equation calls, or None where the call is not inlined."""
     name = eqn.primitive.name
-    is_call = name in _INLINED or name in _CUSTOM
-    if not is_call or (custom_gradients and is_transform(eqn)):
+    inner = inner_jaxpr(eqn) if name in INLINED_CALLS else None
+    if inner is None or (custom_gradients and is_transform(eqn)):
         return None
-    inner = inner_jaxpr(eqn)
     # Inlining loses a custom gradient (relu'(0) would be 0.5), so only weighted ops justify it.
     if custom_gradients and name in _CUSTOM and not _contains_weighted(inner.jaxpr):
         return None

@@ -65,11 +65,11 @@ class Selections:
     def multiplied(self, op: Op) -> Op | None:
         """A product with a selection, of the largest stack, as a weighted op without a path; None
         for any other op."""
-        if op.name != DOT or (stack := self.largest(op)) is None:
+        found = {side: self.of[i] for side, i in enumerate(op.reads) if i in self.of}
+        if op.name != DOT or not found:
             return None
-        sides = [side for side, i in enumerate(op.reads) if i in self.of]
-        side = next(side for side in sides if self.of[op.reads[side]].stack == stack)
-        return _multiplied(op, side, self.of[op.reads[side]], self.avals)
+        side = max(found, key=lambda side: self.avals[found[side].stack].size)
+        return _multiplied(op, side, found[side], self.avals)
 
     def follow(self, op: Op, weights: Sequence[int]) -> None:
         """Notes what an op, which reads these weights, selects, or passes on."""
@@ -118,7 +118,7 @@ def _view(op: Op, axes: Axes, avals: Avals) -> Axes | None:
 
 
 def _multiplied(op: Op, side: int, selection: Selection, avals: Avals) -> Op | None:
-    """The weighted op of a product with a selection.
+    """The weighted op of a dot with a selection.
 
     Args:
       op: the product.
@@ -131,7 +131,7 @@ def _multiplied(op: Op, side: int, selection: Selection, avals: Avals) -> Op | N
       product that sums over no axis of the stack.
     """
     axes, x = selection.axes, op.inputs[1 - side]
-    if op.name != DOT or axes is None:
+    if axes is None:
         return None
     contract, batch = op.params["dimension_numbers"]
     summed = {axes[own] for own in contract[side]} - {None}

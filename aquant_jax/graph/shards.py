@@ -104,8 +104,8 @@ def _evaluate(closed: jex.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
             outputs = operands
         elif name == "psum_invariant":
             outputs = lax.psum(operands, eqn.params["axes"])
-        elif name in INLINED_CALLS:  # custom gradients too, whose types vary
-            outputs = _evaluate(inner_jaxpr(eqn), operands)
+        elif name in INLINED_CALLS and (inner := inner_jaxpr(eqn)) is not None:
+            outputs = _evaluate(inner, operands)  # custom gradients too, whose types vary
         else:
             params = {key: _retraced(value) for key, value in eqn.params.items()}
             outputs = function_of(eqn.replace(params=params, ctx=plain.ctx), jaxpr)(*operands)
