@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.arithmetic.border import AUTO
+from aquant_jax.deployment import stacked
 from aquant_jax.deployment.quantized import Quantized, traced
 from aquant_jax.errors import InputError
 from aquant_jax.graph.subgraph import constant_inputs, extract_subgraph
@@ -231,6 +232,7 @@ def _build(calibration: Any, net: Network, state: State, reports: list[Report]) 
         net.graph.paths[i]: jnp.array(value)  # copied: the caller may donate its own
         for i, value in zip(everything.constants, values, strict=True) if i in net.graph.paths
     }  # fmt: skip
+    network = stacked.split(net.graph, net.plan, rolled=True)
     return Quantized(
         state.layers,
         state.activations,
@@ -240,4 +242,4 @@ def _build(calibration: Any, net: Network, state: State, reports: list[Report]) 
         net.recipe,
         History(reports),
         unquantized=net.graph.unquantized,
-    )
+    ).with_stacks(stacked.stacks(network, net.graph))

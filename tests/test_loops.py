@@ -12,6 +12,7 @@ from jax import lax
 import aquant_jax as aq
 import gpu_ops
 from aquant_jax.deployment import stacked
+from aquant_jax.deployment.stablehlo import export_program, serialize
 from tests.support.nets import normal, relative_error, rng_of
 
 BATCH = 8
@@ -277,24 +278,53 @@ def test_the_range_of_a_recurrent_input_is_that_of_all_steps():
     assert largest > 0.8 * 16 * x.max()
 
 
+def text_size(quantized):
+    return len(jax.jit(lambda network, x: network(x)).lower(quantized, X).as_text())
+
+
 def test_stacked_layers_compile_once_and_run_in_a_loop(monkeypatch):
     sizes, compiled = [], []
-    for layers in (4, 12):
+    for layers in (6, 24):
         compiler = aq.Compiler()
         variables = stack_weights(layers)
         recipe = aq.recipes.preset("qdrop", weight_bits=4, act_bits=4, steps=1, batch_size=BATCH)
         quantized = aq.quantize(stack, variables, X, recipe, compiler=compiler)
         compiled.append(len(compiler._functions))
-        sizes.append(len(jax.jit(quantized).lower(X).as_text()))
+        exported = export_program(quantized)
+        sizes.append([len(jax.tree.leaves(quantized)), len(serialize(exported))])
+        sizes[-1].append(text_size(quantized))
     assert compiled[0] == compiled[1]
-    assert sizes[1] < 3 * sizes[0]
+    assert sizes[1][0] == sizes[0][0]
+    assert sizes[1][1] < 1.05 * sizes[0][1]
+    assert sizes[1][2] < 1.05 * sizes[0][2]
     rolled = {b: quantized.with_backend(b)(X) for b in (None, gpu_ops.backend())}
     jax.clear_caches()
     monkeypatch.setattr(stacked, "FEWEST_STEPS", 100)
-    assert len(jax.jit(quantized).lower(X).as_text()) > 2 * sizes[1]
+    assert text_size(quantized) > 2 * sizes[1][2]
     for backend, found in rolled.items():
         unrolled = quantized.with_backend(backend)(X)
         np.testing.assert_allclose(found, unrolled, rtol=1e-5, atol=1e-6)
+
+
+def test_every_stacked_layer_is_read_by_its_path(tmp_path):
+    variables = stack_weights(6)
+    recipe = aq.recipes.nearest(8, 8, batch_size=BATCH)
+    quantized = aq.quantize(stack, variables, X, recipe)
+    aq.save(quantized, tmp_path / "stacked")
+    aq.save(quantized.on_host(), tmp_path / "single")  # as it was before states were stacked
+    for network in (quantized, *map(aq.restore, (tmp_path / "stacked", tmp_path / "single"))):
+        np.testing.assert_array_equal(network(X), quantized(X))
+        assert len(network.layers) == 13
+        for name in ("wi", "wo"):
+            for i, floating in enumerate(variables["layers"][name]):
+                state = network.layers[f"layers/{name}[{i}]"]
+                codes = np.asarray(state.codes, np.float32)
+                off = (codes - np.asarray(state.zero_point)) * np.asarray(state.scale) - floating
+                assert np.abs(off).max() < 0.51 * np.max(state.scale)
+        scales = [network.constants[f"layers/scale[{i}]"] for i in range(6)]
+        np.testing.assert_array_equal(scales, variables["layers"]["scale"])
+    with pytest.raises(KeyError, match="wi\\[6\\]"):
+        quantized.layers["layers/wi[6]"]
 
 
 def test_a_while_loop_stays_float():

@@ -29,6 +29,7 @@ from aquant_jax.deployment.stablehlo import (
     state_of,
     with_state,
 )
+from aquant_jax.deployment.states import stacks_of
 from aquant_jax.errors import InputError
 from aquant_jax.graph.ir import Unquantized
 from aquant_jax.layers.fake_quant import LayerSpec, LayerState, skeletons
@@ -80,6 +81,7 @@ class Sizes(NamedTuple):
 
 def sizes(quantized: Quantized) -> Sizes:
     """Bytes of a network, by the part that holds them."""
+    quantized = quantized.on_host()
     arrays, _ = _encode(quantized)
     count: dict[str, int] = dict.fromkeys(PARTS, 0)
     for name, role in leaf_roles(quantized).items():
@@ -114,20 +116,22 @@ def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
       InputError: the folder exists or cannot be written, the network cannot be traced, calls
         anything but XLA (which `restore` would refuse), or returns a pytree of a user's class.
     """
-    arrays, exponents = _encode(quantized)
-    program = quantized.program
+    program, stacks = quantized.program, list(map(stacks_of, quantized.states))
     if isinstance(program, Exported):
         exported = program.program
     else:
         exported = export_program(quantized, inputs)
     check_program(Path(path), exported)
     program_bytes = serialize(exported)
+    quantized = quantized.on_host()
+    arrays, exponents = _encode(quantized)
     metadata = {
         "recipe": quantized.recipe.to_dict(),
         "layers": [spec._asdict() for spec in quantized.specs],
         "borders": {path: list(layer.border) for path, layer in quantized.layers.items()},
         "activations": list(quantized.activations),
         "constants": list(quantized.constants),
+        "stacks": stacks,
         "unquantized": [list(op) for op in quantized.unquantized],
         "exponents": exponents,
         "program_bytes": len(program_bytes),
@@ -199,7 +203,7 @@ def _network(stored: archive.Stored, program: Exported) -> Quantized:
         name: _decode(roles[name], array, exponents.get(name, 0))
         for name, array in stored.arrays.items()
     }
-    network = with_state(unfilled, arrays)
+    network = with_state(unfilled, arrays).with_stacks(metadata.get("stacks", ((), (), ())))
     state, _ = program.arguments
     differ = [
         *differences(_avals(state), _avals(state_of(network))),

@@ -7,7 +7,6 @@ QuantizeLinear would round ties to even.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from aquant_jax.deployment import onnx_layers, onnx_primitives
 from aquant_jax.deployment.onnx_layers import WholeWeights
@@ -114,7 +112,7 @@ class _Function(NamedTuple):
 
 
 def _function(quantized: Quantized, program: Traced, batch: Any, runtime: str) -> _Function:
-    quantized = quantized.with_backend(None)
+    quantized = quantized.with_backend(None).on_host()
     whole = _whole_weights(quantized, program, batch, runtime)
     reads: dict[str, ReadWeight] = {}
     weights = {
@@ -151,6 +149,7 @@ def _whole_weights(
 
     def layer(op: Op, spec: LayerSpec, inputs: LayerInput, state: LayerState) -> jax.Array:
         with jax.ensure_compile_time_eval():
+            state = jax.tree.map(jnp.asarray, state)
             found[spec.path] = onnx_layers.whole_weights(op, spec, state, runtime)
         return run_deployed_layer(op, spec, inputs, state)
 
@@ -166,12 +165,6 @@ def _apply_of_weights(
 ) -> Callable[[dict[str, Any], Any], Any]:
     """The network as a function of weights as floats and a batch; `reads` gets how it reads those
     that are not `whole`."""
-    layers, activations, constants = jax.tree.map(
-        np.asarray, (quantized.layers, quantized.activations, quantized.constants)
-    )
-    quantized = dataclasses.replace(
-        quantized, layers=layers, activations=activations, constants=constants
-    )
 
     def apply(weights: dict[str, Any], x: Any) -> Any:
         def layer(op: Op, spec: LayerSpec, inputs: LayerInput, state: LayerState) -> jax.Array:

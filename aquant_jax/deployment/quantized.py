@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -15,6 +15,7 @@ from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.deployment import stacked
 from aquant_jax.deployment.integer_program import run_integers
 from aquant_jax.deployment.layer_summary import LayerSummary
+from aquant_jax.deployment.states import on_host, store_stacked
 from aquant_jax.errors import InputError
 from aquant_jax.graph.fold import fold
 from aquant_jax.graph.ir import Unquantized
@@ -80,7 +81,7 @@ class Traced(NamedTuple):
         parts = stacked.split(graph, plan, rolled=layer is run_deployed_layer)
         _check_same(quantized, [program for part in parts for program in part.programs])
         values = dict(zip(graph.inputs, jax.tree.leaves(x), strict=True)) | graph.constants
-        values |= {i: quantized.constants.get(path) for i, path in graph.paths.items()}
+        values |= {i: quantized.constants.get(path) for i, path in graph.variables.items()}
 
         def run_program(
             program: BlockProgram, state: stacked.State, inputs: BlockInputs
@@ -91,7 +92,7 @@ class Traced(NamedTuple):
                 )
             return forward(program, state.layers, state.activations, inputs, layer=layer)
 
-        outputs = stacked.run(parts, graph, values, quantized.state_of, run_program)
+        outputs = stacked.run(parts, graph, values, quantized.states, run_program)
         return jax.tree.unflatten(graph.tree, outputs)
 
 
@@ -111,9 +112,9 @@ class Quantized:
       backend: runs its layers in integers; None runs the reference implementation, in float32.
     """
 
-    layers: dict[str, LayerState]
-    activations: dict[str, ActivationQuantizer]
-    constants: dict[str, jax.Array]
+    layers: Mapping[str, LayerState]
+    activations: Mapping[str, ActivationQuantizer]
+    constants: Mapping[str, jax.Array]
     program: Program = dataclasses.field(metadata={"static": True})
     specs: tuple[LayerSpec, ...] = dataclasses.field(metadata={"static": True})
     recipe: Recipe = dataclasses.field(metadata={"static": True})
@@ -139,10 +140,29 @@ class Quantized:
         """
         return dataclasses.replace(self, backend=backend)
 
-    def state_of(self, program: BlockProgram) -> tuple[list[LayerState], list[ActivationQuantizer]]:
-        """The layers and the activation quantizers of a part of the network."""
-        layers = [self.layers[spec.path] for spec in program.specs]
-        return layers, [self.activations[tensor.key] for tensor in program.tensors]
+    @property
+    def states(self) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+        """What is deployed, by path: layers, activations and constants."""
+        return self.layers, self.activations, self.constants
+
+    def with_states(self, states: Iterable[Mapping[str, Any]]) -> Quantized:
+        """The same network with other states."""
+        layers, activations, constants = states
+        return dataclasses.replace(
+            self, layers=layers, activations=activations, constants=constants
+        )
+
+    def with_stacks(self, stacks: Iterable[Iterable[Sequence[str]]]) -> Quantized:
+        """The same network, stored as its program reads it.
+
+        Args:
+          stacks: of the layers, activations and constants; see `states.store_stacked`.
+        """
+        return self.with_states(map(store_stacked, self.states, stacks))
+
+    def on_host(self) -> Quantized:
+        """The same network in numpy arrays, each state by its path."""
+        return self.with_states(map(on_host, self.states))
 
     def summary(self) -> list[LayerSummary]:
         """Path, shape, bits, step size, zero point, borders and codes of every layer."""

@@ -214,20 +214,13 @@ def serialize(program: export.Exported) -> bytes:
 
 def state_of(quantized: Quantized) -> dict[str, jax.Array]:
     """The arrays of a network by their paths in ``(layers, activations, constants)``."""
-    return archive.flatten(_parts(quantized))
+    return archive.flatten(quantized.states)
 
 
 def with_state(quantized: Quantized, state: Mapping[str, Any]) -> Quantized:
     """The network with the arrays of `state`, named as `state_of` names them."""
-    layers, activations, constants = archive.fill(_parts(quantized), state)
-    return dataclasses.replace(
-        quantized, layers=layers, activations=activations, constants=constants
-    )
+    return quantized.with_states(archive.fill(quantized.states, state))
 
 
 def _run(quantized: Quantized, state: dict[str, jax.Array], batch: Any) -> Any:
     return with_state(quantized, state)(batch)
-
-
-def _parts(quantized: Quantized) -> tuple[Any, Any, Any]:
-    return quantized.layers, quantized.activations, quantized.constants

@@ -12,11 +12,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax import lax
 
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.deployment.states import stacked
 from aquant_jax.graph.ir import Graph
 from aquant_jax.graph.partition import crossing_values
 from aquant_jax.graph.subgraph import BlockInputs
@@ -88,7 +87,7 @@ def run(
     network: Sequence[Part],
     graph: Graph,
     values: Mapping[int, Any],
-    state_of: Callable[[BlockProgram], tuple[list[LayerState], list[ActivationQuantizer]]],
+    states: Sequence[Mapping[str, Any]],
     run_program: Callable[[BlockProgram, State, BlockInputs], Sequence[Any]],
 ) -> list[Any]:
     """The outputs of a network.
@@ -97,7 +96,7 @@ def run(
       network: its parts.
       graph: the network.
       values: of the leaves of its input and of its constants, by id.
-      state_of: the layers and activations of a program.
+      states: what is deployed of the network, by path: layers, activations and constants.
       run_program: runs a program.
     """
     boundary: tuple[Any, ...] = ()
@@ -117,25 +116,37 @@ def run(
             )
             return tuple(run_program(program, state, inputs)), None
 
-        states = [
-            State(*state_of(p), [values[i] for i in _slices(graph, p)]) for p in part.programs
-        ]
-        if len(states) == 1:
-            results, _ = step(boundary, states[0])
-        else:
-            stacked = jax.tree.map(_stack, *states)
-            results, _ = lax.scan(step, boundary, stacked)
+        loop = len(part.programs) > 1
+        state = State(
+            *(
+                [stacked(kind, paths) if loop else kind[paths[0]] for paths in each]
+                for kind, each in zip(states, _paths(graph, part), strict=True)
+            )
+        )
+        results, _ = lax.scan(step, boundary, state) if loop else step(boundary, state)
         count = len(results) - len(part.finished)
         boundary = results[:count]
         outputs.update(zip(part.finished, results[count:], strict=True))
     return [outputs[out] if isinstance(out, int) else out.val for out in graph.outputs]
 
 
-def _stack(*leaves: jax.Array) -> jax.Array:
-    """`jnp.stack` in one operation, where the leaves have an axis, and not in one more for each."""
-    if not leaves[0].ndim:
-        return jnp.stack(leaves)
-    return jnp.concatenate(leaves).reshape(len(leaves), *leaves[0].shape)
+def stacks(network: Sequence[Part], graph: Graph) -> list[list[tuple[str, ...]]]:
+    """The paths of the layers, activations and constants that the loops of a network stack."""
+    loops = [_paths(graph, part) for part in network if len(part.programs) > 1]
+    return [[paths for loop in loops for paths in loop[kind]] for kind in range(len(State._fields))]
+
+
+def _paths(graph: Graph, part: Part) -> list[list[tuple[str, ...]]]:
+    """The paths of the layers, activations and constants of a part: those of every step."""
+    steps = [
+        (
+            [spec.path for spec in program.specs],
+            [tensor.key for tensor in program.tensors],
+            [graph.slices[i].path for i in _slices(graph, program)],
+        )
+        for program in part.programs
+    ]
+    return [list(zip(*kinds, strict=True)) for kinds in zip(*steps, strict=True)]
 
 
 def _slices(graph: Graph, program: BlockProgram) -> list[int]:

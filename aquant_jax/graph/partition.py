@@ -88,7 +88,8 @@ def crossing_values(graph: Graph) -> list[tuple[int, ...]]:
         for out in op.outputs:
             if out in graph.weight_dependent and last_read.get(out, -1) > index:
                 pending[out] = None
-        table.append(tuple(v for v in pending if last_read[v] > index))
+        pending = {value: None for value in pending if last_read[value] > index}
+        table.append(tuple(pending))
     return table
 
 
