@@ -6,7 +6,7 @@ from launch.bench import stack
 
 
 def test_rolled_and_unrolled(monkeypatch, tmp_path, capsys):
-    for name, value in {"LAYERS": (6,), "WIDTH": 8, "POSITIONS": 4, "BATCH": 4}.items():
+    for name, value in {"LAYERS": (5,), "WIDTH": 8, "POSITIONS": 4, "BATCH": 4}.items():
         monkeypatch.setattr(stack, name, value)
     out = tmp_path / "stack.json"
     assert stack.main(["stack", "--rounds=1", f"--out={out}"]) == 0
