@@ -41,6 +41,11 @@ BORDER_INLINE void Finish(const Results& r, int64_t pixel, int64_t outputs, int6
   }
 }
 
+// All of a pixel's outputs.
+VECTORISED void FinishPixel(const Results& r, int64_t pixel, int64_t outputs, float* y) {
+  Finish(r, pixel, outputs, 0, outputs, y);
+}
+
 // The rows of the input, as codes with one border a channel. `T` is uint8_t, or float for codes less
 // their zero point.
 template <int degree, typename In, typename T>
@@ -144,7 +149,7 @@ BORDER_INLINE void WithDegree(int degree, Run run) {
 }
 
 // A slice's sums of `count` pixels become results.
-BORDER_INLINE void FinishSlice(const Int8Convolution& job, const PackedWeights& w, int64_t group,
+VECTORISED void FinishSlice(const Int8Convolution& job, const PackedWeights& w, int64_t group,
                                int64_t slice, int64_t pixel, int64_t count, TaskScratch& s) {
   const int64_t outer = job.Outer(), first = w.First(slice);
   const int64_t size = std::min(w.Count(slice), outer - first);
@@ -232,7 +237,7 @@ BORDER_INLINE void MultiplyDepthwise(const Int8Convolution& job, const PackedWei
     std::fill_n(y, channels, 0.0f);
     for (int64_t t = 0; t < g.Taps(); ++t)
       AddTap<degree>(job, t, u + s.pixel.taps[t], w.depthwise.data() + t * channels, shared, y);
-    Finish(job.results, (task.n * g.Out(0) + task.first) * width + p, channels, 0, channels, y);
+    FinishPixel(job.results, (task.n * g.Out(0) + task.first) * width + p, channels, y);
   }
 }
 

@@ -41,12 +41,10 @@ BORDER_INLINE void ByGroup(const Geometry& g, const T* column, T* out) {
   }
 }
 
-// The rows [first, first + rows) of one image's result.
-template <int degree, typename In, typename Out>
-BORDER_INLINE void Block(const ColumnJob& job, const In* image, int64_t first, int64_t rows, Out* out,
-                         BlockScratch& s) {
+// `rows` rows of one image's result, from the units that they read.
+template <int degree, typename Out>
+BORDER_INLINE void Block(const ColumnJob& job, int64_t rows, Out* out, BlockScratch& s) {
   const Geometry& g = job.g;
-  FillUnits(job, image, first * g.stride[0], job.InputRows(rows), s.units.data());
   const int64_t width = g.Out(1), used = g.Column(), size = g.Row();
   Out* column = g.groups == 1 ? nullptr : reinterpret_cast<Out*>(s.column.data());
   for (int64_t row = 0; row < rows; ++row) {
@@ -61,27 +59,31 @@ BORDER_INLINE void Block(const ColumnJob& job, const In* image, int64_t first, i
   }
 }
 
-template <typename In, typename Out>
-BORDER_INLINE void AnyBlock(const ColumnJob& job, const In* image, int64_t first, int64_t rows, Out* out,
-                            BlockScratch& s) {
+template <typename Out>
+BORDER_INLINE void AnyBlock(const ColumnJob& job, int64_t rows, Out* out, BlockScratch& s) {
   switch (job.border.degree) {
-    case 0: return Block<0>(job, image, first, rows, out, s);
-    case 1: return Block<1>(job, image, first, rows, out, s);
-    case 2: return Block<2>(job, image, first, rows, out, s);
-    default: return Block<-1>(job, image, first, rows, out, s);
+    case 0: return Block<0>(job, rows, out, s);
+    case 1: return Block<1>(job, rows, out, s);
+    case 2: return Block<2>(job, rows, out, s);
+    default: return Block<-1>(job, rows, out, s);
   }
 }
 
 // target_clones takes no templates.
-#define BLOCK(In, Out)                                                                             \
-  VECTORISED void RunBlock(const ColumnJob& job, const In* image, int64_t first, int64_t rows, Out* out, \
-                           BlockScratch& s) {                                                      \
-    AnyBlock(job, image, first, rows, out, s);                                                     \
+#define UNITS(In)                                                                           \
+  VECTORISED void RowUnits(const ColumnJob& job, const In* image, int64_t first, int64_t rows, \
+                           float* units) {                                                  \
+    FillUnits(job, image, first, rows, units);                                              \
   }
-BLOCK(float, int8_t)
-BLOCK(float, float)
-BLOCK(uint16_t, int8_t)
-BLOCK(uint16_t, float)
+UNITS(float)
+UNITS(uint16_t)
+#undef UNITS
+#define BLOCK(Out)                                                                             \
+  VECTORISED void RunBlock(const ColumnJob& job, int64_t rows, Out* out, BlockScratch& s) {    \
+    AnyBlock(job, rows, out, s);                                                               \
+  }
+BLOCK(int8_t)
+BLOCK(float)
 #undef BLOCK
 
 template <typename In, typename Out>
@@ -92,9 +94,11 @@ void Quantize(ffi::ThreadPool pool, const ColumnJob& job, const void* x, void* c
   ParallelFor(pool, g.images * blocks, [&](int64_t task) {
     BlockScratch scratch(job, sizeof(Out));
     const int64_t n = task / blocks, first = task % blocks * rows;
+    const int64_t count = std::min(rows, g.Out(0) - first);
     Out* out = static_cast<Out*>(columns) + (n * g.Out(0) + first) * g.Out(1) * g.Row();
-    RunBlock(job, static_cast<const In*>(x) + n * g.Image(), first,
-             std::min(rows, g.Out(0) - first), out, scratch);
+    RowUnits(job, static_cast<const In*>(x) + n * g.Image(), first * g.stride[0],
+             job.InputRows(count), scratch.units.data());
+    RunBlock(job, count, out, scratch);
   });
 }
 
