@@ -99,6 +99,18 @@ def stage_w4a4(load: Load) -> str:
     return markdown(["seed", "qdrop and the stage", "aquant_plus", "difference"], rows, 1)
 
 
+def stage_others(load: Load) -> str:
+    """One border a channel, and another network, with the whole-network stage."""
+    rows = []
+    for run in load("resnet_cifar_stage")["runs"]:
+        bits = f"w{run['weight_bits']}a{run['act_bits']}"
+        scores = f"{run['float']['top1']:.2f}", f"{score(run):.2f}"
+        granularity, seconds = run["recipe"]["border_granularity"], f"{run['seconds']:.0f}"
+        rows.append([run["network"], granularity, bits, *scores, seconds])
+    head = ["network", "a border for each", "bits", "float", "aquant_plus", "seconds"]
+    return markdown(head, rows, 3)
+
+
 def loops(load: Load) -> str:
     """A recurrent network and a stack, trained by the examples: float, nearest, aquant."""
     rows, presets = [], ("float", "nearest", "aquant")

@@ -31,6 +31,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "whole-network": accuracy_tables.whole_network,
     "weights-only": accuracy_tables.weights_only,
     "stage-w4a4": accuracy_tables.stage_w4a4,
+    "stage-others": accuracy_tables.stage_others,
     "loops": accuracy_tables.loops,
     "border-auto": accuracy_tables.border_auto,
     "resnet20": accuracy_tables.resnet20,
