@@ -13,16 +13,21 @@ OPTIMIZED_TESTS := tests/arithmetic tests/layers tests/gpu_ops
 MATRIX := 3.11-0.10 3.12-0.11 3.13-0.12
 DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant
 
-.PHONY: demo test lint type bench matrix gpu gpu-here clean
+.PHONY: demo test optimized-tests lint type bench matrix gpu gpu-here clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
 	$(RUN) -m launch.sweep --config=configs/digits.py:w2a2 --presets=$(DEMO_PRESETS) --workdir=runs/demo
 
-# Where rounding may depend on how machine code is optimized, tests compile as users do.
-test: lint
-	$(RUN) -m pytest -n 2 $(OPTIMIZED_TESTS)
+# Pyright takes half a minute of one core, beside the first tests.
+test: $(VENV)/.test
+	$(RUN) -m ruff check .
+	$(MAKE) --no-print-directory -j 2 type optimized-tests
 	$(RUN) -m pytest -n 2 --fast-compile $(addprefix --ignore=,$(OPTIMIZED_TESTS))
+
+# Where rounding may depend on how machine code is optimized, tests compile as users do.
+optimized-tests: $(VENV)/.test
+	$(RUN) -m pytest -n 2 $(OPTIMIZED_TESTS)
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
