@@ -232,7 +232,6 @@ def _build(calibration: Any, net: Network, state: State, reports: list[Report]) 
         net.graph.paths[i]: jnp.array(value)  # copied: the caller may donate its own
         for i, value in zip(everything.constants, values, strict=True) if i in net.graph.paths
     }  # fmt: skip
-    network = stacked.split(net.graph, net.plan, rolled=True)
     return Quantized(
         state.layers,
         state.activations,
@@ -242,4 +241,4 @@ def _build(calibration: Any, net: Network, state: State, reports: list[Report]) 
         net.recipe,
         History(reports),
         unquantized=net.graph.unquantized,
-    ).with_stacks(stacked.stacks(network, net.graph))
+    ).with_stacks(stacked.stacks(net.graph, net.plan))

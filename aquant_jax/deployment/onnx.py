@@ -66,6 +66,7 @@ def to_onnx(quantized: Quantized, inputs: Any = None, runtime: str = ONNXRUNTIME
     program = quantized.program
     if not isinstance(program, Traced):
         raise InputError("a restored network is StableHLO; the ONNX export needs the model's code")
+    quantized = quantized.with_backend(None).on_host()
     onnx_primitives.register()
     shapes = program.inputs if inputs is None else inputs
     problem: Exception | None = None
@@ -112,7 +113,6 @@ class _Function(NamedTuple):
 
 
 def _function(quantized: Quantized, program: Traced, batch: Any, runtime: str) -> _Function:
-    quantized = quantized.with_backend(None).on_host()
     whole = _whole_weights(quantized, program, batch, runtime)
     reads: dict[str, ReadWeight] = {}
     weights = {

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jax import lax
 
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
-from aquant_jax.deployment.states import stacked
+from aquant_jax.deployment.states import read_stacked
 from aquant_jax.graph.ir import Graph
 from aquant_jax.graph.partition import crossing_values
 from aquant_jax.graph.subgraph import BlockInputs
@@ -74,7 +74,7 @@ def split(graph: Graph, plan: Plan, rolled: bool) -> list[Part]:
         start, stop = crossing[begin] if begin >= 0 else (), crossing[end]
         return Part((make_block_program(graph, plan, start, (*stop, *finished)),), finished)
 
-    loops = _loops(graph, plan, crossing, frozenset(outputs)) if rolled else []
+    loops = _loops(graph, plan, crossing) if rolled else []
     for low, high, programs in loops:
         if low > begin:
             found.append(single(begin, low))
@@ -119,7 +119,7 @@ def run(
         loop = len(part.programs) > 1
         state = State(
             *(
-                [stacked(kind, paths) if loop else kind[paths[0]] for paths in each]
+                [read_stacked(kind, paths) if loop else kind[paths[0]] for paths in each]
                 for kind, each in zip(states, _paths(graph, part), strict=True)
             )
         )
@@ -130,9 +130,10 @@ def run(
     return [outputs[out] if isinstance(out, int) else out.val for out in graph.outputs]
 
 
-def stacks(network: Sequence[Part], graph: Graph) -> list[list[tuple[str, ...]]]:
+def stacks(graph: Graph, plan: Plan) -> list[list[tuple[str, ...]]]:
     """The paths of the layers, activations and constants that the loops of a network stack."""
-    loops = [_paths(graph, part) for part in network if len(part.programs) > 1]
+    found = _loops(graph, plan, crossing_values(graph))
+    loops = [_paths(graph, Part(programs)) for *_, programs in found]
     return [[paths for loop in loops for paths in loop[kind]] for kind in range(len(State._fields))]
 
 
@@ -154,15 +155,16 @@ def _slices(graph: Graph, program: BlockProgram) -> list[int]:
 
 
 def _loops(
-    graph: Graph, plan: Plan, crossing: Sequence[tuple[int, ...]], outputs: frozenset[int]
+    graph: Graph, plan: Plan, crossing: Sequence[tuple[int, ...]]
 ) -> list[tuple[int, int, tuple[BlockProgram, ...]]]:
     """The loops: the ops before the first step and the last of the last one, and the steps."""
+    outputs = {out for out in graph.outputs if isinstance(out, int)}
     found = []
     for bounds in _steps(graph):
         programs = [
             (low, high, make_block_program(graph, plan, crossing[low], crossing[high]))
             for low, high in itertools.pairwise(bounds)
-            if low >= 0 and not outputs.intersection(_made(graph, low, high))
+            if low >= 0 and outputs.isdisjoint(_made(graph, low, high))
         ]
         for _, group in itertools.groupby(programs, lambda step: _function(graph, step[2])):
             steps = list(group)

@@ -74,7 +74,7 @@ def store_stacked(states: Mapping[str, Any], stacks: Iterable[Sequence[str]]) ->
     return States(arrays, made) if made else states
 
 
-def stacked(states: Mapping[str, Any], paths: tuple[str, ...]) -> Any:
+def read_stacked(states: Mapping[str, Any], paths: tuple[str, ...]) -> Any:
     """The states of `paths`, along a leading axis of their arrays."""
     if isinstance(states, States) and states.stacks.get(_label(paths)) == paths:
         return states.arrays[_label(paths)]

@@ -150,7 +150,7 @@ BORDER_INLINE void WithDegree(int degree, Run run) {
 
 // A slice's sums of `count` pixels become results.
 VECTORISED void FinishSlice(const Int8Convolution& job, const PackedWeights& w, int64_t group,
-                               int64_t slice, int64_t pixel, int64_t count, TaskScratch& s) {
+                            int64_t slice, int64_t pixel, int64_t count, TaskScratch& s) {
   const int64_t outer = job.Outer(), first = w.First(slice);
   const int64_t size = std::min(w.Count(slice), outer - first);
   const int32_t* constant = w.constant.data() + group * w.width + first;

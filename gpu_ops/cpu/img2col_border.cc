@@ -70,17 +70,17 @@ BORDER_INLINE void AnyBlock(const ColumnJob& job, int64_t rows, Out* out, BlockS
 }
 
 // target_clones takes no templates.
-#define UNITS(In)                                                                           \
-  VECTORISED void RowUnits(const ColumnJob& job, const In* image, int64_t first, int64_t rows, \
-                           float* units) {                                                  \
-    FillUnits(job, image, first, rows, units);                                              \
+#define UNITS(In)                                                                 \
+  VECTORISED void RowUnits(const ColumnJob& job, const In* image, int64_t first,  \
+                           int64_t rows, float* units) {                          \
+    FillUnits(job, image, first, rows, units);                                    \
   }
 UNITS(float)
 UNITS(uint16_t)
 #undef UNITS
-#define BLOCK(Out)                                                                             \
-  VECTORISED void RunBlock(const ColumnJob& job, int64_t rows, Out* out, BlockScratch& s) {    \
-    AnyBlock(job, rows, out, s);                                                               \
+#define BLOCK(Out)                                                                          \
+  VECTORISED void RunBlock(const ColumnJob& job, int64_t rows, Out* out, BlockScratch& s) { \
+    AnyBlock(job, rows, out, s);                                                            \
   }
 BLOCK(int8_t)
 BLOCK(float)
