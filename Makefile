@@ -13,7 +13,7 @@ OPTIMIZED_TESTS := tests/arithmetic tests/layers tests/gpu_ops
 MATRIX := 3.11-0.10 3.12-0.11 3.13-0.12
 DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant
 
-.PHONY: demo test optimized-tests lint type bench matrix gpu gpu-here clean
+.PHONY: demo test optimized-tests lint type bench matrix gpu gpu-here clean module dependencies
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -79,14 +79,18 @@ $(VENV)/.created:
 	  echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), but Python 3.11 or newer is needed;" \
 	       "name one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --upgrade 'pip>=26.3'
 	@touch $@
 
-# The stamps depend on these, so what is installed follows what they ask for.
-$(VENV)/.demo: $(VENV)/.created $(BUILT_FROM)
-	$(RUN) -m pip install --quiet --editable '.[demo]'
+# The stamps depend on these, so what is installed follows what they ask for. The C++ module compiles
+# while pip unpacks the rest; Python compiles the few packages of it that are imported.
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.created $(BUILT_FROM)
+	@$(MAKE) --no-print-directory -j 2 module dependencies EXTRA=$(subst .,,$(notdir $@))
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.created $(BUILT_FROM)
-	$(RUN) -m pip install --quiet --editable '.[test]' '$(JAX)'
-	@touch $@
+module:
+	$(RUN) -m pip install --quiet --no-deps --editable .
+
+dependencies:
+	$(RUN) -m pip install --quiet --no-compile '$(JAX)'
+	$(RUN) -m pip install --quiet --no-compile --only-deps '.[$(EXTRA)]'

@@ -30,6 +30,7 @@ tiny_bert = functools.cache(lambda: bert(layers=1))
 def few_candidates(monkeypatch):
     """The search takes a second a tensor where XLA does not optimize."""
     monkeypatch.setattr(transform_search, "THRESHOLDS", 4)
+    monkeypatch.setattr(transform_search, "ROWS", 256)
 
 
 def outliers(side="left"):
