@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from aquant_jax.arithmetic.border import AUTO
 from aquant_jax.deployment import stacked
@@ -23,6 +24,7 @@ from aquant_jax.plan.augmentation import Augment
 from aquant_jax.plan.network import Network
 from aquant_jax.plan.prepare import prepare
 from aquant_jax.recipe import Recipe
+from aquant_jax.reconstruction import devices
 from aquant_jax.reconstruction.activation_cache import Cache
 from aquant_jax.reconstruction.block_store import BlockResult, open_block_store
 from aquant_jax.reconstruction.border_choice import resolved
@@ -50,6 +52,7 @@ def quantize(
     observer: Observer | None = None,
     compiler: Compiler | None = None,
     augment: Augment | None = None,
+    mesh: Mesh | None = None,
     resume: str | Path | None = None,
     restart_from: int | None = None,
 ) -> Quantized:
@@ -74,6 +77,11 @@ def quantize(
       augment: ``augment(key, batch) -> batch`` makes random inputs from a batch of calibration
         samples, of the same shapes, for the whole-network stage; it needs no labels. None leaves
         the samples as they are.
+      mesh: devices to split the samples over, such as ``jax.make_mesh((4,), ("data",))``: of the
+        calibration set, of what is cached of it, and of every batch. Any number of devices draws
+        the same batches; sums are added up in another order, so that codes may differ. Weights and
+        the optimizer's state are on every device. The network that is returned is on the default
+        device. None uses the default device.
       resume: folder of a block store. Every finished block is kept there, and the same call resumes
         after the last one, with bit-identical results.
       restart_from: with `resume`, the first block to learn again; the recipe may then differ from
@@ -84,13 +92,13 @@ def quantize(
 
     Raises:
       InputError: see `prepare.prepare`, `finetune_checks.check_finetune` and
-        `augmentation.check_augment`; a seed that is no whole number of 0 or more; the block
-        store cannot be written, is damaged, or holds the blocks of another call (the fields that
-        differ are listed).
+        `augmentation.check_augment`; a seed that is no whole number of 0 or more; a mesh with
+        other axes, or whose devices do not divide a batch; the block store cannot be written, is
+        damaged, or holds the blocks of another call (the fields that differ are listed).
       ReconstructionError: a block's loss, or a layer's float input, is not finite.
     """
     observers = None if observer is None else (observer,)
-    shared = _Shared(apply, variables, calibration, recipe, mask, compiler, augment)
+    shared = _Shared(apply, variables, calibration, recipe, mask, compiler, augment, mesh)
     return _quantize(shared, {checks.check_seed(seed): resume}, observers, restart_from)[0]
 
 
@@ -106,6 +114,7 @@ def quantize_seeds(
     observers: Sequence[Observer] | None = None,
     compiler: Compiler | None = None,
     augment: Augment | None = None,
+    mesh: Mesh | None = None,
     resume: str | Path | None = None,
     restart_from: int | None = None,
 ) -> list[Quantized]:
@@ -115,7 +124,8 @@ def quantize_seeds(
     activations of the float network, the searched ranges and the compiled functions.
 
     Args:
-      apply, variables, calibration, recipe, mask, compiler, augment, restart_from: see `quantize`.
+      apply, variables, calibration, recipe, mask, compiler, augment, mesh, restart_from: see
+        `quantize`.
       seeds: different whole numbers of 0 or more.
       observers: one for each seed. None takes the default for the first seed only.
       resume: folder with a block store for each seed, ``seed-N``, which is one of `quantize` too.
@@ -134,7 +144,7 @@ def quantize_seeds(
         raise InputError(f"seeds are {list(seeds)}; they must be different, and one or more")
     if observers is not None and len(observers) != len(numbers):
         raise InputError(f"{len(observers)} observers for {len(numbers)} seeds")
-    shared = _Shared(apply, variables, calibration, recipe, mask, compiler, augment)
+    shared = _Shared(apply, variables, calibration, recipe, mask, compiler, augment, mesh)
     folders = {n: None if resume is None else Path(resume) / f"seed-{n}" for n in numbers}
     return _quantize(shared, folders, observers, restart_from)
 
@@ -149,6 +159,7 @@ class _Shared(NamedTuple):
     mask: str | None
     compiler: Compiler | None
     augment: Augment | None
+    mesh: Mesh | None
 
 
 def _quantize(
@@ -159,12 +170,15 @@ def _quantize(
 ) -> list[Quantized]:
     """One network for every seed; `folders` has its block store."""
     checks.check_recipe(shared.recipe)
+    devices.check_mesh(shared.mesh)
     calibration = checks.host_arrays(shared.calibration)
     net = prepare(shared.apply, shared.variables, calibration, shared.recipe, shared.mask)
+    devices.check_batch(shared.mesh, net.batch)
     if observers is None:
         observers = [default_observer(), *(Observer() for _ in range(len(folders) - 1))]
-    runs = _runs(net, calibration, shared, list(zip(folders, observers, strict=True)))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(devices.in_force(shared.mesh))
+        runs = _runs(net, calibration, shared, list(zip(folders, observers, strict=True)))
         for i, (seed, folder) in enumerate(folders.items()):
             call = functools.partial(
                 fingerprint, net, calibration, seed, runs[i].compiler, shared.augment
@@ -174,16 +188,18 @@ def _quantize(
         for observer in observers:
             observer.on_start(net)
             stack.callback(observer.on_end)
-        return _all_stages(runs, calibration)
+        networks = _all_stages(runs, calibration)
+    return networks if shared.mesh is None else list(map(devices.unplaced, networks))
 
 
 def _runs(
     net: Network, calibration: Any, shared: _Shared, seeds: Sequence[tuple[int, Observer]]
 ) -> list[Run]:
-    """The fixed part of every seed, checked."""
+    """The fixed part of every seed, checked, on the devices of the mesh in force."""
     compiler, augment = shared.compiler or Compiler(), shared.augment
-    leaves = map(jnp.asarray, jax.tree.leaves(calibration))
+    leaves = map(devices.split_samples, jax.tree.leaves(calibration))
     inputs = dict(zip(net.graph.inputs, leaves, strict=True))
+    net = net if shared.mesh is None else devices.on_host(net)
     on_leaves = augmentation.on_leaves(augment, calibration, net) if augment else None
     runs = [
         Run(net, inputs, seed, compiler, observer, augment=on_leaves) for seed, observer in seeds

@@ -106,9 +106,21 @@ def stage_others(load: Load) -> str:
         bits = f"w{run['weight_bits']}a{run['act_bits']}"
         scores = f"{run['float']['top1']:.2f}", f"{score(run):.2f}"
         granularity, seconds = run["recipe"]["border_granularity"], f"{run['seconds']:.0f}"
-        rows.append([run["network"], granularity, bits, *scores, seconds])
-    head = ["network", "a border for each", "bits", "float", "aquant_plus", "seconds"]
-    return markdown(head, rows, 3)
+        rows.append([run["network"], granularity, bits, str(run["seed"]), *scores, seconds])
+    head = ["network", "a border for each", "bits", "seed", "float", "aquant_plus", "seconds"]
+    return markdown(head, rows, 4)
+
+
+def longer(load: Load) -> str:
+    """ResNet-20 at W2A2 with 1,000 and with 5,000 steps a block, seed 0."""
+    short, rows = load("resnet20_cifar10_jpeg"), []
+    for run in load("resnet20_long")["runs"]:
+        before = score(short[f"w2a2/{run['preset']}-s0"])
+        minutes = f"{run['seconds'] / 60:.0f}"
+        rows.append([run["preset"], f"{before:.2f}", f"{score(run):.2f}", minutes])
+    gains = (f"{float(rows[1][i]) - float(rows[0][i]):+.2f}" for i in (1, 2))
+    rows.append(["aquant - qdrop, points", *gains, ""])
+    return markdown(["preset", "1,000 steps", "5,000 steps", "minutes of 5,000"], rows, 1)
 
 
 def loops(load: Load) -> str:
@@ -169,13 +181,14 @@ def efficientnet(load: Load) -> str:
     """EfficientNet-Lite0 at two bit-widths."""
     eight = load("efficientnet_lite0_w8a8_qdrop")
     runs = [eight, *load("efficientnet_lite0_w4a4")["rows"].values()]
-    rows = [["float", "", f"{eight['float']['top1']:.2f}", f"{eight['float']['top5']:.2f}", ""]]
+    rows = [["float", "", "", f"{eight['float']['top1']:.2f}", f"{eight['float']['top5']:.2f}", ""]]
     for run in runs:
         found = run["quantized"]
         label = f"w{run['weight_bits']}a{run['act_bits']}"
-        minutes = f"{run['seconds'] / 60:.0f}"
-        rows.append([label, run["preset"], f"{found['top1']:.2f}", f"{found['top5']:.2f}", minutes])
-    return markdown(["bits", "preset", "top-1 %", "top-5 %", "minutes"], rows)
+        steps = str(run["recipe"].get("reconstruction", run["recipe"])["steps"])
+        scores = f"{found['top1']:.2f}", f"{found['top5']:.2f}"
+        rows.append([label, run["preset"], steps, *scores, f"{run['seconds'] / 60:.0f}"])
+    return markdown(["bits", "preset", "steps", "top-1 %", "top-5 %", "minutes"], rows)
 
 
 def _stsb_scores(load: Load, bits: str, samples: int, preset: str) -> list[float]:

@@ -32,6 +32,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "weights-only": accuracy_tables.weights_only,
     "stage-w4a4": accuracy_tables.stage_w4a4,
     "stage-others": accuracy_tables.stage_others,
+    "resnet20-long": accuracy_tables.longer,
     "loops": accuracy_tables.loops,
     "border-auto": accuracy_tables.border_auto,
     "resnet20": accuracy_tables.resnet20,

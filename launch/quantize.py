@@ -14,7 +14,7 @@ import sys
 
 from absl import flags
 
-from launch.lib import command_line, experiment, run_directory
+from launch.lib import command_line, experiment, meshes, run_directory
 from launch.lib.results import one_line
 
 
@@ -29,6 +29,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "re-optimise this block and all later ones, perhaps with another recipe.reconstruction; "
         "if that is interrupted, resume without this flag", 0, flag_values=values,
     )  # fmt: skip
+    meshes.define_flag(values)
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
 
 
@@ -38,12 +39,13 @@ def main(argv: list[str]) -> None:
     values, overrides = command_line.parse(argv, define_flags, __doc__)
     config = command_line.load_config(values.config, overrides)
     experiment.recipe_of(config)  # a wrong field ends the run here, before anything is loaded
+    mesh = meshes.parse(values.mesh)
     identity = experiment.identity(config, values.seed, values.data_dir)
     first = values.restart_from_block
     with run_directory.claim(values.workdir, identity, restart=first is not None) as directory:
         results = directory.stored
         if results is None:
-            loaded = experiment.load(config, values.data_dir)
+            loaded = experiment.load(config, values.data_dir, mesh)
             results = experiment.run(
                 loaded, config, values.config, values.seed, directory, restart_from=first
             )

@@ -29,7 +29,7 @@ from absl import flags
 import aquant_jax as aq
 from aquant_jax.errors import InputError
 from aquant_jax.storage.environment import environment
-from launch.lib import cells, command_line, paper_tables, plots
+from launch.lib import cells, command_line, meshes, paper_tables, plots
 from launch.lib.paper_tables import TABLES
 from launch.lib.results import bit_width, metric_name
 from launch.lib.run_directory import RunDirectory, claim
@@ -66,6 +66,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("variant", None, "with --table: added to every variant", flag_values=values)
     flags.DEFINE_list("seeds", ["0"], "seeds of every cell", flag_values=values)
     command_line.define_path(values, "data_dir", "~", "holds tensorflow_datasets/ and weights/")
+    meshes.define_flag(values)
     flags.mark_flags_as_required(["workdir"], flag_values=values)
 
 
@@ -84,7 +85,7 @@ def check_mode(values: Any) -> None:
 def compare(values: Any, planned: list[cells.Cell], directory: RunDirectory) -> str:
     """Runs every preset that is not finished; returns the table that it writes."""
     seeds = cells.parse_seeds(values.seeds)
-    results = cells.run(directory.path, values.data_dir, planned, seeds)
+    results = cells.run(directory.path, values.data_dir, planned, seeds, meshes.parse(values.mesh))
     rows = [summarize(preset, runs) for preset, runs in results.items()]
     plots.comparison_plots(results, directory.plots)
     text = presets_table(rows)
@@ -211,8 +212,10 @@ def plan_table(values: Any, overrides: dict[str, str]) -> Planned:
 def run_cells(values: Any, planned: Planned, folder: Path) -> list[Entry]:
     """Runs what is not finished; the results of all cells."""
     table, seeds, entries = TABLES[values.table], cells.parse_seeds(values.seeds), []
+    mesh = meshes.parse(values.mesh)
     for model, of_model in planned.items():
-        results = cells.run(folder / model, values.data_dir, list(of_model.values()), seeds)
+        every = list(of_model.values())
+        results = cells.run(folder / model, values.data_dir, every, seeds, mesh)
         for (bits, row), cell in of_model.items():
             runs = results[cell.name]
             first = runs[0]
@@ -266,6 +269,7 @@ def main(argv: list[str]) -> None:
     values, overrides = command_line.parse(argv, define_flags, __doc__)
     check_mode(values)
     cells.parse_seeds(values.seeds)  # a wrong one ends the program before anything is claimed
+    meshes.parse(values.mesh)
     if values.table is None:
         mode, write = "config", functools.partial(compare, values, plan_presets(values, overrides))
     else:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+
+from aquant_jax.reconstruction.devices import empty, split_batch, write
 
 HEADROOM = 2.0**12  # the first batch's maximum maps here; float16 ends at 65,504
 
@@ -18,8 +19,8 @@ class Cache(NamedTuple):
     """One activation of all calibration samples (a pytree).
 
     Attributes:
-      values: ``[N, ...]``; float32 is stored as float16 times a power of two, which is exact for
-        codes; anything else as it came.
+      values: ``[N, ...]``, or a few samples more on several devices; float32 is stored as float16
+        times a power of two, which is exact for codes; anything else as it came.
       scale: that power of two.
     """
 
@@ -28,7 +29,7 @@ class Cache(NamedTuple):
 
     def take(self, index: Any, dtype: Any) -> jax.Array:
         """The samples at `index`, in `dtype`."""
-        values = self.values[index]
+        values = split_batch(self.values[index])
         if self.values.dtype != jnp.float16:
             return values.astype(dtype)
         return (values.astype(jnp.float32) * self.scale).astype(dtype)
@@ -51,8 +52,8 @@ def store(batches: Iterable[Sequence[Any]], samples: int) -> tuple[Cache, ...]:
     for batch in batches:
         if not arrays:
             scales = [_scale(value) for value in batch]
-            arrays = [jnp.empty((samples, *v.shape[1:]), _stored_dtype(v)) for v in batch]
-        count = min(len(batch[0]), samples - position)
+            arrays = [empty(samples, v.shape[1:], _stored_dtype(v)) for v in batch]
+        count = min(len(batch[0]), len(arrays[0]) - position)
         arrays = [
             _write(array, value if count == len(value) else value[:count], scale, position)
             for array, value, scale in zip(arrays, batch, scales, strict=True)
@@ -67,7 +68,7 @@ def _write(array: jax.Array, value: jax.Array, scale: jax.Array, position: int) 
     """`array` with the samples `value` from `position` on."""
     if array.dtype == jnp.float16:
         value = jnp.clip(value.astype(jnp.float32) / scale, -65504.0, 65504.0)
-    return lax.dynamic_update_slice_in_dim(array, value.astype(array.dtype), position, 0)
+    return write(array, value.astype(array.dtype), position)
 
 
 def _stored_dtype(value: Any) -> Any:

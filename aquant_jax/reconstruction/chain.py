@@ -16,6 +16,7 @@ from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import Weights
 from aquant_jax.plan.block_program import BlockProgram, forward, make_block_program
 from aquant_jax.plan.network import Network
+from aquant_jax.reconstruction.devices import everywhere, settled
 
 
 class Parts(NamedTuple):
@@ -47,7 +48,7 @@ class Chain:
             make_block_program(net.graph, net.plan, block.start, block.end) for block in net.blocks
         )
         self._constants = [
-            jax.device_put(tuple(constant_inputs(net.graph, p.subgraph, net.variables)))
+            everywhere(tuple(constant_inputs(net.graph, p.subgraph, net.variables)))
             for p in self.programs
         ]
 
@@ -65,7 +66,7 @@ class Chain:
         for index, program in enumerate(self.programs):
             function = self._compiled("chain forward", program, quantized, _forward)
             inputs = self._inputs(index, leaves, boundaries[-1])
-            boundaries.append(function(*_of(program, parts, quantized), inputs))
+            boundaries.append(settled(function(*_of(program, parts, quantized), inputs)))
         return boundaries
 
     def backward(
@@ -86,7 +87,7 @@ class Chain:
         for index, program in reversed(list(enumerate(self.programs))):
             function = self._compiled("chain backward", program, True, _backward)
             inputs = self._inputs(index, leaves, boundaries[index])
-            gradients = function(*_of(program, parts, True), inputs, cotangents)
+            gradients = settled(function(*_of(program, parts, True), inputs, cotangents))
             weights, activations, cotangents = gradients
             for spec, gradient in zip(program.specs, weights, strict=True):
                 _add(total.weights, spec.path, gradient)

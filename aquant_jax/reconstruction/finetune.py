@@ -18,10 +18,11 @@ import numpy as np
 
 from aquant_jax.graph.partition import Block
 from aquant_jax.layers.fake_quant import Weights
-from aquant_jax.plan.network import Network, take_samples
+from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.block_store import BlockResult
 from aquant_jax.reconstruction.border_choice import resolved
 from aquant_jax.reconstruction.chain import Chain, Parts, inexact
+from aquant_jax.reconstruction.devices import count, settled, take_batch
 from aquant_jax.reconstruction.finetune_step import Finetuner, Params, Start
 from aquant_jax.reconstruction.learning_rates import make_finetune_optimizer
 from aquant_jax.reconstruction.loss import network_loss
@@ -101,7 +102,7 @@ def _learn(run: Run, start: Start) -> BlockResult:
     for step in range(stage.done(progress), steps):
         params, optimizer, loss = stage.step(progress, step, batches[step])
         progress = progress._replace(params=params, optimizer=optimizer)
-        losses.append(loss)
+        losses.append(settled(loss))
         done = step + 1
         evaluate = done % learning.finetune_eval_every == 0 or done == steps
         if evaluate or done % LOG_EVERY == 0:
@@ -118,7 +119,7 @@ def _learn(run: Run, start: Start) -> BlockResult:
     report = FinetuneReport(
         index, NAME, tuple(start.layers), steps, progress.loss_curve, curve,
         float(curve[0, 1]), float(curve[:, 1].min()), int(progress.best_step),
-        time.perf_counter() - began,
+        time.perf_counter() - began, count(),
     )  # fmt: skip
     return BlockResult(best.layers, best.activations, report)
 
@@ -217,7 +218,7 @@ class _Stage:
         return self._loss(*pair, None if mask is None else jnp.asarray(mask[rows]))
 
     def _leaves(self, rows: np.ndarray) -> dict[int, jax.Array]:
-        return {i: take_samples(leaf, rows) for i, leaf in self.run.inputs.items()}
+        return {i: take_batch(leaf, rows) for i, leaf in self.run.inputs.items()}
 
 
 def _resume(run: Run, stage: _Stage) -> Progress:

@@ -12,8 +12,9 @@ import numpy as np
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.errors import InputError
 from aquant_jax.layers.fake_quant import Weights
-from aquant_jax.plan.network import batch_shapes, take_samples
+from aquant_jax.plan.network import batch_shapes
 from aquant_jax.reconstruction.chain import Chain, Parts, inexact
+from aquant_jax.reconstruction.devices import take_batch
 from aquant_jax.reconstruction.finetune import float_parts
 from aquant_jax.reconstruction.memory import free_bytes
 from aquant_jax.reconstruction.run import Run, split
@@ -38,7 +39,7 @@ def check_finetune(run: Run) -> None:
     chain = Chain(net, run.compiler)
     _check_memory(run, chain)
     rows = np.arange(net.batch) % net.samples
-    leaves = {i: take_samples(leaf, rows) for i, leaf in run.inputs.items()}
+    leaves = {i: take_batch(leaf, rows) for i, leaf in run.inputs.items()}
     last = chain.programs[-1]
     outputs = chain.forward(float_parts(net), leaves, quantized=False)[-1]
     outputs = inexact(last, last.subgraph.outputs, outputs)

@@ -17,6 +17,7 @@ from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import LayerState
 from aquant_jax.plan.block_program import BlockProgram
 from aquant_jax.recipe import Recipe, Reconstruction
+from aquant_jax.reconstruction.devices import settled
 from aquant_jax.reconstruction.learning_rates import make_optimizer
 from aquant_jax.reconstruction.training_step import (
     CalibrationData,
@@ -87,7 +88,7 @@ def optimize(
     for start in range(0, learning.steps, chunk):
         steps = np.arange(start, min(start + chunk, learning.steps), dtype=np.int32)
         carry, loss = advance(carry, quantizers, data, key, steps, index[start : start + chunk])
-        losses.append(loss)
+        losses.append(settled(loss))
         done = int(steps[-1]) + 1
         if done % LOG_EVERY == 0 or done == learning.steps or chunk > 1:
             mean = mean_loss(losses, what, done, learning.steps)

@@ -31,6 +31,7 @@ class BlockReport(NamedTuple):
         standard deviation of the propagated error ``x' - x``, count (Fig. 2); empty for the first.
       candidates: for ``border="auto"``: border, number of coefficients and error on the samples
         held out, in the order in which they were tried, the reference first.
+      devices: that it ran on.
     """
 
     index: int
@@ -44,6 +45,7 @@ class BlockReport(NamedTuple):
     seconds: float
     propagated: np.ndarray
     candidates: tuple[tuple[str, int, float], ...] = ()
+    devices: int = 1
 
     @property
     def warning(self) -> str | None:
@@ -64,6 +66,7 @@ class FinetuneReport(NamedTuple):
       start_error, final_error: that loss before the stage, and as deployed.
       best_step: the step that is deployed; 0 keeps the start, which no step improved on.
       seconds: wall clock.
+      devices: that it ran on.
     """
 
     index: int
@@ -76,6 +79,7 @@ class FinetuneReport(NamedTuple):
     final_error: float
     best_step: int
     seconds: float
+    devices: int = 1
 
     @property
     def warning(self) -> str | None:
@@ -98,15 +102,17 @@ class History(tuple):
         return hash(History)
 
 
-def propagated_error(quantized: Sequence[Cache], floating: Sequence[Cache]) -> np.ndarray:
-    """``[16, 4]`` for `BlockReport`, from some samples of a block's first input (Fig. 2).
+def propagated_error(
+    quantized: Sequence[Cache], floating: Sequence[Cache], samples: int
+) -> np.ndarray:
+    """``[16, 4]`` for `BlockReport`, from some of the `samples` of a block's first input (Fig. 2).
 
     The real and the imaginary part of a complex value count as two values.
     """
     if not quantized:
         return np.zeros((0, 4), np.float32)
     dtype = np.complex64 if jnp.iscomplexobj(floating[0].values) else np.float32
-    samples, *shape = floating[0].values.shape
+    shape = floating[0].values.shape[1:]
     rows = np.arange(min(SAMPLES, samples, max(1, MOST_VALUES // math.prod(shape))))
     noised, exact = (
         np.asarray(caches[0].take(rows, dtype)).ravel().view(np.float32)

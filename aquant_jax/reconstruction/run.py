@@ -14,9 +14,10 @@ from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.graph.subgraph import BlockInputs, bind_inputs
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan.block_program import BlockProgram, forward
-from aquant_jax.plan.network import Network, take_samples
+from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.activation_cache import Cache, take
 from aquant_jax.reconstruction.block_store import BlockStore
+from aquant_jax.reconstruction.devices import everywhere, settled, take_batch
 from aquant_jax.reconstruction.observer import Observer
 
 
@@ -60,7 +61,7 @@ def run_batches(
     inputs = block_inputs(run, program, boundary)
     for start in range(0, samples, run.net.batch):
         rows = batch_rows(run.net, start)
-        yield rows, function(rows, weights, activations, inputs)
+        yield rows, settled(function(rows, weights, activations, inputs))
 
 
 def take_and_run(
@@ -74,7 +75,7 @@ def take_and_run(
     """Run a block on the samples at `index` of its cached inputs."""
     dtypes = program.dtypes(program.subgraph.boundary_inputs)
     boundary = take(inputs.boundary, index, dtypes)
-    model = [take_samples(leaf, index) for leaf in inputs.model]
+    model = [take_batch(leaf, index) for leaf in inputs.model]
     batch = BlockInputs(boundary, model, inputs.constants)
     return forward(program, weights, activations, batch, layer=layer)
 
@@ -93,7 +94,8 @@ def batches_of(net: Network, samples: np.ndarray) -> list[np.ndarray]:
 def block_inputs(run: Run, program: BlockProgram, boundary: tuple[Cache, ...]) -> BlockInputs:
     """The inputs of a block for all calibration samples."""
     net = run.net
-    return bind_inputs(net.graph, program.subgraph, net.variables, run.inputs, boundary)
+    inputs = bind_inputs(net.graph, program.subgraph, net.variables, run.inputs, boundary)
+    return inputs._replace(constants=everywhere(inputs.constants))
 
 
 def stage_seed(run: Run) -> int:

@@ -21,6 +21,7 @@ from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.activation_cache import Cache, store, take
 from aquant_jax.reconstruction.block_store import BlockResult
 from aquant_jax.reconstruction.border_choice import Borders, Candidate
+from aquant_jax.reconstruction.devices import count, settled
 from aquant_jax.reconstruction.float_block import FloatBlock
 from aquant_jax.reconstruction.loss import output_loss
 from aquant_jax.reconstruction.optimize import Result, optimize
@@ -140,7 +141,7 @@ def _reconstruct(
     report = BlockReport(
         state.index, block.name, block.layers, learning.steps, curve, start_error, final_error,
         fell_back, time.perf_counter() - began,
-        propagated_error(state.quantized, floating.boundary),
+        propagated_error(state.quantized, floating.boundary, run.net.samples), devices=count(),
     )  # fmt: skip
     result = BlockResult(
         {spec.path: layer for spec, layer in zip(program.specs, best.layers, strict=True)},
@@ -165,7 +166,8 @@ def _calibration_data(run: Run, state: State, floating: FloatBlock) -> Calibrati
     mask = run.net.valid_mask
     mask = None if mask is None else jnp.asarray(mask)
     caches = state.quantized, floating.boundary, floating.targets
-    return CalibrationData(*caches, model, constants, mask, run.learn_from)
+    samples = np.arange(run.net.samples) if run.learn_from is None else run.learn_from
+    return CalibrationData(*caches, model, constants, mask, samples)
 
 
 def _learn(
@@ -219,5 +221,5 @@ def _error(
     weights = deployed_weights(program, result.layers)
     inputs = BlockInputs(data.quantized, data.model_inputs, data.constants)
     arguments = (data.valid_mask, data.targets, weights, result.activations, inputs)
-    losses = [function(rows, *arguments) for rows in batches]
+    losses = [settled(function(rows, *arguments)) for rows in batches]
     return float(np.mean([float(loss) for loss in losses]))

@@ -17,9 +17,9 @@ from aquant_jax.arithmetic.uniform import ActivationQuantizer, lsq_gradient_scal
 from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.layers.fake_quant import Weights, per_channel
 from aquant_jax.plan.block_program import BlockProgram, forward, random_keep
-from aquant_jax.plan.network import take_samples
 from aquant_jax.recipe import Recipe, Reconstruction
 from aquant_jax.reconstruction.activation_cache import Cache, take
+from aquant_jax.reconstruction.devices import take_batch
 from aquant_jax.reconstruction.loss import output_loss, rounding_loss
 from aquant_jax.reconstruction.weights import WeightQuantizer
 
@@ -114,7 +114,7 @@ def _step(
     begin = int(np.ceil(learning.steps * (1.0 - learning.final_full_quant_fraction)))
     full = step >= begin if learning.final_full_quant_fraction > 0 else False
     boundary = _mix(trainer, data, index, mixing, full)
-    model = [take_samples(leaf, index) for leaf in data.model_inputs]
+    model = [take_batch(leaf, index) for leaf in data.model_inputs]
     inputs = BlockInputs(boundary, model, data.constants)
     targets = take(data.targets, index, program.dtypes(program.subgraph.outputs))
     valid_mask = None if data.valid_mask is None else data.valid_mask[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from aquant_jax.layers.fake_quant import (
     weight_rows,
 )
 from aquant_jax.plan.block_program import BlockProgram
+from aquant_jax.reconstruction.devices import split_channels
 
 
 class WeightQuantizer(NamedTuple):
@@ -52,7 +53,7 @@ def make_weight_quantizers(
             scales = search_weight_range(
                 weight_rows(op, weight, spec.weight_group), spec.weight_bits
             )
-        quantizers.append(WeightQuantizer(jnp.asarray(weight), jnp.asarray(bias), *scales))
+        quantizers.append(WeightQuantizer(_on_devices(op, weight), jnp.asarray(bias), *scales))
     return tuple(quantizers)
 
 
@@ -131,5 +132,12 @@ def deployed_weights(program: BlockProgram, layers: Sequence[LayerState]) -> lis
 
 def float_weights(program: BlockProgram, folded: Mapping[str, Folded]) -> list[Weights]:
     """The weights of the float network, from the `folded` weights by path."""
-    pairs = (folded[spec.path] for spec in program.specs)
-    return [Weights(jnp.asarray(weight), jnp.asarray(bias), {}) for weight, bias in pairs]
+    weights = []
+    for op, spec in zip(program.subgraph.weighted, program.specs, strict=True):
+        weight, bias = folded[spec.path]
+        weights.append(Weights(_on_devices(op, weight), jnp.asarray(bias), {}))
+    return weights
+
+
+def _on_devices(op: Op, weight: Any) -> jax.Array:
+    return split_channels(weight, op.layer.channel_axes)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
+
 import aquant_jax as aq
 import gpu_ops
 from aquant_jax.errors import InputError
@@ -38,7 +40,7 @@ def load_config(spec: str, overrides: dict[str, str], variant: str) -> command_l
 
 
 def run(
-    folder: Path, data_dir: str, cells: list[Cell], seeds: list[int]
+    folder: Path, data_dir: str, cells: list[Cell], seeds: list[int], mesh: Mesh | None = None
 ) -> dict[str, list[dict[str, Any]]]:
     """Runs the cells that are not finished.
 
@@ -47,6 +49,7 @@ def run(
         data_dir: of the configs.
         cells: of one network and data set, which are loaded once, and only if necessary.
         seeds: of every cell.
+        mesh: devices to run on.
 
     Returns:
         The results of all seeds, by the name of the cell.
@@ -61,7 +64,7 @@ def run(
             with run_directory.claim(path, identity) as directory:
                 run_results = directory.stored
                 if run_results is None:
-                    loaded = loaded or experiment.load(config, data_dir)
+                    loaded = loaded or experiment.load(config, data_dir, mesh)
                     run_results = experiment.run(loaded, config, spec, seed, directory, compiler)
             print(one_line(run_results), flush=True)
             results[name].append(run_results)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import aquant_jax as aq
@@ -42,6 +43,7 @@ class Experiment:
         calibration: to calibrate on, the same unless the config names another.
         float_metrics: score of the float network.
         check: raises an ``InputError`` for inputs that the network cannot take.
+        mesh: devices to run on; see ``aquant_jax.quantize``.
     """
 
     apply: models.Apply
@@ -50,9 +52,10 @@ class Experiment:
     calibration: data.Dataset
     float_metrics: dict[str, float]
     check: Check = no_check
+    mesh: Mesh | None = None
 
 
-def load(config: Config, data_dir: str) -> Experiment:
+def load(config: Config, data_dir: str, mesh: Mesh | None = None) -> Experiment:
     """Loads the model and the data of a config and scores the float network.
 
     Raises:
@@ -63,8 +66,8 @@ def load(config: Config, data_dir: str) -> Experiment:
     calibration.check_calibration(config.calibration_size)  # before hours of scoring
     apply, variables, check = create(config, data_dir, dataset)
     predict = functools.partial(apply, variables)
-    float_metrics = score(predict, dataset, config, "float", check=check)
-    return Experiment(apply, variables, dataset, calibration, float_metrics, check)
+    float_metrics = score(predict, dataset, config, "float", check=check, mesh=mesh)
+    return Experiment(apply, variables, dataset, calibration, float_metrics, check, mesh)
 
 
 def create(
@@ -89,6 +92,7 @@ def score(
     name: str,
     corrupt: list[str] | None = None,
     check: Check = no_check,
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Scores a network on the test set of a config, with a bar of samples a second on a terminal.
 
@@ -99,6 +103,7 @@ def score(
         name: shown before the bar.
         corrupt: gets the names of the images left out, if the config has ``skip_corrupt``.
         check: of the inputs.
+        mesh: devices to split the samples of a batch over.
 
     Returns:
         The metrics of ``evaluate_batches``.
@@ -117,7 +122,7 @@ def score(
                 yield batch
                 bar.update(len(batch.labels))
 
-        return evaluate_batches(predict, checked(), dataset.num_classes, dataset.metric)
+        return evaluate_batches(predict, checked(), dataset.num_classes, dataset.metric, mesh)
 
 
 def recipe_of(config: Config) -> aq.Recipe:
@@ -188,21 +193,22 @@ def run(
         The results, as written.
     """
     recipe = recipe_of(config)
+    dataset, check, mesh = experiment.dataset, experiment.check, experiment.mesh
     corrupt: list[str] = []
     calibration = experiment.calibration.calibration(
         config.calibration_size, seed, on_corrupt(config, corrupt)
     )
-    experiment.check(calibration.inputs)
+    check(calibration.inputs)
     quantized = aq.quantize(
         experiment.apply, experiment.variables, calibration.inputs, recipe,
         mask=config.get("mask"), seed=seed,
         observer=aq.Observers(default_observer(), DirectoryObserver(directory)),
         compiler=compiler or aq.Compiler(gpu_ops.backend()),
-        augment=augment_of(config, recipe),
+        augment=augment_of(config, recipe), mesh=mesh,
         resume=directory.blocks, restart_from=restart_from,
     )  # fmt: skip
-    aq.save(quantized, directory.network, _test_inputs(experiment.dataset, config))
-    metrics = score(quantized, experiment.dataset, config, "quantized", corrupt, experiment.check)
+    aq.save(quantized, directory.network, _test_inputs(dataset, config))
+    metrics = score(quantized, dataset, config, "quantized", corrupt, check, mesh)
     content = {
         "config": spec,
         **results.describe(quantized),

@@ -1,13 +1,16 @@
 """Metrics over batches."""
 
 import importlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aquant_jax.errors import InputError
+from aquant_jax.reconstruction.devices import DATA
 
 TOP_K = (1, 5)
 Predict = Callable[[Any], Any]
@@ -48,6 +51,7 @@ def evaluate_batches(
     batches: Iterable[tuple[Any, np.ndarray]],
     num_classes: int | None = None,
     metric: str = "top1",
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Scores a network on batches, of which it holds no more than two.
 
@@ -58,6 +62,7 @@ def evaluate_batches(
         batches: inputs [n, ...] and their labels [n], integers in 0 .. classes - 1.
         num_classes: how many the labels are of, if it must be as many as the logits have.
         metric: ``top1``, or a key of `METRICS`.
+        mesh: devices to split the samples of a batch over; see ``aquant_jax.quantize``.
 
     Returns:
         ``{"top1": percent, "top5": percent, "samples": count}``, top-5 only with more than five
@@ -68,9 +73,9 @@ def evaluate_batches(
             another shape.
     """
     if metric != "top1":
-        return _evaluate_metric(predict, batches, num_classes, metric)
+        return _evaluate_metric(_predicted(predict, batches, mesh), num_classes, metric)
     ranks, classes = [], 0
-    for logits, labels in _predicted(predict, batches):
+    for logits, labels in _predicted(predict, batches, mesh):
         rank, classes = label_ranks(np.asarray(logits), labels)
         if num_classes not in (None, classes):
             raise InputError(f"the network tells {classes} classes apart, the data {num_classes}")
@@ -83,15 +88,12 @@ def evaluate_batches(
 
 
 def _evaluate_metric(
-    predict: Predict,
-    batches: Iterable[tuple[Any, np.ndarray]],
-    num_classes: int | None,
-    metric: str,
+    batches: Iterable[tuple[Any, np.ndarray]], num_classes: int | None, metric: str
 ) -> dict[str, float]:
-    """`evaluate_batches` for a metric that needs all outputs at once."""
+    """`evaluate_batches` for a metric that needs all outputs, of batches and labels, at once."""
     if metric not in METRICS:
         raise InputError(f"unknown metric {metric!r}; there are top1, {', '.join(METRICS)}")
-    predicted = [(np.asarray(out)[: len(y)], y) for out, y in _predicted(predict, batches)]
+    predicted = [(np.asarray(out)[: len(y)], y) for out, y in batches]
     if not predicted:
         raise InputError("cannot score 0 samples")
     outputs, labels = (np.concatenate(parts) for parts in zip(*predicted, strict=True))
@@ -154,14 +156,16 @@ def _library(name: str) -> Any:
 
 
 def _predicted(
-    predict: Predict, batches: Iterable[tuple[Any, np.ndarray]]
+    predict: Predict, batches: Iterable[tuple[Any, np.ndarray]], mesh: Mesh | None
 ) -> Iterator[tuple[Any, np.ndarray]]:
     """Hands logits out one batch late: the device has the next while the host waits for them."""
     compiled = jax.jit(lambda batch: predict(batch))  # predict itself need not be hashable
-    size, started = 0, None
+    size, started, devices = 0, None, mesh.shape[DATA] if mesh else 1
     for inputs, labels in batches:
-        size = size or len(labels)
+        size = size or devices * math.ceil(len(labels) / devices)
         padded = jax.tree.map(lambda leaf, size=size: pad(leaf, size), inputs)
+        if mesh is not None:
+            padded = jax.device_put(padded, NamedSharding(mesh, PartitionSpec(DATA)))
         latest = compiled(padded), labels
         if started is not None:
             yield started

@@ -10,7 +10,7 @@ def test_propagated_error_by_magnitude():
     """Noise proportional to the value: its deviation grows with the cluster's magnitude."""
     exact = np.abs(normal(rng_of(0), 20, 500))
     noised = exact + np.float32(0.01) + np.float32(0.05) * exact * normal(rng_of(1), 20, 500)
-    table = propagated_error(store([[noised]], 20), store([[exact]], 20))
+    table = propagated_error(store([[noised]], 20), store([[exact]], 20), 20)
     assert table.shape == (16, 4)
     magnitude, mean, deviation, count = table.T
     assert count.sum() == exact.size
@@ -23,7 +23,7 @@ def test_propagated_error_by_magnitude():
 
 def test_clusters_split_the_range_evenly():
     values = np.arange(16, dtype=np.float32)[None] + np.float32(0.5)
-    table = propagated_error(store([[values]], 1), store([[values]], 1))
+    table = propagated_error(store([[values]], 1), store([[values]], 1), 1)
     np.testing.assert_array_equal(table[:, 3], 1)
     np.testing.assert_allclose(table[:, 1:3], 0)
     np.testing.assert_allclose(table[:, 0], values[0], rtol=1e-3)
@@ -31,10 +31,10 @@ def test_clusters_split_the_range_evenly():
 
 def test_empty_clusters_and_the_first_unit():
     values = np.array([[0.01, 1.0]], np.float32)
-    table = propagated_error(store([[values]], 1), store([[values]], 1))
+    table = propagated_error(store([[values]], 1), store([[values]], 1), 1)
     assert list(table[:, 3]) == [1] + [0] * 14 + [1]
     assert np.isnan(table[1:15, 0]).all()
-    assert propagated_error((), ()).shape == (0, 4)
+    assert propagated_error((), (), 0).shape == (0, 4)
 
 
 def test_histories_are_equal_but_keep_their_reports():
@@ -47,7 +47,7 @@ def test_histories_are_equal_but_keep_their_reports():
 def test_no_more_values_than_a_plot_needs(monkeypatch):
     monkeypatch.setattr(report, "MOST_VALUES", 1200)
     values = np.abs(normal(rng_of(0), 20, 500))
-    table = propagated_error(store([[values]], 20), store([[values]], 20))
+    table = propagated_error(store([[values]], 20), store([[values]], 20), 20)
     assert table[:, 3].sum() == 2 * 500
     monkeypatch.setattr(report, "MOST_VALUES", 3)
-    assert propagated_error(store([[values]], 20), store([[values]], 20))[:, 3].sum() == 500
+    assert propagated_error(store([[values]], 20), store([[values]], 20), 20)[:, 3].sum() == 500

@@ -1,0 +1,160 @@
+"""The devices of a quantization: samples are split over them, and the channels of large weights.
+
+Programs are those of one device. Arrays say how they are split, and XLA adds what the devices send
+to each other: in a step, the samples of its batch and the sums of the loss and of the gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, get_mesh
+
+from aquant_jax.errors import InputError
+from aquant_jax.plan.network import Network, take_samples
+
+# Axes of a caller's mesh, and their names while it is in force: one that the caller has in force
+# for another purpose is not meant.
+DATA, MODEL = "data", "model"
+NAMES = {DATA: "aquant_data", MODEL: "aquant_model"}
+
+
+def check_mesh(mesh: Any) -> None:
+    """InputError unless `mesh` is None, or a mesh with an axis "data", and perhaps one "model", and
+    no mesh with explicit axes is in force, to which traced operations would belong."""
+    if mesh is None:
+        return
+    if not isinstance(mesh, Mesh):
+        raise InputError(
+            f"mesh is of {type(mesh).__name__}; it must be a jax.sharding.Mesh, such as "
+            f'jax.make_mesh((4,), ("{DATA}",))'
+        )
+    if DATA not in mesh.axis_names or not set(mesh.axis_names) <= {DATA, MODEL}:
+        raise InputError(
+            f'mesh has the axes {mesh.axis_names}; it must have "{DATA}", and may have "{MODEL}"'
+        )
+    if AxisType.Explicit in (get_abstract_mesh().axis_types or ()):
+        raise InputError(
+            f"mesh is given inside jax.set_mesh of another one with the explicit axes "
+            f"{get_abstract_mesh().axis_names}; call quantize outside"
+        )
+
+
+def check_batch(mesh: Mesh | None, size: int) -> None:
+    """InputError where the devices of a checked `mesh` do not divide the `size` of a batch."""
+    devices = mesh.shape[DATA] if mesh else 1
+    if size % devices:
+        raise InputError(
+            f"mesh: a batch of {size} samples cannot be split evenly over {devices} devices; "
+            f"choose a batch_size that {devices} divides"
+        )
+
+
+def in_force(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """While it lasts, the functions below split samples over `mesh`, and new arrays lie on it."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.set_mesh(Mesh(mesh.devices, tuple(NAMES[name] for name in mesh.axis_names)))
+
+
+def count() -> int:
+    """The number of devices of the mesh in force, or 1."""
+    return max(1, _devices(DATA)) * max(1, _devices(MODEL))
+
+
+def on_host(net: Network) -> Network:
+    """A network with its arrays in numpy, from which they can be moved to any device."""
+
+    def take_back(leaf: Any) -> Any:
+        return np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf
+
+    arrays = net.variables, net.folded, net.graph.constants
+    variables, folded, constants = jax.tree.map(take_back, arrays)
+    graph = net.graph._replace(constants=constants)
+    return net._replace(variables=variables, folded=folded, graph=graph)
+
+
+def everywhere(tree: Any) -> Any:
+    """A pytree of arrays, on every device of the mesh in force."""
+    return jax.device_put(tree, _sharding(None) if _devices(DATA) else None)
+
+
+def unplaced(tree: Any) -> Any:
+    """The arrays of a pytree on the default device, free to be used with arrays on others."""
+
+    def take_back(leaf: Any) -> Any:
+        return jnp.asarray(np.asarray(leaf)) if isinstance(leaf, jax.Array) else leaf
+
+    return jax.tree.map(take_back, tree)
+
+
+def empty(samples: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """An array of `samples` or a few more, so that the devices have as many each."""
+    devices = _devices(DATA)
+    if not devices:
+        return jnp.empty((samples, *shape), dtype)
+    rows = devices * math.ceil(samples / devices)
+    return jnp.zeros((rows, *shape), dtype, device=_sharding(NAMES[DATA]))
+
+
+def split_samples(leaf: Any) -> jax.Array:
+    """A leaf of the calibration set, its samples split as those of `empty`; a scalar is whole."""
+    devices = _devices(DATA)
+    if not devices or not np.ndim(leaf):
+        return jnp.asarray(leaf)
+    more = -len(leaf) % devices
+    filled = np.concatenate([leaf, np.resize(leaf, (more, *leaf.shape[1:]))])
+    return jax.device_put(filled, _sharding(NAMES[DATA]))
+
+
+def split_batch(values: jax.Array) -> jax.Array:
+    """The samples of a batch, split over the devices if they divide them."""
+    devices = _devices(DATA)
+    if not devices or len(values) % devices:
+        return values
+    return jax.lax.with_sharding_constraint(values, PartitionSpec(NAMES[DATA]))
+
+
+def split_channels(weight: Any, axes: Sequence[int]) -> jax.Array:
+    """A weight, split along the first of its output channel axes that the devices divide."""
+    devices = _devices(MODEL)
+    for axis in axes if devices else ():
+        if weight.shape[axis] % devices == 0:
+            return jax.device_put(weight, _sharding(*[None] * axis, NAMES[MODEL]))
+    return jnp.asarray(weight)
+
+
+def take_batch(leaf: Any, index: Any) -> Any:
+    """The samples of an input at `index`, split; a scalar belongs to all of them."""
+    return split_batch(take_samples(leaf, index)) if np.ndim(leaf) else leaf
+
+
+def write(array: jax.Array, batch: jax.Array, position: jax.Array | int) -> jax.Array:
+    """`array`, of `empty`, with the samples of a batch from `position` on, as far as it goes."""
+    if not _devices(DATA):
+        return jax.lax.dynamic_update_slice_in_dim(array, batch, position, 0)
+    rows = position + jnp.arange(len(batch))  # a slice of split rows would be gathered first
+    return array.at[rows].set(batch, mode="drop")
+
+
+def settled(values: Any) -> Any:
+    """`values`, when they are computed, on a mesh of CPU devices: XLA has a few programs at most in
+    flight on each, and with more of them the devices may wait for each other without end."""
+    if _devices(DATA) and jax.default_backend() == "cpu":
+        jax.block_until_ready(values)
+    return values
+
+
+def _devices(axis: str) -> int:
+    """How many devices of the mesh in force an axis has; 0 without such an axis."""
+    return dict(get_abstract_mesh().shape).get(NAMES[axis], 0)
+
+
+def _sharding(*axes: str | None) -> NamedSharding:
+    return NamedSharding(get_mesh(), PartitionSpec(*axes))

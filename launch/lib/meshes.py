@@ -1,0 +1,46 @@
+"""The value of ``--mesh``: the devices that a run splits its samples over."""
+
+import re
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+
+from aquant_jax.errors import InputError
+from aquant_jax.reconstruction.devices import DATA, MODEL
+
+AUTO = "auto"
+
+
+def define_flag(values: flags.FlagValues) -> None:
+    """Defines ``--mesh``."""
+    flags.DEFINE_string(
+        "mesh", None,
+        "devices to split samples over: a number, auto for all, or NxM for N, with weights split "
+        "over M each; one device by default", flag_values=values,
+    )  # fmt: skip
+
+
+def parse(text: str | None) -> Mesh | None:
+    """The mesh of a value of ``--mesh``; None for one device.
+
+    Raises:
+        InputError: neither ``auto`` nor sizes, or more devices than JAX has.
+    """
+    if text is None:
+        return None
+    found = jax.local_device_count()
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", str(found) if text == AUTO else text)
+    if not match:
+        raise InputError(f"--mesh={text}: it must be a number, {AUTO}, or NxM, such as 4 or 4x2")
+    samples, weights = int(match[1]), int(match[2] or 1)
+    if samples * weights > found:
+        raise InputError(
+            f"--mesh={text} needs {samples * weights} devices, and JAX has {found} "
+            f"({jax.default_backend()}); JAX_NUM_CPU_DEVICES sets how many a CPU counts for"
+        )
+    if samples * weights == 1:
+        return None
+    chosen = np.array(jax.local_devices()[: samples * weights]).reshape(samples, weights)
+    return Mesh(chosen, (DATA, MODEL)) if weights > 1 else Mesh(chosen[:, 0], (DATA,))

@@ -1,0 +1,119 @@
+"""A program of four CPU devices: it quantizes on meshes of them and prints what it saw, as JSON."""
+
+import functools
+import hashlib
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import aquant_jax as aq
+import gpu_ops
+from aquant_jax.reconstruction import optimize
+from tests.support.nets import conv, images, normal, rng_of
+
+SAMPLES = 22  # which neither 4 nor 8 divides
+RECIPE = aq.recipes.aquant_plus(
+    3, 8, steps=20, batch_size=8, finetune_steps=4, finetune_eval_every=1
+)
+CACHE = re.compile(r"= \w+\[2[24],.*(all-gather|all-to-all|collective-permute)\(")
+
+
+class Losses(aq.Observer):
+    """Keeps the loss of every step, and the numbers of devices that are reported."""
+
+    def __init__(self):
+        self.losses, self.devices = [], []
+
+    def on_step(self, index, step, loss):
+        self.losses.append(loss)
+
+    def on_block_end(self, report):
+        self.devices.append(report.devices)
+
+
+class Spy(aq.Compiler):
+    """Looks at the first step of every block: its program, and where its state lies."""
+
+    def __init__(self):
+        super().__init__(gpu_ops.backend())
+        self.steps = {}
+        self.gathered, self.reduced, self.shares, self.caches = [], 0, [], []
+
+    def get(self, key, build, **options):
+        function = super().get(key, build, **options)
+        return functools.partial(self.step, key, function) if key[0] == "step" else function
+
+    def step(self, key, function, carry, *others):
+        if key in self.steps:
+            return self.steps[key](carry, *others)
+        self.steps[key] = compiled = function.lower(carry, *others).compile()
+        text = compiled.as_text()
+        self.gathered += [line for line in text.splitlines() if CACHE.search(line)]
+        self.reduced += text.count(" all-reduce(")
+        self.caches += [len(c.values.addressable_shards[0].data) for c in others[1].targets]
+        out = compiled(carry, *others)
+        for alpha in out[0][0]["alpha"]:
+            self.shares.append(alpha.size // alpha.addressable_shards[0].data.size)
+        return out
+
+
+def mesh_of(data, model):
+    devices = np.array(jax.devices()[: data * model]).reshape(data, model)
+    return Mesh(devices, ("data", "model")) if model > 1 else Mesh(devices[:, 0], ("data",))
+
+
+def network():
+    """A convolution and a dense layer: two blocks, and the whole-network stage."""
+    rng = rng_of(0)
+    variables = {"conv": normal(rng, 2, 2, 3, 4), "dense": normal(rng, 4, 6)}
+
+    def apply(v, x):
+        return jnp.mean(jax.nn.relu(conv(x, v["conv"])), (1, 2)) @ v["dense"]
+
+    return apply, variables
+
+
+def quantized(mesh, compiler=None):
+    apply, variables = network()
+    observer, x = Losses(), images(0, SAMPLES)
+    result = aq.quantize(
+        apply,
+        variables,
+        x,
+        RECIPE,
+        observer=observer,
+        mesh=mesh,
+        compiler=compiler or aq.Compiler(gpu_ops.backend()),
+    )
+    digest = hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(result)))
+    found = {"losses": observer.losses, "devices": observer.devices}
+    outputs = np.asarray(result(x)).ravel().tolist()
+    return found | {"bits": digest.hexdigest(), "outputs": outputs}
+
+
+def main():
+    optimize.LOG_EVERY = 1
+    drawn, draw = [], optimize.draw_batches
+
+    def recorded(*arguments):
+        drawn.append(draw(*arguments))
+        return drawn[-1]
+
+    optimize.draw_batches = recorded
+    found = {"one": quantized(None), "again": quantized(jax.make_mesh((4,), ("data",)))}
+    for data, model in ((1, 1), (2, 1), (4, 1), (2, 2)):
+        spy, drawn[:] = Spy(), []
+        result = quantized(mesh_of(data, model), spy)
+        result |= {"gathered": spy.gathered, "reduced": spy.reduced}
+        result |= {"shares": spy.shares, "caches": spy.caches}
+        result["batches"] = hashlib.sha256(np.concatenate(drawn).tobytes()).hexdigest()
+        found[f"{data}x{model}"] = result
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

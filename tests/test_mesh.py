@@ -1,0 +1,81 @@
+"""``quantize(..., mesh=...)``: the samples are split over devices, and the result is the same."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import aquant_jax as aq
+from tests.support.nets import images, small_net
+from tests.support.process import run_python
+
+MESHES = ["1x1", "2x1", "4x1", "2x2"]
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What one process with four devices saw: starting and compiling one takes long."""
+    program = "from tests.support import four_devices; four_devices.main()"
+    process = run_python(program, JAX_NUM_CPU_DEVICES="4")
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_losses_are_those_of_one_device(found, mesh):
+    """Of the first block within float sums. A sum may round one code of its output otherwise, from
+    where on the second block and the whole-network stage see another input."""
+    losses, expected = np.array(found[mesh]["losses"]), np.array(found["one"]["losses"])
+    assert losses.shape == expected.shape == (20 + 20 + 4,)
+    np.testing.assert_allclose(losses[:20], expected[:20], rtol=1e-5)
+    for part in (slice(20, 40), slice(40, 44)):
+        np.testing.assert_allclose(losses[part].mean(), expected[part].mean(), rtol=0.05)
+    scale = np.ptp(found["one"]["outputs"])
+    np.testing.assert_allclose(found[mesh]["outputs"], found["one"]["outputs"], atol=0.01 * scale)
+
+
+def test_the_same_batches_are_drawn(found):
+    assert len({found[mesh]["batches"] for mesh in MESHES}) == 1
+
+
+def test_one_device_of_a_mesh_gives_the_same_bits(found):
+    assert found["1x1"]["bits"] == found["one"]["bits"]
+
+
+def test_the_same_devices_give_the_same_bits(found):
+    assert found["again"]["bits"] == found["4x1"]["bits"]
+
+
+@pytest.mark.parametrize("mesh", ["2x1", "4x1", "2x2"])
+def test_a_step_gathers_no_cache(found, mesh):
+    assert found[mesh]["gathered"] == []
+    assert found[mesh]["reduced"] > 0
+    share = -(-22 // int(mesh[0]))  # of 22 samples, which 4 does not divide
+    assert set(found[mesh]["caches"]) == {share}
+
+
+@pytest.mark.parametrize(("mesh", "share"), [("4x1", 1), ("2x2", 2)])
+def test_the_axis_model_splits_what_is_learned_of_the_weights(found, mesh, share):
+    assert set(found[mesh]["shares"]) == {share}
+
+
+def test_the_report_says_the_devices(found):
+    assert found["one"]["devices"] == [1, 1, 1]
+    assert found["4x1"]["devices"] == found["2x2"]["devices"] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (4, r"mesh is of int; it must be a jax.sharding.Mesh, such as jax.make_mesh"),
+        (("batch",), r"mesh has the axes \('batch',\); it must have \"data\""),
+        (("model",), r"mesh has the axes \('model',\); it must have \"data\""),
+    ],
+)
+def test_a_mesh_of_another_kind_is_an_error(mesh, message):
+    if isinstance(mesh, tuple):
+        mesh = Mesh(np.array(jax.devices()[:1]), mesh)
+    with pytest.raises(aq.InputError, match=message):
+        aq.quantize(*small_net(), images(0), aq.recipes.nearest(4, 4), mesh=mesh)
