@@ -77,11 +77,11 @@ def quantize(
       augment: ``augment(key, batch) -> batch`` makes random inputs from a batch of calibration
         samples, of the same shapes, for the whole-network stage; it needs no labels. None leaves
         the samples as they are.
-      mesh: devices to split the samples over, such as ``jax.make_mesh((4,), ("data",))``: of the
-        calibration set, of what is cached of it, and of every batch. Any number of devices draws
-        the same batches; sums are added up in another order, so that codes may differ. Weights and
-        the optimizer's state are on every device. The network that is returned is on the default
-        device. None uses the default device.
+      mesh: devices of this process to split the samples over, such as ``jax.make_mesh((4,),
+        ("data",))``: those of the calibration set, of its caches and of every batch. Any number of
+        devices draws the same batches; sums are added up in another order, so that codes may
+        differ. Weights and optimizer state are on every device, or split over a second axis
+        "model" along the output channels. The result is on the default device, as without a mesh.
       resume: folder of a block store. Every finished block is kept there, and the same call resumes
         after the last one, with bit-identical results.
       restart_from: with `resume`, the first block to learn again; the recipe may then differ from

@@ -10,7 +10,7 @@ import sys
 from absl import flags
 
 import aquant_jax as aq
-from launch.lib import command_line, experiment
+from launch.lib import command_line, experiment, meshes
 from launch.lib.results import metric_name
 
 
@@ -20,6 +20,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, names, flag_values=values)
     command_line.define_path(values, "checkpoint", None, "folder of aq.save; required")
     command_line.define_path(values, "data_dir", "~", "holds tensorflow_datasets/")
+    meshes.define_flag(values)
     flags.mark_flags_as_required(["config", "checkpoint"], flag_values=values)
 
 
@@ -28,9 +29,10 @@ def main(argv: list[str]) -> None:
     """Restores, scores and prints."""
     values, overrides = command_line.parse(argv, define_flags, __doc__)
     config = command_line.load_config(values.config, overrides)
+    mesh = meshes.parse(values.mesh)
     dataset, _ = experiment.open_data(config, values.data_dir)
     quantized = aq.restore(values.checkpoint)
-    metrics = experiment.score(quantized, dataset, config, "saved")
+    metrics = experiment.score(quantized, dataset, config, "saved", mesh=mesh)
     name = metric_name(dataset.metric)
     samples = metrics["samples"]
     print(f"{values.checkpoint}: {metrics[dataset.metric]:.2f}% {name} of {samples:.0f} samples")

@@ -2,9 +2,8 @@
 
 With --config, each preset is a row of one table. With --table, the cells are those of the paper's
 table: 1 is models x bits x presets, 2 is BERT on GLUE, 3 is the ablation of the border. Each seed
-of a cell is a run with a folder of its own in the workdir. Finished runs are not repeated, so the
-same command resumes, and seeds, rows and models can be added. Any field of the configs can be set:
---config.FIELD=VALUE. The results are in results.json (and plots/, or table.md and table.csv).
+of a cell is a run with its own folder in the workdir. A finished run is not repeated: the same
+command resumes, with more seeds or rows too. Any field of the configs: --config.FIELD=VALUE.
 
 Example:
 

@@ -1,5 +1,6 @@
 """``quantize(..., mesh=...)``: the samples are split over devices, and the result is the same."""
 
+import functools
 import json
 
 import jax
@@ -56,6 +57,11 @@ def test_a_step_gathers_no_cache(found, mesh):
     assert set(found[mesh]["caches"]) == {share}
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_device_computes_its_share_of_a_batch(found, mesh):
+    assert set(found[mesh]["images"]) == {8 // int(mesh[0])}
+
+
 @pytest.mark.parametrize(("mesh", "share"), [("4x1", 1), ("2x2", 2)])
 def test_the_axis_model_splits_what_is_learned_of_the_weights(found, mesh, share):
     assert set(found[mesh]["shares"]) == {share}
@@ -64,6 +70,25 @@ def test_the_axis_model_splits_what_is_learned_of_the_weights(found, mesh, share
 def test_the_report_says_the_devices(found):
     assert found["one"]["devices"] == [1, 1, 1]
     assert found["4x1"]["devices"] == found["2x2"]["devices"] == [4, 4, 4]
+
+
+def mesh_of_one(name="data"):
+    return Mesh(np.array(jax.devices()[:1]), (name,))
+
+
+def test_random_keys_among_the_variables_are_passed_through():
+    apply, variables = small_net()
+    given = variables | {"key": jax.random.key(0)}
+    recipe = aq.recipes.nearest(4, 4)
+    run = functools.partial(aq.quantize, apply, given, images(0), recipe, observer=aq.Observer())
+    np.testing.assert_array_equal(run(mesh=mesh_of_one())(images(0)), run()(images(0)))
+
+
+def test_explicit_axes_in_force_are_an_error():
+    explicit = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Explicit,))
+    message = r"inside jax.set_mesh of another one with the explicit axes \('batch',\)"
+    with jax.set_mesh(explicit), pytest.raises(aq.InputError, match=message):
+        aq.quantize(*small_net(), images(0), aq.recipes.nearest(4, 4), mesh=mesh_of_one())
 
 
 @pytest.mark.parametrize(
@@ -76,6 +101,6 @@ def test_the_report_says_the_devices(found):
 )
 def test_a_mesh_of_another_kind_is_an_error(mesh, message):
     if isinstance(mesh, tuple):
-        mesh = Mesh(np.array(jax.devices()[:1]), mesh)
+        mesh = mesh_of_one(*mesh)
     with pytest.raises(aq.InputError, match=message):
         aq.quantize(*small_net(), images(0), aq.recipes.nearest(4, 4), mesh=mesh)

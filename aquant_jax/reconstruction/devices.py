@@ -26,8 +26,8 @@ NAMES = {DATA: "aquant_data", MODEL: "aquant_model"}
 
 
 def check_mesh(mesh: Any) -> None:
-    """InputError unless `mesh` is None, or a mesh with an axis "data", and perhaps one "model", and
-    no mesh with explicit axes is in force, to which traced operations would belong."""
+    """InputError unless `mesh` is None, or a mesh of this process with an axis "data", and perhaps
+    one "model", and no mesh with explicit axes, to which traced operations belong, is in force."""
     if mesh is None:
         return
     if not isinstance(mesh, Mesh):
@@ -39,6 +39,8 @@ def check_mesh(mesh: Any) -> None:
         raise InputError(
             f'mesh has the axes {mesh.axis_names}; it must have "{DATA}", and may have "{MODEL}"'
         )
+    if mesh.is_multi_process:
+        raise InputError("mesh has devices of other processes; it must have those of this one only")
     if AxisType.Explicit in (get_abstract_mesh().axis_types or ()):
         raise InputError(
             f"mesh is given inside jax.set_mesh of another one with the explicit axes "
@@ -70,12 +72,8 @@ def count() -> int:
 
 def on_host(net: Network) -> Network:
     """A network with its arrays in numpy, from which they can be moved to any device."""
-
-    def take_back(leaf: Any) -> Any:
-        return np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf
-
     arrays = net.variables, net.folded, net.graph.constants
-    variables, folded, constants = jax.tree.map(take_back, arrays)
+    variables, folded, constants = jax.tree.map(_in_numpy, arrays)
     graph = net.graph._replace(constants=constants)
     return net._replace(variables=variables, folded=folded, graph=graph)
 
@@ -88,10 +86,11 @@ def everywhere(tree: Any) -> Any:
 def unplaced(tree: Any) -> Any:
     """The arrays of a pytree on the default device, free to be used with arrays on others."""
 
-    def take_back(leaf: Any) -> Any:
-        return jnp.asarray(np.asarray(leaf)) if isinstance(leaf, jax.Array) else leaf
+    def place(leaf: Any) -> Any:
+        host = _in_numpy(leaf)
+        return leaf if host is leaf else jnp.asarray(host)
 
-    return jax.tree.map(take_back, tree)
+    return jax.tree.map(place, tree)
 
 
 def empty(samples: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -149,6 +148,12 @@ def settled(values: Any) -> Any:
     if _devices(DATA) and jax.default_backend() == "cpu":
         jax.block_until_ready(values)
     return values
+
+
+def _in_numpy(leaf: Any) -> Any:
+    """A leaf in numpy, if it is an array of JAX that numpy can hold: one of random keys is not."""
+    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(leaf) if isinstance(leaf, jax.Array) and not is_key else leaf
 
 
 def _devices(axis: str) -> int:

@@ -15,11 +15,8 @@ AUTO = "auto"
 
 def define_flag(values: flags.FlagValues) -> None:
     """Defines ``--mesh``."""
-    flags.DEFINE_string(
-        "mesh", None,
-        "devices to split samples over: a number, auto for all, or NxM for N, with weights split "
-        "over M each; one device by default", flag_values=values,
-    )  # fmt: skip
+    text = "devices: N to split samples over, NxM for weights too, auto for all"
+    flags.DEFINE_string("mesh", None, text, flag_values=values)
 
 
 def parse(text: str | None) -> Mesh | None:

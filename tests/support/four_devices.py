@@ -19,6 +19,7 @@ SAMPLES = 22  # which neither 4 nor 8 divides
 RECIPE = aq.recipes.aquant_plus(
     3, 8, steps=20, batch_size=8, finetune_steps=4, finetune_eval_every=1
 )
+IMAGES = re.compile(r"f32\[(\d+),6,6,3\]")  # an operand of the convolution
 CACHE = re.compile(r"= \w+\[2[24],.*(all-gather|all-to-all|collective-permute)\(")
 
 
@@ -41,7 +42,7 @@ class Spy(aq.Compiler):
     def __init__(self):
         super().__init__(gpu_ops.backend())
         self.steps = {}
-        self.gathered, self.reduced, self.shares, self.caches = [], 0, [], []
+        self.gathered, self.reduced, self.shares, self.caches, self.images = [], 0, [], [], []
 
     def get(self, key, build, **options):
         function = super().get(key, build, **options)
@@ -54,6 +55,8 @@ class Spy(aq.Compiler):
         text = compiled.as_text()
         self.gathered += [line for line in text.splitlines() if CACHE.search(line)]
         self.reduced += text.count(" all-reduce(")
+        calls = [line for line in text.splitlines() if "custom-call(" in line]
+        self.images += [int(n) for line in calls for n in IMAGES.findall(line)]
         self.caches += [len(c.values.addressable_shards[0].data) for c in others[1].targets]
         out = compiled(carry, *others)
         for alpha in out[0][0]["alpha"]:
@@ -109,7 +112,7 @@ def main():
         spy, drawn[:] = Spy(), []
         result = quantized(mesh_of(data, model), spy)
         result |= {"gathered": spy.gathered, "reduced": spy.reduced}
-        result |= {"shares": spy.shares, "caches": spy.caches}
+        result |= {"shares": spy.shares, "caches": spy.caches, "images": spy.images}
         result["batches"] = hashlib.sha256(np.concatenate(drawn).tobytes()).hexdigest()
         found[f"{data}x{model}"] = result
     print(json.dumps(found))
