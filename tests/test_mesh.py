@@ -39,6 +39,7 @@ def test_losses_are_those_of_one_device(found, mesh):
 
 def test_the_same_batches_are_drawn(found):
     assert len({found[mesh]["batches"] for mesh in MESHES}) == 1
+    assert found["4x1"]["few"] == found["one"]["few"]  # none held out
 
 
 def test_one_device_of_a_mesh_gives_the_same_bits(found):

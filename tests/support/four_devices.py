@@ -17,9 +17,10 @@ from tests.support.nets import conv, images, normal, rng_of
 
 SAMPLES = 22  # which neither 4 nor 8 divides
 RECIPE = aq.recipes.aquant_plus(
-    3, 8, steps=20, batch_size=8, finetune_steps=4, finetune_eval_every=1
+    3, 8, steps=20, batch_size=8, finetune_steps=4, finetune_eval_every=1, quantize_input=True
 )
-IMAGES = re.compile(r"f32\[(\d+),6,6,3\]")  # an operand of the convolution
+FEW = aq.recipes.qdrop(3, 8, steps=8, batch_size=8)
+IMAGES = re.compile(r"f32\[(\d+),7,7,3\]")  # padded operand of the convolution
 CACHE = re.compile(r"= \w+\[2[24],.*(all-gather|all-to-all|collective-permute)\(")
 
 
@@ -80,22 +81,25 @@ def network():
     return apply, variables
 
 
-def quantized(mesh, compiler=None):
+def digest(arrays):
+    return hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in arrays)).hexdigest()
+
+
+def quantized(mesh, compiler=None, recipe=RECIPE):
     apply, variables = network()
     observer, x = Losses(), images(0, SAMPLES)
     result = aq.quantize(
         apply,
         variables,
         x,
-        RECIPE,
+        recipe,
         observer=observer,
         mesh=mesh,
         compiler=compiler or aq.Compiler(gpu_ops.backend()),
     )
-    digest = hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(result)))
     found = {"losses": observer.losses, "devices": observer.devices}
     outputs = np.asarray(result(x)).ravel().tolist()
-    return found | {"bits": digest.hexdigest(), "outputs": outputs}
+    return found | {"bits": digest(jax.tree.leaves(result)), "outputs": outputs}
 
 
 def main():
@@ -113,8 +117,11 @@ def main():
         result = quantized(mesh_of(data, model), spy)
         result |= {"gathered": spy.gathered, "reduced": spy.reduced}
         result |= {"shares": spy.shares, "caches": spy.caches, "images": spy.images}
-        result["batches"] = hashlib.sha256(np.concatenate(drawn).tobytes()).hexdigest()
-        found[f"{data}x{model}"] = result
+        found[f"{data}x{model}"] = result | {"batches": digest(drawn)}
+    for name, mesh in (("one", None), ("4x1", mesh_of(4, 1))):
+        drawn.clear()
+        quantized(mesh, recipe=FEW)
+        found[name]["few"] = digest(drawn)
     print(json.dumps(found))
 
 
