@@ -4,6 +4,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -77,9 +78,10 @@ def mesh_of_one(name="data"):
     return Mesh(np.array(jax.devices()[:1]), (name,))
 
 
-def test_random_keys_among_the_variables_are_passed_through():
-    apply, variables = small_net()
-    given = variables | {"key": jax.random.key(0)}
+def test_variables_may_be_scalars_and_random_keys():
+    network, variables = small_net()
+    given = variables | {"temperature": np.float32(2), "key": jax.random.key(0)}
+    apply = lambda v, x: jnp.tanh(network(v, x)) * v["temperature"]  # noqa: E731
     recipe = aq.recipes.nearest(4, 4)
     run = functools.partial(aq.quantize, apply, given, images(0), recipe, observer=aq.Observer())
     np.testing.assert_array_equal(run(mesh=mesh_of_one())(images(0)), run()(images(0)))

@@ -80,7 +80,7 @@ def on_host(net: Network) -> Network:
 
 def everywhere(tree: Any) -> Any:
     """A pytree of arrays, on every device of the mesh in force."""
-    return jax.device_put(tree, _sharding(None) if _devices(DATA) else None)
+    return jax.device_put(tree, _sharding() if _devices(DATA) else None)
 
 
 def unplaced(tree: Any) -> Any:
