@@ -201,8 +201,10 @@ def _runs(
     inputs = dict(zip(net.graph.inputs, leaves, strict=True))
     net = net if shared.mesh is None else devices.on_host(net)
     on_leaves = augmentation.on_leaves(augment, calibration, net) if augment else None
+    everyone = np.arange(net.samples)
     runs = [
-        Run(net, inputs, seed, compiler, observer, augment=on_leaves) for seed, observer in seeds
+        Run(net, inputs, seed, compiler, observer, everyone, augment=on_leaves)
+        for seed, observer in seeds
     ]
     if net.recipe.reconstruction.whole_network_steps:
         check_finetune(runs[0])

@@ -113,12 +113,13 @@ def stage_others(load: Load) -> str:
 
 def longer(load: Load) -> str:
     """ResNet-20 at W2A2 with 1,000 and with 5,000 steps a block, seed 0."""
-    short, rows = load("resnet20_cifar10_jpeg"), []
+    short, rows, scores = load("resnet20_cifar10_jpeg"), [], {}
     for run in load("resnet20_long")["runs"]:
-        before = score(short[f"w2a2/{run['preset']}-s0"])
+        pair = scores[run["preset"]] = score(short[f"w2a2/{run['preset']}-s0"]), score(run)
         minutes = f"{run['seconds'] / 60:.0f}"
-        rows.append([run["preset"], f"{before:.2f}", f"{score(run):.2f}", minutes])
-    gains = (f"{float(rows[1][i]) - float(rows[0][i]):+.2f}" for i in (1, 2))
+        rows.append([run["preset"], *(f"{value:.2f}" for value in pair), minutes])
+    pairs = zip(scores["aquant"], scores["qdrop"], strict=True)
+    gains = (f"{ours - theirs:+.2f}" for ours, theirs in pairs)
     rows.append(["aquant - qdrop, points", *gains, ""])
     return markdown(["preset", "1,000 steps", "5,000 steps", "minutes of 5,000"], rows, 1)
 

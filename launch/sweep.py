@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
+from jax.sharding import Mesh
 
 import aquant_jax as aq
 from aquant_jax.errors import InputError
@@ -81,10 +82,12 @@ def check_mode(values: Any) -> None:
             raise InputError(f"--{name} belongs to {mode}")
 
 
-def compare(values: Any, planned: list[cells.Cell], directory: RunDirectory) -> str:
+def compare(
+    values: Any, mesh: Mesh | None, planned: list[cells.Cell], directory: RunDirectory
+) -> str:
     """Runs every preset that is not finished; returns the table that it writes."""
     seeds = cells.parse_seeds(values.seeds)
-    results = cells.run(directory.path, values.data_dir, planned, seeds, meshes.parse(values.mesh))
+    results = cells.run(directory.path, values.data_dir, planned, seeds, mesh)
     rows = [summarize(preset, runs) for preset, runs in results.items()]
     plots.comparison_plots(results, directory.plots)
     text = presets_table(rows)
@@ -168,9 +171,9 @@ def presets_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def fill(values: Any, planned: Planned, directory: RunDirectory) -> str:
+def fill(values: Any, mesh: Mesh | None, planned: Planned, directory: RunDirectory) -> str:
     """Runs every cell of a table that is not finished; returns the table that it writes."""
-    entries = run_cells(values, planned, directory.path)
+    entries = run_cells(values, mesh, planned, directory.path)
     text = paper_table(entries)
     (directory.path / "table.md").write_text(text)
     (directory.path / "table.csv").write_text(as_csv(entries))
@@ -208,10 +211,9 @@ def plan_table(values: Any, overrides: dict[str, str]) -> Planned:
     return planned
 
 
-def run_cells(values: Any, planned: Planned, folder: Path) -> list[Entry]:
+def run_cells(values: Any, mesh: Mesh | None, planned: Planned, folder: Path) -> list[Entry]:
     """Runs what is not finished; the results of all cells."""
     table, seeds, entries = TABLES[values.table], cells.parse_seeds(values.seeds), []
-    mesh = meshes.parse(values.mesh)
     for model, of_model in planned.items():
         every = list(of_model.values())
         results = cells.run(folder / model, values.data_dir, every, seeds, mesh)
@@ -268,11 +270,13 @@ def main(argv: list[str]) -> None:
     values, overrides = command_line.parse(argv, define_flags, __doc__)
     check_mode(values)
     cells.parse_seeds(values.seeds)  # a wrong one ends the program before anything is claimed
-    meshes.parse(values.mesh)
+    mesh = meshes.parse(values.mesh)
     if values.table is None:
-        mode, write = "config", functools.partial(compare, values, plan_presets(values, overrides))
+        planned = plan_presets(values, overrides)
+        mode, write = "config", functools.partial(compare, values, mesh, planned)
     else:
-        mode, write = "table", functools.partial(fill, values, plan_table(values, overrides))
+        planned = plan_table(values, overrides)
+        mode, write = "table", functools.partial(fill, values, mesh, planned)
     owner = {"program": "sweep", mode: values[mode].value, "overrides": overrides}
     with claim(values.workdir, owner) as directory:
         text = write(directory)

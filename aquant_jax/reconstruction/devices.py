@@ -95,21 +95,17 @@ def unplaced(tree: Any) -> Any:
 
 def empty(samples: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """An array of `samples` or a few more, so that the devices have as many each."""
-    devices = _devices(DATA)
-    if not devices:
+    if not _devices(DATA):
         return jnp.empty((samples, *shape), dtype)
-    rows = devices * math.ceil(samples / devices)
-    return jnp.zeros((rows, *shape), dtype, device=_sharding(NAMES[DATA]))
+    return jnp.zeros((_filled_up(samples), *shape), dtype, device=_sharding(NAMES[DATA]))
 
 
 def split_samples(leaf: Any) -> jax.Array:
     """A leaf of the calibration set, its samples split as those of `empty`; a scalar is whole."""
-    devices = _devices(DATA)
-    if not devices or not np.ndim(leaf):
+    if not _devices(DATA) or not np.ndim(leaf):
         return jnp.asarray(leaf)
-    more = -len(leaf) % devices
-    filled = np.concatenate([leaf, np.resize(leaf, (more, *leaf.shape[1:]))])
-    return jax.device_put(filled, _sharding(NAMES[DATA]))
+    samples = np.resize(leaf, (_filled_up(len(leaf)), *leaf.shape[1:]))
+    return jax.device_put(samples, _sharding(NAMES[DATA]))
 
 
 def split_batch(values: jax.Array) -> jax.Array:
@@ -159,6 +155,11 @@ def _in_numpy(leaf: Any) -> Any:
 def _devices(axis: str) -> int:
     """How many devices of the mesh in force an axis has; 0 without such an axis."""
     return dict(get_abstract_mesh().shape).get(NAMES[axis], 0)
+
+
+def _filled_up(samples: int) -> int:
+    """The least number from `samples` on that the devices divide."""
+    return _devices(DATA) * math.ceil(samples / _devices(DATA))
 
 
 def _sharding(*axes: str | None) -> NamedSharding:

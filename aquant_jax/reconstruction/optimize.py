@@ -78,9 +78,8 @@ def optimize(
     )
     params = initial_params(program, quantizers, learning)
     carry = (params, trainer.optimizer.init(params))
-    samples = np.arange(len(data.targets[0].values))
-    samples = samples if data.learn_from is None else data.learn_from
-    index = draw_batches(np.random.default_rng(seed), samples, learning.steps, learning.batch_size)
+    rng = np.random.default_rng(seed)
+    index = draw_batches(rng, data.learn_from, learning.steps, learning.batch_size)
     key, chunk = jax.random.key(seed), steps_a_call()
     losses: list[jax.Array] = []
     curve = []

@@ -30,9 +30,9 @@ class Run(NamedTuple):
       seed: seeds batches and masks.
       compiler: shares compiled functions.
       observer: receives the progress.
+      learn_from: the samples that are not held out.
       block_store: finished blocks on disk, or None.
       augment: ``augment(key, leaves) -> leaves``, by value id, for the whole-network stage.
-      learn_from: the samples that are not held out for that stage; None for all.
     """
 
     net: Network
@@ -40,9 +40,9 @@ class Run(NamedTuple):
     seed: int
     compiler: Compiler
     observer: Observer
+    learn_from: np.ndarray
     block_store: BlockStore | None = None
     augment: Callable[..., dict[int, jax.Array]] | None = None
-    learn_from: np.ndarray | None = None
 
 
 def run_batches(

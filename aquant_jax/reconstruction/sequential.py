@@ -166,8 +166,7 @@ def _calibration_data(run: Run, state: State, floating: FloatBlock) -> Calibrati
     mask = run.net.valid_mask
     mask = None if mask is None else jnp.asarray(mask)
     caches = state.quantized, floating.boundary, floating.targets
-    samples = np.arange(run.net.samples) if run.learn_from is None else run.learn_from
-    return CalibrationData(*caches, model, constants, mask, samples)
+    return CalibrationData(*caches, run.learn_from, model, constants, mask)
 
 
 def _learn(

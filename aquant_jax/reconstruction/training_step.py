@@ -33,19 +33,19 @@ class CalibrationData(NamedTuple):
     Attributes:
       quantized, floating: its inputs, from the quantized prefix and from the float network.
       targets: its float outputs.
+      learn_from: numbers of the samples to draw batches from.
       model_inputs: the leaves of the model's input that it reads, ``[samples, ...]`` or scalar.
       constants: the arrays of the network that it reads.
       valid_mask: bool ``[samples, positions]``, False at padding; None without padding.
-      learn_from: numbers of the samples to draw batches from; None for all.
     """
 
     quantized: tuple[Cache, ...]
     floating: tuple[Cache, ...]
     targets: tuple[Cache, ...]
+    learn_from: np.ndarray
     model_inputs: Sequence[jax.Array] = ()
     constants: Sequence[jax.Array] = ()
     valid_mask: jax.Array | None = None
-    learn_from: np.ndarray | None = None
 
 
 @functools.partial(

@@ -179,7 +179,7 @@ def _quantized_step(net: Network, backend: Backend) -> Callable[[], float]:
         tuple(search_activation_range(values, tensor.bits) for tensor in program.tensors),
         (True,) * len(program.tensors),
     )
-    data = CalibrationData(boundary, boundary, targets)
+    data = CalibrationData(boundary, boundary, targets, np.arange(net.samples))
 
     def timer() -> float:
         marks: list[tuple[int, float]] = []

@@ -3,9 +3,8 @@
 import re
 
 import jax
-import numpy as np
 from absl import flags
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from aquant_jax.errors import InputError
 from aquant_jax.reconstruction.devices import DATA, MODEL
@@ -39,5 +38,6 @@ def parse(text: str | None) -> Mesh | None:
         )
     if samples * weights == 1:
         return None
-    chosen = np.array(jax.local_devices()[: samples * weights]).reshape(samples, weights)
-    return Mesh(chosen, (DATA, MODEL)) if weights > 1 else Mesh(chosen[:, 0], (DATA,))
+    devices = jax.local_devices()[: samples * weights]
+    automatic = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((samples, weights), (DATA, MODEL), automatic, devices=devices)

@@ -71,7 +71,7 @@ def block_problem(preset="qdrop", samples=16, **fields):
     noised = floating + rng.normal(size=floating.shape).astype(np.float32) * np.float32(0.1)
     target = np.maximum(rng.normal(size=(samples, 5, 5, 4)), 0).astype(np.float32)
     caches = [store([[value]], samples) for value in (noised, floating, target)]
-    data = CalibrationData(*caches)
+    data = CalibrationData(*caches, np.arange(samples))
     start = ActivationQuantizer(jnp.float32(0.3), jnp.float32(0.0))
     tensors = len(program.tensors)
     weights = make_weight_quantizers(program, net.folded)

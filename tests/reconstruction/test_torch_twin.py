@@ -36,7 +36,7 @@ def problem():
     activations = tuple(search_activation_range(floating, t.bits) for t in program.tensors)
     weights = make_weight_quantizers(program, net.folded)
     quantizers = Quantizers(weights, activations, (True, True))
-    return program, quantizers, CalibrationData(*caches), recipe
+    return program, quantizers, CalibrationData(*caches, np.arange(SAMPLES)), recipe
 
 
 def masks_of(program, recipe, step, shape):
