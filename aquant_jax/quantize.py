@@ -32,6 +32,7 @@ from aquant_jax.reconstruction.finetune import finetune
 from aquant_jax.reconstruction.finetune_checks import check_finetune, check_held_out
 from aquant_jax.reconstruction.fingerprint import fingerprint
 from aquant_jax.reconstruction.float_block import FloatBlock
+from aquant_jax.reconstruction.memory import MemoryPlan, check_limit, plan_memory
 from aquant_jax.reconstruction.observer import Observer, default_observer
 from aquant_jax.reconstruction.report import History, Report
 from aquant_jax.reconstruction.run import Run, split
@@ -53,6 +54,7 @@ def quantize(
     compiler: Compiler | None = None,
     augment: Augment | None = None,
     mesh: Mesh | None = None,
+    memory_limit: int | None = None,
     resume: str | Path | None = None,
     restart_from: int | None = None,
 ) -> Quantized:
@@ -82,6 +84,10 @@ def quantize(
         devices draws the same batches; sums are added up in another order, so that codes may
         differ. Weights and optimizer state are on every device, or split over a second axis
         "model" along the output channels. The result is on the default device, as without a mesh.
+      memory_limit: bytes that the process may have in use at most on a CPU, or the device has for
+        this run; None takes what is free. Cached activations that do not fit lie in the memory of
+        the host, or in files in `resume` or the folder of temporary files; that changes no bit of
+        the result. It is an estimate, printed before the first block, and no hard limit.
       resume: folder of a block store. Every finished block is kept there, and the same call resumes
         after the last one, with bit-identical results.
       restart_from: with `resume`, the first block to learn again; the recipe may then differ from
@@ -93,12 +99,15 @@ def quantize(
     Raises:
       InputError: see `prepare.prepare`, `finetune_checks.check_finetune` and
         `augmentation.check_augment`; a seed that is no whole number of 0 or more; a mesh with
-        other axes, or whose devices do not divide a batch; the block store cannot be written, is
+        other axes, or whose devices do not divide a batch; a block that does not fit in memory, or
+        its cached activations on the disk; the block store cannot be written, is
         damaged, or holds the blocks of another call (the fields that differ are listed).
       ReconstructionError: a block's loss, or a layer's float input, is not finite.
     """
     observers = None if observer is None else (observer,)
-    shared = _Shared(apply, variables, calibration, recipe, mask, compiler, augment, mesh)
+    shared = _Shared(
+        apply, variables, calibration, recipe, mask, compiler, augment, mesh, memory_limit
+    )
     return _quantize(shared, {checks.check_seed(seed): resume}, observers, restart_from)[0]
 
 
@@ -115,6 +124,7 @@ def quantize_seeds(
     compiler: Compiler | None = None,
     augment: Augment | None = None,
     mesh: Mesh | None = None,
+    memory_limit: int | None = None,
     resume: str | Path | None = None,
     restart_from: int | None = None,
 ) -> list[Quantized]:
@@ -124,8 +134,8 @@ def quantize_seeds(
     activations of the float network, the searched ranges and the compiled functions.
 
     Args:
-      apply, variables, calibration, recipe, mask, compiler, augment, mesh, restart_from: see
-        `quantize`.
+      apply, variables, calibration, recipe, mask, compiler, augment, mesh, memory_limit,
+        restart_from: see `quantize`.
       seeds: different whole numbers of 0 or more.
       observers: one for each seed. None takes the default for the first seed only.
       resume: folder with a block store for each seed, ``seed-N``, which is one of `quantize` too.
@@ -144,7 +154,9 @@ def quantize_seeds(
         raise InputError(f"seeds are {list(seeds)}; they must be different, and one or more")
     if observers is not None and len(observers) != len(numbers):
         raise InputError(f"{len(observers)} observers for {len(numbers)} seeds")
-    shared = _Shared(apply, variables, calibration, recipe, mask, compiler, augment, mesh)
+    shared = _Shared(
+        apply, variables, calibration, recipe, mask, compiler, augment, mesh, memory_limit
+    )
     folders = {n: None if resume is None else Path(resume) / f"seed-{n}" for n in numbers}
     return _quantize(shared, folders, observers, restart_from)
 
@@ -160,6 +172,7 @@ class _Shared(NamedTuple):
     compiler: Compiler | None
     augment: Augment | None
     mesh: Mesh | None
+    memory_limit: int | None
 
 
 def _quantize(
@@ -174,11 +187,15 @@ def _quantize(
     calibration = checks.host_arrays(shared.calibration)
     net = prepare(shared.apply, shared.variables, calibration, shared.recipe, shared.mask)
     devices.check_batch(shared.mesh, net.batch)
+    check_limit(shared.memory_limit)
     if observers is None:
         observers = [default_observer(), *(Observer() for _ in range(len(folders) - 1))]
     with contextlib.ExitStack() as stack:
         stack.enter_context(devices.in_force(shared.mesh))
-        runs = _runs(net, calibration, shared, list(zip(folders, observers, strict=True)))
+        folder = next(iter(folders.values()))
+        memory = plan_memory(net, shared.memory_limit, folder, len(folders), devices.count())
+        seeds = list(zip(folders, observers, strict=True))
+        runs = _runs(net, calibration, shared, memory, seeds)
         for i, (seed, folder) in enumerate(folders.items()):
             call = functools.partial(
                 fingerprint, net, calibration, seed, runs[i].compiler, shared.augment
@@ -187,23 +204,30 @@ def _quantize(
             runs[i] = runs[i]._replace(block_store=store)
         for observer in observers:
             observer.on_start(net)
+            observer.on_memory(memory)
             stack.callback(observer.on_end)
         networks = _all_stages(runs, calibration)
     return networks if shared.mesh is None else list(map(devices.unplaced, networks))
 
 
 def _runs(
-    net: Network, calibration: Any, shared: _Shared, seeds: Sequence[tuple[int, Observer]]
+    net: Network,
+    calibration: Any,
+    shared: _Shared,
+    memory: MemoryPlan,
+    seeds: Sequence[tuple[int, Observer]],
 ) -> list[Run]:
     """The fixed part of every seed, checked, on the devices of the mesh in force."""
     compiler, augment = shared.compiler or Compiler(), shared.augment
-    leaves = map(devices.split_samples, jax.tree.leaves(calibration))
+    leaves = jax.tree.leaves(calibration)
+    if memory.inputs_on_device:
+        leaves = map(devices.split_samples, leaves)
     inputs = dict(zip(net.graph.inputs, leaves, strict=True))
     net = net if shared.mesh is None else devices.on_host(net)
     on_leaves = augmentation.on_leaves(augment, calibration, net) if augment else None
     everyone = np.arange(net.samples)
     runs = [
-        Run(net, inputs, seed, compiler, observer, everyone, augment=on_leaves)
+        Run(net, inputs, seed, compiler, observer, memory, everyone, augment=on_leaves)
         for seed, observer in seeds
     ]
     if net.recipe.reconstruction.whole_network_steps:

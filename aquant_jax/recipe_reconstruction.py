@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from aquant_jax.errors import InputError
 from aquant_jax.recipe_checks import check_choice, check_ranges, check_types
 
 SCHEDULES = ("constant", "cosine")
@@ -14,7 +15,7 @@ _FRACTIONS = (
     "rounding_warmup",
 )  # fmt: skip
 _POSITIVE = (
-    "batch_size", "init_samples", "weight_lr", "step_lr", "border_lr", "loss_power",
+    "batch_size", "accumulate", "init_samples", "weight_lr", "step_lr", "border_lr", "loss_power",
     "border_gain", "border_range", "beta_start", "beta_end", "finetune_lr", "finetune_eval_every",
 )  # fmt: skip
 _COUNTS = (
@@ -53,6 +54,11 @@ class Reconstruction:
       beta_start, beta_end: exponent of the rounding loss.
       border_tolerance: for ``border="auto"``: the cheapest border is kept whose error is at most
         this share above that of a quadratic border an element.
+      accumulate: number of equal parts of a batch whose gradients are added up, so that a step
+        holds the activations of one part at a time. The masks are those of the whole batch; the
+        loss is the mean over the parts. It must divide `batch_size`.
+      rematerialize: compute what a layer needs of its forward pass again in the backward pass,
+        instead of keeping it: less memory, and more time.
       loss_power: the reconstruction loss is mean ``|error|^loss_power``, summed over channels.
       init_samples: samples for the initial step sizes.
       finetune_steps: steps of the whole-network stage after the last block, on batches of
@@ -91,6 +97,8 @@ class Reconstruction:
     beta_start: float = 20.0
     beta_end: float = 2.0
     border_tolerance: float = 0.02
+    accumulate: int = 1
+    rematerialize: bool = False
     loss_power: float = 2.0
     init_samples: int = 256
     finetune_steps: int | None = 0
@@ -108,6 +116,11 @@ class Reconstruction:
         check_ranges(self, _FRACTIONS, lambda v: 0.0 <= v < 1.0, "in [0, 1)")
         check_ranges(self, _POSITIVE, lambda v: 0 < v < math.inf, "positive and finite")
         check_ranges(self, _COUNTS, lambda v: 0 <= v < math.inf, "0 or more, and finite")
+        if self.batch_size % self.accumulate:
+            raise InputError(
+                f"accumulate is {self.accumulate}, which does not divide batch_size "
+                f"{self.batch_size}"
+            )
         check_ranges(self, ("finetune_held_out",), lambda v: 0.0 < v < 1.0, "in (0, 1)")
 
     @property

@@ -63,7 +63,8 @@ def _prepare(
 ) -> Network:
     """The network of an inference function, whose arguments are checked."""
     samples = count_samples(calibration)
-    batch = min(recipe.reconstruction.batch_size, samples)
+    learning = recipe.reconstruction
+    batch = min(learning.batch_size // learning.accumulate, samples)
     unfolded = trace(apply, variables, batch_shapes(calibration, batch))
     other = _of_more_samples(apply, variables, calibration, batch)
     sampled, targets = sample_first(unfolded, other), find_targets(unfolded, other)

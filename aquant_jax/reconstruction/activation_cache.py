@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax.reconstruction.devices import empty, split_batch, write
+from aquant_jax.reconstruction.devices import empty, split_batch, split_samples, write
+from aquant_jax.storage.mapped_array import MappedArray
 
 HEADROOM = 2.0**12  # the first batch's maximum maps here; float16 ends at 65,504
+Allocate = Callable[[int, tuple[int, ...], Any], Any]
 
 
 class Cache(NamedTuple):
@@ -20,11 +23,12 @@ class Cache(NamedTuple):
 
     Attributes:
       values: ``[N, ...]``, or a few samples more on several devices; float32 is stored as float16
-        times a power of two, which is exact for codes; anything else as it came.
+        times a power of two, which is exact for codes; anything else as it came. It lies on the
+        device, in the memory of the host, or in a file; see `load`.
       scale: that power of two.
     """
 
-    values: jax.Array
+    values: jax.Array | np.ndarray | MappedArray
     scale: jax.Array
 
     def take(self, index: Any, dtype: Any) -> jax.Array:
@@ -40,22 +44,78 @@ def take(caches: Sequence[Cache], index: Any, dtypes: Sequence[Any]) -> list[jax
     return [cache.take(index, dtype) for cache, dtype in zip(caches, dtypes, strict=True)]
 
 
-def store(batches: Iterable[Sequence[Any]], samples: int) -> tuple[Cache, ...]:
+def load(samples: Any, batches: Iterable[np.ndarray]) -> Iterator[tuple[Any, np.ndarray]]:
+    """What a program reads of `samples` for every batch, and the rows of that batch in it.
+
+    Where everything lies on the device, that is `samples` and the rows themselves. Otherwise it is
+    the rows of this batch, moved to the device; those of the next are read in a thread meanwhile.
+
+    Args:
+      samples: a pytree of caches and of arrays with a sample axis; scalars and scales are whole.
+      batches: numbers of the samples of every batch.
+    """
+    if on_device(samples):
+        yield from ((samples, rows) for rows in batches)
+        return
+    leaves, tree = jax.tree.flatten(samples)
+    elsewhere = list(map(_is_elsewhere, leaves))
+
+    def read(rows: np.ndarray) -> list[Any]:
+        pairs = zip(leaves, elsewhere, strict=True)
+        return [leaf[rows] if there else leaf for leaf, there in pairs]
+
+    def place(found: list[Any], rows: np.ndarray) -> tuple[Any, np.ndarray]:
+        placed = [
+            split_samples(leaf if there else leaf[rows]) if np.ndim(leaf) else leaf
+            for leaf, there in zip(found, elsewhere, strict=True)
+        ]
+        return tree.unflatten(placed), np.arange(len(rows), dtype=np.int32)
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead: list[Any] = []
+        for rows in batches:
+            ahead.append((pool.submit(read, rows), rows))
+            if len(ahead) > 1:
+                found, before = ahead.pop(0)
+                yield place(found.result(), before)
+        for found, rows in ahead:
+            yield place(found.result(), rows)
+
+
+def on_device(samples: Any) -> bool:
+    """Whether all arrays of a pytree of caches and of arrays with a sample axis are there."""
+    return not any(map(_is_elsewhere, jax.tree.leaves(samples)))
+
+
+def _is_elsewhere(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray | MappedArray) and leaf.ndim > 0
+
+
+def store(
+    batches: Iterable[Sequence[Any]], samples: int, allocate: Allocate = empty
+) -> tuple[Cache, ...]:
     """Caches of the values that come in `batches` of samples, first axis first.
 
-    They are made where the values are: on a GPU, none of them passes through the host but the first
-    batch, for its maximum. Samples of the last batch beyond `samples` are dropped.
+    Args:
+      batches: of samples; those of the last batch beyond `samples` are dropped.
+      samples: how many there are.
+      allocate: ``allocate(samples, shape, dtype)`` makes the array of a cache. By default it is
+        where the values are: on a GPU, none of them passes through the host but the first batch,
+        for its maximum.
+
+    Raises:
+      InputError: see `MappedArray`.
     """
-    arrays: list[jax.Array] = []
+    arrays: list[Any] = []
     scales: list[np.float32] = []
     position = 0
     for batch in batches:
         if not arrays:
             scales = [_scale(value) for value in batch]
-            arrays = [empty(samples, v.shape[1:], _stored_dtype(v)) for v in batch]
-        count = min(len(batch[0]), len(arrays[0]) - position)
+            arrays = [allocate(samples, v.shape[1:], _stored_dtype(v)) for v in batch]
+        count = min(len(batch[0]), samples - position)
         arrays = [
-            _write(array, value if count == len(value) else value[:count], scale, position)
+            _written(array, value if count == len(value) else value[:count], scale, position)
             for array, value, scale in zip(arrays, batch, scales, strict=True)
         ]
         position += count
@@ -63,12 +123,26 @@ def store(batches: Iterable[Sequence[Any]], samples: int) -> tuple[Cache, ...]:
     return tuple(Cache(array, jnp.asarray(scale)) for array, scale in pairs)
 
 
+def _written(array: Any, value: jax.Array, scale: np.float32, position: int) -> Any:
+    """`array` with the samples `value` from `position` on."""
+    if isinstance(array, jax.Array):
+        return _write(array, value, scale, position)
+    rows = slice(position, position + len(value))
+    array[rows] = np.asarray(_encode(value, scale))
+    return array
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(array: jax.Array, value: jax.Array, scale: jax.Array, position: int) -> jax.Array:
-    """`array` with the samples `value` from `position` on."""
-    if array.dtype == jnp.float16:
-        value = jnp.clip(value.astype(jnp.float32) / scale, -65504.0, 65504.0)
-    return write(array, value.astype(array.dtype), position)
+    return write(array, _encode(value, scale), position)
+
+
+@jax.jit
+def _encode(value: jax.Array, scale: jax.Array) -> jax.Array:
+    """A value in the form that is stored."""
+    if _stored_dtype(value) != np.float16:
+        return value
+    return jnp.clip(value.astype(jnp.float32) / scale, -65504.0, 65504.0).astype(jnp.float16)
 
 
 def _stored_dtype(value: Any) -> Any:

@@ -149,6 +149,7 @@ class _Stage:
             compiled, (self.finetuner.learned_parts, self.finetuner.learned, self.finetuner.update)
         )
         self._loss = run.compiler.get(("finetune loss", *keys), lambda: jax.value_and_grad(loss))
+        self._accumulate = learning.accumulate
         self._augment = None if run.augment is None else jax.jit(run.augment)
 
     def begin(self) -> Progress:
@@ -167,16 +168,23 @@ class _Stage:
         self, progress: Progress, step: int, rows: np.ndarray
     ) -> tuple[Params, Any, jax.Array]:
         """One step on the samples `rows`: parameters, optimizer state and loss after it."""
-        leaves = self._leaves(rows)
-        if self._augment is not None:
-            leaves = self._augment(jax.random.fold_in(self.key, step), leaves)
-        parts = self._parts(self.start, progress.params)
-        boundaries = self.chain.forward(parts, leaves)
-        targets = self.chain.forward(self.targets, leaves, quantized=False)[-1]
-        loss, cotangents = self._distance(boundaries[-1], targets, rows)
-        gradient = self.chain.backward(parts, leaves, boundaries, cotangents)
-        params, optimizer = self._update(self.start, progress.params, progress.optimizer, gradient)
-        return params, optimizer, loss
+        key, losses, total = jax.random.fold_in(self.key, step), [], None
+        for part, own in enumerate(rows.reshape(self._accumulate, -1)):
+            leaves = self._leaves(own)
+            if self._augment is not None:
+                drawn = key if self._accumulate == 1 else jax.random.fold_in(key, part)
+                leaves = self._augment(drawn, leaves)
+            parts = self._parts(self.start, progress.params)
+            boundaries = self.chain.forward(parts, leaves)
+            targets = self.chain.forward(self.targets, leaves, quantized=False)[-1]
+            loss, cotangents = self._distance(boundaries[-1], targets, own)
+            gradient = self.chain.backward(parts, leaves, boundaries, cotangents)
+            losses.append(loss)
+            total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
+        if self._accumulate > 1:
+            total = jax.tree.map(lambda value: value / self._accumulate, total)
+        params, optimizer = self._update(self.start, progress.params, progress.optimizer, total)
+        return params, optimizer, losses[0] if len(losses) == 1 else jnp.stack(losses).mean()
 
     def evaluated(self, progress: Progress, done: int) -> Progress:
         """`progress` with the held-out loss after `done` steps."""

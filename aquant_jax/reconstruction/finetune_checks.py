@@ -16,7 +16,7 @@ from aquant_jax.plan.network import batch_shapes
 from aquant_jax.reconstruction.chain import Chain, Parts, inexact
 from aquant_jax.reconstruction.devices import take_batch
 from aquant_jax.reconstruction.finetune import float_parts
-from aquant_jax.reconstruction.memory import free_bytes
+from aquant_jax.reconstruction.memory import DEVICE
 from aquant_jax.reconstruction.run import Run, split
 from aquant_jax.reconstruction.weights import init_borders
 
@@ -80,7 +80,7 @@ def _is_distribution(values: np.ndarray) -> bool:
 
 
 def _check_memory(run: Run, chain: Chain) -> None:
-    needed, free = _bytes_needed(run, chain), free_bytes()
+    needed, free = _bytes_needed(run, chain), run.memory.free[DEVICE]
     if needed > free:
         raise InputError(
             f"the whole-network stage needs about {needed / 2**30:.2f} GiB, and "

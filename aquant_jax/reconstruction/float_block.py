@@ -86,8 +86,9 @@ class FloatBlock:
 
     def _run_to_end(self, program: BlockProgram) -> tuple[Cache, ...]:
         """Outputs of a program for all calibration samples."""
-        samples = self._run.net.samples
-        return store((outputs for _, outputs in self._batches(program, samples)), samples)
+        samples, index = self._run.net.samples, self._run.net.blocks.index(self.block)
+        batches = (outputs for _, outputs in self._batches(program, samples))
+        return store(batches, samples, self._run.memory.allocate(index))
 
     def _batches(
         self, program: BlockProgram, samples: int

@@ -1,31 +1,234 @@
-"""The memory that is free for a computation."""
+"""The memory of a quantization: how much there is, what every block needs, and where caches lie.
+
+A block is learned from cached activations of all calibration samples, which are read batch by
+batch. They lie on the device while they fit there, else in the memory of the host, else in files.
+Where they lie changes no bit of the result.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
+import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import psutil
 
+from aquant_jax.errors import InputError
+from aquant_jax.graph.partition import Block
+from aquant_jax.graph.subgraph import extract_subgraph
+from aquant_jax.plan.checks import boundary_bytes
+from aquant_jax.plan.network import Network
+from aquant_jax.reconstruction.activation_cache import Allocate
+from aquant_jax.reconstruction.devices import empty
+from aquant_jax.storage.mapped_array import MappedArray
+
 CGROUP = Path("/sys/fs/cgroup")
+DEVICE, HOST, DISK = "device", "host", "disk"
+# Measured with XLA's memory analysis of the steps of ResNet-50's blocks, on CPU: a training step
+# holds 1.5 to 4 times the inputs of layers and the values of a block, and float weights 11 times.
+STEP_COPIES, FORWARD_COPIES = 4, 2
+STATE_COPIES, FORWARD_STATE_COPIES = 11, 3
 
 
-def free_bytes() -> int:
+class BlockMemory(NamedTuple):
+    """What a block needs, in bytes.
+
+    Attributes:
+      name: of the block.
+      step: activations and gradients of one batch.
+      state: weights, learned parameters and optimizer state.
+      caches: of the model's inputs, of its inputs and of its outputs; see `MemoryPlan.places`.
+    """
+
+    name: str
+    step: int
+    state: int
+    caches: tuple[int, int, int]
+
+
+class MemoryPlan(NamedTuple):
+    """Where the caches of a quantization lie.
+
+    Attributes:
+      blocks: what every block needs.
+      places: of the caches: those of the model's inputs, and then of the outputs of every block.
+      free: bytes that there are in every place.
+      folder: of the files.
+    """
+
+    blocks: tuple[BlockMemory, ...]
+    places: tuple[str, ...]
+    free: dict[str, int]
+    folder: Path
+
+    def allocate(self, index: int) -> Allocate:
+        """What makes the arrays of the outputs of block number `index`."""
+        place = self.places[index + 1]
+        if place == DISK:
+            return lambda samples, shape, dtype: MappedArray(self.folder, (samples, *shape), dtype)
+        return empty if place == DEVICE else _on_host
+
+    @property
+    def inputs_on_device(self) -> bool:
+        """Whether the model's inputs are on the device, and not where the caller has them."""
+        return self.places[0] == DEVICE
+
+    def needs(self, index: int) -> dict[str, int]:
+        """Bytes that block number `index` needs in every place."""
+        block = self.blocks[index]
+        needed = dict.fromkeys(self.free, 0)
+        needed[DEVICE] = block.step + block.state
+        for place, size in zip(self._places_of(index), block.caches, strict=True):
+            needed[place] = needed.get(place, 0) + size
+        return needed
+
+    def _places_of(self, index: int) -> tuple[str, str, str]:
+        return self.places[0], self.places[index], self.places[index + 1]
+
+    def __str__(self) -> str:
+        """A line a block."""
+        free = ", ".join(f"{size / 2**20:,.0f} on {place}" for place, size in self.free.items())
+        lines = [f"memory in MiB; free are {free}:"]
+        for index, block in enumerate(self.blocks):
+            sizes = [size / 2**20 for size in (sum(block.caches), block.state, block.step)]
+            needs = [f"{size / 2**20:,.1f} on {place}" for place, size in self.needs(index).items()]
+            lines.append(
+                f"{index:3d}  {block.name}: caches {sizes[0]:,.1f}, weights and optimizer "
+                f"{sizes[1]:,.1f}, step {sizes[2]:,.1f}: {', '.join(needs)}"
+            )
+        return "\n".join(lines)
+
+
+def check_limit(limit: Any) -> None:
+    """InputError unless a memory limit is None or a positive whole number."""
+    if limit is None or (isinstance(limit, int) and not isinstance(limit, bool) and limit > 0):
+        return
+    raise InputError(f"memory_limit is {limit!r}; it must be a positive number of bytes, or None")
+
+
+def free_bytes(limit: int | None = None) -> int:
     """Bytes that the default device can still allocate.
 
     On a CPU this is what the machine has available, less where a control group or ``ulimit -v``
     leaves less.
+
+    Args:
+      limit: bytes that may be in use at most: of the device, or by the process on a CPU.
     """
     statistics = jax.devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
-        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+        used = statistics["bytes_in_use"]
+        return max(min(statistics["bytes_limit"], limit or math.inf) - used, 0)
+    process = psutil.Process().memory_info()
     free = [psutil.virtual_memory().available]
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        free.append(limit - psutil.Process().memory_info().vms)
+    if limit is not None:
+        free.append(limit - process.rss)
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY:
+        free.append(address_space - process.vms)
     with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free.append(limit - used)
+        most, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(most - used)
     return max(min(free), 0)
+
+
+def plan_memory(
+    net: Network, limit: int | None, folder: str | Path | None, seeds: int, devices: int
+) -> MemoryPlan:
+    """Decide where caches lie: what does not fit on the device, largest first, lies elsewhere.
+
+    Args:
+      net: the network.
+      limit: see `free_bytes`.
+      folder: for files, created if need be; None takes that of temporary files.
+      seeds: quantized networks that are made at once.
+      devices: that the samples are split over.
+
+    Raises:
+      InputError: a block does not fit (the message names it and both sizes).
+    """
+    share = 1 if jax.default_backend() == "cpu" else devices  # devices of a CPU share its memory
+    blocks = tuple(_needs(net, block, seeds, share) for block in net.blocks)
+    files = Path(folder or tempfile.gettempdir())
+    free = {DEVICE: free_bytes(limit)}
+    if jax.default_backend() != "cpu":
+        free[HOST] = psutil.virtual_memory().available
+    free[DISK] = shutil.disk_usage(_existing(files)).free
+    plan = MemoryPlan(blocks, (DEVICE,) * (len(blocks) + 1), free, files)
+    for place, other in zip(list(free), list(free)[1:], strict=False):
+        for index in range(len(blocks)):
+            plan = _fitted(plan, index, place, other)
+    for index, block in enumerate(blocks):
+        for place, size in plan.needs(index).items():
+            if size > free[place]:
+                raise InputError(
+                    f"block {index} {block.name} needs about {size / 2**30:.2f} GiB of memory on "
+                    f"{place}, and {free[place] / 2**30:.2f} GiB are free{_advice(place, limit)}"
+                )
+    if DISK in plan.places:
+        files.mkdir(parents=True, exist_ok=True)
+    return plan
+
+
+def _advice(place: str, limit: int | None) -> str:
+    if place == DISK:
+        return " there; choose another folder"
+    of = "" if limit is None else f" of memory_limit {limit / 2**30:.2f} GiB"
+    return f"{of}; lower batch_size, or set accumulate or rematerialize"
+
+
+def _fitted(plan: MemoryPlan, index: int, place: str, other: str) -> MemoryPlan:
+    """`plan` with so many caches of a block in the `other` place that it fits, or all of them."""
+    while plan.needs(index)[place] > plan.free[place]:
+        numbers = (0, index, index + 1)
+        sizes = dict(zip(numbers, plan.blocks[index].caches, strict=True))
+        movable = [i for i, size in sizes.items() if plan.places[i] == place and size]
+        if not movable:
+            break
+        largest = max(movable, key=sizes.__getitem__)
+        plan = plan._replace(
+            places=(*plan.places[:largest], other, *plan.places[largest + 1 :])
+        )
+    return plan
+
+
+def _needs(net: Network, block: Block, seeds: int, share: int) -> BlockMemory:
+    graph, learning = net.graph, net.recipe.reconstruction
+    subgraph = extract_subgraph(graph, block.start, tuple(dict.fromkeys(block.end + block.targets)))
+    values = sum(_bytes(graph.avals[v].shape) for op in subgraph.ops for v in op.outputs)
+    layers = [_bytes(graph.avals[op.x].shape) for op in subgraph.weighted]
+    weights = sum(_bytes(op.layer.weight_shape) for op in subgraph.weighted)
+    step, state = FORWARD_COPIES * (values + sum(layers)), FORWARD_STATE_COPIES * weights
+    if learning.steps:
+        step, state = STEP_COPIES * (values + sum(layers)), STATE_COPIES * weights
+        if learning.rematerialize:
+            step = FORWARD_COPIES * values + STEP_COPIES * max(layers)
+
+    def cached(values: Sequence[int], times: int) -> int:
+        return times * boundary_bytes(graph, values, net.samples) // share
+
+    inputs = cached([i for i in graph.inputs if graph.avals[i].shape], 1)
+    end = 0 if block is net.blocks[-1] else cached(block.end, 1 + seeds)
+    targets = 0 if end and block.targets == block.end else cached(block.targets, 1)
+    caches = inputs, cached(block.start, 1 + seeds), end + targets
+    return BlockMemory(block.name, step // share, state, caches)
+
+
+def _bytes(shape: Sequence[int]) -> int:
+    return 4 * math.prod(shape)
+
+
+def _on_host(samples: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    return np.empty((samples, *shape), dtype)
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder above that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())

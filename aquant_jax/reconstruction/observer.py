@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from aquant_jax.graph.partition import Block
 from aquant_jax.plan.network import Network, describe
+from aquant_jax.reconstruction.memory import MemoryPlan
 from aquant_jax.reconstruction.report import Report
 
 
@@ -21,6 +22,9 @@ class Observer:
 
     def on_start(self, net: Network) -> None:
         """The input was accepted; the first block follows."""
+
+    def on_memory(self, plan: MemoryPlan) -> None:
+        """What the blocks need, and where their caches lie; follows `on_start`."""
 
     def on_block_start(self, index: int, block: Block) -> None:
         """A block is about to be reconstructed. Not called for a block read from a block store."""
@@ -42,6 +46,9 @@ class TerminalObserver(Observer):
         print(describe(net))
         self._ends = list(itertools.accumulate(_steps(net)))
         self._bar = tqdm(total=self._ends[-1], disable=not self._ends[-1], unit="step")
+
+    def on_memory(self, plan: MemoryPlan) -> None:
+        print(plan)
 
     def on_block_start(self, index: int, block: Block) -> None:
         self._bar.set_description(f"block {index + 1}/{len(self._ends)} {block.name}")
@@ -66,6 +73,9 @@ class LogObserver(Observer):
         logging.info("%s", describe(net))
         self._blocks = len(_steps(net))
 
+    def on_memory(self, plan: MemoryPlan) -> None:
+        logging.info("%s", plan)
+
     def on_block_end(self, report: Report) -> None:
         logging.info(
             "block %d/%d %s: error %.4g, at the start %.4g, %.1f s",
@@ -85,6 +95,10 @@ class Observers(Observer):
     def on_start(self, net: Network) -> None:
         for observer in self.observers:
             observer.on_start(net)
+
+    def on_memory(self, plan: MemoryPlan) -> None:
+        for observer in self.observers:
+            observer.on_memory(plan)
 
     def on_block_start(self, index: int, block: Block) -> None:
         for observer in self.observers:

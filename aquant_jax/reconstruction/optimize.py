@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import LayerState
 from aquant_jax.plan.block_program import BlockProgram
 from aquant_jax.recipe import Recipe, Reconstruction
+from aquant_jax.reconstruction.activation_cache import load, on_device
 from aquant_jax.reconstruction.devices import settled
 from aquant_jax.reconstruction.learning_rates import make_optimizer
 from aquant_jax.reconstruction.training_step import (
@@ -24,7 +25,9 @@ from aquant_jax.reconstruction.training_step import (
     Params,
     Quantizers,
     Trainer,
+    gradients_of,
     train_steps,
+    update,
 )
 from aquant_jax.reconstruction.weights import alpha_of, deploy, init_borders
 
@@ -71,31 +74,76 @@ def optimize(
     """
     learning = recipe.reconstruction
     trainer = Trainer(program, recipe, make_optimizer(program, learning), compiler.layer)
-    advance = compiler.get(
-        ("step", program.key, recipe, quantizers.trained),
-        lambda: functools.partial(train_steps, trainer),
-        donate_argnums=0,
-    )
     params = initial_params(program, quantizers, learning)
-    carry = (params, trainer.optimizer.init(params))
-    rng = np.random.default_rng(seed)
-    index = draw_batches(rng, data.learn_from, learning.steps, learning.batch_size)
-    key, chunk = jax.random.key(seed), steps_a_call()
     losses: list[jax.Array] = []
     curve = []
     what = f"{', '.join(spec.path for spec in program.specs)}: the reconstruction loss"
-    for start in range(0, learning.steps, chunk):
-        steps = np.arange(start, min(start + chunk, learning.steps), dtype=np.int32)
-        carry, loss = advance(carry, quantizers, data, key, steps, index[start : start + chunk])
+    take_steps = _steps if learning.accumulate == 1 else _accumulated_steps
+    for done, params, loss in take_steps(trainer, params, quantizers, data, seed, compiler):
         losses.append(settled(loss))
-        done = int(steps[-1]) + 1
-        if done % LOG_EVERY == 0 or done == learning.steps or chunk > 1:
+        if done % LOG_EVERY == 0 or done == learning.steps or len(loss) > 1:
             mean = mean_loss(losses, what, done, learning.steps)
             losses = []
             curve.append((done, mean))
             on_step(done, mean)
     rows = np.array(curve, np.float32).reshape(-1, 2)
-    return _result(program, quantizers, carry[0], recipe.border_format, rows)
+    return _result(program, quantizers, params, recipe.border_format, rows)
+
+
+Steps = Iterator[tuple[int, Params, jax.Array]]
+
+
+def _steps(
+    trainer: Trainer, params: Params, quantizers: Quantizers, data: CalibrationData, seed: int,
+    compiler: Compiler,
+) -> Steps:  # fmt: skip
+    """Every call: the steps that are done, the parameters, and the losses of the call's steps."""
+    learning, key = trainer.learning, jax.random.key(seed)
+    name = ("step", trainer.program.key, trainer.recipe, quantizers.trained)
+    advance = compiler.get(name, lambda: functools.partial(train_steps, trainer), donate_argnums=0)
+    carry = (params, trainer.optimizer.init(params))
+    drawn = _drawn(seed, data, learning)
+    chunk = steps_a_call() if on_device(data.samples) else 1
+    calls = [drawn[start : start + chunk] for start in range(0, len(drawn), chunk)]
+    done = 0
+    loaded = load(data.samples, (rows.ravel() for rows in calls))
+    for rows, (samples, index) in zip(calls, loaded, strict=True):
+        steps = np.arange(done, done + len(rows), dtype=np.int32)
+        read = data.with_samples(samples)
+        carry, loss = advance(carry, quantizers, read, key, steps, index.reshape(rows.shape))
+        done += len(rows)
+        yield done, carry[0], loss
+
+
+def _accumulated_steps(
+    trainer: Trainer, params: Params, quantizers: Quantizers, data: CalibrationData, seed: int,
+    compiler: Compiler,
+) -> Steps:  # fmt: skip
+    """`_steps`, every one with the gradients of several parts of its batch added up."""
+    learning, key = trainer.learning, jax.random.key(seed)
+    name = (trainer.program.key, trainer.recipe, quantizers.trained)
+    gradients_fn = compiler.get(
+        ("gradients", *name), lambda: functools.partial(gradients_of, trainer)
+    )
+    update_fn = compiler.get(("update", *name), lambda: functools.partial(update, trainer))
+    carry, parts = (params, trainer.optimizer.init(params)), learning.accumulate
+    drawn = _drawn(seed, data, learning).reshape(learning.steps * parts, -1)
+    loaded = enumerate(load(data.samples, drawn))
+    for number, (samples, index) in loaded:
+        step, part = divmod(number, parts)
+        where = np.int32(step), np.int32(part), index
+        read = data.with_samples(samples)
+        result = settled(gradients_fn(carry[0], quantizers, read, key, where))
+        total = result if part == 0 else jax.tree.map(jnp.add, total, result)
+        if part == parts - 1:
+            loss, gradients = jax.tree.map(lambda value: value / parts, total)
+            carry = settled(update_fn(carry, quantizers, gradients))
+            yield step + 1, carry[0], loss[None]
+
+
+def _drawn(seed: int, data: CalibrationData, learning: Reconstruction) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return draw_batches(rng, data.learn_from, learning.steps, learning.batch_size)
 
 
 def steps_a_call() -> int:

@@ -15,9 +15,10 @@ from aquant_jax.graph.subgraph import BlockInputs, bind_inputs
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan.block_program import BlockProgram, forward
 from aquant_jax.plan.network import Network
-from aquant_jax.reconstruction.activation_cache import Cache, take
+from aquant_jax.reconstruction.activation_cache import Cache, load, take
 from aquant_jax.reconstruction.block_store import BlockStore
 from aquant_jax.reconstruction.devices import everywhere, settled, take_batch
+from aquant_jax.reconstruction.memory import MemoryPlan
 from aquant_jax.reconstruction.observer import Observer
 
 
@@ -30,16 +31,18 @@ class Run(NamedTuple):
       seed: seeds batches and masks.
       compiler: shares compiled functions.
       observer: receives the progress.
+      memory: where caches lie.
       learn_from: the samples that are not held out.
       block_store: finished blocks on disk, or None.
       augment: ``augment(key, leaves) -> leaves``, by value id, for the whole-network stage.
     """
 
     net: Network
-    inputs: dict[int, jax.Array]
+    inputs: dict[int, Any]
     seed: int
     compiler: Compiler
     observer: Observer
+    memory: MemoryPlan
     learn_from: np.ndarray
     block_store: BlockStore | None = None
     augment: Callable[..., dict[int, jax.Array]] | None = None
@@ -59,9 +62,11 @@ def run_batches(
         lambda: functools.partial(take_and_run, program, run.compiler.layer),
     )
     inputs = block_inputs(run, program, boundary)
-    for start in range(0, samples, run.net.batch):
-        rows = batch_rows(run.net, start)
-        yield rows, settled(function(rows, weights, activations, inputs))
+    batches = [batch_rows(run.net, start) for start in range(0, samples, run.net.batch)]
+    loaded = load((inputs.boundary, inputs.model), batches)
+    for rows, ((caches, model), index) in zip(batches, loaded, strict=True):
+        batch = inputs._replace(boundary=caches, model=model)
+        yield rows, settled(function(index, weights, activations, batch))
 
 
 def take_and_run(

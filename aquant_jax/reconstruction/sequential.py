@@ -18,7 +18,7 @@ from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.layers.fake_quant import LayerState
 from aquant_jax.plan.block_program import BlockProgram
 from aquant_jax.plan.network import Network
-from aquant_jax.reconstruction.activation_cache import Cache, store, take
+from aquant_jax.reconstruction.activation_cache import Cache, load, store, take
 from aquant_jax.reconstruction.block_store import BlockResult
 from aquant_jax.reconstruction.border_choice import Borders, Candidate
 from aquant_jax.reconstruction.devices import count, settled
@@ -182,7 +182,8 @@ def _forward_quantized(run: Run, program: BlockProgram, state: State) -> tuple[C
     weights = deployed_weights(program, [state.layers[spec.path] for spec in program.specs])
     activations = [state.activations[tensor.key] for tensor in program.tensors]
     batches = run_batches(run, program, weights, activations, state.quantized, run.net.samples)
-    return store((outputs for _, outputs in batches), run.net.samples)
+    allocate = run.memory.allocate(state.index - 1)
+    return store((outputs for _, outputs in batches), run.net.samples, allocate)
 
 
 def _whole_batches(net: Network) -> list[np.ndarray]:
@@ -218,7 +219,10 @@ def _error(
 
     function = run.compiler.get(("error", program.key, power), build)
     weights = deployed_weights(program, result.layers)
-    inputs = BlockInputs(data.quantized, data.model_inputs, data.constants)
-    arguments = (data.valid_mask, data.targets, weights, result.activations, inputs)
-    losses = [settled(function(rows, *arguments)) for rows in batches]
+    losses = []
+    samples = data.valid_mask, data.targets, data.quantized, data.model_inputs
+    for (mask, targets, boundary, model), index in load(samples, batches):
+        inputs = BlockInputs(boundary, model, data.constants)
+        loss = function(index, mask, targets, weights, result.activations, inputs)
+        losses.append(settled(loss))
     return float(np.mean([float(loss) for loss in losses]))

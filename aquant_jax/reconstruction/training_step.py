@@ -15,7 +15,8 @@ import optax
 from aquant_jax.arithmetic.adaround import soft_codes
 from aquant_jax.arithmetic.uniform import ActivationQuantizer, lsq_gradient_scale, scale_gradient
 from aquant_jax.graph.subgraph import BlockInputs
-from aquant_jax.layers.fake_quant import Weights, per_channel
+from aquant_jax.graph.ir import Op
+from aquant_jax.layers.fake_quant import LayerInput, LayerSpec, Weights, per_channel
 from aquant_jax.plan.block_program import BlockProgram, forward, random_keep
 from aquant_jax.recipe import Recipe, Reconstruction
 from aquant_jax.reconstruction.activation_cache import Cache, take
@@ -46,6 +47,19 @@ class CalibrationData(NamedTuple):
     model_inputs: Sequence[jax.Array] = ()
     constants: Sequence[jax.Array] = ()
     valid_mask: jax.Array | None = None
+
+    @property
+    def samples(self) -> tuple[Any, ...]:
+        """What has a sample axis."""
+        return self.quantized, self.floating, self.targets, self.model_inputs, self.valid_mask
+
+    def with_samples(self, samples: tuple[Any, ...]) -> CalibrationData:
+        """The same with other `samples`."""
+        quantized, floating, targets, model_inputs, valid_mask = samples
+        return self._replace(
+            quantized=quantized, floating=floating, targets=targets, model_inputs=model_inputs,
+            valid_mask=valid_mask,
+        )  # fmt: skip
 
 
 @functools.partial(
@@ -80,6 +94,11 @@ class Trainer(NamedTuple):
     def learning(self) -> Reconstruction:
         return self.recipe.reconstruction
 
+    def run_layer(self, op: Op, spec: LayerSpec, inputs: LayerInput, weights: Weights) -> jax.Array:
+        """`layer`, which keeps only its operands for the backward pass if the recipe says so."""
+        run = functools.partial(self.layer, op, spec)
+        return (jax.checkpoint(run) if self.learning.rematerialize else run)(inputs, weights)
+
 
 def train_steps(
     trainer: Trainer,
@@ -107,13 +126,33 @@ def _step(
     step_and_index: tuple[jax.Array, jax.Array],
 ) -> tuple[tuple[Params, Any], jax.Array]:
     """One optimisation step; the whole of Algorithm 1 on one mini-batch."""
-    program, learning = trainer.program, trainer.learning
     step, index = step_and_index
-    params, state = carry
+    loss, gradients = gradients_of(trainer, carry[0], quantizers, data, key, (step, 0, index))
+    return update(trainer, carry, quantizers, gradients), loss
+
+
+def gradients_of(
+    trainer: Trainer,
+    params: Params,
+    quantizers: Quantizers,
+    data: CalibrationData,
+    key: jax.Array,
+    where: tuple[jax.Array, jax.Array | int, jax.Array],
+) -> tuple[jax.Array, Params]:
+    """The reconstruction loss of a part of a mini-batch, and the gradient of the whole loss.
+
+    Args:
+      trainer, params, quantizers, data: of the block.
+      key: of the run.
+      where: the step, the number of the part, and the samples in it.
+    """
+    program, learning = trainer.program, trainer.learning
+    step, part, index = where
     mixing, dropping = jax.random.split(jax.random.fold_in(key, step))
     begin = int(np.ceil(learning.steps * (1.0 - learning.final_full_quant_fraction)))
     full = step >= begin if learning.final_full_quant_fraction > 0 else False
-    boundary = _mix(trainer, data, index, mixing, full)
+    draw = functools.partial(_draw_part, learning.accumulate, part)
+    boundary = _mix(trainer, data, index, functools.partial(draw, mixing), full)
     model = [take_batch(leaf, index) for leaf in data.model_inputs]
     inputs = BlockInputs(boundary, model, data.constants)
     targets = take(data.targets, index, program.dtypes(program.subgraph.outputs))
@@ -121,21 +160,39 @@ def _step(
     draw_of = {value: i for i, value in enumerate(program.tensor_of)}
 
     def keep(value: int, shape: tuple[int, ...]) -> jax.Array:
-        drawn = jax.random.fold_in(dropping, draw_of[value])
-        return random_keep(drawn, 1.0 - learning.quant_drop_prob, shape) | full
+        return draw(dropping, draw_of[value], 1.0 - learning.quant_drop_prob, shape) | full
 
     def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
         weights = _soft_weights(program, quantizers.weights, params)
-        activations = _scaled_steps(program, quantizers.activations, params["step"])
+        activations = _scaled_steps(trainer, quantizers.activations, params["step"])
         mask = keep if learning.quant_drop_prob > 0 else None
-        outputs = forward(program, weights, activations, inputs, mask, trainer.layer)
+        outputs = forward(program, weights, activations, inputs, mask, trainer.run_layer)
         error = output_loss(program, outputs, targets, learning.loss_power, valid_mask)
         return error + rounding_loss(learning, params["alpha"], step), error
 
     (_, loss), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return loss, gradients
+
+
+def update(
+    trainer: Trainer, carry: tuple[Params, Any], quantizers: Quantizers, gradients: Params
+) -> tuple[Params, Any]:
+    """Parameters and optimizer state after an update."""
+    params, state = carry
     updates, state = trainer.optimizer.update(gradients, state, params)
     stepped: Any = optax.apply_updates(params, updates)
-    return (_with_step_floor(stepped, quantizers.activations), state), loss
+    return _with_step_floor(stepped, quantizers.activations), state
+
+
+def _draw_part(
+    parts: int, part: Any, key: jax.Array, number: int, probability: float, shape: tuple[int, ...]
+) -> jax.Array:
+    """The rows of a part in the mask of a whole batch."""
+    key, count = jax.random.fold_in(key, number), shape[0]
+    if parts == 1:
+        return random_keep(key, probability, shape)
+    whole = random_keep(key, probability, (parts * count, *shape[1:]))
+    return jax.lax.dynamic_slice_in_dim(whole, part * count, count)
 
 
 def _with_step_floor(params: Params, start: Sequence[ActivationQuantizer]) -> Params:
@@ -147,7 +204,7 @@ def _with_step_floor(params: Params, start: Sequence[ActivationQuantizer]) -> Pa
 
 
 def _mix(
-    trainer: Trainer, data: CalibrationData, index: jax.Array, key: jax.Array, full: Any
+    trainer: Trainer, data: CalibrationData, index: jax.Array, draw: Callable, full: Any
 ) -> list[jax.Array]:
     """The block's input from the quantized prefix, with random elements from the float network."""
     dtypes = trainer.program.dtypes(trainer.program.subgraph.boundary_inputs)
@@ -157,8 +214,7 @@ def _mix(
     mixed = []
     for i, value in enumerate(quantized):
         probability = trainer.learning.input_mixing
-        chosen = random_keep(jax.random.fold_in(key, i), probability, value.shape)
-        chosen = chosen & jnp.logical_not(full)
+        chosen = draw(i, probability, value.shape) & jnp.logical_not(full)
         mixed.append(jnp.where(chosen, data.floating[i].take(index, dtypes[i]), value))
     return mixed
 
@@ -181,16 +237,17 @@ def _soft_weights(
 
 
 def _scaled_steps(
-    program: BlockProgram,
+    trainer: Trainer,
     activations: Sequence[ActivationQuantizer],
     steps: Sequence[jax.Array | None],
 ) -> list[ActivationQuantizer]:
     """Quantizers with the learned step sizes, whose gradients have LSQ's scale."""
+    program, parts = trainer.program, trainer.learning.accumulate
     value_of = {index: value for value, index in reversed(program.tensor_of.items())}
     scaled = []
     for i, (quantizer, step) in enumerate(zip(activations, steps, strict=True)):
         if step is not None:
-            numel = int(np.prod(program.avals[value_of[i]].shape))
+            numel = parts * int(np.prod(program.avals[value_of[i]].shape))
             factor = lsq_gradient_scale(numel, program.tensors[i].bits)
             quantizer = quantizer._replace(step_size=scale_gradient(step, factor))
         scaled.append(quantizer)

@@ -1,0 +1,57 @@
+"""An array in a file without a name, so that its space is free again however the process ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aquant_jax.errors import InputError, reason
+
+
+class MappedArray:
+    """An array in a file, of which only what is being read or written is mapped into memory.
+
+    Args:
+      folder: where the file lies.
+      shape: of the array.
+      dtype: of the array.
+
+    Raises:
+      InputError: the folder cannot be written, or its disk has too little space.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, ...], dtype: Any) -> None:
+        self.shape, self.dtype, self.ndim = shape, np.dtype(dtype), len(shape)
+        self.nbytes = int(np.prod(shape)) * self.dtype.itemsize
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder)
+            weakref.finalize(self, self._file.close)
+            # A write to a mapped file on a full disk would kill the process.
+            os.posix_fallocate(self._file.fileno(), 0, max(self.nbytes, 1))
+        except OSError as error:
+            free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+            raise InputError(
+                f"{folder}: {self.nbytes / 2**30:.2f} GiB of cached activations cannot be kept "
+                f"there ({reason(error)}); {free / 2**30:.2f} GiB are free"
+            ) from error
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """The rows at an index, copied."""
+        return np.array(self._map("r")[rows])
+
+    def __setitem__(self, rows: slice, values: np.ndarray) -> None:
+        self._map("r+")[rows] = values
+
+    def _map(self, mode: Any) -> np.ndarray:
+        if not self.nbytes:
+            return np.zeros(self.shape, self.dtype)
+        return np.memmap(self._file, self.dtype, mode, shape=self.shape)
