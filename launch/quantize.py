@@ -14,7 +14,7 @@ import sys
 
 from absl import flags
 
-from launch.lib import command_line, experiment, meshes, run_directory
+from launch.lib import command_line, experiment, memory_limits, meshes, run_directory
 from launch.lib.results import one_line
 
 
@@ -30,6 +30,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "if that is interrupted, resume without this flag", 0, flag_values=values,
     )  # fmt: skip
     meshes.define_flag(values)
+    memory_limits.define_flag(values)
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
 
 
@@ -39,13 +40,13 @@ def main(argv: list[str]) -> None:
     values, overrides = command_line.parse(argv, define_flags, __doc__)
     config = command_line.load_config(values.config, overrides)
     experiment.recipe_of(config)  # a wrong field ends the run here, before anything is loaded
-    mesh = meshes.parse(values.mesh)
+    mesh, limit = meshes.parse(values.mesh), memory_limits.parse(values.memory_limit)
     identity = experiment.identity(config, values.seed, values.data_dir)
     first = values.restart_from_block
     with run_directory.claim(values.workdir, identity, restart=first is not None) as directory:
         results = directory.stored
         if results is None:
-            loaded = experiment.load(config, values.data_dir, mesh)
+            loaded = experiment.load(config, values.data_dir, mesh, limit)
             results = experiment.run(
                 loaded, config, values.config, values.seed, directory, restart_from=first
             )

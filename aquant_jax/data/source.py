@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from aquant_jax.errors import InputError
@@ -19,6 +20,8 @@ class Split(NamedTuple):
     labels: np.ndarray
 
 
+BATCH = 256  # samples that are read at once
+Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
 OnCorrupt = Callable[[str], object] | None
 Stream = Callable[[str, np.ndarray, int, int, OnCorrupt], Iterator[Split]]
 
@@ -53,7 +56,9 @@ class Dataset:
         """
         _check("calibration", n, self.name, "training", self.train_size)
 
-    def calibration(self, n: int, seed: int = 0, on_corrupt: OnCorrupt = None) -> Split:
+    def calibration(
+        self, n: int, seed: int = 0, on_corrupt: OnCorrupt = None, allocate: Allocate = np.empty
+    ) -> Split:
         """Draws ``n`` different training samples, the same ones for the same seed.
 
         Args:
@@ -61,14 +66,16 @@ class Dataset:
             seed: of the draw and of random crops.
             on_corrupt: receives the name of every image that cannot be decoded and is left out;
                 None makes such an image an error.
+            allocate: ``allocate(shape, dtype)`` makes the array of an input, which is filled a few
+                samples at a time; it may be mapped from a file.
 
         Raises:
-            InputError: ``n`` is not positive or more than the training split has, or an image
-                cannot be read.
+            InputError: ``n`` is not positive or more than the training split has, an image cannot
+                be read, or samples differ in size.
         """
         self.check_calibration(n)
         indices = np.random.default_rng(seed).permutation(self.train_size)[:n]
-        return self._read("train", indices, seed, on_corrupt)
+        return self._read("train", indices, seed, on_corrupt, allocate)
 
     def test(self, limit: int | None = None) -> Split:
         """Reads the test split, or its first ``limit`` images, into memory.
@@ -101,10 +108,31 @@ class Dataset:
         _check("test", n, self.name, "test", self.test_size)
         return np.arange(n)
 
-    def _read(self, split: str, indices: np.ndarray, seed: int, on_corrupt: OnCorrupt) -> Split:
-        for batch in self.stream(split, indices, seed, len(indices), on_corrupt):
-            return batch
-        raise InputError(f"not one of the {len(indices)} {split} images of {self.name} is readable")
+    def _read(
+        self, split: str, indices: np.ndarray, seed: int, on_corrupt: OnCorrupt,
+        allocate: Allocate = np.empty,
+    ) -> Split:  # fmt: skip
+        """The samples at `indices`, in arrays that are filled batch by batch."""
+        size, end = min(len(indices), BATCH), 0
+        arrays: Split | None = None
+        for batch in self.stream(split, indices, seed, size, on_corrupt):
+            if arrays is None:
+                arrays = jax.tree.map(
+                    lambda leaf: allocate((len(indices), *leaf.shape[1:]), leaf.dtype), batch
+                )
+            start, end = end, end + len(batch.labels)
+            pairs = zip(jax.tree.leaves(arrays), jax.tree.leaves(batch), strict=True)
+            for array, leaf in pairs:
+                if array.shape[1:] != leaf.shape[1:]:
+                    raise InputError(
+                        f"samples of {self.name} differ in size, such as {array.shape[1:]} and "
+                        f"{leaf.shape[1:]}"
+                    )
+                array[start:end] = leaf
+        if arrays is None:
+            of = f"{len(indices)} {split} images of {self.name}"
+            raise InputError(f"not one of the {of} is readable")
+        return jax.tree.map(lambda array: array[:end], arrays)
 
 
 def in_memory(name: str, num_classes: int, train: Split, test: Split) -> Dataset:

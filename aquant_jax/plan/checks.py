@@ -18,6 +18,7 @@ from aquant_jax.graph.partition import Block
 from aquant_jax.recipe import Recipe
 
 MIN_SAMPLES = 2
+ROWS = 64  # of an array that are read at once
 
 
 def check_not_traced() -> None:
@@ -193,7 +194,9 @@ def _check_finite(argument: str, tree: Any) -> None:
         if not jnp.issubdtype(dtype, jnp.inexact):
             continue
         single = np.float32 if jnp.issubdtype(dtype, jnp.floating) else np.complex64
-        bad = int(np.count_nonzero(~np.isfinite(np.asarray(leaf, single))))
+        array = np.atleast_1d(np.asarray(leaf))
+        parts = (array[i : i + ROWS] for i in range(0, len(array), ROWS))  # not all copied at once
+        bad = sum(int(np.count_nonzero(~np.isfinite(part.astype(single)))) for part in parts)
         if bad:
             raise InputError(
                 f"{_join(argument, name)} has {bad} of {np.size(leaf)} values that are NaN or "

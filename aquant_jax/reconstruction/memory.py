@@ -35,6 +35,7 @@ DEVICE, HOST, DISK = "device", "host", "disk"
 # holds 1.5 to 4 times the inputs of layers and the values of a block, and float weights 11 times.
 STEP_COPIES, FORWARD_COPIES = 4, 2
 STATE_COPIES, FORWARD_STATE_COPIES = 11, 3
+INPUTS_SHARE = 1 / 8
 
 
 class BlockMemory(NamedTuple):
@@ -139,6 +140,17 @@ def free_bytes(limit: int | None = None) -> int:
     return max(min(free), 0)
 
 
+def allocate_inputs(
+    folder: Path, limit: int | None, shape: tuple[int, ...], dtype: Any
+) -> np.ndarray:
+    """An array for calibration samples: in memory where it takes at most `INPUTS_SHARE` of what is
+    free, else in a file of the folder, which is mapped."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size <= INPUTS_SHARE * free_bytes(limit):
+        return np.empty(shape, dtype)
+    return MappedArray(folder, shape, dtype).whole()
+
+
 def plan_memory(
     net: Network, limit: int | None, folder: str | Path | None, seeds: int, devices: int
 ) -> MemoryPlan:
@@ -214,7 +226,8 @@ def _needs(net: Network, block: Block, seeds: int, share: int) -> BlockMemory:
     def cached(values: Sequence[int], times: int) -> int:
         return times * boundary_bytes(graph, values, net.samples) // share
 
-    inputs = cached([i for i in graph.inputs if graph.avals[i].shape], 1)
+    leaves = [graph.avals[i] for i in graph.inputs if graph.avals[i].shape]
+    inputs = sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in leaves) * net.samples // share
     end = 0 if block is net.blocks[-1] else cached(block.end, 1 + seeds)
     targets = 0 if end and block.targets == block.end else cached(block.targets, 1)
     caches = inputs, cached(block.start, 1 + seeds), end + targets

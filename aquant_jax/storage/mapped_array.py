@@ -51,6 +51,10 @@ class MappedArray:
     def __setitem__(self, rows: slice, values: np.ndarray) -> None:
         self._map("r+")[rows] = values
 
+    def whole(self) -> np.ndarray:
+        """All of it, mapped as long as the result lives."""
+        return self._map("r+")
+
     def _map(self, mode: Any) -> np.ndarray:
         if not self.nbytes:
             return np.zeros(self.shape, self.dtype)

@@ -15,6 +15,7 @@ from aquant_jax import data, models
 from aquant_jax.errors import InputError
 from aquant_jax.models import bert
 from aquant_jax.plan.network import Network
+from aquant_jax.reconstruction.memory import allocate_inputs
 from aquant_jax.reconstruction.observer import default_observer
 from aquant_jax.storage import json_file
 from aquant_jax.storage.environment import environment
@@ -43,7 +44,7 @@ class Experiment:
         calibration: to calibrate on, the same unless the config names another.
         float_metrics: score of the float network.
         check: raises an ``InputError`` for inputs that the network cannot take.
-        mesh: devices to run on; see ``aquant_jax.quantize``.
+        mesh, memory_limit: see ``aquant_jax.quantize``.
     """
 
     apply: models.Apply
@@ -53,9 +54,12 @@ class Experiment:
     float_metrics: dict[str, float]
     check: Check = no_check
     mesh: Mesh | None = None
+    memory_limit: int | None = None
 
 
-def load(config: Config, data_dir: str, mesh: Mesh | None = None) -> Experiment:
+def load(
+    config: Config, data_dir: str, mesh: Mesh | None = None, memory_limit: int | None = None
+) -> Experiment:
     """Loads the model and the data of a config and scores the float network.
 
     Raises:
@@ -67,7 +71,9 @@ def load(config: Config, data_dir: str, mesh: Mesh | None = None) -> Experiment:
     apply, variables, check = create(config, data_dir, dataset)
     predict = functools.partial(apply, variables)
     float_metrics = score(predict, dataset, config, "float", check=check, mesh=mesh)
-    return Experiment(apply, variables, dataset, calibration, float_metrics, check, mesh)
+    return Experiment(
+        apply, variables, dataset, calibration, float_metrics, check, mesh, memory_limit
+    )
 
 
 def create(
@@ -195,16 +201,18 @@ def run(
     recipe = recipe_of(config)
     dataset, check, mesh = experiment.dataset, experiment.check, experiment.mesh
     corrupt: list[str] = []
+    limit = experiment.memory_limit
     calibration = experiment.calibration.calibration(
-        config.calibration_size, seed, on_corrupt(config, corrupt)
-    )
+        config.calibration_size, seed, on_corrupt(config, corrupt),
+        functools.partial(allocate_inputs, directory.path, limit),
+    )  # fmt: skip
     check(calibration.inputs)
     quantized = aq.quantize(
         experiment.apply, experiment.variables, calibration.inputs, recipe,
         mask=config.get("mask"), seed=seed,
         observer=aq.Observers(default_observer(), DirectoryObserver(directory)),
         compiler=compiler or aq.Compiler(gpu_ops.backend()),
-        augment=augment_of(config, recipe), mesh=mesh,
+        augment=augment_of(config, recipe), mesh=mesh, memory_limit=limit,
         resume=directory.blocks, restart_from=restart_from,
     )  # fmt: skip
     aq.save(quantized, directory.network, _test_inputs(dataset, config))

@@ -354,8 +354,8 @@ class TestWrongInput:
             quantize(RECIPE.replace(finetune_held_out=0.9))
 
     def test_too_little_memory(self, monkeypatch):
-        monkeypatch.setattr(finetune_checks, "free_bytes", lambda: 2**10)
-        message = r"needs about \d+\.\d\d GiB, and 0\.00 GiB are free; lower batch_size"
+        monkeypatch.setattr(finetune_checks, "_bytes_needed", lambda run, chain: 2**50)
+        message = r"needs about 1048576\.00 GiB, and \d+\.\d\d GiB are free; lower batch_size"
         with pytest.raises(InputError, match=message):
             quantize()
 
