@@ -1,5 +1,9 @@
 """A run within less memory: where caches lie and how a batch is divided changes no result."""
 
+import errno
+import os
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -31,7 +35,12 @@ def run(monkeypatch, free=None, tmp_path=None, **fields):
         if free is not None:
             patch.setattr(memory, "free_bytes", lambda limit=None: free)
         quantized = aq.quantize(
-            apply, variables, images(0, SAMPLES), recipe(**fields), observer=Plans(), resume=tmp_path
+            apply,
+            variables,
+            images(0, SAMPLES),
+            recipe(**fields),
+            observer=Plans(),
+            resume=tmp_path,
         )
     return quantized, plans[0]
 
@@ -48,6 +57,18 @@ def losses(quantized):
 def whole():
     with pytest.MonkeyPatch.context() as patch:
         return run(patch)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 2.5, "4GiB", True])
+def test_a_limit_is_a_number_of_bytes(limit):
+    apply, variables = residual_net()
+    with pytest.raises(InputError, match=r"memory_limit is .*; it must be a positive number"):
+        aq.quantize(apply, variables, images(0, SAMPLES), recipe(), memory_limit=limit)
+
+
+def test_parts_must_divide_a_batch():
+    with pytest.raises(InputError, match=r"accumulate is 3, which does not divide batch_size 8"):
+        recipe(accumulate=3)
 
 
 @pytest.fixture
@@ -76,6 +97,21 @@ def test_only_the_largest_caches_leave_the_device(monkeypatch, whole):
     assert set(mixed.places) == {DEVICE, DISK}
     for a, b in zip(leaves(quantized), leaves(other), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_full_disk_is_one_line(monkeypatch, tmp_path, nothing_but_caches):
+    def full(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match=r"blocks: 0\.00 GiB of .* \(No space left on device\)"):
+        run(monkeypatch, 0, tmp_path / "blocks")
+
+
+def test_too_small_a_disk_is_found_before_the_first_block(monkeypatch, nothing_but_caches):
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(InputError, match=r"on disk, and 0.00 GiB are free there; choose another"):
+        run(monkeypatch, 0)
 
 
 def test_parts_of_a_batch_add_up_to_it(monkeypatch, whole):

@@ -33,7 +33,7 @@ class Cache(NamedTuple):
 
     def take(self, index: Any, dtype: Any) -> jax.Array:
         """The samples at `index`, in `dtype`."""
-        values = split_batch(self.values[index])
+        values = split_batch(jnp.asarray(self.values[index]))
         if self.values.dtype != jnp.float16:
             return values.astype(dtype)
         return (values.astype(jnp.float32) * self.scale).astype(dtype)

@@ -205,9 +205,7 @@ def _fitted(plan: MemoryPlan, index: int, place: str, other: str) -> MemoryPlan:
         if not movable:
             break
         largest = max(movable, key=sizes.__getitem__)
-        plan = plan._replace(
-            places=(*plan.places[:largest], other, *plan.places[largest + 1 :])
-        )
+        plan = plan._replace(places=(*plan.places[:largest], other, *plan.places[largest + 1 :]))
     return plan
 
 

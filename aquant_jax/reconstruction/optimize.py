@@ -74,12 +74,12 @@ def optimize(
     """
     learning = recipe.reconstruction
     trainer = Trainer(program, recipe, make_optimizer(program, learning), compiler.layer)
-    params = initial_params(program, quantizers, learning)
+    params = start = initial_params(program, quantizers, learning)
     losses: list[jax.Array] = []
     curve = []
     what = f"{', '.join(spec.path for spec in program.specs)}: the reconstruction loss"
     take_steps = _steps if learning.accumulate == 1 else _accumulated_steps
-    for done, params, loss in take_steps(trainer, params, quantizers, data, seed, compiler):
+    for done, params, loss in take_steps(trainer, start, quantizers, data, seed, compiler):
         losses.append(settled(loss))
         if done % LOG_EVERY == 0 or done == learning.steps or len(loss) > 1:
             mean = mean_loss(losses, what, done, learning.steps)

@@ -14,8 +14,8 @@ import optax
 
 from aquant_jax.arithmetic.adaround import soft_codes
 from aquant_jax.arithmetic.uniform import ActivationQuantizer, lsq_gradient_scale, scale_gradient
-from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.graph.ir import Op
+from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.layers.fake_quant import LayerInput, LayerSpec, Weights, per_channel
 from aquant_jax.plan.block_program import BlockProgram, forward, random_keep
 from aquant_jax.recipe import Recipe, Reconstruction

@@ -30,7 +30,7 @@ class MappedArray:
         self.shape, self.dtype, self.ndim = shape, np.dtype(dtype), len(shape)
         self.nbytes = int(np.prod(shape)) * self.dtype.itemsize
         try:
-            self._file = tempfile.TemporaryFile(dir=folder)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed with this
             weakref.finalize(self, self._file.close)
             # A write to a mapped file on a full disk would kill the process.
             os.posix_fallocate(self._file.fileno(), 0, max(self.nbytes, 1))

@@ -201,10 +201,9 @@ def run(
     recipe = recipe_of(config)
     dataset, check, mesh = experiment.dataset, experiment.check, experiment.mesh
     corrupt: list[str] = []
-    limit = experiment.memory_limit
     calibration = experiment.calibration.calibration(
         config.calibration_size, seed, on_corrupt(config, corrupt),
-        functools.partial(allocate_inputs, directory.path, limit),
+        functools.partial(allocate_inputs, directory.path, experiment.memory_limit),
     )  # fmt: skip
     check(calibration.inputs)
     quantized = aq.quantize(
@@ -212,7 +211,7 @@ def run(
         mask=config.get("mask"), seed=seed,
         observer=aq.Observers(default_observer(), DirectoryObserver(directory)),
         compiler=compiler or aq.Compiler(gpu_ops.backend()),
-        augment=augment_of(config, recipe), mesh=mesh, memory_limit=limit,
+        augment=augment_of(config, recipe), mesh=mesh, memory_limit=experiment.memory_limit,
         resume=directory.blocks, restart_from=restart_from,
     )  # fmt: skip
     aq.save(quantized, directory.network, _test_inputs(dataset, config))
