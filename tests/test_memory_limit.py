@@ -123,7 +123,7 @@ def test_parts_of_a_batch_add_up_to_it(monkeypatch, whole):
 
 
 def test_rematerialization_changes_no_loss(monkeypatch, whole):
-    other, plan = run(monkeypatch, rematerialize=True)
+    other, _ = run(monkeypatch, rematerialize=True)
     np.testing.assert_allclose(losses(other), losses(whole[0]), rtol=1e-5)
 
 

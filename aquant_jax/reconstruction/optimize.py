@@ -79,7 +79,8 @@ def optimize(
     curve = []
     what = f"{', '.join(spec.path for spec in program.specs)}: the reconstruction loss"
     take_steps = _steps if learning.accumulate == 1 else _accumulated_steps
-    for done, params, loss in take_steps(trainer, start, quantizers, data, seed, compiler):
+    for done, after, loss in take_steps(trainer, start, quantizers, data, seed, compiler):
+        params = after
         losses.append(settled(loss))
         if done % LOG_EVERY == 0 or done == learning.steps or len(loss) > 1:
             mean = mean_loss(losses, what, done, learning.steps)
