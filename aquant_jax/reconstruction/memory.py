@@ -193,7 +193,7 @@ def _advice(place: str, limit: int | None) -> str:
     if place == DISK:
         return " there; choose another folder"
     of = "" if limit is None else f" of memory_limit {limit / 2**30:.2f} GiB"
-    return f"{of}; lower batch_size, or set accumulate or rematerialize"
+    return f"{of}; lower batch_size, or raise accumulate"
 
 
 def _fitted(plan: MemoryPlan, index: int, place: str, other: str) -> MemoryPlan:
@@ -218,8 +218,6 @@ def _needs(net: Network, block: Block, seeds: int, share: int) -> BlockMemory:
     step, state = FORWARD_COPIES * (values + sum(layers)), FORWARD_STATE_COPIES * weights
     if learning.steps:
         step, state = STEP_COPIES * (values + sum(layers)), STATE_COPIES * weights
-        if learning.rematerialize:
-            step = FORWARD_COPIES * values + STEP_COPIES * max(layers)
 
     def cached(values: Sequence[int], times: int) -> int:
         return times * boundary_bytes(graph, values, net.samples) // share

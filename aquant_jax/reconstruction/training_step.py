@@ -14,9 +14,8 @@ import optax
 
 from aquant_jax.arithmetic.adaround import soft_codes
 from aquant_jax.arithmetic.uniform import ActivationQuantizer, lsq_gradient_scale, scale_gradient
-from aquant_jax.graph.ir import Op
 from aquant_jax.graph.subgraph import BlockInputs
-from aquant_jax.layers.fake_quant import LayerInput, LayerSpec, Weights, per_channel
+from aquant_jax.layers.fake_quant import Weights, per_channel
 from aquant_jax.plan.block_program import BlockProgram, forward, random_keep
 from aquant_jax.recipe import Recipe, Reconstruction
 from aquant_jax.reconstruction.activation_cache import Cache, take
@@ -94,11 +93,6 @@ class Trainer(NamedTuple):
     def learning(self) -> Reconstruction:
         return self.recipe.reconstruction
 
-    def run_layer(self, op: Op, spec: LayerSpec, inputs: LayerInput, weights: Weights) -> jax.Array:
-        """`layer`, which keeps only its operands for the backward pass if the recipe says so."""
-        run = functools.partial(self.layer, op, spec)
-        return (jax.checkpoint(run) if self.learning.rematerialize else run)(inputs, weights)
-
 
 def train_steps(
     trainer: Trainer,
@@ -166,7 +160,7 @@ def gradients_of(
         weights = _soft_weights(program, quantizers.weights, params)
         activations = _scaled_steps(trainer, quantizers.activations, params["step"])
         mask = keep if learning.quant_drop_prob > 0 else None
-        outputs = forward(program, weights, activations, inputs, mask, trainer.run_layer)
+        outputs = forward(program, weights, activations, inputs, mask, trainer.layer)
         error = output_loss(program, outputs, targets, learning.loss_power, valid_mask)
         return error + rounding_loss(learning, params["alpha"], step), error
 
