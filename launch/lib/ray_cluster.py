@@ -257,12 +257,15 @@ def _connected(address: str) -> Iterator[Ray]:
 
 
 def _import(address: str) -> Ray:
-    """Ray, set up before its import: a cluster that starts here is closed to everybody else."""
-    if address == THIS_MACHINE:
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # listens on 127.0.0.1
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # of this cluster alone
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    """Ray, set up before its import; what the user's environment says counts more."""
+    settings = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if address == THIS_MACHINE:  # closed to everybody else
+        settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # listens on 127.0.0.1 alone
+        settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    else:
+        settings["RAY_gcs_server_port_wait_time_s"] = "1"  # one attempt, of 40 seconds
+    for name, text in settings.items():
+        os.environ.setdefault(name, text)
     try:
         return importlib.import_module("ray")
     except ImportError as error:
