@@ -5,7 +5,6 @@ pip install 'aquant-jax[cluster]' && pytest tests/launch/test_ray_cluster.py
 
 import contextlib
 import importlib.util
-import json
 import os
 import secrets
 import signal
@@ -20,6 +19,7 @@ from aquant_jax.storage import archive
 from aquant_jax.storage.folder_lock import LOCK
 from launch import sweep
 from tests.launch.conftest import DIGITS, OPTAX, SMALL
+from tests.launch.test_executors import results_of
 from tests.launch.test_kill import assert_same
 from tests.support.process import REPOSITORY
 
@@ -89,8 +89,7 @@ def assert_complete(path, process, local):
     assert len(lines) == len(CELLS), output
     for cell in CELLS:
         assert_same(*(archive.read(folder / cell / "quantized") for folder in (path, local)))
-    rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (path, local)]
-    assert [row["seeds"] for row in rows[0]] == [row["seeds"] for row in rows[1]]
+    assert results_of(path) == results_of(local)
     return errors
 
 
