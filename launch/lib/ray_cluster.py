@@ -117,16 +117,13 @@ def run(
         for cell in of_network
         for seed in seeds
     ]
-    found = [
-        _in_process(run, tasks, None) if (run.path / RESULTS).exists() else None for run in runs
-    ]
-    missing = [index for index, results in enumerate(found) if results is None]
+    finished = [run for run in runs if (run.path / RESULTS).exists()]
+    found = {run.path: _in_process(run, tasks, None) for run in finished}
+    missing = [run for run in runs if run.path not in found]
     if missing:
         with _connected(tasks.address) as ray:
-            submitted = _run_all(ray, [runs[index] for index in missing], tasks)
-        for index, results in zip(missing, submitted, strict=True):
-            found[index] = results
-    results = iter(found)
+            found |= _run_all(ray, missing, tasks)
+    results = iter([found[run.path] for run in runs])
     return {
         folder: {cell.name: [next(results) for _ in seeds] for cell in of_network}
         for folder, of_network in planned.items()
@@ -157,32 +154,32 @@ def _in_process(run: Run, tasks: Tasks, mesh: Mesh | None) -> dict[str, Any]:
     return results[run.cell.name][0]
 
 
-def _run_all(ray: Ray, runs: Sequence[Run], tasks: Tasks) -> list[dict[str, Any]]:
-    """Submits all runs; their results, in order."""
+def _run_all(ray: Ray, runs: Sequence[Run], tasks: Tasks) -> dict[Path, dict[str, Any]]:
+    """Submits all runs; their results by their paths."""
     remote = ray.remote(max_calls=1, max_retries=0)(run_in_worker).options(**_options(ray, tasks))
-    running = {remote.remote(run, tasks): index for index, run in enumerate(runs)}
-    results: dict[int, dict[str, Any]] = {}
-    deaths = collections.Counter[int]()
+    running = {remote.remote(run, tasks): run for run in runs}
+    results: dict[Path, dict[str, Any]] = {}
+    deaths = collections.Counter[Path]()
     try:
         while running:
             [task], _ = ray.wait(list(running))
-            index = running.pop(task)
+            run = running.pop(task)
             try:
-                results[index] = ray.get(task)
-                print(one_line(results[index]), flush=True)
+                results[run.path] = ray.get(task)
+                print(one_line(results[run.path]), flush=True)
             except ray.exceptions.RayTaskError as error:  # which a run raised
                 raise error.cause or error from error
             except ray.exceptions.RayError as error:
-                deaths[index] += 1
-                name, times = runs[index].path.name, deaths[index]
+                deaths[run.path] += 1
+                name, times = run.path.name, deaths[run.path]
                 if times > RETRIES:
                     said = f"{name}: its worker died {times} times, at last by: {reason(error)}"
                     raise ReconstructionError(said) from error
                 logging.warning("%s: %s Retry %d of %d", name, reason(error), times, RETRIES)
-                running[remote.remote(runs[index], tasks)] = index
+                running[remote.remote(run, tasks)] = run
     finally:
         _cancel(ray, list(running))
-    return [results[index] for index in range(len(runs))]
+    return results
 
 
 def _cancel(ray: Ray, tasks: list[Any]) -> None:
