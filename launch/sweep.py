@@ -1,14 +1,10 @@
 """Quantizes one network by several presets, or fills a table of the paper.
 
-With --config, each preset is a row of one table. With --table, the cells are those of the paper's
-table: 1 is models x bits x presets, 2 is BERT on GLUE, 3 is the ablation of the border. Each seed
-of a cell is a run with its own folder in the workdir. A finished run is not repeated: the same
-command resumes, with more seeds or rows too. Any field of the configs: --config.FIELD=VALUE.
+Each seed of a cell is a run with its own folder in the workdir. A finished run is not repeated: the
+same command resumes, with more seeds or rows too. Any field of the configs: --config.FIELD=VALUE.
 
 Example:
-
-    python -m launch.sweep --config=configs/digits.py:w2a2 --presets=nearest,qdrop,aquant \\
-        --seeds=0,1,2 --workdir=runs/compare
+    python -m launch.sweep --config=configs/digits.py:w2a2 --seeds=0,1,2 --workdir=runs/compare
     python -m launch.sweep --table=3 --models=resnet18 --bits=w2a2 --data_dir=DIR --workdir=runs/3
 """
 
@@ -24,12 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from jax.sharding import Mesh
 
 import aquant_jax as aq
 from aquant_jax.errors import InputError
-from aquant_jax.storage.environment import environment
-from launch.lib import cells, command_line, meshes, paper_tables, plots
+from launch.lib import cells, command_line, executors, memory_limits, meshes, paper_tables, plots
+from launch.lib.executors import Executor
 from launch.lib.paper_tables import TABLES
 from launch.lib.results import bit_width, metric_name
 from launch.lib.run_directory import RunDirectory, claim
@@ -60,13 +55,16 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "config file, file.py:variant", flag_values=values)
     known = f"with --config: rows (default {','.join(PRESETS)})"
     flags.DEFINE_list("presets", None, known, flag_values=values)
-    flags.DEFINE_enum("table", None, list(TABLES), "of the paper", flag_values=values)
+    tables = "1: models x bits x presets, 2: BERT on GLUE, 3: ablation of the border"
+    flags.DEFINE_enum("table", None, list(TABLES), tables, flag_values=values)
     for name, of in (("models", "columns"), ("bits", "bit-widths"), ("rows", "rows")):
         flags.DEFINE_list(name, None, f"with --table: {of}; all by default", flag_values=values)
     flags.DEFINE_string("variant", None, "with --table: added to every variant", flag_values=values)
     flags.DEFINE_list("seeds", ["0"], "seeds of every cell", flag_values=values)
     command_line.define_path(values, "data_dir", "~", "holds tensorflow_datasets/ and weights/")
     meshes.define_flag(values)
+    memory_limits.define_flag(values)
+    executors.define_flags(values)
     flags.mark_flags_as_required(["workdir"], flag_values=values)
 
 
@@ -83,15 +81,16 @@ def check_mode(values: Any) -> None:
 
 
 def compare(
-    values: Any, mesh: Mesh | None, planned: list[cells.Cell], directory: RunDirectory
+    values: Any, execute: Executor, planned: list[cells.Cell], directory: RunDirectory
 ) -> str:
     """Runs every preset that is not finished; returns the table that it writes."""
-    seeds = cells.parse_seeds(values.seeds)
-    results = cells.run(directory.path, values.data_dir, planned, seeds, mesh)
+    results = execute({directory.path: planned})[directory.path]
     rows = [summarize(preset, runs) for preset, runs in results.items()]
     plots.comparison_plots(results, directory.plots)
     text = presets_table(rows)
-    directory.finish({"config": values.config, "rows": rows, "table": text} | environment())
+    last = results[planned[-1].name][-1]  # not of this process, which computed nothing with Ray
+    where = {name: last[name] for name in ("device", "versions")}
+    directory.finish({"config": values.config, "rows": rows, "table": text} | where)
     return text
 
 
@@ -171,9 +170,9 @@ def presets_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def fill(values: Any, mesh: Mesh | None, planned: Planned, directory: RunDirectory) -> str:
+def fill(values: Any, execute: Executor, planned: Planned, directory: RunDirectory) -> str:
     """Runs every cell of a table that is not finished; returns the table that it writes."""
-    entries = run_cells(values, mesh, planned, directory.path)
+    entries = run_cells(values, execute, planned, directory.path)
     text = paper_table(entries)
     (directory.path / "table.md").write_text(text)
     (directory.path / "table.csv").write_text(as_csv(entries))
@@ -211,14 +210,15 @@ def plan_table(values: Any, overrides: dict[str, str]) -> Planned:
     return planned
 
 
-def run_cells(values: Any, mesh: Mesh | None, planned: Planned, folder: Path) -> list[Entry]:
+def run_cells(values: Any, execute: Executor, planned: Planned, folder: Path) -> list[Entry]:
     """Runs what is not finished; the results of all cells."""
-    table, seeds, entries = TABLES[values.table], cells.parse_seeds(values.seeds), []
+    table, entries = TABLES[values.table], []
+    results = execute(
+        {folder / model: list(of_model.values()) for model, of_model in planned.items()}
+    )
     for model, of_model in planned.items():
-        every = list(of_model.values())
-        results = cells.run(folder / model, values.data_dir, every, seeds, mesh)
         for (bits, row), cell in of_model.items():
-            runs = results[cell.name]
+            runs = results[folder / model][cell.name]
             first = runs[0]
             entries.append(
                 Entry(
@@ -269,14 +269,13 @@ def main(argv: list[str]) -> None:
     """Runs every cell that is not finished, then writes the table."""
     values, overrides = command_line.parse(argv, define_flags, __doc__)
     check_mode(values)
-    cells.parse_seeds(values.seeds)  # a wrong one ends the program before anything is claimed
-    mesh = meshes.parse(values.mesh)
+    execute = executors.create(values)  # what is wrong ends it before anything is claimed
     if values.table is None:
         planned = plan_presets(values, overrides)
-        mode, write = "config", functools.partial(compare, values, mesh, planned)
+        mode, write = "config", functools.partial(compare, values, execute, planned)
     else:
         planned = plan_table(values, overrides)
-        mode, write = "table", functools.partial(fill, values, mesh, planned)
+        mode, write = "table", functools.partial(fill, values, execute, planned)
     owner = {"program": "sweep", mode: values[mode].value, "overrides": overrides}
     with claim(values.workdir, owner) as directory:
         text = write(directory)

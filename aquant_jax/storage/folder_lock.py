@@ -27,6 +27,10 @@ ATTEMPTS = 100
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+class FolderInUseError(InputError):
+    """Another process holds the folder; the message names it."""
+
+
 @contextlib.contextmanager
 def hold(folder: Path, check: Callable[[], Result]) -> Iterator[Result]:
     """A context in which no other process, and no other thread, holds the folder.
@@ -43,8 +47,8 @@ def hold(folder: Path, check: Callable[[], Result]) -> Iterator[Result]:
       The result of the second call of `check`.
 
     Raises:
-      InputError: by `check`; the folder cannot be written; it is held already (the message names
-        the process and its host).
+      InputError: by `check`; the folder cannot be written.
+      FolderInUseError: it is held already (the message names the process and its host).
     """
     check()
     created = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
@@ -66,7 +70,8 @@ def lock(file: Path, owner: Path) -> Iterator[None]:
       owner: what it stands for, named in messages.
 
     Raises:
-      InputError: it cannot be written, or is held already (the message names by which process).
+      InputError: it cannot be written.
+      FolderInUseError: it is held already (the message names by which process).
     """
     try:
         descriptor = _acquire(file, owner)
@@ -113,7 +118,7 @@ def _flock(descriptor: int, owner: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
-        raise InputError(
+        raise FolderInUseError(
             f"{owner} is in use by {holder}; wait until it ends, or choose another folder"
         ) from None
     except OSError as error:

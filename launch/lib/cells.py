@@ -12,6 +12,7 @@ from launch.lib import command_line, experiment, run_directory
 from launch.lib.results import one_line
 
 STEPS = "recipe.reconstruction.steps"
+Results = dict[str, list[dict[str, Any]]]  # of all seeds, by the name of the cell
 
 
 class Cell(NamedTuple):
@@ -39,13 +40,23 @@ def load_config(spec: str, overrides: dict[str, str], variant: str) -> command_l
     return config
 
 
+def path_of(folder: Path, name: str, seed: int) -> Path:
+    """The directory of a run, in the folder of its network."""
+    return folder / f"{name}-s{seed}"
+
+
 def run(
-    folder: Path, data_dir: str, cells: list[Cell], seeds: list[int], mesh: Mesh | None = None
-) -> dict[str, list[dict[str, Any]]]:
+    folder: Path,
+    data_dir: str,
+    cells: list[Cell],
+    seeds: list[int],
+    mesh: Mesh | None = None,
+    memory_limit: int | None = None,
+) -> Results:
     """Runs the cells that are not finished.
 
     Args:
-        folder: each (cell, seed) has the folder ``NAME-sSEED`` in it.
+        folder: each (cell, seed) has its directory in it, see `path_of`.
         data_dir: of the configs.
         cells: of one network and data set, which are loaded once, and only if necessary.
         seeds: of every cell.
@@ -55,16 +66,15 @@ def run(
         The results of all seeds, by the name of the cell.
     """
     loaded: experiment.Experiment | None = None
-    results: dict[str, list[dict[str, Any]]] = {cell.name: [] for cell in cells}
+    results: Results = {cell.name: [] for cell in cells}
     for name, spec, config in cells:
         compiler = aq.Compiler(gpu_ops.backend())
         for seed in seeds:
-            path = folder / f"{name}-s{seed}"
             identity = experiment.identity(config, seed, data_dir)
-            with run_directory.claim(path, identity) as directory:
+            with run_directory.claim(path_of(folder, name, seed), identity) as directory:
                 run_results = directory.stored
                 if run_results is None:
-                    loaded = loaded or experiment.load(config, data_dir, mesh)
+                    loaded = loaded or experiment.load(config, data_dir, mesh, memory_limit)
                     run_results = experiment.run(loaded, config, spec, seed, directory, compiler)
             print(one_line(run_results), flush=True)
             results[name].append(run_results)

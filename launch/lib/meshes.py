@@ -18,6 +18,20 @@ def define_flag(values: flags.FlagValues) -> None:
     flags.DEFINE_string("mesh", None, text, flag_values=values)
 
 
+def sizes(text: str) -> tuple[int, int] | None:
+    """The devices for samples and for weights that a value of ``--mesh`` names; None for ``auto``.
+
+    Raises:
+        InputError: neither ``auto`` nor sizes.
+    """
+    if text == AUTO:
+        return None
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if not match:
+        raise InputError(f"--mesh={text}: it must be a number, {AUTO}, or NxM, such as 4 or 4x2")
+    return int(match[1]), int(match[2] or 1)
+
+
 def parse(text: str | None) -> Mesh | None:
     """The mesh of a value of ``--mesh``; None for one device.
 
@@ -27,10 +41,7 @@ def parse(text: str | None) -> Mesh | None:
     if text is None:
         return None
     found = jax.local_device_count()
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", str(found) if text == AUTO else text)
-    if not match:
-        raise InputError(f"--mesh={text}: it must be a number, {AUTO}, or NxM, such as 4 or 4x2")
-    samples, weights = int(match[1]), int(match[2] or 1)
+    samples, weights = sizes(text) or (found, 1)
     if samples * weights > found:
         raise InputError(
             f"--mesh={text} needs {samples * weights} devices, and JAX has {found} "
