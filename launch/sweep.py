@@ -4,7 +4,6 @@ Each seed of a cell is a run with its own folder in the workdir. A finished run 
 same command resumes, with more seeds or rows too. Any field of the configs: --config.FIELD=VALUE.
 
 Example:
-    python -m launch.sweep --config=configs/digits.py:w2a2 --seeds=0,1,2 --workdir=runs/compare
     python -m launch.sweep --table=3 --models=resnet18 --bits=w2a2 --data_dir=DIR --workdir=runs/3
 """
 

@@ -60,7 +60,7 @@ def run(
         data_dir: of the configs.
         cells: of one network and data set, which are loaded once, and only if necessary.
         seeds: of every cell.
-        mesh: devices to run on.
+        mesh, memory_limit: see ``aquant_jax.quantize``.
 
     Returns:
         The results of all seeds, by the name of the cell.

@@ -11,7 +11,7 @@ UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10*
 
 def define_flag(values: flags.FlagValues) -> None:
     """Defines ``--memory_limit``."""
-    text = "memory to use at most, such as 4GiB; what does not fit lies in files of the workdir"
+    text = "to use at most, such as 4GiB; what does not fit lies in files of the workdir"
     flags.DEFINE_string("memory_limit", None, text, flag_values=values)
 
 
