@@ -14,7 +14,7 @@ from aquant_jax.errors import InputError
 from aquant_jax.layers.fake_quant import Weights
 from aquant_jax.plan.network import batch_shapes
 from aquant_jax.reconstruction.chain import Chain, Parts, inexact
-from aquant_jax.reconstruction.devices import take_batch
+from aquant_jax.reconstruction.devices import read, take_batch
 from aquant_jax.reconstruction.finetune import float_parts
 from aquant_jax.reconstruction.memory import free_bytes
 from aquant_jax.reconstruction.run import Run, split
@@ -66,7 +66,7 @@ def _check_logits(outputs: Sequence[jax.Array]) -> None:
         what = None
         if jnp.iscomplexobj(output) or output.ndim < 2 or output.shape[-1] < 2:
             what = "it needs real outputs with the classes, two or more, on the last axis"
-        elif _is_distribution(np.asarray(output, np.float32)):
+        elif _is_distribution(np.asarray(read(output), np.float32)):
             what = "its rows are probabilities: return what softmax was applied to"
         if what:
             raise InputError(

@@ -18,7 +18,7 @@ def free_bytes() -> int:
     On a CPU this is what the machine has available, less where a control group or ``ulimit -v``
     leaves less.
     """
-    statistics = jax.devices()[0].memory_stats()
+    statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]
     free = [psutil.virtual_memory().available]
