@@ -24,9 +24,9 @@ from aquant_jax.plan.augmentation import Augment
 from aquant_jax.plan.network import Network
 from aquant_jax.plan.prepare import prepare
 from aquant_jax.recipe import Recipe
-from aquant_jax.reconstruction import devices
+from aquant_jax.reconstruction import devices, hosts
 from aquant_jax.reconstruction.activation_cache import Cache
-from aquant_jax.reconstruction.block_store import BlockResult, open_block_store
+from aquant_jax.reconstruction.block_store import BlockResult
 from aquant_jax.reconstruction.border_choice import resolved
 from aquant_jax.reconstruction.finetune import finetune
 from aquant_jax.reconstruction.finetune_checks import check_finetune, check_held_out
@@ -171,19 +171,21 @@ def _quantize(
     """One network for every seed; `folders` has its block store."""
     checks.check_recipe(shared.recipe)
     devices.check_mesh(shared.mesh)
-    calibration = checks.host_arrays(shared.calibration)
-    net = prepare(shared.apply, shared.variables, calibration, shared.recipe, shared.mask)
-    devices.check_batch(shared.mesh, net.batch)
+    shared = shared._replace(compiler=shared.compiler or Compiler())
+    calibration, net = hosts.together(functools.partial(_accepted, shared), shared.mesh)
+
+    def call(seed: int) -> dict[str, Any]:
+        return fingerprint(net, calibration, seed, shared.compiler, shared.augment)
+
+    hosts.check_same(lambda: _shared_call(call, folders, restart_from), shared.mesh)
     if observers is None:
         observers = [default_observer(), *(Observer() for _ in range(len(folders) - 1))]
     with contextlib.ExitStack() as stack:
         stack.enter_context(devices.in_force(shared.mesh))
         runs = _runs(net, calibration, shared, list(zip(folders, observers, strict=True)))
         for i, (seed, folder) in enumerate(folders.items()):
-            call = functools.partial(
-                fingerprint, net, calibration, seed, runs[i].compiler, shared.augment
-            )
-            store = stack.enter_context(open_block_store(folder, restart_from, call))
+            opened = hosts.open_blocks(folder, restart_from, functools.partial(call, seed))
+            store = stack.enter_context(opened)
             runs[i] = runs[i]._replace(block_store=store)
         for observer in observers:
             observer.on_start(net)
@@ -192,11 +194,31 @@ def _quantize(
     return networks if shared.mesh is None else list(map(devices.unplaced, networks))
 
 
+def _accepted(shared: _Shared) -> tuple[Any, Network]:
+    """The calibration set and the prepared network of arguments that are in order."""
+    calibration = checks.host_arrays(devices.whole(shared.calibration, shared.mesh))
+    variables = devices.whole(shared.variables, shared.mesh)
+    net = prepare(shared.apply, variables, calibration, shared.recipe, shared.mask)
+    devices.check_batch(shared.mesh, net.batch)
+    return calibration, net
+
+
+def _shared_call(
+    call: Callable[[int], dict[str, Any]],
+    folders: Mapping[int, str | Path | None],
+    restart_from: int | None,
+) -> dict[str, Any]:
+    """What the processes of a mesh must agree on."""
+    resume = any(folder is not None for folder in folders.values())
+    same = {"seed": list(folders), "resume": resume, "restart_from": restart_from}
+    return call(next(iter(folders))) | same
+
+
 def _runs(
     net: Network, calibration: Any, shared: _Shared, seeds: Sequence[tuple[int, Observer]]
 ) -> list[Run]:
     """The fixed part of every seed, checked, on the devices of the mesh in force."""
-    compiler, augment = shared.compiler or Compiler(), shared.augment
+    compiler, augment = shared.compiler, shared.augment
     leaves = map(devices.split_samples, jax.tree.leaves(calibration))
     inputs = dict(zip(net.graph.inputs, leaves, strict=True))
     net = net if shared.mesh is None else devices.on_host(net)

@@ -112,6 +112,11 @@ def read(leaf: Any) -> Any:
     return _in_numpy(leaf)
 
 
+def whole(tree: Any, mesh: Mesh | None) -> Any:
+    """A pytree of arrays that a process can read, on a mesh of several: see `read`."""
+    return jax.tree.map(read, tree) if mesh is not None and mesh.is_multi_process else tree
+
+
 def everywhere(tree: Any) -> Any:
     """A pytree of arrays, on every device of the mesh in force."""
     return jax.tree.map(_put, tree) if _devices(DATA) else jax.device_put(tree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from aquant_jax.plan.network import batch_shapes
 from aquant_jax.reconstruction.chain import Chain, Parts, inexact
 from aquant_jax.reconstruction.devices import read, take_batch
 from aquant_jax.reconstruction.finetune import float_parts
+from aquant_jax.reconstruction.hosts import together
 from aquant_jax.reconstruction.memory import free_bytes
 from aquant_jax.reconstruction.run import Run, split
 from aquant_jax.reconstruction.weights import init_borders
@@ -37,7 +39,7 @@ def check_finetune(run: Run) -> None:
     check_held_out(run)
     net = run.net
     chain = Chain(net, run.compiler)
-    _check_memory(run, chain)
+    together(functools.partial(_check_memory, run, chain))
     rows = np.arange(net.batch) % net.samples
     leaves = {i: take_batch(leaf, rows) for i, leaf in run.inputs.items()}
     last = chain.programs[-1]
