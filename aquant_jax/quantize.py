@@ -172,12 +172,16 @@ def _quantize(
     checks.check_recipe(shared.recipe)
     devices.check_mesh(shared.mesh)
     shared = shared._replace(compiler=shared.compiler or Compiler())
-    calibration, net = hosts.together(functools.partial(_accepted, shared), shared.mesh)
+    several = shared.mesh is not None and shared.mesh.is_multi_process
+    calibration, net = hosts.together(functools.partial(_accepted, shared), several)
 
     def call(seed: int) -> dict[str, Any]:
         return fingerprint(net, calibration, seed, shared.compiler, shared.augment)
 
-    hosts.check_same(lambda: _shared_call(call, folders, restart_from), shared.mesh)
+    if several:
+        resume = any(folder is not None for folder in folders.values())
+        same = {"seed": list(folders), "resume": resume, "restart_from": restart_from}
+        hosts.check_same(call(next(iter(folders))) | same)
     if observers is None:
         observers = [default_observer(), *(Observer() for _ in range(len(folders) - 1))]
     with contextlib.ExitStack() as stack:
@@ -201,17 +205,6 @@ def _accepted(shared: _Shared) -> tuple[Any, Network]:
     net = prepare(shared.apply, variables, calibration, shared.recipe, shared.mask)
     devices.check_batch(shared.mesh, net.batch)
     return calibration, net
-
-
-def _shared_call(
-    call: Callable[[int], dict[str, Any]],
-    folders: Mapping[int, str | Path | None],
-    restart_from: int | None,
-) -> dict[str, Any]:
-    """What the processes of a mesh must agree on."""
-    resume = any(folder is not None for folder in folders.values())
-    same = {"seed": list(folders), "resume": resume, "restart_from": restart_from}
-    return call(next(iter(folders))) | same
 
 
 def _runs(

@@ -119,7 +119,23 @@ def whole(tree: Any, mesh: Mesh | None) -> Any:
 
 def everywhere(tree: Any) -> Any:
     """A pytree of arrays, on every device of the mesh in force."""
-    return jax.tree.map(_put, tree) if _devices(DATA) else jax.device_put(tree)
+    return put(tree, _sharding()) if _devices(DATA) else jax.device_put(tree)
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """A pytree of arrays, split over devices. Of several processes, each has the whole, and moves
+    the parts of its own devices."""
+    if not isinstance(sharding.mesh, Mesh) or not sharding.mesh.is_multi_process:
+        return jax.device_put(tree, sharding)
+
+    def split(leaf: Any) -> jax.Array:
+        values = read(leaf)
+        if isinstance(values, jax.Array):  # of random keys
+            return jax.device_put(values, sharding)
+        values = np.asarray(values, jnp.result_type(values))
+        return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+
+    return jax.tree.map(split, tree)
 
 
 def unplaced(tree: Any) -> Any:
@@ -144,7 +160,7 @@ def split_samples(leaf: Any) -> jax.Array:
     if not _devices(DATA) or not np.ndim(leaf):
         return jnp.asarray(leaf)
     samples = np.resize(leaf, (_filled_up(len(leaf)), *leaf.shape[1:]))
-    return _put(samples, NAMES[DATA])
+    return put(samples, _sharding(NAMES[DATA]))
 
 
 def split_batch(values: jax.Array) -> jax.Array:
@@ -160,7 +176,7 @@ def split_channels(weight: Any, axes: Sequence[int]) -> jax.Array:
     devices = _devices(MODEL)
     for axis in axes if devices else ():
         if weight.shape[axis] % devices == 0:
-            return _put(weight, *[None] * axis, NAMES[MODEL])
+            return put(weight, _sharding(*[None] * axis, NAMES[MODEL]))
     return jnp.asarray(weight)
 
 
@@ -183,16 +199,6 @@ def settled(values: Any) -> Any:
     if _devices(DATA) and jax.default_backend() == "cpu":
         jax.block_until_ready(values)
     return values
-
-
-def _put(leaf: Any, *axes: str | None) -> jax.Array:
-    """An array, split along these axes: a process moves the parts of its own devices only."""
-    sharding = _sharding(*axes)
-    host = read(leaf) if several_processes() else leaf
-    if host is leaf and isinstance(leaf, jax.Array):
-        return jax.device_put(leaf, sharding)
-    values = np.asarray(host, jnp.result_type(host))
-    return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
 
 
 def _in_numpy(leaf: Any) -> Any:

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from aquant_jax.errors import InputError, SharedError
 from aquant_jax.reconstruction.block_store import (
@@ -54,17 +53,17 @@ def exchange(value: Any) -> list[Any]:
     return [json.loads(row.tobytes()) for row in rows]
 
 
-def together(step: Callable[[], Result], mesh: Mesh | None = None) -> Result:
+def together(step: Callable[[], Result], several: bool | None = None) -> Result:
     """The result of a step that every process takes, in which none waits for another.
 
     Args:
       step: to take.
-      mesh: of the processes; None means that in force.
+      several: whether there are several processes; None means those of the mesh in force.
 
     Raises:
       InputError: the step raises one on some process, which the message names, or on all.
     """
-    if not (mesh.is_multi_process if mesh else several_processes()):
+    if not (several_processes() if several is None else several):
         return step()
     result, message = None, None
     try:
@@ -79,16 +78,9 @@ def together(step: Callable[[], Result], mesh: Mesh | None = None) -> Result:
     return result  # type: ignore[return-value]
 
 
-def check_same(call: Callable[[], Any], mesh: Mesh | None) -> None:
-    """InputError unless `call` describes the same call, of the same code, on all processes.
-
-    Args:
-      call: JSON-able, such as a `fingerprint`; called where the mesh has several processes.
-      mesh: of the processes.
-    """
-    if mesh is None or not mesh.is_multi_process:
-        return
-    mine = {"call": jsonable(call()), "code": code(), "host": socket.gethostname()}
+def check_same(call: dict[str, Any]) -> None:
+    """InputError unless all processes make the same call, such as a `fingerprint`, of one code."""
+    mine = {"call": jsonable(call), "code": code(), "host": socket.gethostname()}
     (first, *others) = exchange(mine)
     for process, other in enumerate(others, 1):
         host = other.pop("host")
