@@ -84,6 +84,7 @@ def join(values: Any) -> None:
     supervisor.run_in_child(job.process == 0, explain)
     if job.process:
         logging.set_verbosity(logging.FATAL)
+    jax.config.update("jax_enable_preemption_service", False)  # it would ignore SIGTERM
     jax.distributed.initialize(
         *job, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT
     )
@@ -202,8 +203,8 @@ def _explain(job: Job, timeout: int, log: str, end: str) -> str | None:
         return f"process {job.process} on {socket.gethostname()} was ended by {end}"
     if "RegisterTask" in log:
         return (
-            f"process {job.process}: within {timeout} s there was no coordinator at "
-            f"{job.address}, or not all {job.processes} processes came"
+            f"process {job.process}: no coordinator answered at {job.address} within {timeout} s, "
+            f"or not all {job.processes} processes came"
         )
     if "Failed to send RPC to coordination service" in log:
         return f"process 0, the coordinator {job.address}, ended or cannot be reached; {AGAIN}"
