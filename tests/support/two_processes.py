@@ -16,6 +16,7 @@ from launch.lib import command_line, hosts, meshes
 from tests.support.nets import mlp, normal, rng_of
 
 RECIPE = aq.recipes.qdrop(3, 8, steps=4, batch_size=8)
+NEAREST = aq.recipes.nearest(3, 8, batch_size=8)
 OTHER_STEPS = aq.recipes.qdrop(3, 8, steps=8, batch_size=8)
 SAMPLES = 22
 
@@ -82,7 +83,8 @@ def main(argv):
     if values.fails and process:
         raise aq.InputError("no such weights")
     watchers = Watcher(process == values.dies), Watcher()
-    found = run(mesh, store, observer=watchers[0])
+    recipe = RECIPE if values.dies is None else NEAREST
+    found = run(mesh, store, recipe=recipe, observer=watchers[0])
     if hosts.connected():
         found["again"] = run(mesh, store, observer=watchers[1])
         found["learned"] = [watcher.learned for watcher in watchers]
