@@ -9,6 +9,10 @@ class InputError(ValueError):
     """
 
 
+class SharedError(InputError):
+    """An InputError of one process, which its message names, raised by all processes of a mesh."""
+
+
 class ReconstructionError(RuntimeError):
     """Reconstruction of a block failed; the message names its layers."""
 

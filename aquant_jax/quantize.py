@@ -24,9 +24,9 @@ from aquant_jax.plan.augmentation import Augment
 from aquant_jax.plan.network import Network
 from aquant_jax.plan.prepare import prepare
 from aquant_jax.recipe import Recipe
-from aquant_jax.reconstruction import devices
+from aquant_jax.reconstruction import devices, hosts
 from aquant_jax.reconstruction.activation_cache import Cache
-from aquant_jax.reconstruction.block_store import BlockResult, open_block_store
+from aquant_jax.reconstruction.block_store import BlockResult
 from aquant_jax.reconstruction.border_choice import resolved
 from aquant_jax.reconstruction.finetune import finetune
 from aquant_jax.reconstruction.finetune_checks import check_finetune, check_held_out
@@ -184,23 +184,30 @@ def _quantize(
     """One network for every seed; `folders` has its block store."""
     checks.check_recipe(shared.recipe)
     devices.check_mesh(shared.mesh)
-    calibration = checks.host_arrays(shared.calibration)
-    net = prepare(shared.apply, shared.variables, calibration, shared.recipe, shared.mask)
-    devices.check_batch(shared.mesh, net.batch)
     check_limit(shared.memory_limit)
+    shared = shared._replace(compiler=shared.compiler or Compiler())
+    several = shared.mesh is not None and shared.mesh.is_multi_process
+    calibration, net = hosts.together(functools.partial(_accepted, shared), several)
+
+    def call(seed: int) -> dict[str, Any]:
+        return fingerprint(net, calibration, seed, shared.compiler, shared.augment)
+
+    if several:
+        resume = any(folder is not None for folder in folders.values())
+        same = {"seed": list(folders), "resume": resume, "restart_from": restart_from}
+        hosts.check_same(call(next(iter(folders))) | same)
     if observers is None:
         observers = [default_observer(), *(Observer() for _ in range(len(folders) - 1))]
     with contextlib.ExitStack() as stack:
         stack.enter_context(devices.in_force(shared.mesh))
         folder = next(iter(folders.values()))
-        memory = plan_memory(net, shared.memory_limit, folder, len(folders), devices.count())
+        plan = functools.partial(plan_memory, net, shared.memory_limit, folder, len(folders))
+        memory = hosts.together(plan)
         seeds = list(zip(folders, observers, strict=True))
         runs = _runs(net, calibration, shared, memory, seeds)
         for i, (seed, folder) in enumerate(folders.items()):
-            call = functools.partial(
-                fingerprint, net, calibration, seed, runs[i].compiler, shared.augment
-            )
-            store = stack.enter_context(open_block_store(folder, restart_from, call))
+            opened = hosts.open_blocks(folder, restart_from, functools.partial(call, seed))
+            store = stack.enter_context(opened)
             runs[i] = runs[i]._replace(block_store=store)
         for observer in observers:
             observer.on_start(net)
@@ -208,6 +215,15 @@ def _quantize(
             stack.callback(observer.on_end)
         networks = _all_stages(runs, calibration)
     return networks if shared.mesh is None else list(map(devices.unplaced, networks))
+
+
+def _accepted(shared: _Shared) -> tuple[Any, Network]:
+    """The calibration set and the prepared network of arguments that are in order."""
+    calibration = checks.host_arrays(devices.whole(shared.calibration, shared.mesh))
+    variables = devices.whole(shared.variables, shared.mesh)
+    net = prepare(shared.apply, variables, calibration, shared.recipe, shared.mask)
+    devices.check_batch(shared.mesh, net.batch)
+    return calibration, net
 
 
 def _runs(
@@ -218,7 +234,7 @@ def _runs(
     seeds: Sequence[tuple[int, Observer]],
 ) -> list[Run]:
     """The fixed part of every seed, checked, on the devices of the mesh in force."""
-    compiler, augment = shared.compiler or Compiler(), shared.augment
+    compiler, augment = shared.compiler, shared.augment
     leaves = jax.tree.leaves(calibration)
     if memory.inputs_on_device:
         leaves = map(devices.split_samples, leaves)

@@ -10,7 +10,7 @@ import sys
 from absl import flags
 
 import aquant_jax as aq
-from launch.lib import command_line, experiment, meshes
+from launch.lib import command_line, experiment, hosts, meshes
 from launch.lib.results import metric_name
 
 
@@ -21,6 +21,7 @@ def define_flags(values: flags.FlagValues) -> None:
     command_line.define_path(values, "checkpoint", None, "folder of aq.save; required")
     command_line.define_path(values, "data_dir", "~", "holds tensorflow_datasets/")
     meshes.define_flag(values)
+    hosts.define_flags(values)
     flags.mark_flags_as_required(["config", "checkpoint"], flag_values=values)
 
 
@@ -28,6 +29,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(argv: list[str]) -> None:
     """Restores, scores and prints."""
     values, overrides = command_line.parse(argv, define_flags, __doc__)
+    hosts.join(values)
     config = command_line.load_config(values.config, overrides)
     mesh = meshes.parse(values.mesh)
     dataset, _ = experiment.open_data(config, values.data_dir)

@@ -14,7 +14,7 @@ import sys
 
 from absl import flags
 
-from launch.lib import command_line, experiment, memory_limits, meshes, run_directory
+from launch.lib import command_line, experiment, hosts, memory_limits, meshes
 from launch.lib.results import one_line
 
 
@@ -31,6 +31,7 @@ def define_flags(values: flags.FlagValues) -> None:
     )  # fmt: skip
     meshes.define_flag(values)
     memory_limits.define_flag(values)
+    hosts.define_flags(values)
     flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
 
 
@@ -38,12 +39,13 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(argv: list[str]) -> None:
     """Runs one cell."""
     values, overrides = command_line.parse(argv, define_flags, __doc__)
+    hosts.join(values)
     config = command_line.load_config(values.config, overrides)
     experiment.recipe_of(config)  # a wrong field ends the run here, before anything is loaded
     mesh, limit = meshes.parse(values.mesh), memory_limits.parse(values.memory_limit)
     identity = experiment.identity(config, values.seed, values.data_dir)
     first = values.restart_from_block
-    with run_directory.claim(values.workdir, identity, restart=first is not None) as directory:
+    with hosts.claim(values.workdir, identity, restart=first is not None) as directory:
         results = directory.stored
         if results is None:
             loaded = experiment.load(config, values.data_dir, mesh, limit)

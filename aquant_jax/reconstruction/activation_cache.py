@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax.reconstruction.devices import empty, split_batch, split_samples, write
+from aquant_jax.reconstruction.devices import empty, read, split_batch, split_samples, write
 from aquant_jax.storage.mapped_array import MappedArray
 
 HEADROOM = 2.0**12  # the first batch's maximum maps here; float16 ends at 65,504
@@ -152,6 +152,6 @@ def _stored_dtype(value: Any) -> Any:
 def _scale(value: Any) -> np.float32:
     if value.dtype != np.float32:
         return np.float32(1.0)
-    top = float(np.max(np.abs(np.asarray(value)), initial=0.0))
+    top = float(np.max(np.abs(read(value)), initial=0.0))
     finite = 0 < top < np.inf
     return np.float32(2.0 ** np.ceil(np.log2(top / HEADROOM)) if finite else 1.0)

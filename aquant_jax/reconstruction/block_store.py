@@ -31,6 +31,7 @@ FINGERPRINT = "fingerprint.json"
 OLD_FINGERPRINT = "run.json"  # its name in layout 1
 # Fields that a restart may change: how blocks are learned, and the name of the preset.
 LEARNING = ("recipe.reconstruction.", "recipe.preset ", "augment ")
+SHARED = "the folder must be on a file system that all processes share"
 MAY_CHANGE = "a restart may change recipe.reconstruction and augment only"
 CURVES = ("loss_curve", "propagated", "held_out_curve")  # fields of a report
 NUMBERS = ("start_error", "final_error", "seconds")
@@ -234,6 +235,19 @@ def open_block_store(
     path, identity = Path(folder), call()
     with hold(path, functools.partial(_read_owner, path, identity, restart_from)) as owner:
         yield BlockStore(path, owner, identity, restart_from)
+
+
+def read_block_store(folder: str | Path, call: dict[str, Any]) -> BlockStore:
+    """The finished blocks of a call of several processes, another of which holds the folder.
+
+    Raises:
+      InputError: see `_read_owner`; the folder is empty here.
+    """
+    path = Path(folder)
+    owner = _read_owner(path, call, None)
+    if owner is None:
+        raise InputError(f"{path} is empty here, but not for process 0; {SHARED}")
+    return BlockStore(path, owner, call, None)
 
 
 def _read_owner(path: Path, call: dict[str, Any], restart_from: int | None) -> Owner | None:

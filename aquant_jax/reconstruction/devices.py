@@ -6,6 +6,7 @@ to each other: in a step, the samples of its batch and the sums of the loss and 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, get_mesh
 
 from aquant_jax.errors import InputError
@@ -26,8 +28,9 @@ NAMES = {DATA: "aquant_data", MODEL: "aquant_model"}
 
 
 def check_mesh(mesh: Any) -> None:
-    """InputError unless `mesh` is None, or a mesh of this process with an axis "data", and perhaps
-    one "model", and no mesh with explicit axes, to which traced operations belong, is in force."""
+    """InputError unless `mesh` is None, or a mesh with an axis "data", and perhaps one "model", of
+    devices of this process or of all, and no mesh with explicit axes, to which traced operations
+    belong, is in force."""
     if mesh is None:
         return
     if not isinstance(mesh, Mesh):
@@ -39,12 +42,30 @@ def check_mesh(mesh: Any) -> None:
         raise InputError(
             f'mesh has the axes {mesh.axis_names}; it must have "{DATA}", and may have "{MODEL}"'
         )
-    if mesh.is_multi_process:
-        raise InputError("mesh has devices of other processes; it must have those of this one only")
+    _check_processes(mesh)
     if AxisType.Explicit in (get_abstract_mesh().axis_types or ()):
         raise InputError(
             f"mesh is given inside jax.set_mesh of another one with the explicit axes "
             f"{get_abstract_mesh().axis_names}; call quantize outside"
+        )
+
+
+def _check_processes(mesh: Mesh) -> None:
+    """InputError where a mesh of several processes lacks one, or one has other devices than it."""
+    if not mesh.is_multi_process:
+        return
+    found = sorted({device.process_index for device in mesh.devices.flat})
+    if len(found) < jax.process_count():
+        raise InputError(
+            f"mesh has devices of the processes {found} of {jax.process_count()}; it must have "
+            f"those of one, or of all"
+        )
+    owners = collections.Counter(device.process_index for device in jax.devices())
+    most, least = max(owners, key=owners.__getitem__), min(owners, key=owners.__getitem__)
+    if owners[most] != owners[least]:
+        raise InputError(
+            f"process {least} has {owners[least]} devices and process {most} has {owners[most]}; "
+            f"every process must have as many"
         )
 
 
@@ -78,16 +99,50 @@ def on_host(net: Network) -> Network:
     return net._replace(variables=variables, folded=folded, graph=graph)
 
 
+def several_processes() -> bool:
+    """Whether the mesh in force has devices of several processes."""
+    return bool(_devices(DATA)) and get_mesh().is_multi_process
+
+
+def read(leaf: Any) -> Any:
+    """The whole of an array on the host; all processes that have a part of it call this together.
+    Anything that numpy cannot hold stays as it is."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return _in_numpy(leaf)
+
+
+def whole(tree: Any, mesh: Mesh | None) -> Any:
+    """A pytree of arrays that a process can read, on a mesh of several: see `read`."""
+    return jax.tree.map(read, tree) if mesh is not None and mesh.is_multi_process else tree
+
+
 def everywhere(tree: Any) -> Any:
     """A pytree of arrays, on every device of the mesh in force."""
-    return jax.device_put(tree, _sharding() if _devices(DATA) else None)
+    return put(tree, _sharding()) if _devices(DATA) else jax.device_put(tree)
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """A pytree of arrays, split over devices. Of several processes, each has the whole, and moves
+    the parts of its own devices."""
+    if not isinstance(sharding.mesh, Mesh) or not sharding.mesh.is_multi_process:
+        return jax.device_put(tree, sharding)
+
+    def split(leaf: Any) -> jax.Array:
+        values = read(leaf)
+        if isinstance(values, jax.Array):  # of random keys
+            return jax.device_put(values, sharding)
+        values = np.asarray(values, jnp.result_type(values))
+        return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+
+    return jax.tree.map(split, tree)
 
 
 def unplaced(tree: Any) -> Any:
     """The arrays of a pytree on the default device, free to be used with arrays on others."""
 
     def place(leaf: Any) -> Any:
-        host = _in_numpy(leaf)
+        host = read(leaf)
         return leaf if host is leaf else jnp.asarray(host)
 
     return jax.tree.map(place, tree)
@@ -105,7 +160,7 @@ def split_samples(leaf: Any) -> jax.Array:
     if not _devices(DATA) or not np.ndim(leaf):
         return jnp.asarray(leaf)
     samples = np.resize(leaf, (_filled_up(len(leaf)), *leaf.shape[1:]))
-    return jax.device_put(samples, _sharding(NAMES[DATA]))
+    return put(samples, _sharding(NAMES[DATA]))
 
 
 def split_batch(values: jax.Array) -> jax.Array:
@@ -121,7 +176,7 @@ def split_channels(weight: Any, axes: Sequence[int]) -> jax.Array:
     devices = _devices(MODEL)
     for axis in axes if devices else ():
         if weight.shape[axis] % devices == 0:
-            return jax.device_put(weight, _sharding(*[None] * axis, NAMES[MODEL]))
+            return put(weight, _sharding(*[None] * axis, NAMES[MODEL]))
     return jnp.asarray(weight)
 
 

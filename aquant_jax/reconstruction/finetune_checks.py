@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -14,8 +15,9 @@ from aquant_jax.errors import InputError
 from aquant_jax.layers.fake_quant import Weights
 from aquant_jax.plan.network import batch_shapes
 from aquant_jax.reconstruction.chain import Chain, Parts, inexact
-from aquant_jax.reconstruction.devices import take_batch
+from aquant_jax.reconstruction.devices import read, take_batch
 from aquant_jax.reconstruction.finetune import float_parts
+from aquant_jax.reconstruction.hosts import together
 from aquant_jax.reconstruction.memory import DEVICE
 from aquant_jax.reconstruction.run import Run, split
 from aquant_jax.reconstruction.weights import init_borders
@@ -37,7 +39,7 @@ def check_finetune(run: Run) -> None:
     check_held_out(run)
     net = run.net
     chain = Chain(net, run.compiler)
-    _check_memory(run, chain)
+    together(functools.partial(_check_memory, run, chain))
     rows = np.arange(net.batch) % net.samples
     leaves = {i: take_batch(leaf, rows) for i, leaf in run.inputs.items()}
     last = chain.programs[-1]
@@ -66,7 +68,7 @@ def _check_logits(outputs: Sequence[jax.Array]) -> None:
         what = None
         if jnp.iscomplexobj(output) or output.ndim < 2 or output.shape[-1] < 2:
             what = "it needs real outputs with the classes, two or more, on the last axis"
-        elif _is_distribution(np.asarray(output, np.float32)):
+        elif _is_distribution(np.asarray(read(output), np.float32)):
             what = "its rows are probabilities: return what softmax was applied to"
         if what:
             raise InputError(

@@ -25,8 +25,8 @@ from aquant_jax.graph.partition import Block
 from aquant_jax.graph.subgraph import extract_subgraph
 from aquant_jax.plan.checks import boundary_bytes
 from aquant_jax.plan.network import Network
+from aquant_jax.reconstruction import devices
 from aquant_jax.reconstruction.activation_cache import Allocate
-from aquant_jax.reconstruction.devices import empty
 from aquant_jax.storage.mapped_array import MappedArray
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -74,7 +74,7 @@ class MemoryPlan(NamedTuple):
         place = self.places[index + 1]
         if place == DISK:
             return lambda samples, shape, dtype: MappedArray(self.folder, (samples, *shape), dtype)
-        return empty if place == DEVICE else _on_host
+        return devices.empty if place == DEVICE else _on_host
 
     @property
     def inputs_on_device(self) -> bool:
@@ -123,7 +123,7 @@ def free_bytes(limit: int | None = None) -> int:
     Args:
       limit: bytes that may be in use at most: of the device, or by the process on a CPU.
     """
-    statistics = jax.devices()[0].memory_stats()
+    statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         used = statistics["bytes_in_use"]
         return max(min(statistics["bytes_limit"], limit or math.inf) - used, 0)
@@ -152,7 +152,7 @@ def allocate_inputs(
 
 
 def plan_memory(
-    net: Network, limit: int | None, folder: str | Path | None, seeds: int, devices: int
+    net: Network, limit: int | None, folder: str | Path | None, seeds: int
 ) -> MemoryPlan:
     """Decide where caches lie: what does not fit on the device, largest first, lies elsewhere.
 
@@ -161,18 +161,20 @@ def plan_memory(
       limit: see `free_bytes`.
       folder: for files, created if need be; None takes that of temporary files.
       seeds: quantized networks that are made at once.
-      devices: that the samples are split over.
 
     Raises:
       InputError: a block does not fit (the message names it and both sizes).
     """
-    share = 1 if jax.default_backend() == "cpu" else devices  # devices of a CPU share its memory
+    on_cpu, several = jax.default_backend() == "cpu", devices.several_processes()
+    share = jax.process_count() if several and on_cpu else devices.count()
+    share = 1 if on_cpu and not several else share  # devices of a CPU share its memory
     blocks = tuple(_needs(net, block, seeds, share) for block in net.blocks)
     files = Path(folder or tempfile.gettempdir())
     free = {DEVICE: free_bytes(limit)}
-    if jax.default_backend() != "cpu":
+    if not on_cpu and not several:
         free[HOST] = psutil.virtual_memory().available
-    free[DISK] = shutil.disk_usage(_existing(files)).free
+    if not several:  # which would have to decide alike
+        free[DISK] = shutil.disk_usage(_existing(files)).free
     plan = MemoryPlan(blocks, (DEVICE,) * (len(blocks) + 1), free, files)
     for place, other in zip(list(free), list(free)[1:], strict=False):
         for index in range(len(blocks)):

@@ -14,6 +14,7 @@ from aquant_jax.errors import ReconstructionError
 from aquant_jax.graph.subgraph import source_tensor
 from aquant_jax.plan.block_program import BlockProgram, make_block_program, valid_elements
 from aquant_jax.plan.network import Network
+from aquant_jax.reconstruction.devices import read
 
 MOST_ELEMENTS = 2**23  # of a tensor, in a histogram of 2^12 bins
 
@@ -104,7 +105,7 @@ def _valid_values(
     net: Network, rows: np.ndarray, value: jax.Array, axes: tuple[int, ...]
 ) -> np.ndarray:
     """The elements of one batch that are not padding, flat float32."""
-    values = np.asarray(value, np.float32)
+    values = np.asarray(read(value), np.float32)
     if net.valid_mask is not None and axes:
         valid = valid_elements(net.valid_mask[rows], axes, values.ndim)
         values = values[np.broadcast_to(valid, values.shape)]

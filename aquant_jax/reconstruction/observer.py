@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 
+import jax
 from absl import logging
 from tqdm import tqdm
 
@@ -118,7 +119,12 @@ class Observers(Observer):
 
 
 def default_observer() -> Observer:
-    """A `TerminalObserver` where standard error is a terminal, else a `LogObserver`."""
+    """A `TerminalObserver` where standard error is a terminal, else a `LogObserver`.
+
+    Of several processes of JAX, only the first has one.
+    """
+    if jax.process_index():
+        return Observer()
     return TerminalObserver() if sys.stderr.isatty() else LogObserver()
 
 

@@ -18,7 +18,7 @@ from aquant_jax.layers.fake_quant import LayerState
 from aquant_jax.plan.block_program import BlockProgram
 from aquant_jax.recipe import Recipe, Reconstruction
 from aquant_jax.reconstruction.activation_cache import load, on_device
-from aquant_jax.reconstruction.devices import settled
+from aquant_jax.reconstruction.devices import read, settled
 from aquant_jax.reconstruction.learning_rates import make_optimizer
 from aquant_jax.reconstruction.training_step import (
     CalibrationData,
@@ -222,6 +222,6 @@ def mean_loss(losses: Sequence[jax.Array], what: str, done: int, steps: int) -> 
 def as_stored(coefficients: dict[str, jax.Array], border_format: str) -> dict[str, jax.Array]:
     """Coefficients rounded to the format in which they are saved."""
     return {
-        name: jnp.asarray(packing.decode(*packing.encode(np.asarray(values), border_format)))
+        name: jnp.asarray(packing.decode(*packing.encode(np.asarray(read(values)), border_format)))
         for name, values in coefficients.items()
     }

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.reconstruction.activation_cache import Cache
+from aquant_jax.reconstruction.devices import read
 
 CLUSTERS = 16
 SAMPLES = 256  # of the propagated error, as long as they have no more values than
@@ -115,7 +116,7 @@ def propagated_error(
     shape = floating[0].values.shape[1:]
     rows = np.arange(min(SAMPLES, samples, max(1, MOST_VALUES // math.prod(shape))))
     noised, exact = (
-        np.asarray(caches[0].take(rows, dtype)).ravel().view(np.float32)
+        np.asarray(read(caches[0].take(rows, dtype))).ravel().view(np.float32)
         for caches in (quantized, floating)
     )
     magnitude, error = np.abs(noised), noised - exact

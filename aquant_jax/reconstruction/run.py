@@ -18,6 +18,7 @@ from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.activation_cache import Cache, load, take
 from aquant_jax.reconstruction.block_store import BlockStore
 from aquant_jax.reconstruction.devices import everywhere, settled, take_batch
+from aquant_jax.reconstruction.hosts import SharedBlockStore
 from aquant_jax.reconstruction.memory import MemoryPlan
 from aquant_jax.reconstruction.observer import Observer
 
@@ -44,7 +45,7 @@ class Run(NamedTuple):
     observer: Observer
     memory: MemoryPlan
     learn_from: np.ndarray
-    block_store: BlockStore | None = None
+    block_store: BlockStore | SharedBlockStore | None = None
     augment: Callable[..., dict[int, jax.Array]] | None = None
 
 

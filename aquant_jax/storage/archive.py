@@ -266,8 +266,12 @@ def fill(tree: Any, arrays: Mapping[str, Any]) -> Any:
 def _checkpointer() -> ocp.Checkpointer:
     # Packed codes do not compress, and without compression the size on disk is predictable.
     # `read_payload` reads no other form.
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=True, use_zarr3=False)
-    return ocp.Checkpointer(handler)
+    process = jax.process_index()  # of several, none waits for another
+    alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+    handler = ocp.PyTreeCheckpointHandler(
+        use_compression=False, use_ocdbt=True, use_zarr3=False, multiprocessing_options=alone
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import re
 import runpy
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from aquant_jax.errors import InputError, ReconstructionError, reason
 from aquant_jax.recipe import Reconstruction
 from aquant_jax.recipe_checks import RENAMED, hint
+from launch.lib import hosts
 from launch.lib.process import keep_compiled_programs, keep_freed_memory, progress_on_stderr
 
 FAILED_EXIT_CODE = 1
@@ -62,13 +64,21 @@ def program(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
         show = TRACEBACK in arguments
         try:
             with progress_on_stderr():
-                return main([text for text in arguments if text != TRACEBACK]) or 0
+                code = main([text for text in arguments if text != TRACEBACK]) or 0
         except (Exception, KeyboardInterrupt) as error:
-            if show:
+            if show and not hosts.connected():
                 raise
             code, message = _outcome(error)
-            print(f"error: {' '.join(message.split())}", file=sys.stderr)
+            message = " ".join(message.split())
+            if hosts.connected():
+                if show:
+                    traceback.print_exc()
+                hosts.fail(code, error, message)
+            print(f"error: {message}", file=sys.stderr)
             return code
+        if hosts.connected():
+            hosts.leave(code)
+        return code
 
     return wrapped
 

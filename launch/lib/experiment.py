@@ -19,7 +19,7 @@ from aquant_jax.reconstruction.memory import allocate_inputs
 from aquant_jax.reconstruction.observer import default_observer
 from aquant_jax.storage import json_file
 from aquant_jax.storage.environment import environment
-from launch.lib import augmentations, plots, results
+from launch.lib import augmentations, hosts, plots, results
 from launch.lib.command_line import Config, absolute
 from launch.lib.metrics import Predict, evaluate_batches
 from launch.lib.run_directory import RunDirectory
@@ -120,7 +120,8 @@ def score(
     skip = on_corrupt(config, [] if corrupt is None else corrupt)
     batches = dataset.batches(config.eval_batch_size, config.test_limit, skip)
     total = config.test_limit or dataset.test_size
-    with tqdm(total=total, desc=f"score {name}", unit="", disable=None) as bar:
+    hidden = None if hosts.is_first() else True
+    with tqdm(total=total, desc=f"score {name}", unit="", disable=hidden) as bar:
 
         def checked() -> Iterator[data.Split]:
             for batch in batches:
@@ -209,12 +210,13 @@ def run(
     quantized = aq.quantize(
         experiment.apply, experiment.variables, calibration.inputs, recipe,
         mask=config.get("mask"), seed=seed,
-        observer=aq.Observers(default_observer(), DirectoryObserver(directory)),
+        observer=_observer(directory),
         compiler=compiler or aq.Compiler(gpu_ops.backend()),
         augment=augment_of(config, recipe), mesh=mesh, memory_limit=experiment.memory_limit,
         resume=directory.blocks, restart_from=restart_from,
     )  # fmt: skip
-    aq.save(quantized, directory.network, _test_inputs(dataset, config))
+    if hosts.is_first():
+        aq.save(quantized, directory.network, _test_inputs(dataset, config))
     metrics = score(quantized, dataset, config, "quantized", corrupt, check, mesh)
     content = {
         "config": spec,
@@ -225,10 +227,18 @@ def run(
         "corrupt_images": corrupt,
         **environment(),
     }
-    reports = [report._asdict() for report in quantized.reports]
-    plots.run_plots(recipe, reports, quantized.summary(), directory.plots)
-    directory.finish(content)
+    if hosts.is_first():
+        reports = [report._asdict() for report in quantized.reports]
+        plots.run_plots(recipe, reports, quantized.summary(), directory.plots)
+        directory.finish(content)
     return json_file.jsonable(content)
+
+
+def _observer(directory: RunDirectory) -> aq.Observer:
+    """Of several processes, the first shows and writes the progress."""
+    if not hosts.is_first():
+        return aq.Observer()
+    return aq.Observers(default_observer(), DirectoryObserver(directory))
 
 
 def _scores(experiment: Experiment, metrics: dict[str, float]) -> dict[str, Any]:

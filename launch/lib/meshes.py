@@ -33,22 +33,31 @@ def sizes(text: str) -> tuple[int, int] | None:
 
 
 def parse(text: str | None) -> Mesh | None:
-    """The mesh of a value of ``--mesh``; None for one device.
+    """The mesh of a value of ``--mesh``; None for one device. Several processes have one mesh.
 
     Raises:
-        InputError: neither ``auto`` nor sizes, or more devices than JAX has.
+        InputError: neither ``auto`` nor sizes, or more devices than JAX has; fewer than those of
+            several processes.
     """
+    several = jax.distributed.is_initialized()
     if text is None:
-        return None
-    found = jax.local_device_count()
+        if not several:
+            return None
+        text = AUTO
+    found = jax.device_count()
     samples, weights = sizes(text) or (found, 1)
     if samples * weights > found:
         raise InputError(
             f"--mesh={text} needs {samples * weights} devices, and JAX has {found} "
             f"({jax.default_backend()}); JAX_NUM_CPU_DEVICES sets how many a CPU counts for"
         )
+    if several and samples * weights < found:
+        raise InputError(
+            f"--mesh={text} has {samples * weights} devices; the {jax.process_count()} processes "
+            f"have {found}, and their mesh must have all of them"
+        )
     if samples * weights == 1:
         return None
-    devices = jax.local_devices()[: samples * weights]
+    devices = jax.devices()[: samples * weights]
     automatic = (AxisType.Auto, AxisType.Auto)
     return jax.make_mesh((samples, weights), (DATA, MODEL), automatic, devices=devices)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aquant_jax.errors import InputError
-from aquant_jax.reconstruction.devices import DATA
+from aquant_jax.reconstruction.devices import DATA, put, read
 
 TOP_K = (1, 5)
 Predict = Callable[[Any], Any]
@@ -165,13 +165,13 @@ def _predicted(
         size = size or devices * math.ceil(len(labels) / devices)
         padded = jax.tree.map(lambda leaf, size=size: pad(leaf, size), inputs)
         if mesh is not None:
-            padded = jax.device_put(padded, NamedSharding(mesh, PartitionSpec(DATA)))
+            padded = put(padded, NamedSharding(mesh, PartitionSpec(DATA)))
         latest = compiled(padded), labels
         if started is not None:
-            yield started
+            yield read(started[0]), started[1]
         started = latest
     if started is not None:
-        yield started
+        yield read(started[0]), started[1]
 
 
 def pad(batch: np.ndarray, size: int) -> np.ndarray:
