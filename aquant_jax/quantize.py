@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,10 +84,9 @@ def quantize(
         devices draws the same batches; sums are added up in another order, so that codes may
         differ. Weights and optimizer state are on every device, or split over a second axis
         "model" along the output channels. The result is on the default device, as without a mesh.
-      memory_limit: bytes that the process may have in use at most on a CPU, or the device has for
-        this run; None takes what is free. Cached activations that do not fit lie in the memory of
-        the host, or in files in `resume` or the folder of temporary files; that changes no bit of
-        the result. It is an estimate, printed before the first block, and no hard limit.
+      memory_limit: bytes that the device may have in use, or the process on a CPU; None takes what
+        is free. Cached activations that do not fit lie on the host, or in files in `resume` or the
+        folder of temporary files, with the same bits. The estimate is printed; no hard limit.
       resume: folder of a block store. Every finished block is kept there, and the same call resumes
         after the last one, with bit-identical results.
       restart_from: with `resume`, the first block to learn again; the recipe may then differ from
@@ -201,10 +200,9 @@ def _quantize(
     with contextlib.ExitStack() as stack:
         stack.enter_context(devices.in_force(shared.mesh))
         folder = next(iter(folders.values()))
-        plan = functools.partial(plan_memory, net, shared.memory_limit, folder, len(folders))
-        memory = hosts.together(plan)
-        seeds = list(zip(folders, observers, strict=True))
-        runs = _runs(net, calibration, shared, memory, seeds)
+        wanted = net, shared.memory_limit, folder, len(folders)
+        memory = hosts.together(functools.partial(plan_memory, *wanted))
+        runs = _runs(net, calibration, shared, memory, zip(folders, observers, strict=True))
         for i, (seed, folder) in enumerate(folders.items()):
             opened = hosts.open_blocks(folder, restart_from, functools.partial(call, seed))
             store = stack.enter_context(opened)
@@ -231,7 +229,7 @@ def _runs(
     calibration: Any,
     shared: _Shared,
     memory: MemoryPlan,
-    seeds: Sequence[tuple[int, Observer]],
+    seeds: Iterable[tuple[int, Observer]],
 ) -> list[Run]:
     """The fixed part of every seed, checked, on the devices of the mesh in force."""
     compiler, augment = shared.compiler, shared.augment

@@ -209,8 +209,7 @@ def run(
     check(calibration.inputs)
     quantized = aq.quantize(
         experiment.apply, experiment.variables, calibration.inputs, recipe,
-        mask=config.get("mask"), seed=seed,
-        observer=_observer(directory),
+        mask=config.get("mask"), seed=seed, observer=_observer(directory),
         compiler=compiler or aq.Compiler(gpu_ops.backend()),
         augment=augment_of(config, recipe), mesh=mesh, memory_limit=experiment.memory_limit,
         resume=directory.blocks, restart_from=restart_from,
