@@ -210,9 +210,9 @@ def run(
     quantized = aq.quantize(
         experiment.apply, experiment.variables, calibration.inputs, recipe,
         mask=config.get("mask"), seed=seed, observer=_observer(directory),
-        compiler=compiler or aq.Compiler(gpu_ops.backend()),
-        augment=augment_of(config, recipe), mesh=mesh, memory_limit=experiment.memory_limit,
-        resume=directory.blocks, restart_from=restart_from,
+        compiler=compiler or aq.Compiler(gpu_ops.backend()), augment=augment_of(config, recipe),
+        mesh=mesh, memory_limit=experiment.memory_limit, resume=directory.blocks,
+        restart_from=restart_from,
     )  # fmt: skip
     if hosts.is_first():
         aq.save(quantized, directory.network, _test_inputs(dataset, config))
