@@ -77,11 +77,13 @@ def quantize(
       augment: ``augment(key, batch) -> batch`` makes random inputs from a batch of calibration
         samples, of the same shapes, for the whole-network stage; it needs no labels. None leaves
         the samples as they are.
-      mesh: devices of this process to split the samples over, such as ``jax.make_mesh((4,),
-        ("data",))``: those of the calibration set, of its caches and of every batch. Any number of
-        devices draws the same batches; sums are added up in another order, so that codes may
-        differ. Weights and optimizer state are on every device, or split over a second axis
-        "model" along the output channels. The result is on the default device, as without a mesh.
+      mesh: devices to split the samples over, such as ``jax.make_mesh((4,), ("data",))``: those of
+        the calibration set, of its caches and of every batch. Any number of devices draws the same
+        batches; sums are added up in another order, so that codes may differ. Weights and optimizer
+        state are on every device, or split over a second axis "model" along the output channels.
+        The result is on the default device, as without a mesh. The devices may be those of all
+        processes of `jax.distributed`, each of which makes the same call, with a folder `resume`
+        that all see; the first one writes, and shows the progress.
       resume: folder of a block store. Every finished block is kept there, and the same call resumes
         after the last one, with bit-identical results.
       restart_from: with `resume`, the first block to learn again; the recipe may then differ from
@@ -93,11 +95,13 @@ def quantize(
     Raises:
       InputError: see `prepare.prepare`, `finetune_checks.check_finetune` and
         `augmentation.check_augment`; a seed that is no whole number of 0 or more; a mesh with
-        other axes, or whose devices do not divide a batch; the block store cannot be written, is
+        other axes, or whose devices do not divide a batch; processes that make different calls, or
+        an InputError of one of them, which all raise; the block store cannot be written, is
         damaged, or holds the blocks of another call (the fields that differ are listed).
       ReconstructionError: a block's loss, or a layer's float input, is not finite.
     """
     observers = None if observer is None else (observer,)
+    compiler = compiler or Compiler()
     shared = _Shared(apply, variables, calibration, recipe, mask, compiler, augment, mesh)
     return _quantize(shared, {checks.check_seed(seed): resume}, observers, restart_from)[0]
 
@@ -144,6 +148,7 @@ def quantize_seeds(
         raise InputError(f"seeds are {list(seeds)}; they must be different, and one or more")
     if observers is not None and len(observers) != len(numbers):
         raise InputError(f"{len(observers)} observers for {len(numbers)} seeds")
+    compiler = compiler or Compiler()
     shared = _Shared(apply, variables, calibration, recipe, mask, compiler, augment, mesh)
     folders = {n: None if resume is None else Path(resume) / f"seed-{n}" for n in numbers}
     return _quantize(shared, folders, observers, restart_from)
@@ -157,7 +162,7 @@ class _Shared(NamedTuple):
     calibration: Any
     recipe: Recipe
     mask: str | None
-    compiler: Compiler | None
+    compiler: Compiler
     augment: Augment | None
     mesh: Mesh | None
 
@@ -171,7 +176,6 @@ def _quantize(
     """One network for every seed; `folders` has its block store."""
     checks.check_recipe(shared.recipe)
     devices.check_mesh(shared.mesh)
-    shared = shared._replace(compiler=shared.compiler or Compiler())
     several = shared.mesh is not None and shared.mesh.is_multi_process
     calibration, net = hosts.together(functools.partial(_accepted, shared), several)
 
