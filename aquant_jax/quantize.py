@@ -79,6 +79,7 @@ def quantize(
       augment: ``augment(key, batch) -> batch`` makes random inputs from a batch of calibration
         samples, of the same shapes, for the whole-network stage; it needs no labels. None leaves
         the samples as they are.
+<<<<<<< HEAD
       mesh: devices of this process to split the samples over, such as ``jax.make_mesh((4,),
         ("data",))``: those of the calibration set, of its caches and of every batch. Any number of
         devices draws the same batches; sums are added up in another order, so that codes may
@@ -87,6 +88,15 @@ def quantize(
       memory_limit: bytes that the device may have in use, or the process on a CPU; None takes what
         is free. Cached activations that do not fit lie on the host, or in files in `resume` or the
         folder of temporary files, with the same bits. The estimate is printed; no hard limit.
+=======
+      mesh: devices to split the samples over, such as ``jax.make_mesh((4,), ("data",))``: those of
+        the calibration set, of its caches and of every batch. Any number of devices draws the same
+        batches; sums are added up in another order, so that codes may differ. Weights and optimizer
+        state are on every device, or split over a second axis "model" along the output channels.
+        The result is on the default device, as without a mesh. The devices may be those of all
+        processes of `jax.distributed`, each of which makes the same call, with a folder `resume`
+        that all see; the first one writes, and shows the progress.
+>>>>>>> 9f2867d642e09786077500da5aeae9e3d7634e90
       resume: folder of a block store. Every finished block is kept there, and the same call resumes
         after the last one, with bit-identical results.
       restart_from: with `resume`, the first block to learn again; the recipe may then differ from
@@ -98,15 +108,25 @@ def quantize(
     Raises:
       InputError: see `prepare.prepare`, `finetune_checks.check_finetune` and
         `augmentation.check_augment`; a seed that is no whole number of 0 or more; a mesh with
+<<<<<<< HEAD
         other axes, or whose devices do not divide a batch; a block that does not fit in memory, or
         its cached activations on the disk; the block store cannot be written, is
+=======
+        other axes, or whose devices do not divide a batch; processes that make different calls, or
+        an InputError of one of them, which all raise; the block store cannot be written, is
+>>>>>>> 9f2867d642e09786077500da5aeae9e3d7634e90
         damaged, or holds the blocks of another call (the fields that differ are listed).
       ReconstructionError: a block's loss, or a layer's float input, is not finite.
     """
     observers = None if observer is None else (observer,)
+<<<<<<< HEAD
     shared = _Shared(
         apply, variables, calibration, recipe, mask, compiler, augment, mesh, memory_limit
     )
+=======
+    compiler = compiler or Compiler()
+    shared = _Shared(apply, variables, calibration, recipe, mask, compiler, augment, mesh)
+>>>>>>> 9f2867d642e09786077500da5aeae9e3d7634e90
     return _quantize(shared, {checks.check_seed(seed): resume}, observers, restart_from)[0]
 
 
@@ -153,9 +173,14 @@ def quantize_seeds(
         raise InputError(f"seeds are {list(seeds)}; they must be different, and one or more")
     if observers is not None and len(observers) != len(numbers):
         raise InputError(f"{len(observers)} observers for {len(numbers)} seeds")
+<<<<<<< HEAD
     shared = _Shared(
         apply, variables, calibration, recipe, mask, compiler, augment, mesh, memory_limit
     )
+=======
+    compiler = compiler or Compiler()
+    shared = _Shared(apply, variables, calibration, recipe, mask, compiler, augment, mesh)
+>>>>>>> 9f2867d642e09786077500da5aeae9e3d7634e90
     folders = {n: None if resume is None else Path(resume) / f"seed-{n}" for n in numbers}
     return _quantize(shared, folders, observers, restart_from)
 
@@ -168,7 +193,7 @@ class _Shared(NamedTuple):
     calibration: Any
     recipe: Recipe
     mask: str | None
-    compiler: Compiler | None
+    compiler: Compiler
     augment: Augment | None
     mesh: Mesh | None
     memory_limit: int | None
@@ -183,8 +208,11 @@ def _quantize(
     """One network for every seed; `folders` has its block store."""
     checks.check_recipe(shared.recipe)
     devices.check_mesh(shared.mesh)
+<<<<<<< HEAD
     check_limit(shared.memory_limit)
     shared = shared._replace(compiler=shared.compiler or Compiler())
+=======
+>>>>>>> 9f2867d642e09786077500da5aeae9e3d7634e90
     several = shared.mesh is not None and shared.mesh.is_multi_process
     calibration, net = hosts.together(functools.partial(_accepted, shared), several)
 

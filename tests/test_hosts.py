@@ -100,6 +100,11 @@ def test_what_differs_is_an_error_of_all(two, difference, message):
         assert message.replace("HOST", socket.gethostname()) in found["messages"][difference]
 
 
+def test_a_mesh_without_this_process_is_an_error(two):
+    expected = "mesh has devices of the processes [0] of 2; it must have those of one, or of all"
+    assert two[1][1]["messages"]["part"] == expected
+
+
 def test_the_failure_of_one_ends_all_with_one_line(tmp_path):
     first, second = run_two(tmp_path, "--fails")
     assert first == (2, "", f"error: process 1 on {socket.gethostname()}: no such weights\n")

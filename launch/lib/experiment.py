@@ -227,9 +227,7 @@ def run(
         **environment(),
     }
     if hosts.is_first():
-        reports = [report._asdict() for report in quantized.reports]
-        plots.run_plots(recipe, reports, quantized.summary(), directory.plots)
-        directory.finish(content)
+        _finish(quantized, content, directory)
     return json_file.jsonable(content)
 
 
@@ -238,6 +236,12 @@ def _observer(directory: RunDirectory) -> aq.Observer:
     if not hosts.is_first():
         return aq.Observer()
     return aq.Observers(default_observer(), DirectoryObserver(directory))
+
+
+def _finish(quantized: aq.Quantized, content: dict[str, Any], directory: RunDirectory) -> None:
+    reports = [report._asdict() for report in quantized.reports]
+    plots.run_plots(quantized.recipe, reports, quantized.summary(), directory.plots)
+    directory.finish(content)
 
 
 def _scores(experiment: Experiment, metrics: dict[str, float]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 ``jax.distributed`` connects them. Its client ends the process from native code when another one
 dies or the coordinator is out of reach: no handler in Python sees it. So the program runs in a
-child of the process that the user started, which turns such an end into one line (`supervise`).
+child of the process that the user started, which turns such an end into one line (`supervisor`).
 
 The first process writes and prints. The failure of any is published, and ends all.
 """
@@ -70,7 +70,9 @@ class Job(NamedTuple):
 
 
 def join(values: Any) -> None:
-    """Connects this process with the others that its flags name, if any; see `supervise`.
+    """Connects this process with the others that its flags name, if any.
+
+    The program goes on in a child of this process; see `supervisor`.
 
     Raises:
         InputError: the flags are incomplete.
@@ -96,9 +98,10 @@ def _job(values: Any) -> Job | None:
     given = {name: values[name].value for name in names if values[name].value is not None}
     if not given and not values.distributed:
         return None
-    found = (*(given.get(name) for name in names), None)
+    found: Any = (*map(given.get, names), None)
     if values.distributed:
-        detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+        found = (found[0] or os.environ.get("JAX_COORDINATOR_ADDRESS"), *found[1:])
+        detect: Any = clusters.ClusterEnv.auto_detect_unset_distributed_params
         found = detect(*found, None, values.connect_timeout)
     missing = [f"--{name}" for name, value in zip(names, found, strict=False) if value is None]
     if missing:
