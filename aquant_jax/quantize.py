@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from aquant_jax.arithmetic.border import AUTO
-from aquant_jax.deployment import stacked
-from aquant_jax.deployment.quantized import Quantized, traced
+from aquant_jax.deployment.assemble import assemble
+from aquant_jax.deployment.quantized import Quantized
 from aquant_jax.errors import InputError
-from aquant_jax.graph.subgraph import constant_inputs, extract_subgraph
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan import augmentation, checks
 from aquant_jax.plan.augmentation import Augment
@@ -34,7 +32,7 @@ from aquant_jax.reconstruction.fingerprint import fingerprint
 from aquant_jax.reconstruction.float_block import FloatBlock
 from aquant_jax.reconstruction.memory import MemoryPlan, check_limit, plan_memory
 from aquant_jax.reconstruction.observer import Observer, default_observer
-from aquant_jax.reconstruction.report import History, Report
+from aquant_jax.reconstruction.report import Report
 from aquant_jax.reconstruction.run import Run, split
 from aquant_jax.reconstruction.sequential import State, quantize_block
 
@@ -79,16 +77,6 @@ def quantize(
       augment: ``augment(key, batch) -> batch`` makes random inputs from a batch of calibration
         samples, of the same shapes, for the whole-network stage; it needs no labels. None leaves
         the samples as they are.
-<<<<<<< HEAD
-      mesh: devices of this process to split the samples over, such as ``jax.make_mesh((4,),
-        ("data",))``: those of the calibration set, of its caches and of every batch. Any number of
-        devices draws the same batches; sums are added up in another order, so that codes may
-        differ. Weights and optimizer state are on every device, or split over a second axis
-        "model" along the output channels. The result is on the default device, as without a mesh.
-      memory_limit: bytes that the device may have in use, or the process on a CPU; None takes what
-        is free. Cached activations that do not fit lie on the host, or in files in `resume` or the
-        folder of temporary files, with the same bits. The estimate is printed; no hard limit.
-=======
       mesh: devices to split the samples over, such as ``jax.make_mesh((4,), ("data",))``: those of
         the calibration set, of its caches and of every batch. Any number of devices draws the same
         batches; sums are added up in another order, so that codes may differ. Weights and optimizer
@@ -96,7 +84,9 @@ def quantize(
         The result is on the default device, as without a mesh. The devices may be those of all
         processes of `jax.distributed`, each of which makes the same call, with a folder `resume`
         that all see; the first one writes, and shows the progress.
->>>>>>> 9f2867d642e09786077500da5aeae9e3d7634e90
+      memory_limit: bytes that the device may have in use, or the process on a CPU; None takes what
+        is free. Cached activations that do not fit lie on the host, or in files in `resume` or the
+        folder of temporary files, with the same bits. The estimate is printed; no hard limit.
       resume: folder of a block store. Every finished block is kept there, and the same call resumes
         after the last one, with bit-identical results.
       restart_from: with `resume`, the first block to learn again; the recipe may then differ from
@@ -108,25 +98,17 @@ def quantize(
     Raises:
       InputError: see `prepare.prepare`, `finetune_checks.check_finetune` and
         `augmentation.check_augment`; a seed that is no whole number of 0 or more; a mesh with
-<<<<<<< HEAD
-        other axes, or whose devices do not divide a batch; a block that does not fit in memory, or
-        its cached activations on the disk; the block store cannot be written, is
-=======
         other axes, or whose devices do not divide a batch; processes that make different calls, or
-        an InputError of one of them, which all raise; the block store cannot be written, is
->>>>>>> 9f2867d642e09786077500da5aeae9e3d7634e90
+        an InputError of one of them, which all raise; a block that does not fit in memory, or its
+        cached activations on the disk; the block store cannot be written, is
         damaged, or holds the blocks of another call (the fields that differ are listed).
       ReconstructionError: a block's loss, or a layer's float input, is not finite.
     """
     observers = None if observer is None else (observer,)
-<<<<<<< HEAD
+    compiler = compiler or Compiler()
     shared = _Shared(
         apply, variables, calibration, recipe, mask, compiler, augment, mesh, memory_limit
     )
-=======
-    compiler = compiler or Compiler()
-    shared = _Shared(apply, variables, calibration, recipe, mask, compiler, augment, mesh)
->>>>>>> 9f2867d642e09786077500da5aeae9e3d7634e90
     return _quantize(shared, {checks.check_seed(seed): resume}, observers, restart_from)[0]
 
 
@@ -173,14 +155,10 @@ def quantize_seeds(
         raise InputError(f"seeds are {list(seeds)}; they must be different, and one or more")
     if observers is not None and len(observers) != len(numbers):
         raise InputError(f"{len(observers)} observers for {len(numbers)} seeds")
-<<<<<<< HEAD
+    compiler = compiler or Compiler()
     shared = _Shared(
         apply, variables, calibration, recipe, mask, compiler, augment, mesh, memory_limit
     )
-=======
-    compiler = compiler or Compiler()
-    shared = _Shared(apply, variables, calibration, recipe, mask, compiler, augment, mesh)
->>>>>>> 9f2867d642e09786077500da5aeae9e3d7634e90
     folders = {n: None if resume is None else Path(resume) / f"seed-{n}" for n in numbers}
     return _quantize(shared, folders, observers, restart_from)
 
@@ -208,11 +186,7 @@ def _quantize(
     """One network for every seed; `folders` has its block store."""
     checks.check_recipe(shared.recipe)
     devices.check_mesh(shared.mesh)
-<<<<<<< HEAD
     check_limit(shared.memory_limit)
-    shared = shared._replace(compiler=shared.compiler or Compiler())
-=======
->>>>>>> 9f2867d642e09786077500da5aeae9e3d7634e90
     several = shared.mesh is not None and shared.mesh.is_multi_process
     calibration, net = hosts.together(functools.partial(_accepted, shared), several)
 
@@ -301,28 +275,8 @@ def _all_stages(runs: Sequence[Run], calibration: Any) -> list[Quantized]:
             boundary = floating.end
     if net.recipe.reconstruction.whole_network_steps:
         advance(finetune)
-    return [
-        _build(calibration, net, state, reported)
-        for state, reported in zip(states, reports, strict=True)
-    ]
-
-
-def _build(calibration: Any, net: Network, state: State, reports: list[Report]) -> Quantized:
-    """The quantized network after its last block."""
-    net = resolved(net, state.borders)
-    everything = extract_subgraph(net.graph, (), net.graph.outputs)
-    values = constant_inputs(net.graph, everything, net.variables)
-    constants = {
-        net.graph.paths[i]: jnp.array(value)  # copied: the caller may donate its own
-        for i, value in zip(everything.constants, values, strict=True) if i in net.graph.paths
-    }  # fmt: skip
-    return Quantized(
-        state.layers,
-        state.activations,
-        constants,
-        traced(net.apply, net.variables, calibration, net.targets),
-        tuple(net.plan.layers[path] for path in state.layers),
-        net.recipe,
-        History(reports),
-        unquantized=net.graph.unquantized,
-    ).with_stacks(stacked.stacks(net.graph, net.plan))
+    networks = []
+    for state, reported in zip(states, reports, strict=True):
+        built = resolved(net, state.borders)
+        networks.append(assemble(calibration, built, state.layers, state.activations, reported))
+    return networks
