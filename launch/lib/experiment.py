@@ -14,12 +14,10 @@ import gpu_ops
 from aquant_jax import data, models
 from aquant_jax.errors import InputError
 from aquant_jax.models import bert
-from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.memory import allocate_inputs
-from aquant_jax.reconstruction.observer import default_observer
 from aquant_jax.storage import json_file
 from aquant_jax.storage.environment import environment
-from launch.lib import augmentations, hosts, plots, results
+from launch.lib import augmentations, hosts, plots, progress, results
 from launch.lib.command_line import Config, absolute
 from launch.lib.metrics import Predict, evaluate_batches
 from launch.lib.run_directory import RunDirectory
@@ -163,19 +161,6 @@ def identity(config: Config, seed: int, data_dir: str) -> dict[str, Any]:
     }
 
 
-class DirectoryObserver(aq.Observer):
-    """Writes the log of a run directory, which an accepted restart has taken over."""
-
-    def __init__(self, directory: RunDirectory):
-        self.directory = directory
-
-    def on_start(self, net: Network) -> None:
-        self.directory.begin()
-
-    def on_block_end(self, report: aq.BlockReport) -> None:
-        self.directory.log(report._asdict())
-
-
 def run(
     experiment: Experiment,
     config: Config,
@@ -209,7 +194,7 @@ def run(
     check(calibration.inputs)
     quantized = aq.quantize(
         experiment.apply, experiment.variables, calibration.inputs, recipe,
-        mask=config.get("mask"), seed=seed, observer=_observer(directory),
+        mask=config.get("mask"), seed=seed, observer=progress.observer(directory),
         compiler=compiler or aq.Compiler(gpu_ops.backend()), augment=augment_of(config, recipe),
         mesh=mesh, memory_limit=experiment.memory_limit, resume=directory.blocks,
         restart_from=restart_from,
@@ -229,13 +214,6 @@ def run(
     if hosts.is_first():
         _finish(quantized, content, directory)
     return json_file.jsonable(content)
-
-
-def _observer(directory: RunDirectory) -> aq.Observer:
-    """Of several processes, the first shows and writes the progress."""
-    if not hosts.is_first():
-        return aq.Observer()
-    return aq.Observers(default_observer(), DirectoryObserver(directory))
 
 
 def _finish(quantized: aq.Quantized, content: dict[str, Any], directory: RunDirectory) -> None:
