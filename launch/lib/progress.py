@@ -2,6 +2,7 @@
 
 import aquant_jax as aq
 from aquant_jax.plan.network import Network
+from aquant_jax.reconstruction.observer import default_observer
 from launch.lib import hosts
 from launch.lib.run_directory import RunDirectory
 
@@ -23,4 +24,4 @@ def observer(directory: RunDirectory) -> aq.Observer:
     """The observer of a run. Of several processes, the first shows and writes the progress."""
     if not hosts.is_first():
         return aq.Observer()
-    return aq.Observers(defaultobserver(), DirectoryObserver(directory))
+    return aq.Observers(default_observer(), DirectoryObserver(directory))
