@@ -9,7 +9,7 @@ import pytest
 
 import aquant_jax as aq
 from launch import quantize
-from launch.lib import experiment, plots
+from launch.lib import plots, progress
 from tests.support.process import REPOSITORY
 
 # One recipe for all tests that reconstruct the digits network: what one compiled, all have.
@@ -60,7 +60,7 @@ def pretend(monkeypatch):
             observer.on_block_end(report)
         return Pretended(apply=apply, variables=variables, recipe=recipe, reports=reports)
 
-    monkeypatch.setattr(experiment, "default_observer", aq.Observer)
+    monkeypatch.setattr(progress, "default_observer", aq.Observer)
     monkeypatch.setattr(aq, "quantize", quantize_nothing)
     monkeypatch.setattr(aq, "save", lambda *_: None)
     return calls
