@@ -47,6 +47,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "columns": speed_tables.columns,
     "deploy": speed_tables.deploy,
     "stack": speed_tables.stack,
+    "memory": speed_tables.memory,
     "backends": speed_tables.backends,
     "latency": speed_tables.latency,
     "size": speed_tables.size,

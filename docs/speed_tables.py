@@ -66,6 +66,18 @@ def stack(load: Load) -> str:
     return markdown(head, rows, 1)
 
 
+def memory(load: Load) -> str:
+    """Peak memory with and without a limit."""
+    found = load("memory_resnet50")
+    rows = []
+    for row in found["rows"]:
+        limit = f"{row['limit'] / 2**20:,.0f}" if row["limit"] else "none"
+        sizes = (f"{row[name] / 2**20:,.0f}" for name in ("peak", "most_on_disk"))
+        rows.append([limit, *sizes, row["sha256"][:8]])
+    head = ["limit, MiB", "peak of the process", "caches on disk at most", "SHA-256 of the result"]
+    return markdown(head, rows, 0)
+
+
 def backends(load: Load) -> str:
     """Quantized networks in float32 and in integers."""
     rows = []
