@@ -15,6 +15,7 @@ from aquant_jax.reconstruction.memory import DEVICE, DISK
 from tests.support.nets import images, residual_net
 
 SAMPLES = 24
+COMPILER = aq.Compiler()
 
 
 def recipe(**fields):
@@ -39,7 +40,7 @@ def run(monkeypatch, free=None, tmp_path=None, **fields):
             variables,
             images(0, SAMPLES),
             recipe(**fields),
-            observer=Plans(),
+            observer=Plans(), compiler=COMPILER,
             resume=tmp_path,
         )
     return quantized, plans[0]

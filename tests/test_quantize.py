@@ -131,8 +131,11 @@ def test_without_a_terminal_the_log_has_a_line_a_block(caplog, capsys):
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0].startswith("3 blocks:")
     assert "cached activations: 0.0 MiB at the peak" in lines[0]
+    plan = lines[1].splitlines()
+    assert plan[0].startswith("memory in MiB; free are ")
+    assert [line.split(":")[0].split()[1] for line in plan[1:]] == ["stem", "block_1", "head"]
     names = ("1/3 stem", "2/3 block_1", "3/3 head")
-    for line, name in zip(lines[1:], names, strict=True):
+    for line, name in zip(lines[2:], names, strict=True):
         assert line.startswith(f"block {name}: error ")
     assert capsys.readouterr().out == ""
 
