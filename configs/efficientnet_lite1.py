@@ -3,7 +3,7 @@
 Paper:   none for this network.
 Float:   83.00% top-1 of the 1,300 validation images, resized to 240 x 240.
 Ours:    not run.
-Cost:    not measured; Lite0 takes 33 min (CPU, one loaded core).
+Cost:    not measured; Lite0 takes 33 min with these steps (CPU, one loaded core).
 Command: python -m launch.quantize --config=configs/efficientnet_lite1.py:w4a4,preset=aquant_plus \
              --data_dir=DIR --workdir=runs/lite1_w4a4 \
              --config.recipe.reconstruction.steps=200 --config.recipe.reconstruction.batch_size=16 \
