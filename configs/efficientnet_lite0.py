@@ -23,14 +23,24 @@ from ml_collections import ConfigDict
 from aquant_jax import data
 from configs import imagenet
 
-# The images of the sample are 227 x 227 squares that lost their margins already.
-SQUASH = dataclasses.replace(data.EFFICIENTNET_LITE, geometry="squash")
-
 
 def get_config(argument: str = "") -> ConfigDict:
     """Returns the config of a variant."""
+    return config(argument, "efficientnet_lite0", 224)
+
+
+def config(argument: str, model: str, size: int) -> ConfigDict:
+    """The config of a network of the family.
+
+    Args:
+        argument: of the variant: bit-width, preset, dataset.
+        model: name in the zoo.
+        size: side of its images, in pixels. Its authors crop ``size / (size + 32)`` of an image.
+    """
     if "dataset=" not in argument:
         argument = ",".join(filter(None, [argument, "dataset=imagenet_val_1300"]))
-    sample = "dataset=imagenet_val_1300" in argument
-    preprocessing = SQUASH if sample else data.EFFICIENTNET_LITE
-    return imagenet.config(argument, "efficientnet_lite0", preprocessing, light=True)
+    preprocessing = dataclasses.replace(data.EFFICIENTNET_LITE, size=size, resize=size + 32)
+    if "dataset=imagenet_val_1300" in argument:
+        # The images of the sample are 227 x 227 squares that lost their margins already.
+        preprocessing = dataclasses.replace(preprocessing, geometry="squash")
+    return imagenet.config(argument, model, preprocessing, light=True)

@@ -6,7 +6,7 @@ import functools
 import re
 import statistics
 
-from table_text import Load, markdown, score, spread
+from table_text import Json, Load, markdown, score, spread
 
 PRESETS = ("nearest", "adaround", "brecq", "qdrop", "aquant")
 BITS = ("w4a4", "w3a3", "w2a4", "w2a2")
@@ -183,13 +183,28 @@ def efficientnet(load: Load) -> str:
     eight = load("efficientnet_lite0_w8a8_qdrop")
     runs = [eight, *load("efficientnet_lite0_w4a4")["rows"].values()]
     rows = [["float", "", "", f"{eight['float']['top1']:.2f}", f"{eight['float']['top5']:.2f}", ""]]
-    for run in runs:
-        found = run["quantized"]
-        label = f"w{run['weight_bits']}a{run['act_bits']}"
-        steps = str(run["recipe"].get("reconstruction", run["recipe"])["steps"])
-        scores = f"{found['top1']:.2f}", f"{found['top5']:.2f}"
-        rows.append([label, run["preset"], steps, *scores, f"{run['seconds'] / 60:.0f}"])
-    return markdown(["bits", "preset", "steps", "top-1 %", "top-5 %", "minutes"], rows)
+    names = ["bits", "preset", "steps", "top-1 %", "top-5 %", "minutes"]
+    return markdown(names, [*rows, *map(_imagenet_row, runs)])
+
+
+def efficientnet_larger(load: Load) -> str:
+    """EfficientNet-Lite1 and Lite2: float, and each run by its seed."""
+    found = load("efficientnet_lite_larger")
+    rows = [
+        [network, "float", "", "", f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", "", ""]
+        for network, scores in found["float"].items()
+    ]
+    rows += [[r["network"], *_imagenet_row(r), str(r["seed"])] for r in found["runs"]]
+    names = ["network", "bits", "preset", "steps", "top-1 %", "top-5 %", "minutes", "seed"]
+    return markdown(names, rows)
+
+
+def _imagenet_row(run: Json) -> list[str]:
+    found = run["quantized"]
+    label = f"w{run['weight_bits']}a{run['act_bits']}"
+    steps = str(run["recipe"].get("reconstruction", run["recipe"])["steps"])
+    scores = f"{found['top1']:.2f}", f"{found['top5']:.2f}"
+    return [label, run["preset"], steps, *scores, f"{run['seconds'] / 60:.0f}"]
 
 
 def _stsb_scores(load: Load, bits: str, samples: int, preset: str) -> list[float]:

@@ -38,6 +38,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "resnet20": accuracy_tables.resnet20,
     "resnet20-gain": accuracy_tables.resnet20_gain,
     "efficientnet-lite0": accuracy_tables.efficientnet,
+    "efficientnet-larger": accuracy_tables.efficientnet_larger,
     "stsb": accuracy_tables.stsb,
     "stsb-transforms": accuracy_tables.stsb_transforms,
     "glue": accuracy_tables.glue,

@@ -22,7 +22,11 @@ from flax import nnx
 from aquant_jax.errors import InputError
 from aquant_jax.models import importers, layouts
 from aquant_jax.models.digits_cnn import DigitsCNN
-from aquant_jax.models.efficientnet_lite import efficientnet_lite0
+from aquant_jax.models.efficientnet_lite import (
+    efficientnet_lite0,
+    efficientnet_lite1,
+    efficientnet_lite2,
+)
 from aquant_jax.models.mnasnet import mnasnet2
 from aquant_jax.models.mobilenetv2 import mobilenetv2
 from aquant_jax.models.regnet import regnetx_600mf, regnetx_3200mf
@@ -91,6 +95,8 @@ LINEN: dict[str, tuple[Callable[[], nn.Module], Sequence[layouts.Layout]]] = {
     "regnetx_600mf": (regnetx_600mf, layouts.REGNET),
     "regnetx_3200mf": (regnetx_3200mf, layouts.REGNET),
     "efficientnet_lite0": (efficientnet_lite0, layouts.EFFICIENTNET_LITE),
+    "efficientnet_lite1": (efficientnet_lite1, layouts.EFFICIENTNET_LITE),
+    "efficientnet_lite2": (efficientnet_lite2, layouts.EFFICIENTNET_LITE),
     "resnet20_cifar": (partial(resnet_cifar, 20), layouts.RESNET_CIFAR),
     "resnet32_cifar": (partial(resnet_cifar, 32), layouts.RESNET_CIFAR),
     "resnet44_cifar": (partial(resnet_cifar, 44), layouts.RESNET_CIFAR),

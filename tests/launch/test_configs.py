@@ -22,7 +22,7 @@ CNNS = [path for path in CONFIGS if path not in BERT]
 # Where a network has another recipe, as the paper and reference_procedures.md have it: borders of
 # their own a tap, linear borders, lambda.
 BORDER_PER_TAP = {"cifar10_resnet20", "digits"}
-LINEAR = {"mobilenetv2", "mnasnet2", "efficientnet_lite0"}
+LINEAR = {"mobilenetv2", "mnasnet2", *(f"efficientnet_lite{n}" for n in range(3))}
 LAMBDA = {"mobilenetv2": 0.1, "mnasnet2": 0.2}
 
 
@@ -252,3 +252,12 @@ def test_a_set_without_training_images_is_calibrated_on_another_one():
     whole = command_line.load_config("configs/efficientnet_lite0.py:dataset=imagenet2012", {})
     assert (whole.calibration_dataset, whole.calibration_size) == ("imagenet2012", 1024)
     assert whole.preprocessing.geometry == "crop_resize"
+
+
+@pytest.mark.parametrize(("number", "side"), [(0, 224), (1, 240), (2, 260)])
+def test_every_efficientnet_lite_has_images_of_its_own_size(number, side):
+    path = f"configs/efficientnet_lite{number}.py"
+    sample = command_line.load_config(path, {})
+    assert (sample.preprocessing.size, sample.preprocessing.geometry) == (side, "squash")
+    whole = command_line.load_config(f"{path}:dataset=imagenet2012", {})
+    assert (whole.preprocessing.size, whole.preprocessing.resize) == (side, side + 32)

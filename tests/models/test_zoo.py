@@ -15,7 +15,7 @@ from tests.support import torch_zoo_states as states
 PARAMETERS = {
     "resnet18": 11_689_512, "resnet50": 25_557_032, "mobilenetv2": 3_504_872,
     "mnasnet2": 12_469_944, "regnetx_600mf": 6_196_040, "regnetx_3200mf": 15_296_552,
-    "efficientnet_lite0": 4_652_008, "resnet20_cifar": 269_722,
+    "efficientnet_lite0": 4_652_008, "efficientnet_lite2": 6_092_072, "resnet20_cifar": 269_722,
 }  # fmt: skip
 TOLERANCE = 1e-4  # of the range of the logits
 
@@ -44,7 +44,7 @@ def test_the_golden_file_holds_every_network():
     with np.load(golden.FILE) as file:
         assert set(file) == set(PARAMETERS)
     assert set(models.MODELS) - set(PARAMETERS) == {
-        "resnet32_cifar", "resnet44_cifar", "resnet56_cifar", "digits_cnn",
+        "efficientnet_lite1", "resnet32_cifar", "resnet44_cifar", "resnet56_cifar", "digits_cnn",
     }  # fmt: skip
 
 

@@ -55,6 +55,14 @@ BLOCKS = {
         *single("last", "head"),
     ],
     **{
+        f"efficientnet_lite{number}": [
+            *single("stem"),
+            *stages((1, 3, 3, 4, 4, 5, 1), INVERTED, {1: SEPARABLE}),
+            *single("last", "head"),
+        ]
+        for number in (1, 2)
+    },
+    **{
         f"resnet{depth}_cifar": [
             *single("conv1"),
             *(
@@ -75,8 +83,9 @@ BLOCKS = {
 }
 COUNTS = {
     "resnet18": 10, "resnet50": 18, "regnetx_600mf": 18, "regnetx_3200mf": 27, "mobilenetv2": 20,
-    "mnasnet2": 21, "efficientnet_lite0": 19, "resnet20_cifar": 11, "resnet32_cifar": 17,
-    "resnet44_cifar": 23, "resnet56_cifar": 29, "digits_cnn": 5,
+    "mnasnet2": 21, "efficientnet_lite0": 19, "efficientnet_lite1": 24, "efficientnet_lite2": 24,
+    "resnet20_cifar": 11, "resnet32_cifar": 17, "resnet44_cifar": 23, "resnet56_cifar": 29,
+    "digits_cnn": 5,
 }  # fmt: skip
 SIZES = dict.fromkeys(BLOCKS, (32, 32, 3)) | {"digits_cnn": (8, 8, 1)}
 

@@ -1,7 +1,7 @@
 """The networks of the zoo in PyTorch, written from the papers and not from our flax code.
 
 Their state dicts have the names of the public releases: ResNet as in torchvision, the others as
-in the BRECQ and QDrop releases, EfficientNet-Lite0 as in efficientnet-lite-pytorch.
+in the BRECQ and QDrop releases, EfficientNet-Lite as in efficientnet-lite-pytorch.
 """
 
 import math
@@ -171,7 +171,12 @@ NETWORKS = {
     "mnasnet2": mobile.MNASNet,
     "regnetx_600mf": lambda: RegNetX(36.97, 48, 2.24, 16, 24),
     "regnetx_3200mf": lambda: RegNetX(26.31, 88, 2.25, 25, 48),
-    "efficientnet_lite0": mobile.EfficientNetLite0,
+    "efficientnet_lite0": lambda: mobile.EfficientNetLite(
+        (16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)
+    ),
+    "efficientnet_lite2": lambda: mobile.EfficientNetLite(
+        (16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1)
+    ),
     "resnet20_cifar": lambda: ResNetCifar(20),
 }
 

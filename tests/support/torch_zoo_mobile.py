@@ -114,23 +114,23 @@ class LiteBlock(nn.Module):
         return x + y if self.skip else y
 
 
-class EfficientNetLite0(nn.Module):
-    TABLE = (
-        (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5),
-        (6, 192, 4, 2, 5), (6, 320, 1, 1, 3),
-    )  # fmt: skip
+class EfficientNetLite(nn.Module):
+    """`channels` and `depths` of the stages are those of the release's arrays."""
 
-    def __init__(self):
+    RATIOS, STRIDES, SIZES = (1, *[6] * 6), (1, 2, 2, 2, 1, 2, 1), (3, 3, 5, 3, 5, 5, 3)
+
+    def __init__(self, channels, depths):
         super().__init__()
         self._conv_stem = SameConv(3, 32, 3, 2, bias=False)
         self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
         blocks, inputs = [], 32
-        for ratio, channels, depth, stride, size in self.TABLE:
+        rows = zip(self.RATIOS, channels, depths, self.STRIDES, self.SIZES, strict=True)
+        for ratio, outputs, depth, stride, size in rows:
             for index in range(depth):
-                blocks.append(LiteBlock(inputs, channels, ratio, 1 if index else stride, size))
-                inputs = channels
+                blocks.append(LiteBlock(inputs, outputs, ratio, 1 if index else stride, size))
+                inputs = outputs
         self._blocks = nn.ModuleList(blocks)
-        self._conv_head = nn.Conv2d(320, 1280, 1, bias=False)
+        self._conv_head = nn.Conv2d(inputs, 1280, 1, bias=False)
         self._bn1, self._fc = nn.BatchNorm2d(1280, eps=1e-3), nn.Linear(1280, 1000)
 
     def forward(self, x):
