@@ -40,7 +40,8 @@ def run(monkeypatch, free=None, tmp_path=None, **fields):
             variables,
             images(0, SAMPLES),
             recipe(**fields),
-            observer=Plans(), compiler=COMPILER,
+            observer=Plans(),
+            compiler=COMPILER,
             resume=tmp_path,
         )
     return quantized, plans[0]
