@@ -159,7 +159,7 @@ def plan_memory(
     Args:
       net: the network.
       limit: see `free_bytes`.
-      folder: for files, created if need be; None takes that of temporary files.
+      folder: for files; None takes that of temporary files.
       seeds: quantized networks that are made at once.
 
     Raises:
@@ -186,8 +186,6 @@ def plan_memory(
                     f"block {index} {block.name} needs about {size / 2**30:.2f} GiB of memory on "
                     f"{place}, and {free[place] / 2**30:.2f} GiB are free{_advice(place, limit)}"
                 )
-    if DISK in plan.places:
-        files.mkdir(parents=True, exist_ok=True)
     return plan
 
 

@@ -18,7 +18,7 @@ class MappedArray:
     """An array in a file, of which only what is being read or written is mapped into memory.
 
     Args:
-      folder: where the file lies.
+      folder: where the file lies; created if necessary.
       shape: of the array.
       dtype: of the array.
 
@@ -30,6 +30,7 @@ class MappedArray:
         self.shape, self.dtype, self.ndim = shape, np.dtype(dtype), len(shape)
         self.nbytes = int(np.prod(shape)) * self.dtype.itemsize
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed with this
             weakref.finalize(self, self._file.close)
             # A write to a mapped file on a full disk would kill the process.

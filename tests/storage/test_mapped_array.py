@@ -38,6 +38,8 @@ def test_an_empty_array(tmp_path):
     assert array[np.array([1, 2])].shape == (2, 0)
 
 
-def test_a_folder_that_does_not_exist(tmp_path):
-    with pytest.raises(InputError, match=r"missing: 0.00 GiB of cached .*No such file"):
-        MappedArray(tmp_path / "missing", (1,), np.float32)
+def test_a_folder_is_made_where_one_can_be(tmp_path):
+    MappedArray(tmp_path / "new", (1,), np.float32)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file: 0.00 GiB of cached .*\(File exists\)"):
+        MappedArray(tmp_path / "file", (1,), np.float32)
