@@ -1,12 +1,15 @@
 """Every example runs, trained little and rounded to nearest: it prints what it says."""
 
+import contextlib
 import importlib.util
 import json
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
+from absl import app
+from absl.testing import flagsaver
 
 from tests.support.process import REPOSITORY
 
@@ -61,17 +64,22 @@ def _is_installed(package):
         return False
 
 
+@pytest.mark.user_model
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
-def test_an_example_runs(name, tmp_path):
+def test_an_example_runs(name, tmp_path, monkeypatch, capsys):
+    """In this process: the imports of one of its own would take longer than the example."""
     given, packages, expected = SHORT[name]
     for package in ["sklearn", *packages]:
         if not _is_installed(package):
             pytest.skip(f"needs {package}")
     out = [f"--out={tmp_path / 'scores.json'}"] if name in ("character_stack", "rnn_digits") else []
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *given, *out]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.search(expected, done.stdout)
+    file = str(EXAMPLES / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [file, *given, *out])
+    app.define_help_flags()
+    with flagsaver.flagsaver(), contextlib.suppress(SystemExit):  # forgets the example's flags
+        runpy.run_path(file, run_name="__main__")
+    assert re.search(expected, capsys.readouterr().out)
     if out:
         scores = json.loads((tmp_path / "scores.json").read_text())
         assert scores["seed"] == 0
