@@ -190,6 +190,7 @@ def _quantize(
     several = shared.mesh is not None and shared.mesh.is_multi_process
     calibration, net = hosts.together(functools.partial(_accepted, shared), several)
 
+    @functools.cache  # it reads all arrays
     def call(seed: int) -> dict[str, Any]:
         return fingerprint(net, calibration, seed, shared.compiler, shared.augment)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from aquant_jax.graph.partition import Block
 from aquant_jax.recipe import Recipe
 
 MIN_SAMPLES = 2
-ROWS = 64  # of an array that are read at once
+PART = 2**24  # bytes of an array that are copied at once
 
 
 def check_not_traced() -> None:
@@ -187,6 +187,13 @@ def _check_numbers(path: str, dtype: Any) -> None:
         raise InputError(f"{path} has dtype {dtype}, which is not one of numbers")
 
 
+def row_parts(array: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows of an array, in parts that are small enough to be copied."""
+    rows = np.atleast_1d(array)
+    count = max(1, PART // max(1, rows.nbytes // max(1, len(rows))))
+    return (rows[start : start + count] for start in range(0, len(rows), count))
+
+
 def _check_finite(argument: str, tree: Any) -> None:
     """InputError when a leaf holds NaN or infinity; the message starts with the argument's name."""
     for name, leaf in zip(path_names(tree), jax.tree.leaves(tree), strict=True):
@@ -194,9 +201,8 @@ def _check_finite(argument: str, tree: Any) -> None:
         if not jnp.issubdtype(dtype, jnp.inexact):
             continue
         single = np.float32 if jnp.issubdtype(dtype, jnp.floating) else np.complex64
-        array = np.atleast_1d(np.asarray(leaf))
-        parts = (array[i : i + ROWS] for i in range(0, len(array), ROWS))  # not all copied at once
-        bad = sum(int(np.count_nonzero(~np.isfinite(part.astype(single)))) for part in parts)
+        parts = (np.asarray(part, single) for part in row_parts(np.asarray(leaf)))
+        bad = sum(int(np.count_nonzero(~np.isfinite(part))) for part in parts)
         if bad:
             raise InputError(
                 f"{_join(argument, name)} has {bad} of {np.size(leaf)} values that are NaN or "

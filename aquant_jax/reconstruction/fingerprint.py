@@ -12,12 +12,11 @@ import numpy as np
 from aquant_jax.graph.subgraph import extract_subgraph, signature
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan.augmentation import Augment, lowered
+from aquant_jax.plan.checks import row_parts
 from aquant_jax.plan.network import Network, describe
 from aquant_jax.storage import archive
 from aquant_jax.storage.environment import environment
 from aquant_jax.storage.json_file import jsonable
-
-ROWS = 64
 
 
 def fingerprint(
@@ -58,6 +57,6 @@ def _digest(tree: Any) -> str:
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        for start in range(0, len(array) if array.ndim else 1, ROWS):  # not all copied at once
-            digest.update((array[start : start + ROWS] if array.ndim else array).tobytes())
+        for part in row_parts(array):
+            digest.update(part.tobytes())
     return digest.hexdigest()

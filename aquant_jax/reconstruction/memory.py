@@ -87,7 +87,7 @@ class MemoryPlan(NamedTuple):
         needed = dict.fromkeys(self.free, 0)
         needed[DEVICE] = block.step + block.state
         for place, size in zip(self._places_of(index), block.caches, strict=True):
-            needed[place] = needed.get(place, 0) + size
+            needed[place] += size
         return needed
 
     def _places_of(self, index: int) -> tuple[str, str, str]:
