@@ -10,10 +10,11 @@ import jax
 import pytest
 from packaging.version import Version
 
-from tests.support import typecheck
+from tests.support import ir_contexts, typecheck
 from tests.support.process import SHARED_DATA
 
 typecheck.install()
+ir_contexts.share()
 
 COMPILED = pytest.StashKey[str]()
 FUSION_EMITTERS = "0.11"  # from this version of jaxlib on there is no other way to emit a fusion

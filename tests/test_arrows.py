@@ -1,6 +1,7 @@
 """Data flows one way: between the packages, and between the modules of one package."""
 
 import ast
+import functools
 import graphlib
 
 import pytest
@@ -36,6 +37,7 @@ GPU_OPS_MAY_IMPORT = {"arithmetic", "layers"}
 FILES = sorted(path for path in LIBRARY.rglob("*.py") if path != LIBRARY / "__init__.py")
 
 
+@functools.cache
 def _imports(path):
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]

@@ -1,7 +1,9 @@
 """Settings of the programs' processes."""
 
+import jax
 import pytest
 
+from launch.lib import process
 from tests.support.process import run_python
 
 PROGRAM = """
@@ -32,11 +34,35 @@ def files(folder):
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME", "JAX_COMPILATION_CACHE_DIR"])
-def test_a_second_run_does_not_compile_again(variable, tmp_path):
-    assert not run(**{variable: str(tmp_path)})[0]
-    assert files(tmp_path)
-    assert run(**{variable: str(tmp_path)})[0]
+def test_a_second_run_does_not_compile_again(tmp_path):
+    assert not run(HOME=str(tmp_path))[0]
+    assert files(tmp_path / ".cache" / "aquant-jax" / "compiled")
+    assert run(HOME=str(tmp_path))[0]
+
+
+@pytest.fixture
+def settings():
+    """JAX's settings of its cache, which are those of before after the test."""
+    names = [name for name in jax.config.values if "_cache_" in name]
+    before = {name: jax.config.values[name] for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.parametrize(
+    ("given", "base", "expected"),
+    [
+        (None, "/base", "/base/aquant-jax/compiled"),
+        ("/given", "/base", "/given"),
+        (None, "relative", None),
+    ],
+)
+def test_the_folder_of_compiled_programs(settings, monkeypatch, given, base, expected):
+    jax.config.update("jax_compilation_cache_dir", given)
+    monkeypatch.setenv("XDG_CACHE_HOME", base)
+    process.keep_compiled_programs()
+    assert jax.config.values["jax_compilation_cache_dir"] == expected
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
