@@ -33,6 +33,7 @@ class BlockCounts(NamedTuple):
         backward: multiplications of their gradients.
         values: elements that its operations make.
         layer_inputs, layer_outputs: elements of the activations around its layers.
+        quantized: elements of those inputs of layers that are quantized.
         starts, targets, ends: elements of its inputs, its targets, and of what it hands on.
         model_bytes: bytes of the model's input that it reads.
         weights: elements of its quantized weights.
@@ -47,6 +48,7 @@ class BlockCounts(NamedTuple):
     values: float
     layer_inputs: float
     layer_outputs: float
+    quantized: float
     starts: float
     targets: float
     ends: float
@@ -91,6 +93,7 @@ def _count(
         values=elements(out for op in program.subgraph.ops for out in op.outputs),
         layer_inputs=elements(op.x for op in weighted),
         layer_outputs=elements(out for op in weighted for out in op.outputs),
+        quantized=elements(op.x for op in weighted if op.x in program.tensor_of),
         starts=elements(block.start),
         targets=elements(block.targets),
         ends=elements(block.end),

@@ -1,7 +1,7 @@
 """A model of what a quantization costs on many devices; docs/scaling.md has its equations.
 
-It is arithmetic on the counts of `block_counts` and on the figures of a device. Only the four
-numbers of `Elementwise` are fitted, to measurements on one device.
+It is arithmetic on the counts of `block_counts` and on the figures of a device. Only the numbers of
+`Elementwise` are fitted, to measurements on one device.
 """
 
 import math
@@ -24,12 +24,16 @@ PASSES = 3  # a step is about three forward passes
 
 
 class Elementwise(NamedTuple):
-    """What a step does besides multiplications: operations and bytes, a value and a weight."""
+    """What a step does besides multiplications.
 
-    flops_value: float
-    flops_weight: float
-    bytes_value: float
-    bytes_weight: float
+    Attributes:
+        flops: operations for each value that the block makes or is given, for each element of a
+            layer's input that is quantized, and for each weight.
+        accessed: bytes of memory for each of these.
+    """
+
+    flops: tuple[float, ...]
+    accessed: tuple[float, ...]
 
 
 class Mesh(NamedTuple):
@@ -160,21 +164,28 @@ def cached_bytes(block: BlockCounts, mixing: bool) -> float:
 
 def step_of(block: BlockCounts, schedule: Schedule, mesh: Mesh, costs: Elementwise) -> Step:
     """One step of a block on one device of a mesh."""
-    share, parts = schedule.batch / mesh.data, schedule.accumulate
+    share = schedule.batch / mesh.data
     products = 2 * share * (block.forward + block.backward) / mesh.model
-    values, weights = share * block.values, block.weights / mesh.model
+    weights = block.weights / mesh.model
+    elements = share * _elements(block)
+    elements[-1] = weights * schedule.accumulate
     cached = cached_bytes(block, schedule.mixing)
     several, split = mesh.data > 1, mesh.model > 1
     exchanged = several * schedule.assembled * schedule.batch * cached / mesh.model
     gradients = FLOAT * (weights + block.others + 1)  # and the loss
     inputs, outputs = FLOAT * block.layer_inputs, FLOAT * block.layer_outputs
     return Step(
-        products + costs.flops_value * values + costs.flops_weight * weights * parts,
-        costs.bytes_value * values + costs.bytes_weight * weights * parts + ASSEMBLY * exchanged,
-        exchanged + several * gradients * parts,
+        products + float(elements @ costs.flops),
+        float(elements @ costs.accessed) + ASSEMBLY * exchanged,
+        exchanged + several * gradients * schedule.accumulate,
         split * share * (cached + inputs + outputs) / mesh.model,
         split * share * inputs,
     )
+
+
+def _elements(block: BlockCounts) -> np.ndarray:
+    """What `Elementwise` counts, of one sample."""
+    return np.array([block.values + block.starts, block.quantized, block.weights], float)
 
 
 def memory_of(block: BlockCounts, schedule: Schedule, mesh: Mesh, last: bool) -> Memory:
@@ -243,17 +254,17 @@ def fit_elementwise(
         batch: samples of a step.
         flops, accessed: of each block's step, on one device.
     """
-    elements = np.array([(batch * block.values, block.weights) for block in blocks])
+    elements = np.array([_elements(block) for block in blocks]) * (batch, batch, 1)
     products = np.array([2 * batch * (block.forward + block.backward) for block in blocks])
 
-    def fit(rest: np.ndarray, measured: np.ndarray) -> list[float]:
+    def fit(rest: np.ndarray, measured: np.ndarray) -> tuple[float, ...]:
         return relative_fit(elements, np.maximum(rest, 0), measured)
 
-    return Elementwise(*fit(flops - products, flops), *fit(accessed, accessed))
+    return Elementwise(fit(flops - products, flops), fit(accessed, accessed))
 
 
-def relative_fit(causes: np.ndarray, values: np.ndarray, scale: np.ndarray) -> list[float]:
+def relative_fit(causes: np.ndarray, values: np.ndarray, scale: np.ndarray) -> tuple[float, ...]:
     """The costs of `causes` ``[measurements, causes]``, none negative, that explain `values` best,
     each relative to its `scale`."""
     costs, _ = optimize.nnls(causes / scale[:, None], values / scale)
-    return costs.tolist()
+    return tuple(costs.tolist())

@@ -25,10 +25,10 @@ from launch.lib.shape_networks import Decoder, VisionTransformer, decoder, visio
 
 BLOCK = BlockCounts(
     name="block", layers=2, forward=100, backward=200, values=50, layer_inputs=20,
-    layer_outputs=30, starts=10, targets=5, ends=5, model_bytes=8, weights=16, others=3,
-    searched=(20,),
+    layer_outputs=30, quantized=12, starts=10, targets=5, ends=5, model_bytes=8, weights=16,
+    others=3, searched=(20,),
 )  # fmt: skip
-COSTS = Elementwise(flops_value=2, flops_weight=10, bytes_value=7, bytes_weight=40)
+COSTS = Elementwise(flops=(2, 3, 10), accessed=(7, 20, 40))
 SCHEDULE = Schedule(steps=100, batch=8, samples=32)
 DEVICE = Device(
     flops=1e3, bandwidth=1e4, memory=1e9, node=4, fast_link=1e2, slow_link=1e1, host_link=50,
@@ -38,14 +38,16 @@ CACHED = 2 * (2 * 10 + 5) + 8  # bytes of a sample: two inputs, the targets, and
 
 
 def test_a_step_of_one_device_sends_nothing():
-    flops = 2 * 8 * 300 + 2 * 8 * 50 + 10 * 16
-    assert step_of(BLOCK, SCHEDULE, Mesh(1), COSTS) == Step(flops, 7 * 400 + 40 * 16, 0, 0, 0)
+    flops = 2 * 8 * 300 + 2 * 8 * 60 + 3 * 8 * 12 + 10 * 16
+    accessed = 7 * 8 * 60 + 20 * 8 * 12 + 40 * 16
+    assert step_of(BLOCK, SCHEDULE, Mesh(1), COSTS) == Step(flops, accessed, 0, 0, 0)
 
 
 def test_samples_are_split_and_the_batch_is_summed_whole():
     found = step_of(BLOCK, SCHEDULE, Mesh(4), COSTS)
     gradients = 4 * (16 + 3 + 1)
-    assert found.flops == 2 * 2 * 300 + 2 * 2 * 50 + 10 * 16
+    assert found.flops == 2 * 2 * 300 + 2 * 2 * 60 + 3 * 2 * 12 + 10 * 16
+    assert found.bytes_accessed == 7 * 120 + 20 * 24 + 40 * 16 + 3 * 8 * CACHED
     assert found.reduced == 8 * CACHED + gradients
     assert found.sent(Mesh(4)) == 2 * 3 / 4 * found.reduced
     own = step_of(BLOCK, SCHEDULE._replace(assembled=False), Mesh(4), COSTS)
@@ -56,7 +58,7 @@ def test_samples_are_split_and_the_batch_is_summed_whole():
 
 def test_weights_are_split_and_activations_gathered():
     found = step_of(BLOCK, SCHEDULE, Mesh(2, 2), COSTS)
-    assert found.flops == 2 * 4 * 300 / 2 + 2 * 4 * 50 + 10 * 8
+    assert found.flops == 2 * 4 * 300 / 2 + 2 * 4 * 60 + 3 * 4 * 12 + 10 * 8
     assert found.reduced == 8 * CACHED / 2 + 4 * (8 + 3 + 1)
     assert found.gathered == 4 * (CACHED + 4 * 20 + 4 * 30) / 2
     assert found.reduced_over_model == 4 * 4 * 20
@@ -99,10 +101,13 @@ def test_caches_leave_the_device_and_then_batches_are_cut():
 
 
 def test_costs_are_found_again():
-    blocks = [BLOCK, BLOCK._replace(values=9, weights=700), BLOCK._replace(values=300, weights=1)]
+    others = {"values": 9, "weights": 700}, {"values": 300, "weights": 1}, {"quantized": 900}
+    blocks = [BLOCK, *(BLOCK._replace(**fields) for fields in others)]
     steps = [step_of(block, SCHEDULE, Mesh(1), COSTS) for block in blocks]
     flops, accessed = np.array([step[:2] for step in steps]).T
-    assert fit_elementwise(blocks, 8, flops, accessed) == pytest.approx(COSTS)
+    found = fit_elementwise(blocks, 8, flops, accessed)
+    for costs, expected in zip(found, COSTS, strict=True):
+        assert costs == pytest.approx(expected)
 
 
 def test_counts_of_a_convolution_and_a_dense_layer():
