@@ -62,6 +62,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "scaling-communication": scaling_tables.communication,
     "scaling-hand-over": scaling_tables.hand_over,
     "scaling-networks": scaling_tables.networks,
+    "scaling-device": scaling_tables.device,
     "scaling-predictions": scaling_tables.predictions,
 }
 

@@ -73,6 +73,32 @@ def networks(load: Load) -> str:
     return markdown([*head, "values, 10^9"], rows)
 
 
+def device(load: Load) -> str:
+    """The figures of a GPU, and where they come from."""
+    maker, assumed = "the maker's", "assumed"
+    origins = {
+        "flops": ("multiplications in TF32, TFLOP/s", 1e12, maker),
+        "bandwidth": ("memory, TB/s", 1e12, maker),
+        "memory": ("memory, GB", 1e9, maker),
+        "node": ("GPUs a node", 1, maker),
+        "fast_link": ("NVLink, GB/s and direction", 1e9, maker),
+        "host_link": ("PCIe, GB/s and direction", 1e9, maker),
+        "slow_link": ("between nodes, GB/s a GPU: a port of 400 Gb/s", 1e9, assumed),
+        "latency": ("of a collective, for every doubling of devices, µs", 1e-6, assumed),
+        "overhead": ("launches of a step, ms", 1e-3, assumed),
+        "host_overhead": ("a call where caches are on the host, ms", 1e-3, assumed),
+        "flops_share": ("share of the peak of multiplications", 1, assumed),
+        "bandwidth_share": ("share of the peak of memory", 1, assumed),
+        "search": ("elements a second of the range search, millions", 1e6, "measured on this CPU"),
+    }  # fmt: skip
+    found = load("scaling_model")["gpu"]
+    rows = [
+        [text, f"{found[name] / unit:,.4g}", origin]
+        for name, (text, unit, origin) in origins.items()
+    ]
+    return markdown(["", "figure", "origin"], rows, 9)
+
+
 def predictions(load: Load) -> str:
     """Time, memory and bytes of the networks on many devices."""
     rows = []

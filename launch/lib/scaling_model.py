@@ -247,7 +247,7 @@ def fit_elementwise(
     blocks: Sequence[BlockCounts], batch: int, flops: np.ndarray, accessed: np.ndarray
 ) -> Elementwise:
     """The costs that explain the measured operations and bytes of the steps of `blocks` best, each
-    relative to what was measured.
+    relative to what was measured. None is negative.
 
     Args:
         blocks: counts.
@@ -258,13 +258,7 @@ def fit_elementwise(
     products = np.array([2 * batch * (block.forward + block.backward) for block in blocks])
 
     def fit(rest: np.ndarray, measured: np.ndarray) -> tuple[float, ...]:
-        return relative_fit(elements, np.maximum(rest, 0), measured)
+        causes, values = elements / measured[:, None], np.maximum(rest, 0) / measured
+        return tuple(optimize.nnls(causes, values)[0].tolist())
 
     return Elementwise(fit(flops - products, flops), fit(accessed, accessed))
-
-
-def relative_fit(causes: np.ndarray, values: np.ndarray, scale: np.ndarray) -> tuple[float, ...]:
-    """The costs of `causes` ``[measurements, causes]``, none negative, that explain `values` best,
-    each relative to its `scale`."""
-    costs, _ = optimize.nnls(causes / scale[:, None], values / scale)
-    return tuple(costs.tolist())

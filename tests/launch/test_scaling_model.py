@@ -97,6 +97,9 @@ def test_caches_leave_the_device_and_then_batches_are_cut():
     assert found.seconds["host"] == 8 * CACHED / 50
     found = cost_of(BLOCK, SCHEDULE, Mesh(1), DEVICE._replace(memory=step / 4 + state), COSTS)
     assert (found.accumulate, found.fits, found.seconds["overhead"]) == (4, True, 8.0)
+    roomy = DEVICE._replace(memory=step / 4 + state + caches)
+    found = cost_of(BLOCK, SCHEDULE, Mesh(1), roomy, COSTS)
+    assert (found.accumulate, found.caches_on_host, found.seconds["overhead"]) == (4, False, 8.0)
     assert not cost_of(BLOCK, SCHEDULE, Mesh(1), DEVICE._replace(memory=state), COSTS).fits
 
 
