@@ -100,6 +100,22 @@ TARGETS = {
 }  # fmt: skip
 
 
+def read(name: str) -> dict[str, Any]:
+    """A file of `launch.bench.scaling`.
+
+    Raises:
+        InputError: it is none, or has no figures of one device, which the model is fitted to.
+    """
+    try:
+        run = json.loads(Path(name).read_text())
+        found = run["benchmark"], [row["mesh"] for row in run["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{name} is no file of launch.bench.scaling") from error
+    if found[0] != "scaling" or "1" not in found[1]:
+        raise InputError(f"{name} is of {found[0]} on {found[1]}; it must be of scaling, on 1 too")
+    return run
+
+
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
     flags.DEFINE_list("measured", [], "files of launch.bench.scaling", flag_values=values)
@@ -268,8 +284,7 @@ def main(argv: list[str]) -> None:
     values, _ = command_line.parse(argv, define_flags, __doc__)
     if not values.measured:
         raise InputError("--measured is empty; it must name files of launch.bench.scaling")
-    measured = [json.loads(Path(name).read_text()) for name in values.measured]
-    timing.report(predict(measured), values.out)
+    timing.report(predict([read(name) for name in values.measured]), values.out)
 
 
 if __name__ == "__main__":

@@ -64,8 +64,20 @@ def test_measurements_and_model_meet(monkeypatch, tmp_path, capsys):
     assert by_way["larger batch of own samples"]["sent"] < by_way["larger batch"]["sent"]
 
 
-def test_nothing_measured_is_one_line(capsys):
-    assert scaling_model.main(["scaling_model"]) == 2
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "--measured is empty"),
+        ("[]", "measured.json is no file of launch.bench.scaling"),
+        ('{"benchmark": "size", "rows": []}', "measured.json is of size on []; it must be"),
+        ('{"benchmark": "scaling", "rows": [{"mesh": "2"}]}', "of scaling on ['2']; it must be"),
+    ],
+)
+def test_other_files_are_one_line(text, message, tmp_path, capsys):
+    path = tmp_path / "measured.json"
+    path.write_text(text or "")
+    flags = [] if text is None else [f"--measured={path}"]
+    assert scaling_model.main(["scaling_model", *flags]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "--measured is empty" in error
+    assert message in error
