@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where the neighbours
 
 import ablation_tables
 import accuracy_tables
+import scaling_tables
 import speed_tables
 from table_text import Load, load
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/results.md", "docs/lab_log.md")
+PAGES = ("README.md", "docs/results.md", "docs/lab_log.md", "docs/scaling.md")
 MARKED = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BUILDERS: dict[str, Callable[[Load], str]] = {
     "headline": accuracy_tables.headline,
@@ -57,6 +58,12 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "ablation-default": ablation_tables.default,
     "finetune-rates": ablation_tables.finetune_rates,
     "ablation-w3a3": ablation_tables.three_bits,
+    "scaling-work": scaling_tables.work,
+    "scaling-communication": scaling_tables.communication,
+    "scaling-hand-over": scaling_tables.hand_over,
+    "scaling-networks": scaling_tables.networks,
+    "scaling-device": scaling_tables.device,
+    "scaling-predictions": scaling_tables.predictions,
 }
 
 
