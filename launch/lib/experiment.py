@@ -15,9 +15,10 @@ from aquant_jax import data, models
 from aquant_jax.errors import InputError
 from aquant_jax.models import bert
 from aquant_jax.reconstruction.memory import allocate_inputs
+from aquant_jax.reporting.run import describe
 from aquant_jax.storage import json_file
 from aquant_jax.storage.environment import environment
-from launch.lib import augmentations, hosts, plots, progress, results
+from launch.lib import augmentations, hosts, plots, process, progress, reports
 from launch.lib.command_line import Config, absolute
 from launch.lib.metrics import Predict, evaluate_batches
 from launch.lib.run_directory import RunDirectory
@@ -204,15 +205,19 @@ def run(
     metrics = score(quantized, dataset, config, "quantized", corrupt, check, mesh)
     content = {
         "config": spec,
-        **results.describe(quantized),
+        "command": process.command(),
+        **describe(quantized),
         "seed": seed,
         **_scores(experiment, metrics),
         "calibration_samples": len(calibration.labels),
         "corrupt_images": corrupt,
+        "peak_bytes": process.peak_bytes(),
         **environment(),
     }
     if hosts.is_first():
+        reports.measure(quantized, calibration.inputs, experiment.variables, directory.path)
         _finish(quantized, content, directory)
+        reports.write_report(directory.path)
     return json_file.jsonable(content)
 
 
