@@ -21,57 +21,67 @@ MOST_BLOCKS = 80  # with figures of their own
 
 def section(runs: Sequence[Run]) -> list[Element] | None:
     """Runs with the same blocks share axes; a preset that works layer by layer has others."""
-    groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
+    groups: dict[tuple[str, ...], dict[int, Run]] = {}
+    for place, run in enumerate(runs):
         names = tuple(block["name"] for block in run.results["blocks"])
         if names:
-            groups.setdefault(names, []).append(run)
+            groups.setdefault(names, {})[place] = run
     made: list[Element] = []
     for alike in groups.values():
-        if len(groups) > 1:
-            made.append(tag("h3", ", ".join(run.name for run in alike)))
+        if len(runs) > 1:
+            made.append(_legend(alike))
         made += _group(alike)
-    made += [element for run in runs for element in _stage(run)]
-    if len(runs) == 1 and made:
-        made.insert(1, _table(runs[0]))
+    made += [element for place, run in enumerate(runs) for element in _stage(place, run)]
     return made or None
 
 
-def _group(runs: Sequence[Run]) -> list[Element]:
-    by_name = {run.name: run.results["blocks"] for run in runs}
+def _legend(runs: Mapping[int, Run]) -> Element:
+    keys = [
+        tag("li", tag("span", class_="key", style=f"background: var(--s{place % 8})"), run.name)
+        for place, run in runs.items()
+    ]
+    return tag("ul", *keys, class_="legend")
+
+
+def _group(runs: Mapping[int, Run]) -> list[Element]:
+    first = next(iter(runs.values()))
     losses, errors = [], []
-    for place, block in enumerate(runs[0].results["blocks"][:MOST_BLOCKS]):
-        curves = {run.name: run.curves.get(block["index"], ()) for run in runs}
-        if any(map(len, curves.values())):
-            losses.append(tag("figure", figures.losses(block["name"], _known(curves))))
-        clusters = {name: blocks[place]["propagated"] for name, blocks in by_name.items()}
-        if any(map(len, clusters.values())):
-            errors.append(tag("figure", figures.propagated(block["name"], _known(clusters))))
-    made = [tag("figure", figures.block_errors(by_name), class_="wide")]
+    for number, block in enumerate(first.results["blocks"][:MOST_BLOCKS]):
+        curves = _known({p: run.curves.get(block["index"], ()) for p, run in runs.items()})
+        if curves:
+            losses.append(tag("figure", figures.losses(block["name"], curves)))
+        blocks = {place: run.results["blocks"][number] for place, run in runs.items()}
+        clusters = _known({place: block["propagated"] for place, block in blocks.items()})
+        if clusters:
+            errors.append(tag("figure", figures.propagated(block["name"], clusters)))
+    drawing = figures.block_errors({place: run.results["blocks"] for place, run in runs.items()})
+    wide = tag("figure", drawing, class_="wide")
+    made = [tag("div", wide, _table(first), class_="split") if len(runs) == 1 else wide]
     for head, drawn in ((LOSS, losses), (PROPAGATED, errors)):
         if drawn:
             made += [tag("p", head, class_="note"), tag("div", *drawn, class_="figures")]
     return made
 
 
-def _known(rows: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in rows.items() if len(value)}
+def _known(rows: Mapping[int, Any]) -> dict[int, Any]:
+    return {place: value for place, value in rows.items() if len(value)}
 
 
-def _stage(run: Run) -> list[Element]:
+def _stage(place: int, run: Run) -> list[Element]:
     stage = run.results.get("finetune")
     if not stage:
         return []
     name = f"{stage['name']} ({run.name})"
-    drawing = figures.losses(name, {run.name: stage["loss_curve"]}, stage["held_out_curve"])
+    drawing = figures.losses(name, {place: stage["loss_curve"]}, stage["held_out_curve"])
     note = tag("figcaption", "Dashed: on the samples held out.")
     return [tag("h3", name), tag("figure", drawing, note, class_="wide")]
 
 
 def _table(run: Run) -> Element:
     columns = [
-        Column("block", False), Column("layers"), Column("steps"), Column("error at the start"),
-        Column("error"), Column("seconds"), Column("note", False),
+        Column("block", False), Column("layers"), Column("steps"), Column("before"),
+        Column("error", note="after reconstruction"), Column("seconds", decimals=1),
+        Column("note", False),
     ]  # fmt: skip
     rows = [
         [

@@ -14,8 +14,9 @@ def section(runs: Sequence[Run]) -> list[Element] | None:
     """A row a run; of a single one, figures of the parts and of the blocks."""
     columns = [
         Column("run", False), Column("float bytes"), Column("packed bytes"),
-        Column("times smaller"), Column("of them borders"), Column("reconstruction, s"),
-        Column("peak memory, MiB", note="of the process that made it"),
+        Column("times smaller", decimals=1), Column("of them borders"),
+        Column("reconstruction, s", decimals=1),
+        Column("peak memory, MiB", decimals=0, note="of the process that made it"),
     ]  # fmt: skip
     rows = []
     for run in runs:
@@ -32,5 +33,6 @@ def section(runs: Sequence[Run]) -> list[Element] | None:
         size, blocks = runs[0].results.get("bytes"), runs[0].results["blocks"]
         drawn = [figures.memory(size)] if size else []
         drawn += [figures.seconds(blocks)] if blocks else []
-        made += [tag("figure", drawing, class_="wide") for drawing in drawn]
+        wide = [tag("figure", drawing, class_="wide") for drawing in drawn]
+        made.append(tag("div", *wide, class_="split"))
     return made

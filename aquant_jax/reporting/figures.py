@@ -12,11 +12,11 @@ from aquant_jax.reporting.svg import FAINT, GRID, INK, SERIES, draw, log_scale
 
 CENTRE, MEAN, DEVIATION, COUNT = range(4)
 MOST_CODES = 16  # of a grid that is drawn code by code
-Curves = Mapping[str, Any]  # run -> [k, 2]
+Rows = Mapping[int, Any]  # of runs, by their place in the report, which has a colour
 
 
 def colour(index: int) -> str:
-    """The colour of a run."""
+    """The colour of a run, by its place in the report."""
     return SERIES[index % len(SERIES)]
 
 
@@ -42,66 +42,56 @@ def scores(runs: Mapping[str, Sequence[float]], floating: float | None, unit: st
     return draw(plot, f"{unit} of {', '.join(runs)}", 0.9 + 0.36 * len(runs))
 
 
-def block_errors(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Element:
+def block_errors(runs: Mapping[int, Sequence[Mapping[str, Any]]]) -> Element:
     """The output error of every block, before (hollow) and after reconstruction."""
     names = [block["name"] for block in next(iter(runs.values()))]
 
     def plot(axes: Any) -> None:
-        for index, (run, blocks) in enumerate(runs.items()):
-            rows = np.arange(len(names)) + 0.6 * ((index + 0.5) / len(runs) - 0.5)
+        for line, (index, blocks) in enumerate(runs.items()):
+            rows = np.arange(len(names)) + 0.6 * ((line + 0.5) / len(runs) - 0.5)
             start, final = (
                 [block[name] or np.nan for block in blocks]
                 for name in ("start_error", "final_error")
             )
             axes.hlines(rows, final, start, color=colour(index), lw=1.2, alpha=0.5)
             axes.plot(start, rows, "o", color=colour(index), mfc="none", ms=5)
-            axes.plot(final, rows, "o", color=colour(index), ms=5, label=run)
+            axes.plot(final, rows, "o", color=colour(index), ms=5)
         errors = [[b["start_error"], b["final_error"]] for blocks in runs.values() for b in blocks]
         log_scale(axes, "x", errors)
         _names(axes, names)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel("error of the block's output (hollow: rounded to nearest)")
-        _legend(axes, runs)
 
-    height = 0.8 + (0.16 + 0.12 * min(len(runs), 6)) * len(names) + 0.3 * (len(runs) > 1)
+    height = 0.8 + (0.16 + 0.12 * min(len(runs), 6)) * len(names)
     return draw(plot, "Error of every block before and after reconstruction", height)
 
 
-def losses(name: str, curves: Curves, held_out: Any = ()) -> Element:
+def losses(name: str, curves: Rows, held_out: Any = ()) -> Element:
     """Reconstruction loss over the steps of one block; dashed on the samples held out."""
 
     def plot(axes: Any) -> None:
-        for index, (run, curve) in enumerate(curves.items()):
-            steps, values = _columns(curve, 2)
-            axes.plot(steps, values, color=colour(index), label=run)
+        for index, curve in curves.items():
+            axes.plot(*_columns(curve, 2), color=colour(index))
         log_scale(axes, "y", *(_columns(curve, 2)[1] for curve in curves.values()))
         if len(held_out):
             axes.plot(*_columns(held_out, 2), "--", color=INK)
         axes.set(title=_short(name), xlabel="step")
-        _legend(axes, curves)
 
     return draw(plot, f"Loss of {name} over its steps")
 
 
-def propagated(name: str, clusters: Curves) -> Element:
+def propagated(name: str, clusters: Rows) -> Element:
     """Mean of ``x' - x`` at the input of a block, against ``|x'|`` (Fig. 2 of the paper)."""
 
     def plot(axes: Any) -> None:
-        for index, (run, rows) in enumerate(clusters.items()):
+        for index, rows in clusters.items():
             centre, mean, deviation, _ = _columns(rows, 4)
-            axes.plot(centre, mean, ".-", color=colour(index), label=run)
+            axes.plot(centre, mean, ".-", color=colour(index))
             if len(clusters) == 1:
-                axes.fill_between(
-                    centre,
-                    mean - deviation,
-                    mean + deviation,
-                    color=colour(index),
-                    alpha=0.18,
-                    lw=0,
-                )
+                band = mean - deviation, mean + deviation
+                axes.fill_between(centre, *band, color=colour(index), alpha=0.18, lw=0)
         axes.axhline(0, color=FAINT, lw=0.8)
         axes.set(title=_short(name), xlabel="|x'|")
-        _legend(axes, clusters)
 
     return draw(plot, f"Propagated error at the input of {name}")
 
@@ -228,11 +218,6 @@ def _names(axes: Any, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), [_short(name, 28) for name in names])
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
-
-
-def _legend(axes: Any, runs: Mapping[str, Any]) -> None:
-    if len(runs) > 1:
-        axes.legend()
 
 
 def _short(name: str, most: int = 40) -> str:

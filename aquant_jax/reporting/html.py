@@ -43,13 +43,13 @@ class Column(NamedTuple):
     Attributes:
       title: of the column.
       number: whether its cells are numbers, which stand right.
-      digits: significant ones of a number.
+      decimals: of its numbers; None shows four significant digits.
       note: what it is, in a tooltip.
     """
 
     title: str
     number: bool = True
-    digits: int = 4
+    decimals: int | None = None
     note: str = ""
 
 
@@ -84,7 +84,7 @@ def _cell(index: int, column: Column, value: Any) -> Element:
     if column.number:
         known = isinstance(value, int | float) and math.isfinite(value)
         attributes["data-value"] = repr(value) if known else ""
-        return tag("td", number(value, column.digits) if known else "–", **attributes)
+        return tag("td", number(value, column.decimals) if known else "–", **attributes)
     return tag("td", _child(value) if value is not None else "–", **attributes)
 
 
@@ -92,14 +92,14 @@ def _child(value: Any) -> Child:
     return value if isinstance(value, Element) else str(value)
 
 
-def number(value: float, digits: int = 4) -> str:
+def number(value: float, decimals: int | None = None) -> str:
     """A number for people.
 
     >>> number(1234567), number(0.00012345), number(12.345678), number(3.0)
     ('1,234,567', '0.0001234', '12.35', '3')
     """
-    if isinstance(value, int) or (abs(value) < 1e15 and value == int(value)):
+    if decimals is not None:
+        return f"{value:,.{decimals}f}"
+    if isinstance(value, int) or value.is_integer():
         return f"{int(value):,}"
-    if abs(value) >= 10**digits:
-        return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"

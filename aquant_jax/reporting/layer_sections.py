@@ -86,13 +86,15 @@ def figures_of(runs: Sequence[Run]) -> list[Element] | None:
         made.append(tag("p", f"The first {len(paths)} layers are drawn.", class_="note"))
     records = [(i, run, {r["path"]: r for r in run.layers}) for i, run in known]
     for path in paths:
-        drawn = []
+        rows = []
         for index, run, by_path in records:
-            if path in by_path:
-                label = run.name if len(known) > 1 else None
-                drawn += [_figure(drawing, label) for drawing in _drawings(by_path[path], index)]
-        if drawn:
-            made += [tag("h3", path), tag("div", *drawn, class_="figures")]
+            label = run.name if len(known) > 1 else None
+            drawings = _drawings(by_path[path], index) if path in by_path else ()
+            if drawings:
+                drawn = [_figure(drawing, label) for drawing in drawings]
+                rows.append(tag("div", *drawn, class_="figures"))
+        if rows:
+            made += [tag("h3", path), *rows]
     return made
 
 

@@ -62,7 +62,7 @@ def _file(name: str) -> str:
 
 def _subtitle(runs: Sequence[Run]) -> str:
     first = runs[0].results
-    parts = [first.get("config"), first.get("device")]
+    parts = [first.get("config") if len(runs) == 1 else None, first.get("device")]
     if (samples := first.get("test_samples")) is not None:
         parts.append(f"scored on {samples:,.0f} samples")
     return " · ".join(part for part in parts if part)
@@ -79,7 +79,7 @@ def _tiles(runs: Sequence[Run]) -> Element | None:
         name = metric_name(best.results["metric"])
         found.append((f"{name}, quantized to {best.bits}", f"{best.score:.2f}%"))
         found.append((f"{name}, float", f"{best.float_score:.2f}%"))
-        found.append(("lost", f"{best.float_score - best.score:.2f}"))
+        found.append(("lost", f"{best.lost:.2f}"))
     size = best.results.get("bytes")
     if size:
         packed = sum(value for name, value in size.items() if name != "floating")
@@ -90,55 +90,53 @@ def _tiles(runs: Sequence[Run]) -> Element | None:
 
 
 def _runs(runs: Sequence[Run]) -> list[Element]:
-    """A row a run, and a figure of the scores by name."""
+    """A row a run, the means over seeds, and a figure of the scores."""
     unit = metric_name(runs[0].results["metric"]) if runs[0].score is not None else "score"
     columns = [
-        Column("run", False), Column("bits", False), Column("seed"), Column(f"{unit} %"),
-        Column("float %"), Column("lost"), Column("seconds"), Column("device", False),
+        Column("run", False), Column("bits", False), Column("seed"),
+        Column(f"{unit} %", decimals=2), Column("float %", decimals=2), Column("lost", decimals=2),
+        Column("seconds", decimals=1), Column("device", False),
     ]  # fmt: skip
     rows = []
     for run in runs:
-        lost = None if run.score is None else (run.float_score or 0.0) - run.score
-        name = tag("a", run.name, href=run.link) if run.link else run.name
         found = run.results
+        name = tag("a", run.name, href=run.link) if run.link else run.name
         rows.append(
-            [name, run.bits, found.get("seed"), run.score, run.float_score, lost,
+            [name, run.bits, found.get("seed"), run.score, run.float_score, run.lost,
              found["seconds"], found.get("device")]
         )  # fmt: skip
-    made = [table("runs-table", columns, rows, "Runs")]
-    groups = _by_preset(runs)
-    means = [
+    tables = [table("runs-table", columns, rows, "Runs")]
+    groups: dict[str, list[float]] = {}
+    for run in runs:
+        if run.score is not None:
+            groups.setdefault(run.label, []).append(run.score)
+    if not groups:
+        return tables
+    if len(groups) < len(runs):
+        tables.insert(0, _means(groups))
+    floats = {run.float_score for run in runs}
+    figure = figures.scores(groups, floats.pop() if len(floats) == 1 else None, f"{unit} %")
+    note = tag("figcaption", "A dot is a seed, a bar the mean; dashed: the float network.")
+    wide = tag("figure", figure, note, class_="wide")
+    return [tag("div", wide, tag("div", *tables), class_="split")]
+
+
+def _means(groups: Mapping[str, Sequence[float]]) -> Element:
+    spread = [Column(name, decimals=2) for name in ("mean", "std")]
+    columns = [Column("runs", False), Column("seeds"), *spread]
+    rows = [
         [name, len(values), statistics.fmean(values),
          statistics.stdev(values) if len(values) > 1 else None]
         for name, values in groups.items()
     ]  # fmt: skip
-    if any(row[1] > 1 for row in means):
-        columns = [Column("runs", False), Column("seeds"), Column("mean %"), Column("std")]
-        made.insert(0, table("seeds-table", columns, means, "Mean over seeds"))
-    if groups:
-        floats = {run.float_score for run in runs}
-        floating = floats.pop() if len(floats) == 1 else None
-        figure = figures.scores(groups, floating, f"{unit} %")
-        note = tag("figcaption", "A dot is a seed, a bar the mean; dashed: the float network.")
-        made.insert(0, tag("figure", figure, note, class_="wide"))
-    return made
-
-
-def _by_preset(runs: Sequence[Run]) -> dict[str, list[float]]:
-    """Scores of the seeds of each: runs whose names differ in the seed alone."""
-    groups: dict[str, list[float]] = {}
-    for run in runs:
-        if run.score is not None:
-            seed = f"-s{run.results.get('seed')}"
-            groups.setdefault(run.name.removesuffix(seed), []).append(run.score)
-    return groups
+    return table("seeds-table", columns, rows, "Mean over seeds")
 
 
 def _drawn(runs: Sequence[Run]) -> list[Run]:
     """The first seed of each, as far as they can be told apart in one figure."""
     first: dict[str, Run] = {}
     for run in runs:
-        first.setdefault(run.name.removesuffix(f"-s{run.results.get('seed')}"), run)
+        first.setdefault(run.label, run._replace(name=run.label))
     return list(first.values())[:MOST_DRAWN]
 
 
@@ -169,7 +167,7 @@ def _origin(runs: Sequence[Run], command: str | None) -> list[Element]:
     ]
     if pairs:
         found.append(tag("dl", *pairs))
-    for run in runs[:MOST_DRAWN]:
+    for run in _drawn(runs):
         fields = [
             tag(*pair)
             for key, value in _flat(run.results["recipe"])

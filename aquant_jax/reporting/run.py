@@ -24,6 +24,7 @@ class Run(NamedTuple):
       curves: the loss curve ``[k, 2]`` of every block, by its index.
       layers: see `layers.layer_records`.
       link: the address of its own report, or None.
+      group: the name that it shares with its other seeds; None if it stands alone.
     """
 
     name: str
@@ -31,6 +32,12 @@ class Run(NamedTuple):
     curves: Mapping[int, Any]
     layers: Sequence[Mapping[str, Any]] = ()
     link: str | None = None
+    group: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in figures."""
+        return self.group or self.name
 
     @property
     def score(self) -> float | None:
@@ -41,6 +48,13 @@ class Run(NamedTuple):
     def float_score(self) -> float | None:
         """Of the float network."""
         return self._score("float")
+
+    @property
+    def lost(self) -> float | None:
+        """By quantization."""
+        if self.score is None or self.float_score is None:
+            return None
+        return self.float_score - self.score
 
     def _score(self, which: str) -> float | None:
         metric = self.results.get("metric")

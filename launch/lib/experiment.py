@@ -205,26 +205,25 @@ def run(
     metrics = score(quantized, dataset, config, "quantized", corrupt, check, mesh)
     content = {
         "config": spec,
-        "command": process.command(),
         **describe(quantized),
         "seed": seed,
         **_scores(experiment, metrics),
         "calibration_samples": len(calibration.labels),
         "corrupt_images": corrupt,
-        "peak_bytes": process.peak_bytes(),
+        **process.usage(),
         **environment(),
     }
     if hosts.is_first():
         reports.measure(quantized, calibration.inputs, experiment.variables, directory.path)
         _finish(quantized, content, directory)
-        reports.write_report(directory.path)
     return json_file.jsonable(content)
 
 
 def _finish(quantized: aq.Quantized, content: dict[str, Any], directory: RunDirectory) -> None:
-    reports = [report._asdict() for report in quantized.reports]
-    plots.run_plots(quantized.recipe, reports, quantized.summary(), directory.plots)
+    fields = [report._asdict() for report in quantized.reports]
+    plots.run_plots(quantized.recipe, fields, quantized.summary(), directory.plots)
     directory.finish(content)
+    reports.write_report(directory.path)
 
 
 def _scores(experiment: Experiment, metrics: dict[str, float]) -> dict[str, Any]:

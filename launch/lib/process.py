@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging as absl_logging
@@ -71,9 +72,10 @@ def command() -> str | None:
     return _command.get()
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def usage() -> dict[str, Any]:
+    """The command of this process, and the most memory that it has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"command": command(), "peak_bytes": peak}
 
 
 @contextlib.contextmanager

@@ -63,30 +63,29 @@ def read(path: Path) -> tuple[list[Run], str, str | None]:
     program = finished(path).get("program")
     results = read_json(path / RESULTS)
     if program == "quantize":
-        run = _run(path, results["preset"])
+        run = _run(path, results["preset"])._replace(layers=_layers(path))
         title = f"{run.name} {run.bits}, seed {results['seed']}"
         return [run], title, results.get("command")
     if program != "sweep":
         raise InputError(f"{path} holds a run of launch.{program}: {NO_REPORT}")
     runs = [
-        _run(folder, str(folder.relative_to(path)), link=f"{folder.relative_to(path)}/{PAGE}")
-        for folder in _cells(path, results)
+        _run(path / name, name)._replace(layers=(), link=f"{name}/{PAGE}", group=group)
+        for name, group in _cells(path, results)
     ]
     name = results["config"] if "rows" in results else f"Table {results['table']} of the paper"
     return runs, f"Presets on {name}" if "rows" in results else name, results.get("command")
 
 
-def _cells(path: Path, results: dict[str, Any]) -> list[Path]:
-    """The folders of the finished runs of a sweep, in the order of its table."""
+def _cells(path: Path, results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The folders of the finished runs of a sweep, in the order of its table, and their cells."""
     if "rows" in results:
-        starts = [(path, row["preset"]) for row in results["rows"]]
+        names = [row["preset"] for row in results["rows"]]
     else:
-        cells = results["cells"]
-        starts = [(path / c["model"], cell_name(c["bits"], c["row"])) for c in cells]
+        names = [f"{c['model']}/{cell_name(c['bits'], c['row'])}" for c in results["cells"]]
     found = [
-        folder
-        for parent, name in starts
-        for folder in sorted(parent.glob(f"{name}-s[0-9]*"))
+        (str(folder.relative_to(path)), name)
+        for name in names
+        for folder in sorted(path.glob(f"{name}-s[0-9]*"))
         if (folder / RESULTS).is_file() and (folder / IDENTITY).is_file()
     ]
     if not found:
@@ -94,11 +93,9 @@ def _cells(path: Path, results: dict[str, Any]) -> list[Path]:
     return found
 
 
-def _run(path: Path, name: str, link: str | None = None) -> Run:
-    """The run of a workdir; of a linked one, the layers are left to its own report."""
-    results = read_json(path / RESULTS)
-    layers = [] if link else _layers(path)
-    return Run(name, results, _curves(path / LOG), layers, link)
+def _run(path: Path, name: str) -> Run:
+    """The run of a workdir, without its layers."""
+    return Run(name, read_json(path / RESULTS), _curves(path / LOG))
 
 
 def _curves(log: Path) -> dict[int, Any]:
@@ -127,5 +124,10 @@ def _names(*paths: Path) -> list[str]:
 
 
 def _renamed(runs: Sequence[Run], name: str) -> list[Run]:
-    alone = len(runs) == 1
-    return [run._replace(name=name if alone else f"{name}: {run.name}", link=None) for run in runs]
+    """The runs of a workdir beside those of another one."""
+    if len(runs) == 1:
+        return [runs[0]._replace(name=name, link=None, group=None)]
+    return [
+        run._replace(name=f"{name}: {run.name}", link=None, group=f"{name}: {run.label}")
+        for run in runs
+    ]
