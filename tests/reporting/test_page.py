@@ -61,7 +61,8 @@ def test_a_run_has_its_tables_figures_command_and_versions():
         assert words in found.text
     labels = found.named("aria-label")
     for label in (
-        "Learned borders of conv1", "Weights of conv1 and their grid", "Loss of stem over its steps",
+        "Learned borders of conv1", "Weights of conv1 and their grid",
+        "Loss of stem over its steps",
         "Activations of conv1 and their grid", "Propagated error at the input of head",
         "Error of every block before and after reconstruction", "Seconds a block",
         "Bytes of the network, float and packed",
@@ -140,9 +141,7 @@ def test_a_large_network_stays_under_3_mb(monkeypatch):
     layers = [layer(f"stage/{k}") for k in range(100)]
     calls = []
     drawing = svg.ElementTree.fromstring("<svg/>")
-    monkeypatch.setattr(
-        "aquant_jax.reporting.figures.draw", lambda *_: calls.append(1) or drawing
-    )
+    monkeypatch.setattr("aquant_jax.reporting.figures.draw", lambda *_: calls.append(1) or drawing)
     text = page([run()._replace(layers=layers)], "Title")
     assert "The first 64 layers are drawn." in text
     assert 64 * one / 2 < 2.5e6  # `one` is of two layers
