@@ -1,9 +1,8 @@
 """Quantizes the network of a config and scores it.
 
-Writes results.json, report.html, log.jsonl, plots/, blocks and the network (quantized/, see
-aq.restore) into the workdir. A finished run is not repeated. Rerunning an interrupted one resumes
-after its last block, with the same bits. Any field of the config:
---config.recipe.reconstruction.steps=100.
+Writes results.json, report.html, log.jsonl, plots/, blocks and the network (quantized/) into the
+workdir. A finished run is not repeated. Rerunning an interrupted one resumes after its last block,
+with the same bits. Any field of the config: --config.recipe.reconstruction.steps=100.
 
 Example:
 

@@ -214,12 +214,15 @@ def run(
         **environment(),
     }
     if hosts.is_first():
-        reports.measure(quantized, calibration.inputs, experiment.variables, directory.path)
-        _finish(quantized, content, directory)
+        _finish(quantized, content, directory, (calibration.inputs, experiment.variables))
     return json_file.jsonable(content)
 
 
-def _finish(quantized: aq.Quantized, content: dict[str, Any], directory: RunDirectory) -> None:
+def _finish(
+    quantized: aq.Quantized, content: dict[str, Any], directory: RunDirectory, data: tuple[Any, Any]
+) -> None:
+    """Writes what the finished network tells; `data` are calibration inputs and float variables."""
+    reports.measure(quantized, *data, directory.path)
     fields = [report._asdict() for report in quantized.reports]
     plots.run_plots(quantized.recipe, fields, quantized.summary(), directory.plots)
     directory.finish(content)
