@@ -15,8 +15,8 @@ SIZES = Sizes(4000, 300, 20, 100, 60, 20)
 MARKDOWN = "| preset | top-1 % |\n| --- | --- |\n| aquant | **97.60** |"
 
 
-@pytest.fixture
-def terminal(monkeypatch, capsys):
+def be_a_terminal(monkeypatch):
+    """In the test itself: pytest gives fixtures another standard output."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
     for name in ("NO_COLOR", "FORCE_COLOR"):
@@ -40,7 +40,8 @@ def test_text_where_there_is_no_terminal(net, capsys):
     assert capsys.readouterr().out == f"{MARKDOWN}\n"
 
 
-def test_tables_on_a_terminal(net, terminal, capsys):
+def test_tables_on_a_terminal(net, monkeypatch, capsys):
+    be_a_terminal(monkeypatch)
     observer = TerminalObserver()
     observer.on_start(net)
     observer.on_end()
@@ -58,7 +59,8 @@ def test_tables_on_a_terminal(net, terminal, capsys):
     assert "|" not in out
 
 
-def test_brackets_in_a_path_are_no_markup(terminal, capsys):
+def test_brackets_in_a_path_are_no_markup(monkeypatch, capsys):
+    be_a_terminal(monkeypatch)
     def apply(variables, x):
         return x @ variables["[red]layers[/red]"][0]
 
