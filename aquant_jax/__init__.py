@@ -8,7 +8,7 @@ from aquant_jax.deployment.quantized import Quantized
 from aquant_jax.errors import InputError, ReconstructionError
 from aquant_jax.layers.backend import Backend
 from aquant_jax.layers.compiler import Compiler
-from aquant_jax.plan.network import describe
+from aquant_jax.plan.description import describe
 from aquant_jax.plan.prepare import prepare
 from aquant_jax.quantize import quantize, quantize_seeds
 from aquant_jax.recipe import Override, Recipe, Reconstruction
@@ -19,6 +19,7 @@ from aquant_jax.reconstruction.observer import (
     TerminalObserver,
 )
 from aquant_jax.reconstruction.report import BlockReport, FinetuneReport
+from aquant_jax.reporting.report import report
 from aquant_jax.sensitivity import Sensitivity, sensitivity
 
 __version__ = "0.2.0.dev0"
@@ -46,6 +47,7 @@ __all__ = [
     "quantize_seeds",
     "recipes",
     "register_border",
+    "report",
     "restore",
     "save",
     "sensitivity",

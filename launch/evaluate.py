@@ -10,8 +10,8 @@ import sys
 from absl import flags
 
 import aquant_jax as aq
+from aquant_jax.reporting.run import metric_name
 from launch.lib import command_line, experiment, hosts, meshes
-from launch.lib.results import metric_name
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -1,6 +1,6 @@
 """Quantizes the network of a config and scores it.
 
-Writes results.json, log.jsonl, plots/, blocks and the network (quantized/, see aq.restore) into the
+Writes results.json, report.html, log.jsonl, plots/, blocks and the network (quantized/) into the
 workdir. A finished run is not repeated. Rerunning an interrupted one resumes after its last block,
 with the same bits. Any field of the config: --config.recipe.reconstruction.steps=100.
 
@@ -13,8 +13,9 @@ import sys
 
 from absl import flags
 
-from launch.lib import command_line, experiment, hosts, memory_limits, meshes
+from launch.lib import command_line, experiment, hosts, memory_limits, meshes, reports
 from launch.lib.results import one_line
+from launch.lib.run_directory import PAGE
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> None:
             results = experiment.run(
                 loaded, config, values.config, values.seed, directory, restart_from=first
             )
+        elif hosts.is_first() and not (directory.path / PAGE).exists():
+            reports.write_report(directory.path)
         print(one_line(results))
         print(f"in {directory.path}")
 

@@ -22,10 +22,21 @@ from absl import flags
 
 import aquant_jax as aq
 from aquant_jax.errors import InputError
-from launch.lib import cells, command_line, executors, memory_limits, meshes, paper_tables, plots
+from aquant_jax.reporting.run import bit_width, metric_name
+from aquant_jax.terminal import show_markdown
+from launch.lib import (
+    cells,
+    command_line,
+    executors,
+    memory_limits,
+    meshes,
+    paper_tables,
+    plots,
+    process,
+    reports,
+)
 from launch.lib.executors import Executor
 from launch.lib.paper_tables import TABLES
-from launch.lib.results import bit_width, metric_name
 from launch.lib.run_directory import RunDirectory, claim
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -89,6 +100,7 @@ def compare(
     text = presets_table(rows)
     last = results[planned[-1].name][-1]  # not of this process, which computed nothing with Ray
     where = {name: last[name] for name in ("device", "versions")}
+    where["command"] = process.command()
     directory.finish({"config": values.config, "rows": rows, "table": text} | where)
     return text
 
@@ -175,7 +187,8 @@ def fill(values: Any, execute: Executor, planned: Planned, directory: RunDirecto
     text = paper_table(entries)
     (directory.path / "table.md").write_text(text)
     (directory.path / "table.csv").write_text(as_csv(entries))
-    directory.finish({"table": values.table, "cells": [entry._asdict() for entry in entries]})
+    found = [entry._asdict() for entry in entries]
+    directory.finish({"table": values.table, "cells": found, "command": process.command()})
     return text
 
 
@@ -204,7 +217,7 @@ def plan_table(values: Any, overrides: dict[str, str]) -> Planned:
                 preset, fixed = table.rows[row]
                 variant = ",".join(filter(None, [start, bits, f"preset={preset}", values.variant]))
                 config = cells.load_config(str(CONFIGS / file), {**overrides, **fixed}, variant)
-                name = f"{bits}-{row.replace(', ', '-').replace(' ', '-')}"
+                name = paper_tables.cell_name(bits, row)
                 planned[model][bits, row] = cells.Cell(name, f"{file}:{variant}", config)
     return planned
 
@@ -278,7 +291,9 @@ def main(argv: list[str]) -> None:
     owner = {"program": "sweep", mode: values[mode].value, "overrides": overrides}
     with claim(values.workdir, owner) as directory:
         text = write(directory)
-    print(f"\n{text.rstrip()}\n\nin {directory.path}")
+        reports.write_report(directory.path)
+    show_markdown(f"\n{text.rstrip()}")
+    print(f"\nin {directory.path}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ LIBRARY = REPOSITORY / "aquant_jax"
 # Each package, or module of the top level, and what it may import.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "terminal": set(),
     "arithmetic": {"errors"},
     "graph": {"errors"},
     "storage": {"arithmetic", "errors"},
@@ -19,13 +20,15 @@ ARROWS: dict[str, set[str]] = {
     "recipe_checks": {"arithmetic", "errors"},
     "recipe_reconstruction": {"recipe_checks", "errors"},
     "recipe": {"recipe_reconstruction", "recipe_checks", "graph", "arithmetic", "errors"},
-    "plan": {"layers", "recipe", "graph", "arithmetic", "errors"},
+    "plan": {"layers", "recipe", "graph", "arithmetic", "terminal", "errors"},
     "reconstruction": {
-        "plan", "layers", "recipe", "graph", "arithmetic", "storage", "errors",
+        "plan", "layers", "recipe", "graph", "arithmetic", "storage", "terminal", "errors",
     },
     "deployment": {
-        "reconstruction", "plan", "layers", "recipe", "graph", "arithmetic", "storage", "errors",
+        "reconstruction", "plan", "layers", "recipe", "graph", "arithmetic", "storage", "terminal",
+        "errors",
     },
+    "reporting": {"deployment", "layers", "graph", "arithmetic", "storage", "errors"},
     "quantize": {
         "deployment", "reconstruction", "plan", "layers", "recipe", "graph", "arithmetic", "errors",
     },

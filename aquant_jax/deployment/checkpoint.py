@@ -10,7 +10,7 @@ import dataclasses
 import zlib
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from aquant_jax.arithmetic import packing
 from aquant_jax.arithmetic.border import GRANULARITIES, get_phi
 from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS, ActivationQuantizer
 from aquant_jax.deployment.quantized import Quantized
+from aquant_jax.deployment.sizes import PARTS, Sizes
 from aquant_jax.deployment.stablehlo import (
     Exported,
     check_program,
@@ -39,44 +40,10 @@ from aquant_jax.storage import archive
 from aquant_jax.storage.environment import environment
 from aquant_jax.storage.json_file import differences, jsonable
 from aquant_jax.storage.parsing import malformed, record
+from aquant_jax.terminal import show
 
 PROGRAM = "program.stablehlo.z"
 MOST_PROGRAM_BYTES = 2**31  # a flatbuffer is no longer
-PARTS = ("codes", "quantizers", "borders", "biases", "constants")
-
-
-class Sizes(NamedTuple):
-    """Bytes of a network.
-
-    Attributes:
-      floating: folded, in the dtypes of its variables, float32 where it is quantized.
-      codes: packed weight codes, and the weights of float layers.
-      quantizers: scales and zero points of weights and activations.
-      borders: border coefficients.
-      biases: float32.
-      constants: other arrays that the network reads, such as embeddings.
-    """
-
-    floating: int
-    codes: int
-    quantizers: int
-    borders: int
-    biases: int
-    constants: int
-
-    @property
-    def packed(self) -> int:
-        """Bytes of the saved arrays, without container and program."""
-        return self.codes + self.quantizers + self.borders + self.biases + self.constants
-
-    def __str__(self) -> str:
-        share = 100 * self.borders / (self.packed - self.borders)
-        listed = ", ".join(f"{name} {getattr(self, name):,}" for name in PARTS)
-        return (
-            f"float {self.floating:,} bytes, packed {self.packed:,} "
-            f"({self.floating / self.packed:.1f} times smaller): {listed}; "
-            f"borders add {share:.2f}%"
-        )
 
 
 def sizes(quantized: Quantized) -> Sizes:
@@ -95,7 +62,7 @@ def sizes(quantized: Quantized) -> Sizes:
 def summary(quantized: Quantized) -> Sizes:
     """Prints the sizes of a network and the weighted ops that stay float, and returns the sizes."""
     found = sizes(quantized)
-    print(found)
+    show(found)
     print(coverage(quantized.specs, quantized.unquantized))
     return found
 

@@ -12,12 +12,10 @@ import numpy as np
 from jaxtyping import Bool
 
 from aquant_jax.graph.fold import Folded
-from aquant_jax.graph.ir import Graph, path_names
+from aquant_jax.graph.ir import Graph
 from aquant_jax.graph.partition import Block
-from aquant_jax.plan import checks
 from aquant_jax.plan.assign import Plan
-from aquant_jax.plan.channel_transform import ChannelTransform, kind
-from aquant_jax.plan.coverage import coverage
+from aquant_jax.plan.channel_transform import ChannelTransform
 from aquant_jax.recipe import Recipe
 
 
@@ -78,28 +76,3 @@ def count_samples(inputs: Any) -> Any:
 def take_samples(leaf: Any, index: Any) -> Any:
     """The samples of an input at `index`; a scalar belongs to all of them."""
     return leaf[index] if np.ndim(leaf) else leaf
-
-
-def describe(net: Network) -> str:
-    """A text: the blocks, the transformed activations, those that the rules add, the peak of cached
-    memory, and the weighted ops that stay float."""
-    lines = [f"{len(net.blocks)} blocks:"]
-    for index, block in enumerate(net.blocks):
-        size = checks.boundary_bytes(net.graph, block.start, net.samples) / 2**20
-        several = f" (takes {len(block.start)} activations, {size:.1f} MiB)"
-        lines.append(f"{index:3d}  {block}{several if len(block.start) > 1 else ''}")
-    if net.transforms:
-        lines.append(f"{len(net.transforms)} activations transformed before they are rounded:")
-        lines += [f"     {key}: {kind(transform)}" for key, transform in net.transforms.items()]
-    added = [tensor for tensor in net.plan.tensors.values() if tensor.key not in net.plan.layers]
-    if added:
-        lines.append(f"{len(added)} activations rounded to nearest besides the inputs of layers:")
-        lines += [f"     {tensor.key}: {tensor.bits} bits" for tensor in added]
-    outputs = path_names(jax.tree.unflatten(net.graph.tree, range(len(net.graph.outputs))))
-    rest = [name or "output" for i, name in enumerate(outputs) if i not in net.targets]
-    if rest:
-        lines.append(f"outputs without samples, which are no target: {', '.join(rest)}")
-    peak = checks.cache_bytes(net.graph, net.blocks, net.samples) / 2**20
-    lines.append(f"cached activations: {peak:.1f} MiB at the peak")
-    lines.append(coverage(net.plan.layers.values(), net.graph.unquantized))
-    return "\n".join(lines)

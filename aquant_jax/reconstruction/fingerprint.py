@@ -13,7 +13,8 @@ from aquant_jax.graph.subgraph import extract_subgraph, signature
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan.augmentation import Augment, lowered
 from aquant_jax.plan.checks import row_parts
-from aquant_jax.plan.network import Network, describe
+from aquant_jax.plan.description import describe
+from aquant_jax.plan.network import Network
 from aquant_jax.storage import archive
 from aquant_jax.storage.environment import environment
 from aquant_jax.storage.json_file import jsonable

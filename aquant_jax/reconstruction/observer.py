@@ -10,9 +10,11 @@ from absl import logging
 from tqdm import tqdm
 
 from aquant_jax.graph.partition import Block
-from aquant_jax.plan.network import Network, describe
+from aquant_jax.plan.description import describe
+from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.memory import MemoryPlan
 from aquant_jax.reconstruction.report import Report
+from aquant_jax.terminal import show
 
 
 class Observer:
@@ -44,7 +46,7 @@ class TerminalObserver(Observer):
     """Prints the blocks and shows a progress bar on standard error."""
 
     def on_start(self, net: Network) -> None:
-        print(describe(net))
+        show(describe(net))
         self._ends = list(itertools.accumulate(_steps(net)))
         self._bar = tqdm(total=self._ends[-1], disable=not self._ends[-1], unit="step")
 

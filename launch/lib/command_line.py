@@ -28,8 +28,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from aquant_jax.errors import InputError, ReconstructionError, reason
 from aquant_jax.recipe import Reconstruction
 from aquant_jax.recipe_checks import RENAMED, hint
-from launch.lib import hosts
-from launch.lib.process import keep_compiled_programs, keep_freed_memory, progress_on_stderr
+from launch.lib import hosts, process
 
 FAILED_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
@@ -58,12 +57,13 @@ def program(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
-        keep_freed_memory()
-        keep_compiled_programs()
+        process.keep_freed_memory()
+        process.keep_compiled_programs()
         arguments = list(sys.argv if argv is None else argv)
+        process.remember_command(main.__module__, arguments[1:])
         show = TRACEBACK in arguments
         try:
-            with progress_on_stderr():
+            with process.progress_on_stderr():
                 code = main([text for text in arguments if text != TRACEBACK]) or 0
         except (Exception, KeyboardInterrupt) as error:
             if show and not hosts.connected():

@@ -15,9 +15,10 @@ from aquant_jax import data, models
 from aquant_jax.errors import InputError
 from aquant_jax.models import bert
 from aquant_jax.reconstruction.memory import allocate_inputs
+from aquant_jax.reporting.run import describe
 from aquant_jax.storage import json_file
 from aquant_jax.storage.environment import environment
-from launch.lib import augmentations, hosts, plots, progress, results
+from launch.lib import augmentations, hosts, plots, process, progress, reports
 from launch.lib.command_line import Config, absolute
 from launch.lib.metrics import Predict, evaluate_batches
 from launch.lib.run_directory import RunDirectory
@@ -204,22 +205,28 @@ def run(
     metrics = score(quantized, dataset, config, "quantized", corrupt, check, mesh)
     content = {
         "config": spec,
-        **results.describe(quantized),
+        **describe(quantized),
         "seed": seed,
         **_scores(experiment, metrics),
         "calibration_samples": len(calibration.labels),
         "corrupt_images": corrupt,
+        **process.usage(),
         **environment(),
     }
     if hosts.is_first():
-        _finish(quantized, content, directory)
+        _finish(quantized, content, directory, (calibration.inputs, experiment.variables))
     return json_file.jsonable(content)
 
 
-def _finish(quantized: aq.Quantized, content: dict[str, Any], directory: RunDirectory) -> None:
-    reports = [report._asdict() for report in quantized.reports]
-    plots.run_plots(quantized.recipe, reports, quantized.summary(), directory.plots)
+def _finish(
+    quantized: aq.Quantized, content: dict[str, Any], directory: RunDirectory, data: tuple[Any, Any]
+) -> None:
+    """Writes what the finished network tells; `data` are calibration inputs and float variables."""
+    reports.measure(quantized, *data, directory.path)
+    fields = [report._asdict() for report in quantized.reports]
+    plots.run_plots(quantized.recipe, fields, quantized.summary(), directory.plots)
     directory.finish(content)
+    reports.write_report(directory.path)
 
 
 def _scores(experiment: Experiment, metrics: dict[str, float]) -> dict[str, Any]:

@@ -65,6 +65,15 @@ ABLATION = {
 }
 
 
+def cell_name(bits: str, row: str) -> str:
+    """The name of the folders of a cell, before the seed.
+
+    >>> cell_name("w2a2", "linear, not fused")
+    'w2a2-linear-not-fused'
+    """
+    return f"{bits}-{row.replace(', ', '-').replace(' ', '-')}"
+
+
 class Table(NamedTuple):
     """A table of the paper.
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from aquant_jax.arithmetic import border
 from aquant_jax.errors import InputError
-from launch.lib.results import Report, split_reports
+from aquant_jax.reporting.layers import border_values
+from aquant_jax.reporting.run import Report, split_reports
 
 Drawing = tuple[str, Callable[[Any], None]]  # title, draw(axes)
 
@@ -185,30 +185,6 @@ def _border_curves(layer: Any) -> Callable[[Any], None]:
         axes.axhline(0.5, color="k", ls="--", lw=0.8)
 
     return draw
-
-
-def border_values(
-    name: str, coefficients: Mapping[str, Any], phi: str, granularity: str, u: np.ndarray
-) -> np.ndarray:
-    """Evaluates learned borders where every tap sees the same u.
-
-    Args:
-        name: of the border function.
-        coefficients: arrays [taps, channels], as in ``LayerSummary.border``.
-        phi: its name.
-        granularity: see ``Recipe.border_granularity``.
-        u: [points].
-
-    Returns:
-        [taps * channels, points] for "element", else [channels, points].
-    """
-    rows: Any = {
-        key: np.asarray(value, np.float32)[:, None, :] for key, value in coefficients.items()
-    }
-    taps, _, channels = next(iter(rows.values())).shape
-    columns = np.broadcast_to(np.asarray(u, np.float32)[:, None], (len(u), channels))
-    values = border.borders(name, phi, granularity == "mean", rows, [columns] * taps)
-    return np.concatenate([np.asarray(value).T for value in values])
 
 
 def _log_scale(axes: Any, *values: Any) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import logging
 import os
+import resource
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging as absl_logging
@@ -16,6 +20,7 @@ from absl import logging as absl_logging
 import aquant_jax
 import launch
 
+_command: contextvars.ContextVar[str | None] = contextvars.ContextVar("command", default=None)
 _MOST_COMPILED = 2**32  # bytes
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -54,6 +59,23 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(Path(base) / "aquant-jax" / "compiled"))
     jax.config.update("jax_compilation_cache_max_size", _MOST_COMPILED)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def remember_command(module: str, arguments: list[str]) -> None:
+    """Keeps the command line of this process, which `command` returns."""
+    spec = getattr(sys.modules.get(module), "__spec__", None)  # of __main__: its real name
+    _command.set(shlex.join(["python", "-m", spec.name if spec else module, *arguments]))
+
+
+def command() -> str | None:
+    """The command line of this process, to be typed again; None in a worker of another one."""
+    return _command.get()
+
+
+def usage() -> dict[str, Any]:
+    """The command of this process, and the most memory that it has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"command": command(), "peak_bytes": peak}
 
 
 @contextlib.contextmanager

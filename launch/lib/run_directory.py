@@ -30,6 +30,8 @@ from aquant_jax.storage.ownership import archive_files, check_files, check_uncla
 IDENTITY = "run.json"
 RESULTS = "results.json"
 LOG = "log.jsonl"
+LAYERS = "layers.json"  # what a report shows of the layers
+PAGE = "report.html"
 PLOTS = "plots"
 BLOCKS = "blocks"
 EPOCHS = "epochs"
@@ -213,7 +215,7 @@ def _withdraw(path: Path) -> None:
     """Removes everything that a run wrote into a directory that was empty before."""
     for name in (PLOTS, NETWORK, EXPORTS, CHECKPOINT, *PROGRESS):
         shutil.rmtree(path / name, ignore_errors=True)
-    for name in (LOG, RESULTS, IDENTITY):
+    for name in (LOG, LAYERS, PAGE, RESULTS, IDENTITY):
         (path / name).unlink(missing_ok=True)
 
 
@@ -230,7 +232,7 @@ def _remove_outputs(path: Path) -> None:
         remove_files(folder, names)
     with contextlib.suppress(OSError):
         (path / EXPORTS).rmdir()
-    for name in (LOG, RESULTS):
+    for name in (LOG, LAYERS, PAGE, RESULTS):
         (path / name).unlink(missing_ok=True)
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import aquant_jax as aq
+from aquant_jax.deployment.sizes import Sizes
+from aquant_jax.reporting import run
 from launch import quantize
-from launch.lib import plots, progress
+from launch.lib import plots, progress, reports
 from tests.support.process import REPOSITORY
 
 # One recipe for all tests that reconstruct the digits network: what one compiled, all have.
@@ -31,7 +33,8 @@ def in_checkout(monkeypatch):
 def without_plots(request, monkeypatch):
     """A run of a test draws nothing, unless the test reads its plots (draws)."""
     if not request.node.get_closest_marker("draws"):
-        monkeypatch.setattr(plots, "run_plots", lambda *_: None)
+        for module, name in ((plots, "run_plots"), (reports, "measure"), (reports, "write_report")):
+            monkeypatch.setattr(module, name, lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +66,8 @@ def pretend(monkeypatch):
     monkeypatch.setattr(progress, "default_observer", aq.Observer)
     monkeypatch.setattr(aq, "quantize", quantize_nothing)
     monkeypatch.setattr(aq, "save", lambda *_: None)
+    monkeypatch.setattr(run, "sizes", lambda _: Sizes(400, 100, 5, 5, 5, 5))
+    monkeypatch.setattr(reports, "layer_records", lambda *_: [])
     return calls
 
 

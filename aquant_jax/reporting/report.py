@@ -1,0 +1,53 @@
+"""`report`: a network and how it was made, as one HTML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from aquant_jax.deployment.quantized import Quantized
+from aquant_jax.errors import InputError, reason
+from aquant_jax.reporting.layers import layer_records
+from aquant_jax.reporting.page import page
+from aquant_jax.reporting.run import Run, describe
+from aquant_jax.storage.environment import environment
+from aquant_jax.storage.json_file import jsonable, write_text
+
+
+def report(
+    quantized: Quantized, path: str | Path, inputs: Any = None, variables: Any = None
+) -> None:
+    """Writes a report of a network: a self-contained HTML file with tables and figures.
+
+    It needs matplotlib: ``pip install 'aquant-jax[report]'``.
+
+    Args:
+      quantized: from `quantize` or `restore`.
+      path: of the file, which is replaced.
+      inputs: a batch of some ten samples, for the histograms of activations; only with a network
+        that was not restored.
+      variables: of the float network, for the histograms of float weights and the error of every
+        layer; they need `inputs`.
+
+    Raises:
+      InputError: the file cannot be written, matplotlib is not installed, or inputs or variables
+        that cannot be used (see above).
+    """
+    layers = jsonable(layer_records(quantized, inputs, variables))
+    curves = {r.index: jsonable(r.loss_curve) for r in quantized.reports}
+    run = Run(
+        quantized.recipe.preset, jsonable(describe(quantized) | environment()), curves, layers
+    )
+    write(Path(path), page([run], f"{run.name} {run.bits}"))
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a report, whole or not at all.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise InputError(f"report {path} cannot be written: {reason(error)}") from error

@@ -1,0 +1,181 @@
+"""``launch.report``, and the page in a browser."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from launch import report
+from launch.lib import reports
+from launch.lib.run_directory import RunDirectory
+from tests.support.html_page import Page
+
+pytestmark = pytest.mark.draws
+CHROMIUM = shutil.which("chromium")
+WIDTHS = (390, 1440)
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of a finished run."""
+    return shutil.copytree(finished_run, tmp_path / "run")
+
+
+@pytest.fixture
+def sweep(run, tmp_path):
+    """The workdir of a sweep with that run as one of two."""
+    path = tmp_path / "sweep"
+    for name in ("aquant-s0", "qdrop-s0"):
+        shutil.copytree(run, path / name)
+    rows = [{"preset": "aquant"}, {"preset": "qdrop"}, {"preset": "nearest"}]
+    identity = json.loads((run / "run.json").read_text()) | {"program": "sweep"}
+    (path / "run.json").write_text(json.dumps(identity))
+    content = {"config": "digits.py", "rows": rows, "command": "python -m launch.sweep"}
+    (path / "results.json").write_text(json.dumps(content))
+    return path
+
+
+def test_a_run_writes_its_report_and_it_is_rebuilt_to_the_byte(run, capsys):
+    written = (run / "report.html").read_bytes()
+    assert len(written) < 3e6
+    (run / "report.html").unlink()
+    assert report.main(["report", f"--workdir={run}"]) == 0
+    assert f"{run}/report.html: {len(written):,} bytes" in capsys.readouterr().out
+    assert (run / "report.html").read_bytes() == written
+    found = Page(written.decode())
+    layers = json.loads((run / "layers.json").read_text())
+    assert [row[0] for row in found.tables["layers-table"][1:]] == [r["path"] for r in layers]
+    assert all(record["error"] > 0 for record in layers)
+    results = json.loads((run / "results.json").read_text())
+    assert results["command"].startswith("python -m launch.quantize --config=configs/digits.py")
+    assert results["command"] in found.text
+    assert {"Loss of block1 over its steps", "Learned borders of block1/conv1/kernel"} <= set(
+        found.named("aria-label")
+    )
+
+
+def test_a_run_without_measured_layers_shows_those_of_its_network(run):
+    (run / "layers.json").unlink()
+    assert report.main(["report", f"--workdir={run}"]) == 0
+    found = Page((run / "report.html").read_text())
+    assert "Weights of head/kernel and their grid" in found.named("aria-label")
+    assert "Activations of head/kernel and their grid" not in found.named("aria-label")
+
+
+def test_two_runs_and_a_sweep(run, sweep, tmp_path, capsys):
+    both = [f"--workdir={sweep / 'aquant-s0'}", f"--against={sweep / 'qdrop-s0'}"]
+    assert report.main(["report", *both]) == 0
+    found = Page((sweep / "aquant-s0" / "report_against.html").read_text())
+    assert [row[0] for row in found.tables["runs-table"][1:]] == ["aquant-s0", "qdrop-s0"]
+    assert len(found.tables["layers-table"]) == 1 + 2 * 9
+    own = (sweep / "aquant-s0" / "report.html").read_bytes()
+    assert own == (run / "report.html").read_bytes()
+    assert report.main(["report", f"--workdir={sweep}", f"--output={tmp_path / 's.html'}"]) == 0
+    found = Page((tmp_path / "s.html").read_text())
+    assert [row[0] for row in found.tables["runs-table"][1:]] == ["aquant-s0", "qdrop-s0"]
+    assert "qdrop-s0/report.html" in found.named("href")
+    assert "python -m launch.sweep" in found.text
+
+
+def test_bad_input_is_one_line_and_leaves_everything(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reports, "page", lambda *_: "a page")
+    empty, unfinished, other = tmp_path / "empty", tmp_path / "unfinished", tmp_path / "other"
+    empty.mkdir()
+    for path in (unfinished, other):
+        shutil.copytree(run, path)
+    (unfinished / "results.json").unlink()
+    identity = json.loads((other / "run.json").read_text()) | {"program": "finetune"}
+    (other / "run.json").write_text(json.dumps(identity))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    wrong = {
+        f"--workdir={tmp_path / 'none'}": "holds no finished run: there is no run.json in it",
+        f"--workdir={empty}": "holds no finished run: there is no run.json in it",
+        f"--workdir={unfinished}": "holds no finished run: there is no results.json in it",
+        f"--workdir={other}": "holds a run of launch.finetune",
+        f"--workdir={run} --against={run}": "is the workdir itself",
+        f"--workdir={run} --against={empty}": "holds no finished run",
+        f"--workdir={run} --output={run}": "cannot be written: Is a directory",
+        f"--workdir={run} --output={run}/run.json/x.html": "cannot be written: Not a directory",
+        "--output=x.html": "workdir",
+    }
+    for flags, words in wrong.items():
+        assert report.main(["report", *flags.split(" ")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert (words in error, error.count("\n")) == (True, 1), error
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_the_report_of_a_replaced_run_goes(run):
+    RunDirectory(run, None).begin()
+    assert not (run / "report.html").exists()
+    assert not (run / "layers.json").exists()
+
+
+PROBE = """
+const found = {errors: []};
+addEventListener("error", (event) => found.errors.push(event.message));
+addEventListener("load", () => {
+  const cells = (column) => [...document.querySelectorAll("#layers-table tbody tr")].map(
+    (row) => row.cells[column].textContent);
+  const heads = [...document.querySelectorAll("#layers-table thead button")];
+  const column = heads.findIndex((head) => head.textContent === "error");
+  const before = cells(column);
+  heads[column].focus();
+  found.focused = document.activeElement === heads[column];
+  heads[column].click();
+  found.up = cells(column);
+  found.state = heads[column].parentElement.getAttribute("aria-sort");
+  heads[column].click();
+  found.down = cells(column);
+  found.before = before;
+  heads[0].click();
+  found.names = cells(0);
+  found.over = document.documentElement.scrollWidth;
+  const boxes = [...document.querySelectorAll("svg")].map((svg) => svg.getBoundingClientRect());
+  found.pictures = boxes.map((box) => [box.width, box.height]);
+  parent.document.body.dataset[`at${innerWidth}`] = JSON.stringify(found);
+});
+"""
+
+
+@pytest.fixture
+def in_browser(finished_run, tmp_path):
+    """What the probe found in the page at every width: in frames, as windows are 500 wide."""
+    page = (finished_run / "report.html").read_text()
+    page = html.escape(page.replace("<head>", f"<head><script>{PROBE}</script>", 1))
+    frames = [f'<iframe srcdoc="{page}" width="{w}" height="900"></iframe>' for w in WIDTHS]
+    style = "<style>iframe { border: 0 }</style>"
+    (tmp_path / "frames.html").write_text(f"<!DOCTYPE html>{style}<body>{''.join(frames)}")
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=2000,1000", "--dump-dom",
+         (tmp_path / "frames.html").as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    found = {w: re.search(rf'data-at{w}="([^"]*)"', done.stdout) for w in WIDTHS}
+    return {w: json.loads(html.unescape(match[1])) for w, match in found.items()}
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium")
+def test_the_page_in_a_browser(in_browser, finished_run):
+    pictures = (finished_run / "report.html").read_text().count("<svg")
+    for width, found in in_browser.items():
+        assert found["errors"] == []
+        assert found["focused"]
+        values = [float(value) for value in found["up"]]
+        assert values == sorted(values)
+        assert (found["up"], found["state"]) == (found["down"][::-1], "ascending")
+        assert found["before"] not in (found["up"], found["down"])
+        assert found["names"] == sorted(found["names"])
+        assert found["over"] <= width  # only tables scroll sideways
+        assert len(found["pictures"]) == pictures
+        assert all(100 < w <= width and h > 50 for w, h in found["pictures"])
+
+
+def test_names_that_tell_workdirs_apart(tmp_path):
+    assert reports._names(tmp_path / "a" / "x", tmp_path / "b" / "x") == ["a/x", "b/x"]
