@@ -124,6 +124,13 @@ def test_parts_of_a_batch_add_up_to_it(monkeypatch, whole):
     assert steps == [block.step // 2 for block in whole[1].blocks]
 
 
+def test_rematerialized_layers_learn_the_same(monkeypatch, whole):
+    other, plan = run(monkeypatch, rematerialize=True)
+    np.testing.assert_allclose(losses(other), losses(whole[0]), rtol=2e-3)
+    for block, before in zip(plan.blocks, whole[1].blocks, strict=True):
+        assert block.step < before.step
+
+
 def test_a_block_that_does_not_fit_is_named_with_both_sizes(monkeypatch, tmp_path):
     apply, variables = residual_net()
     monkeypatch.setattr(memory, "free_bytes", lambda limit=None: 1000)
