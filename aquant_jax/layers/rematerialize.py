@@ -13,11 +13,11 @@ Layer = Callable[..., jax.Array]
 
 
 def rematerialized(layer: Layer) -> Layer:
-    """A layer function with the contract of `fake_quant.run_layer`, whose gradient keeps nothing
-    but its input, its mask and its weights.
+    """A layer function with the contract of `fake_quant.run_layer`, whose gradient keeps its
+    arguments and computes the values inside the layer again.
 
     On a CPU, XLA merges the second forward pass of `jax.checkpoint` with the first. There the
-    second pass is in a branch, whose condition XLA cannot decide.
+    second pass reads its arguments through a condition that XLA cannot decide.
     """
     wrap = _computed_again if jax.default_backend() == "cpu" else jax.checkpoint
     return lambda op, spec, *arrays: wrap(functools.partial(layer, op, spec))(*arrays)
@@ -31,17 +31,15 @@ def _computed_again(function: Callable[..., jax.Array]) -> Callable[..., jax.Arr
 
 def _pull(function: Callable[..., jax.Array], args: Any, cotangent: jax.Array) -> Any:
     """The gradient of `function`: None for arguments that have none, such as masks."""
-    leaves, tree = jax.tree.flatten(args)
-    inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-
-    def gradients(args: Any, cotangent: jax.Array) -> list[jax.Array]:
-        every = jax.tree.leaves(jax.vjp(function, *args)[1](cotangent))
-        return [g for g, real in zip(every, inexact, strict=True) if real]
-
-    def undefined(args: Any, _: jax.Array) -> list[jax.Array]:
-        pairs = zip(jax.tree.leaves(args), inexact, strict=True)
-        return [jnp.full_like(leaf, jnp.nan) for leaf, real in pairs if real]
-
+    (x, *others), tree = jax.tree.flatten(args)
     first = jnp.ravel(cotangent)[0]
-    found = iter(jax.lax.cond(first == first, gradients, undefined, args, cotangent))
-    return tree.unflatten([next(found) if real else None for real in inexact])
+    defined = first == first
+    # The activation itself would have to be copied; what is computed from the others suffices.
+    again = [jnp.where(defined, v, jnp.nan) if _is_inexact(v) else v for v in others]
+    gradients = jax.vjp(function, *tree.unflatten([x, *again]))[1](cotangent)
+    found = zip(jax.tree.leaves(gradients), (x, *others), strict=True)
+    return tree.unflatten([g if _is_inexact(leaf) else None for g, leaf in found])
+
+
+def _is_inexact(leaf: jax.Array) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))

@@ -32,8 +32,8 @@ from aquant_jax.storage.mapped_array import MappedArray
 CGROUP = Path("/sys/fs/cgroup")
 DEVICE, HOST, DISK = "device", "host", "disk"
 # Measured with XLA's memory analysis of the steps of ResNet-50's blocks, on CPU: a training step
-# holds 1 to 2.7 times the inputs of layers and the values of a block, 0.7 to 2.4 times if it is
-# rematerialized, and float weights 11 times. The rest is what the runtime holds besides.
+# holds 1 to 2.7 times the inputs of layers and the values of a block, less if it is rematerialized,
+# and float weights 11 times. The rest is for what the runtime holds besides.
 STEP_COPIES, REMATERIALIZED_COPIES, FORWARD_COPIES = 4, 3, 2
 STATE_COPIES, FORWARD_STATE_COPIES = 11, 3
 INPUTS_SHARE = 1 / 8
