@@ -131,10 +131,12 @@ def test_rematerialized_layers_learn_the_same(monkeypatch, whole):
         assert block.step < before.step
 
 
-def test_a_block_that_does_not_fit_is_named_with_both_sizes(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("several", "more"), [(False, "lower"), (True, "caches of several pro")])
+def test_a_block_that_does_not_fit_is_named_with_both_sizes(monkeypatch, tmp_path, several, more):
+    monkeypatch.setattr(memory.devices, "several_processes", lambda: several)
     apply, variables = residual_net()
     monkeypatch.setattr(memory, "free_bytes", lambda limit=None: 1000)
-    with pytest.raises(InputError, match=r"block 0 \S+ needs about 0.00 GiB .* and 0.00 GiB are"):
+    with pytest.raises(InputError, match=r"block 0 \S+ needs about 0.00 GiB .*; " + more):
         aq.quantize(
             apply, variables, images(0, SAMPLES), recipe(), observer=aq.Observer(),
             resume=tmp_path / "blocks",

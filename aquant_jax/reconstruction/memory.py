@@ -194,7 +194,8 @@ def _advice(place: str, limit: int | None) -> str:
     if place == DISK:
         return " there; choose another folder"
     of = "" if limit is None else f" of memory_limit {limit / 2**30:.2f} GiB"
-    return f"{of}; lower batch_size, raise accumulate, or set rematerialize"
+    stay = "caches of several processes stay on their devices; " * devices.several_processes()
+    return f"{of}; {stay}lower batch_size, raise accumulate, or set rematerialize"
 
 
 def _fitted(plan: MemoryPlan, index: int, place: str, other: str) -> MemoryPlan:
