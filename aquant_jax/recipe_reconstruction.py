@@ -57,6 +57,8 @@ class Reconstruction:
       accumulate: number of equal parts of a batch whose gradients are added up, so that a step
         holds the activations of one part at a time. The masks are those of the whole batch; the
         loss is the mean over the parts. It must divide `batch_size`.
+      rematerialize: whether gradients compute every layer a second time instead of keeping the
+        values inside it. A step then holds less and takes longer, and its last bits may differ.
       loss_power: the reconstruction loss is mean ``|error|^loss_power``, summed over channels.
       init_samples: samples for the initial step sizes.
       finetune_steps: steps of the whole-network stage after the last block, on batches of
@@ -96,6 +98,7 @@ class Reconstruction:
     beta_end: float = 2.0
     border_tolerance: float = 0.02
     accumulate: int = 1
+    rematerialize: bool = False
     loss_power: float = 2.0
     init_samples: int = 256
     finetune_steps: int | None = 0

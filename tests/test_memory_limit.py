@@ -124,10 +124,19 @@ def test_parts_of_a_batch_add_up_to_it(monkeypatch, whole):
     assert steps == [block.step // 2 for block in whole[1].blocks]
 
 
-def test_a_block_that_does_not_fit_is_named_with_both_sizes(monkeypatch, tmp_path):
+def test_rematerialized_layers_learn_the_same(monkeypatch, whole):
+    other, plan = run(monkeypatch, rematerialize=True)
+    np.testing.assert_allclose(losses(other), losses(whole[0]), rtol=2e-3)
+    for block, before in zip(plan.blocks, whole[1].blocks, strict=True):
+        assert block.step < before.step
+
+
+@pytest.mark.parametrize(("several", "more"), [(False, "lower"), (True, "caches of several pro")])
+def test_a_block_that_does_not_fit_is_named_with_both_sizes(monkeypatch, tmp_path, several, more):
+    monkeypatch.setattr(memory.devices, "several_processes", lambda: several)
     apply, variables = residual_net()
     monkeypatch.setattr(memory, "free_bytes", lambda limit=None: 1000)
-    with pytest.raises(InputError, match=r"block 0 \S+ needs about 0.00 GiB .* and 0.00 GiB are"):
+    with pytest.raises(InputError, match=r"block 0 \S+ needs about 0.00 GiB .*; " + more):
         aq.quantize(
             apply, variables, images(0, SAMPLES), recipe(), observer=aq.Observer(),
             resume=tmp_path / "blocks",

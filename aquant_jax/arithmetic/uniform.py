@@ -112,7 +112,7 @@ def to_units(
     >>> to_units(jnp.float32(3.0), jnp.float32(2.0)).item()
     6.0
     """
-    return jnp.clip(x.astype(jnp.float32) * inv_step, -MAX_UNITS, MAX_UNITS)
+    return clip(x.astype(jnp.float32) * inv_step, -MAX_UNITS, MAX_UNITS)
 
 
 def quantize(

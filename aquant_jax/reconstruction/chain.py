@@ -14,6 +14,7 @@ from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.graph.subgraph import BlockInputs, constant_inputs
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import Weights
+from aquant_jax.layers.rematerialize import rematerialized
 from aquant_jax.plan.block_program import BlockProgram, forward, make_block_program
 from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.devices import everywhere, settled
@@ -43,7 +44,10 @@ class Chain:
     """
 
     def __init__(self, net: Network, compiler: Compiler) -> None:
-        self.net, self.compiler = net, compiler
+        self.net, self.compiler, self._layer = net, compiler, compiler.layer
+        self._again = net.recipe.reconstruction.rematerialize
+        if self._again:
+            self._layer = rematerialized(compiler.layer)
         self.programs = tuple(
             make_block_program(net.graph, net.plan, block.start, block.end) for block in net.blocks
         )
@@ -114,7 +118,7 @@ class Chain:
                 boundary = [avals[v] for v in program.subgraph.boundary_inputs]
                 boundary = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in boundary]
                 inputs = self._inputs(index, leaves, boundary)
-                pull = functools.partial(_pullback, program, self.compiler.layer)
+                pull = functools.partial(_pullback, program, self._layer)
                 kept = jax.eval_shape(pull, *_of(program, parts, True), inputs)
                 seen[program.key] = sum(map(_bytes, jax.tree.leaves(kept)))
             largest = max(largest, seen[program.key])
@@ -129,8 +133,8 @@ class Chain:
     def _compiled(
         self, name: str, program: BlockProgram, quantized: bool, function: Callable[..., Any]
     ) -> Callable[..., Any]:
-        run = functools.partial(function, program, self.compiler.layer)
-        return self.compiler.get((name, program.key, quantized), lambda: run)
+        run = functools.partial(function, program, self._layer)
+        return self.compiler.get((name, program.key, quantized, self._again), lambda: run)
 
 
 def inexact(program: BlockProgram, ids: Sequence[Any], values: Sequence[Any]) -> list[Any]:

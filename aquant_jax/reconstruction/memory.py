@@ -32,8 +32,9 @@ from aquant_jax.storage.mapped_array import MappedArray
 CGROUP = Path("/sys/fs/cgroup")
 DEVICE, HOST, DISK = "device", "host", "disk"
 # Measured with XLA's memory analysis of the steps of ResNet-50's blocks, on CPU: a training step
-# holds 1.5 to 4 times the inputs of layers and the values of a block, and float weights 11 times.
-STEP_COPIES, FORWARD_COPIES = 4, 2
+# holds 1 to 2.7 times the inputs of layers and the values of a block, less if it is rematerialized,
+# and float weights 11 times. The rest is for what the runtime holds besides.
+STEP_COPIES, REMATERIALIZED_COPIES, FORWARD_COPIES = 4, 3, 2
 STATE_COPIES, FORWARD_STATE_COPIES = 11, 3
 INPUTS_SHARE = 1 / 8
 
@@ -193,7 +194,8 @@ def _advice(place: str, limit: int | None) -> str:
     if place == DISK:
         return " there; choose another folder"
     of = "" if limit is None else f" of memory_limit {limit / 2**30:.2f} GiB"
-    return f"{of}; lower batch_size, or raise accumulate"
+    stay = "caches of several processes stay on their devices; " * devices.several_processes()
+    return f"{of}; {stay}lower batch_size, raise accumulate, or set rematerialize"
 
 
 def _fitted(plan: MemoryPlan, index: int, place: str, other: str) -> MemoryPlan:
@@ -217,7 +219,8 @@ def _needs(net: Network, block: Block, seeds: int, share: int) -> BlockMemory:
     weights = sum(_bytes(op.layer.weight_shape) for op in subgraph.weighted)
     step, state = FORWARD_COPIES * (values + sum(layers)), FORWARD_STATE_COPIES * weights
     if learning.steps:
-        step, state = STEP_COPIES * (values + sum(layers)), STATE_COPIES * weights
+        copies = REMATERIALIZED_COPIES if learning.rematerialize else STEP_COPIES
+        step, state = copies * (values + sum(layers)), STATE_COPIES * weights
 
     def cached(values: Sequence[int], times: int) -> int:
         return times * boundary_bytes(graph, values, net.samples) // share

@@ -16,6 +16,7 @@ from aquant_jax.arithmetic.adaround import soft_codes
 from aquant_jax.arithmetic.uniform import ActivationQuantizer, lsq_gradient_scale, scale_gradient
 from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.layers.fake_quant import Weights, per_channel
+from aquant_jax.layers.rematerialize import rematerialized
 from aquant_jax.plan.block_program import BlockProgram, forward, random_keep
 from aquant_jax.recipe import Recipe, Reconstruction
 from aquant_jax.reconstruction.activation_cache import Cache, take
@@ -160,7 +161,8 @@ def gradients_of(
         weights = _soft_weights(program, quantizers.weights, params)
         activations = _scaled_steps(trainer, quantizers.activations, params["step"])
         mask = keep if learning.quant_drop_prob > 0 else None
-        outputs = forward(program, weights, activations, inputs, mask, trainer.layer)
+        layer = rematerialized(trainer.layer) if learning.rematerialize else trainer.layer
+        outputs = forward(program, weights, activations, inputs, mask, layer)
         error = output_loss(program, outputs, targets, learning.loss_power, valid_mask)
         return error + rounding_loss(learning, params["alpha"], step), error
 
