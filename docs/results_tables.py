@@ -50,6 +50,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "deploy": speed_tables.deploy,
     "stack": speed_tables.stack,
     "memory": speed_tables.memory,
+    "rematerialize": speed_tables.rematerialize,
     "backends": speed_tables.backends,
     "latency": speed_tables.latency,
     "size": speed_tables.size,

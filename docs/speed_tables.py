@@ -78,6 +78,20 @@ def memory(load: Load) -> str:
     return markdown(head, rows, 0)
 
 
+def rematerialize(load: Load) -> str:
+    """Temporary buffers of a training step, and its time."""
+    found = load("memory_resnet50")["rematerialize"]
+    forms = ["jnp.clip in to_units", "now", "rematerialize", "in a branch"]
+    seconds = found["cpu_seconds_a_step"]
+    rows = []
+    for name, sizes in found["blocks"].items():
+        times = [seconds.get(name, {}).get(form) for form in forms[1:]]
+        shown = [f"{time:.2f}" if time else "" for time in times]
+        rows.append([name, *(f"{sizes[form]:,}" for form in forms), *shown])
+    head = ["block", "before, MiB", "now", "rematerialize", "in a branch"]
+    return markdown([*head, "now, CPU s a step", "rematerialize", "in a branch"], rows, 1)
+
+
 def backends(load: Load) -> str:
     """Quantized networks in float32 and in integers."""
     rows = []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from aquant_jax.errors import InputError, reason
 
 
 class MappedArray:
-    """An array in a file, of which only what is being read or written is mapped into memory.
+    """An array in a file, of which only the rows that are read or written are in memory.
+
+    Rows are copied by the kernel: to map them costs a page fault for every few pages.
 
     Args:
       folder: where the file lies; created if necessary.
@@ -47,16 +51,25 @@ class MappedArray:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         """The rows at an index, copied."""
-        return np.array(self._map("r")[rows])
+        numbers = np.arange(len(self))[rows]
+        found = np.empty((len(numbers), *self.shape[1:]), self.dtype)
+        self._each_row(os.preadv, numbers, found)
+        return found
 
     def __setitem__(self, rows: slice, values: np.ndarray) -> None:
-        self._map("r+")[rows] = values
+        numbers = np.arange(len(self))[rows]
+        self._each_row(os.pwritev, numbers, np.ascontiguousarray(values, self.dtype))
 
     def whole(self) -> np.ndarray:
         """All of it, mapped as long as the result lives."""
-        return self._map("r+")
-
-    def _map(self, mode: Any) -> np.ndarray:
         if not self.nbytes:
             return np.zeros(self.shape, self.dtype)
-        return np.memmap(self._file, self.dtype, mode, shape=self.shape)
+        return np.memmap(self._file, self.dtype, "r+", shape=self.shape)
+
+    def _each_row(self, call: Callable[..., int], numbers: np.ndarray, values: np.ndarray) -> None:
+        """Reads or writes the rows of these numbers."""
+        elements = math.prod(self.shape[1:])
+        rows = values.reshape(len(numbers), elements).view(np.uint8)
+        for number, row in zip(numbers.tolist(), rows, strict=True):
+            if call(self._file.fileno(), [row], number * row.nbytes) != row.nbytes:
+                raise OSError(f"row {number} of {row.nbytes} bytes is incomplete")

@@ -9,13 +9,22 @@ from aquant_jax.errors import InputError
 from aquant_jax.storage.mapped_array import MappedArray
 
 
-def test_rows_are_read_as_written(tmp_path):
-    array = MappedArray(tmp_path, (5, 2), np.float16)
-    values = np.arange(10, dtype=np.float16).reshape(5, 2)
+@pytest.mark.parametrize("shape", [(5,), (5, 2), (5, 2, 3)])
+@pytest.mark.parametrize("dtype", [np.float16, np.bool_])
+def test_rows_are_read_as_written(tmp_path, shape, dtype):
+    array = MappedArray(tmp_path, shape, dtype)
+    values = (np.arange(np.prod(shape)).reshape(shape) % 3).astype(dtype)
     array[:3] = values[:3]
     array[3:5] = values[3:]
     np.testing.assert_array_equal(array[np.array([4, 0, 4])], values[[4, 0, 4]])
     np.testing.assert_array_equal(array.whole(), values)
+
+
+def test_a_file_that_was_cut_is_an_error(tmp_path):
+    array = MappedArray(tmp_path, (4, 8), np.int32)
+    os.truncate(array._file.fileno(), 100)
+    with pytest.raises(OSError, match="row 3 of 32 bytes is incomplete"):
+        array[np.array([3])]
 
 
 def test_nothing_is_left_in_the_folder(tmp_path):
