@@ -61,6 +61,7 @@ def test_tables_on_a_terminal(net, monkeypatch, capsys):
 
 def test_brackets_in_a_path_are_no_markup(monkeypatch, capsys):
     be_a_terminal(monkeypatch)
+
     def apply(variables, x):
         return x @ variables["[red]layers[/red]"][0]
 

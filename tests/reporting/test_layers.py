@@ -41,6 +41,9 @@ def test_histograms_and_errors_are_those_of_the_float_network(network):
     exact = X @ FLOAT["one"]
     difference = X @ dequantized(network, "one") - exact
     assert one["error"] == pytest.approx(np.sum(difference**2) / np.sum(exact**2), rel=1e-3)
+    exact = hidden @ FLOAT["two"]
+    difference = np.asarray(network(X)) - exact
+    assert two["error"] == pytest.approx(np.sum(difference**2) / np.sum(exact**2), rel=1e-3)
 
 
 def dequantized(network, path):

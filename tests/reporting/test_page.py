@@ -57,7 +57,14 @@ def test_a_run_has_its_tables_figures_command_and_versions():
     ]  # fmt: skip
     assert values["block error"] == "0.5"
     assert dict(zip(heads, second, strict=True))["error"] == "–"
-    for words in ("88.50%", "2.50", "12.5%", "launch.quantize --seed=0", "0.10.2", "inner.x"):
+    for words in (
+        "88.50%",
+        "float2.50lost",
+        "12.5%",
+        "launch.quantize --seed=0",
+        "0.10.2",
+        "inner.x",
+    ):
         assert words in found.text
     labels = found.named("aria-label")
     for label in (
@@ -109,6 +116,7 @@ def test_seeds_have_a_mean_and_runs_share_the_axes_of_their_blocks():
     assert found.tables["seeds-table"][1] == ["aquant", "2", "82.00", "2.83"]
     assert [row[0] for row in found.tables["runs-table"][1:]] == ["aquant-s0", "aquant-s1", "qdrop"]
     assert "aquant-s1/report.html" in found.named("href")
+    assert found.named("class").count("key") == 2
     assert found.named("aria-label").count("Loss of stem over its steps") == 1
     assert "layers-table" not in found.tables
 
