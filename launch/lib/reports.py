@@ -15,10 +15,12 @@ from aquant_jax.reporting.page import page
 from aquant_jax.reporting.report import write
 from aquant_jax.reporting.run import Run
 from aquant_jax.storage.json_file import jsonable, read_json, write_json
+from aquant_jax.storage.parsing import malformed
 from launch.lib.paper_tables import cell_name
 from launch.lib.run_directory import IDENTITY, LAYERS, LOG, NETWORK, PAGE, RESULTS, finished
 
 SAMPLES = 16  # for the histograms of activations
+SHOWN = ("preset", "weight_bits", "act_bits", "recipe", "seconds", "seed", "blocks", "metric")
 NO_REPORT = "launch.report knows runs of launch.quantize and launch.sweep"
 
 
@@ -61,13 +63,14 @@ def read(path: Path) -> tuple[list[Run], str, str | None]:
         InputError: see `write_report`.
     """
     program = finished(path).get("program")
-    results = read_json(path / RESULTS)
     if program == "quantize":
+        results = _results(path, SHOWN)
         run = _run(path, results["preset"])._replace(layers=_layers(path))
         title = f"{run.name} {run.bits}, seed {results['seed']}"
         return [run], title, results.get("command")
     if program != "sweep":
         raise InputError(f"{path} holds a run of launch.{program}: {NO_REPORT}")
+    results = _results(path, ())
     runs = [
         _run(path / name, name)._replace(layers=(), link=f"{name}/{PAGE}", group=group)
         for name, group in _cells(path, results)
@@ -95,13 +98,23 @@ def _cells(path: Path, results: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _run(path: Path, name: str) -> Run:
     """The run of a workdir, without its layers."""
-    return Run(name, read_json(path / RESULTS), _curves(path / LOG))
+    return Run(name, _results(path, SHOWN), _curves(path / LOG))
+
+
+def _results(path: Path, fields: Sequence[str]) -> dict[str, Any]:
+    """The results in a workdir, which must have these fields."""
+    results = read_json(path / RESULTS)
+    if not isinstance(results, dict) or (missing := sorted(set(fields) - results.keys())):
+        lacks = f"lacks {', '.join(missing)}" if isinstance(results, dict) else "holds no object"
+        raise InputError(f"{path / RESULTS} is damaged: it {lacks}")
+    return results
 
 
 def _curves(log: Path) -> dict[int, Any]:
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    reports = [json.loads(line) for line in lines]
-    return {report["index"]: report["loss_curve"] for report in reports}
+    with malformed(log):
+        lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        reports = [json.loads(line) for line in lines]
+        return {report["index"]: report["loss_curve"] for report in reports}
 
 
 def _layers(path: Path) -> list[Record]:

@@ -83,9 +83,12 @@ def test_two_runs_and_a_sweep(run, sweep, tmp_path, capsys):
 def test_bad_input_is_one_line_and_leaves_everything(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reports, "page", lambda *_: "a page")
     empty, unfinished, other = tmp_path / "empty", tmp_path / "unfinished", tmp_path / "other"
+    torn, damaged = tmp_path / "torn", tmp_path / "damaged"
     empty.mkdir()
-    for path in (unfinished, other):
+    for path in (unfinished, other, torn, damaged):
         shutil.copytree(run, path)
+    (torn / "log.jsonl").write_text('{"index": 0, "loss_c')
+    (damaged / "results.json").write_text('{"preset": "aquant"}')
     (unfinished / "results.json").unlink()
     identity = json.loads((other / "run.json").read_text()) | {"program": "finetune"}
     (other / "run.json").write_text(json.dumps(identity))
@@ -94,6 +97,8 @@ def test_bad_input_is_one_line_and_leaves_everything(run, tmp_path, capsys, monk
         f"--workdir={tmp_path / 'none'}": "holds no finished run: there is no run.json in it",
         f"--workdir={empty}": "holds no finished run: there is no run.json in it",
         f"--workdir={unfinished}": "holds no finished run: there is no results.json in it",
+        f"--workdir={torn}": "log.jsonl is malformed: JSONDecodeError",
+        f"--workdir={damaged}": "results.json is damaged: it lacks act_bits, blocks, metric",
         f"--workdir={other}": "holds a run of launch.finetune",
         f"--workdir={run} --against={run}": "is the workdir itself",
         f"--workdir={run} --against={empty}": "holds no finished run",
