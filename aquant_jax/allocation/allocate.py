@@ -1,0 +1,241 @@
+"""`allocate`: bits and borders of every layer, for the least output error within a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from aquant_jax.allocation.choices import Budget, Choice, check_choices
+from aquant_jax.allocation.costs import Latencies, count_costs, rule_tensors
+from aquant_jax.allocation.feasible import (
+    check_degradation,
+    check_limits,
+    extremes,
+    weights_of,
+)
+from aquant_jax.allocation.latency import time_layers
+from aquant_jax.allocation.layer_choices import (
+    LayerChoices,
+    base_recipe,
+    chosen_overrides,
+    layer_choices,
+    uniform,
+)
+from aquant_jax.allocation.measure import Meter, measure, open_measurements
+from aquant_jax.allocation.origins import (
+    origins_of,
+    round_learned,
+    round_nearest,
+    uniform_choices,
+)
+from aquant_jax.allocation.result import Allocation, Entry, FrontPoint
+from aquant_jax.allocation.solve import InfeasibleError, Problem, cheapest, least_error
+from aquant_jax.arithmetic.uniform import MAX_BITS
+from aquant_jax.deployment.quantized import Quantized
+from aquant_jax.errors import InputError
+from aquant_jax.layers.compiler import Compiler
+from aquant_jax.plan import checks
+from aquant_jax.plan.assign import make_plan
+from aquant_jax.plan.network import Network
+from aquant_jax.quantize import quantize
+from aquant_jax.recipe import Recipe, aquant
+from aquant_jax.reconstruction.fingerprint import fingerprint
+from aquant_jax.sensitivity import probed
+
+FRONT_POINTS = 10
+
+
+@jax.transfer_guard("allow")
+def allocate(
+    apply: Callable,
+    variables: Any,
+    calibration: Any,
+    budget: Budget,
+    choices: Sequence[Choice],
+    *,
+    recipe: Recipe | None = None,
+    mask: str | None = None,
+    steps: int = 0,
+    seed: int = 0,
+    compiler: Compiler | None = None,
+    latencies: Latencies | None = None,
+    resume: str | Path | None = None,
+) -> Allocation:
+    """Choose bits and borders of every layer, for the least predicted error within a budget.
+
+    The error of each layer at each choice alone is measured at the network's output, and so is the
+    interaction of layers of one block; a mixed-integer program then chooses. See docs/design.md.
+
+    Args:
+      apply, variables, calibration, mask: see `quantize`; errors are measured on the first
+        ``recipe.reconstruction.init_samples`` samples.
+      budget: the limit.
+      choices: what a layer may have; readers of one tensor choose the same ``act_bits``.
+      recipe: that the allocation extends; None takes ``recipes.aquant()``. The layers that it fixes
+        (first and last ones, overrides) keep their bits, and count in the budget. Its
+        ``finetune_loss`` says how the outputs are compared.
+      steps: 0 measures layers that are rounded to nearest. Otherwise the network is first
+        reconstructed at as many uniform choices as there are bits, with so many steps a block, and
+        layers are measured as these runs left them. Only this tells borders apart.
+      seed, compiler: of these runs.
+      latencies: milliseconds of every layer by weight path and ``str(choice)``, for a budget of
+        latency; None measures them on this device.
+      resume: folder that keeps every measurement; the same call measures only what is missing.
+
+    Returns:
+      The allocation; ``.recipe`` is for `quantize`.
+
+    Raises:
+      InputError: see `quantize`; no choice; choices that differ in their borders alone, without
+        `steps`; a budget below the least or above the most; a layer that an override fixes against
+        the budget; outputs that are no logits, with ``finetune_loss="kl"``; the folder cannot be
+        written, or holds the measurements of another call.
+      ReconstructionError: an error is not finite.
+    """
+    recipe, choices = recipe or aquant(), check_choices(choices)
+    compiler = compiler or Compiler()
+    checks.check_recipe(recipe)
+    _check_call(budget, choices, steps)
+    probing = uniform(recipe, _widest(choices)).replace(border=None)
+    net, samples = probed(apply, variables, calibration, probing, mask)
+    target = net._replace(recipe=recipe, plan=make_plan(net.graph, recipe))
+    layers = layer_choices(net.graph, recipe, choices)
+    if budget.counted == "latency" and latencies is None:
+        latencies = time_layers(target, layers, compiler.backend)
+    problem = _problem(target, layers, latencies)
+    base = base_recipe(recipe, layers)
+    limits = budget.limits(any(c.act_bits for layer in layers for c in layer.choices))
+    check_limits(problem, layers, limits, functools.partial(_without_overrides, target, choices))
+
+    def short_run(choice: Choice) -> Quantized:
+        folder = resume and Path(resume) / "runs" / str(choice).replace(" ", "_")
+        short = uniform(recipe, choice).replace(steps=steps, finetune_steps=0)
+        return quantize(
+            apply, variables, calibration, short,
+            mask=mask, seed=seed, compiler=compiler, resume=folder,
+        )  # fmt: skip
+
+    rounded = functools.partial(round_nearest, net, samples)
+    if steps:
+        rounded = functools.partial(round_learned, net, short_run)
+    origins = functools.partial(origins_of, uniform_choices(choices, borders=steps > 0))
+    meter = Meter(net, samples, layers, origins, rounded)
+    call = fingerprint(net, samples, seed, compiler, None) | {"steps": steps}
+    call |= {"reconstructed": recipe.to_dict()} if steps else {}
+    with open_measurements(resume, call) as measurements:
+        found = measure(measurements, meter, layers, [block.layers for block in net.blocks])
+    problem = problem._replace(errors=found[0], pairs=found[1])
+    check_degradation(problem, budget)
+    result = _Result(problem, layers, recipe, tuple(rule_tensors(target)))
+    return result.allocation(base, budget, limits, measurements.measured)
+
+
+def _widest(choices: Sequence[Choice]) -> Choice:
+    """A choice with which every tensor that some choice quantizes is quantized."""
+    return Choice(MAX_BITS, MAX_BITS if any(choice.act_bits for choice in choices) else None)
+
+
+def _check_call(budget: Any, choices: Sequence[Choice], steps: Any) -> None:
+    if not isinstance(budget, Budget):
+        raise InputError(f"budget is {budget!r}; it must be an aq.Budget")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise InputError(f"steps is {steps!r}; it must be a whole number of 0 or more")
+    bits = {(choice.weight_bits, choice.act_bits) for choice in choices}
+    if not steps and len(bits) < len(choices):
+        raise InputError(
+            f"choices {', '.join(map(str, choices))}: some differ in their borders alone, which "
+            "rounding to nearest does not tell apart; give steps"
+        )
+
+
+def _problem(
+    net: Network, layers: Sequence[LayerChoices], latencies: Latencies | None = None
+) -> Problem:
+    """The choices of a network and their costs, of errors not yet measured."""
+    costs = count_costs(net, layers, latencies)
+    first: dict[str, int] = {}
+    shared = []
+    for j, layer in enumerate(layers):
+        if layer.tensor is None:
+            continue
+        i = first.setdefault(layer.tensor, j)
+        if i != j:
+            bits = [np.array([c.act_bits or 0 for c in layers[k].choices]) for k in (i, j)]
+            shared.append((i, j, *bits))
+    return Problem([np.zeros(len(layer.choices)) for layer in layers], {}, costs, shared)
+
+
+def _without_overrides(net: Network, choices: Sequence[Choice]) -> Problem:
+    recipe = dataclasses.replace(net.recipe, overrides=())
+    net = net._replace(recipe=recipe, plan=make_plan(net.graph, recipe))
+    return _problem(net, layer_choices(net.graph, recipe, choices))
+
+
+class _Result(NamedTuple):
+    """A problem with its measured errors, which is solved and told in paths and choices."""
+
+    problem: Problem
+    layers: Sequence[LayerChoices]
+    recipe: Recipe
+    rules: tuple[str, ...]
+
+    def allocation(
+        self, base: Recipe, budget: Budget, limits: Mapping[str, float], measured: int
+    ) -> Allocation:
+        """The allocation under a budget.
+
+        Raises:
+          InputError: each of several limits can be kept, but not all of them.
+        """
+        if budget.degradation is not None:
+            chosen = cheapest(self.problem, weights_of(budget.cost), budget.degradation)
+        else:
+            chosen = self._within(limits)
+        if chosen is None:
+            both = " and ".join(f"{name} {limit:g}" for name, limit in limits.items())
+            raise InputError(f"budget: no allocation keeps to {both} at once")
+        point = self._point(chosen)
+        front = self._front(tuple(limits or weights_of(budget.cost)))
+        return Allocation(
+            base, point.layers, budget, point.degradation, point.costs, front,
+            self._table(chosen), measured,
+        )  # fmt: skip
+
+    def _within(self, limits: Mapping[str, float]) -> list[int] | None:
+        try:
+            return least_error(self.problem, limits)
+        except InfeasibleError:
+            return None
+
+    def _front(self, names: Sequence[str]) -> tuple[FrontPoint, ...]:
+        """The allocations of least error at limits evenly spaced from the least to the most."""
+        ends = {name: extremes(self.problem, name) for name in names}
+        found = []
+        for share in np.linspace(0.0, 1.0, FRONT_POINTS):
+            limits = {name: low + share * (high - low) for name, (low, high) in ends.items()}
+            if (chosen := self._within(limits)) is not None:
+                found.append(self._point(chosen))
+        return tuple(found)
+
+    def _point(self, chosen: Sequence[int]) -> FrontPoint:
+        costs = {name: self.problem.costs.total(name, chosen) for name in self.problem.costs.layers}
+        pairs = zip(self.layers, chosen, strict=True)
+        choices = [layer.choices[index] for layer, index in pairs]
+        overrides = chosen_overrides(self.recipe, self.layers, choices, self.rules)
+        return FrontPoint(self.problem.degradation(chosen), costs, overrides)
+
+    def _table(self, chosen: Sequence[int]) -> tuple[Entry, ...]:
+        costs = self.problem.costs.layers
+        return tuple(
+            Entry(
+                layer.path, str(choice), float(self.problem.errors[i][c]),
+                {name: float(costs[name][i][c]) for name in costs}, c == chosen[i],
+            )
+            for i, layer in enumerate(self.layers) for c, choice in enumerate(layer.choices)
+        )  # fmt: skip
