@@ -106,34 +106,62 @@ def allocate(
     net, samples = probed(apply, variables, calibration, probing, mask)
     target = net._replace(recipe=recipe, plan=make_plan(net.graph, recipe))
     layers = layer_choices(net.graph, recipe, choices)
+    base = base_recipe(recipe, layers)
     if budget.counted == "latency" and latencies is None:
         latencies = time_layers(target, layers, compiler.backend)
     problem = _problem(target, layers, latencies)
-    base = base_recipe(recipe, layers)
     limits = budget.limits(any(c.act_bits for layer in layers for c in layer.choices))
     check_limits(problem, layers, limits, functools.partial(_without_overrides, target, choices))
-
-    def short_run(choice: Choice) -> Quantized:
-        folder = resume and Path(resume) / "runs" / str(choice).replace(" ", "_")
-        short = uniform(recipe, choice).replace(steps=steps, finetune_steps=0)
-        return quantize(
-            apply, variables, calibration, short,
-            mask=mask, seed=seed, compiler=compiler, resume=folder,
-        )  # fmt: skip
-
-    rounded = functools.partial(round_nearest, net, samples)
-    if steps:
-        rounded = functools.partial(round_learned, net, short_run)
-    origins = functools.partial(origins_of, uniform_choices(choices, borders=steps > 0))
-    meter = Meter(net, samples, layers, origins, rounded)
-    call = fingerprint(net, samples, seed, compiler, None) | {"steps": steps}
-    call |= {"reconstructed": recipe.to_dict()} if steps else {}
-    with open_measurements(resume, call) as measurements:
-        found = measure(measurements, meter, layers, [block.layers for block in net.blocks])
-    problem = problem._replace(errors=found[0], pairs=found[1])
+    call = _Call(
+        apply, variables, calibration, recipe, choices, mask, steps, seed, compiler, resume
+    )
+    errors, pairs, measured = _measured(call, net, samples, layers)
+    problem = problem._replace(errors=errors, pairs=pairs)
     check_degradation(problem, budget)
     result = _Result(problem, layers, recipe, tuple(rule_tensors(target)))
-    return result.allocation(base, budget, limits, measurements.measured)
+    return result.allocation(base, budget, limits, measured)
+
+
+class _Call(NamedTuple):
+    """The arguments of a call that its measurements depend on."""
+
+    apply: Callable
+    variables: Any
+    calibration: Any
+    recipe: Recipe
+    choices: tuple[Choice, ...]
+    mask: str | None
+    steps: int
+    seed: int
+    compiler: Compiler
+    resume: str | Path | None
+
+    def run(self, choice: Choice) -> Quantized:
+        """A short reconstruction with one choice wherever the recipe fixes nothing."""
+        folder = self.resume and Path(self.resume) / "runs" / str(choice).replace(" ", "_")
+        recipe = uniform(self.recipe, choice).replace(steps=self.steps, finetune_steps=0)
+        return quantize(
+            self.apply, self.variables, self.calibration, recipe,
+            mask=self.mask, seed=self.seed, compiler=self.compiler, resume=folder,
+        )  # fmt: skip
+
+
+def _measured(
+    call: _Call, net: Network, samples: Any, layers: Sequence[LayerChoices]
+) -> tuple[list[np.ndarray], dict[tuple[int, int], np.ndarray], int]:
+    """`solve.Problem.errors` and ``pairs``, and how many errors were measured for them."""
+    rounded = functools.partial(round_nearest, net, samples)
+    if call.steps:
+        rounded = functools.partial(round_learned, net, call.run)
+    table = uniform_choices(call.choices, borders=call.steps > 0)
+    meter = Meter(net, samples, layers, functools.partial(origins_of, table), rounded)
+    identity = fingerprint(net, samples, call.seed, call.compiler, None) | {"steps": call.steps}
+    if call.steps:
+        identity["reconstructed"] = call.recipe.to_dict()
+    with open_measurements(call.resume, identity) as measurements:
+        blocks = [block.layers for block in net.blocks]
+        errors, pairs = measure(measurements, meter, layers, blocks)
+        return errors, pairs, measurements.measured
 
 
 def _widest(choices: Sequence[Choice]) -> Choice:

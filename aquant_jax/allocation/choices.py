@@ -36,7 +36,7 @@ class Choice:
         for name in ("weight_bits", "act_bits"):
             bits = getattr(self, name)
             whole = isinstance(bits, numbers.Integral) and not isinstance(bits, bool)
-            if bits is not None and not (whole and MIN_BITS <= bits <= MAX_BITS):
+            if bits is not None and not (whole and bits in range(MIN_BITS, MAX_BITS + 1)):
                 raise InputError(
                     f"choice: {name} is {bits!r}; it must be a whole number of 2 to 8, or None"
                 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.allocation.choices import Choice
@@ -55,7 +56,7 @@ def _alone(net: Network, op: Op, choice: Choice) -> BlockProgram:
 
 def _milliseconds(net: Network, program: BlockProgram, backend: Backend) -> float:
     layers = nearest_layers(program, make_weight_quantizers(program, net.folded))
-    quantizer = ActivationQuantizer(np.float32(0.1), np.float32(0.0))
+    quantizer = ActivationQuantizer(jnp.float32(0.1), jnp.float32(0.0))
     activations = [quantizer for _ in program.tensors]
     rng = np.random.default_rng(0)
     boundary = [_sample(rng, program.avals[i]) for i in program.subgraph.boundary_inputs]
@@ -78,4 +79,4 @@ def _milliseconds(net: Network, program: BlockProgram, backend: Backend) -> floa
 def _sample(rng: np.random.Generator, aval: Any) -> jax.Array:
     """A batch of one sample."""
     values = np.abs(rng.normal(size=(1, *aval.shape[1:])))
-    return jax.numpy.asarray(values, aval.dtype)
+    return jnp.asarray(values, aval.dtype)

@@ -131,7 +131,7 @@ class Allocation:
                 ),
                 tuple(Entry(**entry) for entry in content["table"]),
             )
-        found.recipe  # noqa: B018  # bits out of range end the call here
+            found.recipe  # noqa: B018  # bits out of range end the call here
         return found
 
     def __str__(self) -> str:

@@ -66,7 +66,7 @@ def cheapest(problem: Problem, names: Mapping[str, float], most: float | None = 
       most: upper bound of the degradation.
     """
     layers = [
-        sum(weight * problem.costs.layers[name][i] for name, weight in names.items())
+        np.sum([weight * problem.costs.layers[name][i] for name, weight in names.items()], axis=0)
         for i in range(len(problem.errors))
     ]
     return _solve(problem, layers, {}, {}, most)
