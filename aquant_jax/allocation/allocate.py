@@ -81,8 +81,9 @@ def allocate(
         (first and last ones, overrides) keep their bits, and count in the budget. Its
         ``finetune_loss`` says how the outputs are compared.
       steps: 0 measures layers that are rounded to nearest. Otherwise the network is first
-        reconstructed at as many uniform choices as there are bits, with so many steps a block, and
-        layers are measured as these runs left them. Only this tells borders apart.
+        reconstructed at as many uniform choices as there are bits, with so many steps a block, on
+        the same samples, and layers are measured as these runs left them. Borders are learned in
+        them where choices name borders, which only this tells apart.
       seed, compiler: of these runs.
       latencies: milliseconds of every layer by weight path and ``str(choice)``, for a budget of
         latency; None measures them on this device.
@@ -112,10 +113,8 @@ def allocate(
     problem = _problem(target, layers, latencies)
     limits = budget.limits(any(c.act_bits for layer in layers for c in layer.choices))
     check_limits(problem, layers, limits, functools.partial(_without_overrides, target, choices))
-    call = _Call(
-        apply, variables, calibration, recipe, choices, mask, steps, seed, compiler, resume
-    )
-    errors, pairs, measured = _measured(call, net, samples, layers)
+    call = _Call(apply, variables, samples, recipe, choices, mask, steps, seed, compiler, resume)
+    errors, pairs, measured = _measured(call, net, layers)
     problem = problem._replace(errors=errors, pairs=pairs)
     check_degradation(problem, budget)
     result = _Result(problem, layers, recipe, tuple(rule_tensors(target)))
@@ -127,7 +126,7 @@ class _Call(NamedTuple):
 
     apply: Callable
     variables: Any
-    calibration: Any
+    samples: Any
     recipe: Recipe
     choices: tuple[Choice, ...]
     mask: str | None
@@ -136,24 +135,37 @@ class _Call(NamedTuple):
     compiler: Compiler
     resume: str | Path | None
 
+    @property
+    def borders(self) -> bool:
+        """Whether the choices differ in borders, so that these must be learned to be compared."""
+        return any(choice.kind != (None, None) for choice in self.choices)
+
     def run(self, choice: Choice) -> Quantized:
-        """A short reconstruction with one choice wherever the recipe fixes nothing."""
+        """A short reconstruction with one choice wherever the recipe fixes nothing.
+
+        Weights are learned at a rate that makes up for the fewer steps.
+        """
         folder = self.resume and Path(self.resume) / "runs" / str(choice).replace(" ", "_")
-        recipe = uniform(self.recipe, choice).replace(steps=self.steps, finetune_steps=0)
+        recipe, learning = uniform(self.recipe, choice), self.recipe.reconstruction
+        rate = learning.weight_lr * max(1.0, learning.steps / self.steps)
+        recipe = recipe.replace(steps=self.steps, weight_lr=rate, finetune_steps=0)
+        if not self.borders:
+            recipe = recipe.replace(border=None)
         return quantize(
-            self.apply, self.variables, self.calibration, recipe,
+            self.apply, self.variables, self.samples, recipe,
             mask=self.mask, seed=self.seed, compiler=self.compiler, resume=folder,
         )  # fmt: skip
 
 
 def _measured(
-    call: _Call, net: Network, samples: Any, layers: Sequence[LayerChoices]
+    call: _Call, net: Network, layers: Sequence[LayerChoices]
 ) -> tuple[list[np.ndarray], dict[tuple[int, int], np.ndarray], int]:
     """`solve.Problem.errors` and ``pairs``, and how many errors were measured for them."""
+    samples, borders = call.samples, call.borders
     rounded = functools.partial(round_nearest, net, samples)
     if call.steps:
-        rounded = functools.partial(round_learned, net, call.run)
-    table = uniform_choices(call.choices, borders=call.steps > 0)
+        rounded = functools.partial(round_learned, net, call.run, borders)
+    table = uniform_choices(call.choices, borders)
     meter = Meter(net, samples, layers, functools.partial(origins_of, table), rounded)
     identity = fingerprint(net, samples, call.seed, call.compiler, None) | {"steps": call.steps}
     if call.steps:

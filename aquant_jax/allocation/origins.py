@@ -73,9 +73,9 @@ def round_nearest(net: Network, samples: Any, choice: Choice) -> tuple[Rounded, 
 
 
 def round_learned(
-    net: Network, run: Callable[[Choice], Quantized], choice: Choice
+    net: Network, run: Callable[[Choice], Quantized], borders: bool, choice: Choice
 ) -> tuple[Rounded, Specs]:
-    """The layers of a network that `run` has reconstructed, with their borders."""
+    """The layers of a network that `run` has reconstructed, with their borders if asked for."""
     quantized = run(choice)
     layers, activations, _ = quantized.on_host().states
     ops = {op.layer.path: op for op in net.graph.ops if op.layer is not None}
@@ -84,4 +84,5 @@ def round_learned(
         for path, layer in layers.items()
     }
     specs = {spec.path: spec for spec in quantized.specs}
-    return Rounded(weights, dict(activations)), tuple(specs[path] for path in net.plan.layers)
+    own = tuple(specs[path] for path in net.plan.layers) if borders else None
+    return Rounded(weights, dict(activations)), own
