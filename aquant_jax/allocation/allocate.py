@@ -49,6 +49,7 @@ from aquant_jax.reconstruction.fingerprint import fingerprint
 from aquant_jax.sensitivity import probed
 
 FRONT_POINTS = 10
+FLOAT_INPUTS = 0.999  # of the elements of a block's input, while it is learned
 
 
 @jax.transfer_guard("allow")
@@ -143,12 +144,16 @@ class _Call(NamedTuple):
     def run(self, choice: Choice) -> Quantized:
         """A short reconstruction with one choice wherever the recipe fixes nothing.
 
-        Weights are learned at a rate that makes up for the fewer steps.
+        A block learns behind the float network, as its layers are measured, and weights at a rate
+        that makes up for the fewer steps.
         """
         folder = self.resume and Path(self.resume) / "runs" / str(choice).replace(" ", "_")
         recipe, learning = uniform(self.recipe, choice), self.recipe.reconstruction
         rate = learning.weight_lr * max(1.0, learning.steps / self.steps)
-        recipe = recipe.replace(steps=self.steps, weight_lr=rate, finetune_steps=0)
+        recipe = recipe.replace(
+            steps=self.steps, weight_lr=rate, finetune_steps=0,
+            input_mixing=FLOAT_INPUTS, final_full_quant_fraction=0.0,
+        )  # fmt: skip
         if not self.borders:
             recipe = recipe.replace(border=None)
         return quantize(
