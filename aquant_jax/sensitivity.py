@@ -121,7 +121,7 @@ class Probe:
     Args:
       net: the network; its plan names the tensors that may be rounded.
       calibration: its samples, which it runs at once.
-      specs: static parts of the layers, where they have borders; None rounds to nearest.
+      specs: static parts of layers that have borders; the others round to nearest.
 
     Attributes:
       program: the whole network.
@@ -132,8 +132,9 @@ class Probe:
         self, net: Network, calibration: Any, specs: Sequence[LayerSpec] | None = None
     ) -> None:
         program = make_block_program(net.graph, net.plan, (), net.graph.target_outputs)
-        plain = [spec._replace(border=None) for spec in program.specs]
-        self.program = program._replace(specs=tuple(specs or plain))
+        given = {spec.path: spec for spec in specs or ()}
+        own = (given.get(spec.path, spec._replace(border=None)) for spec in program.specs)
+        self.program = program._replace(specs=tuple(own))
         self.weights = float_weights(program, net.folded)
         self._inputs = _inputs(net, program, calibration)
         self._run = jax.jit(functools.partial(_outputs, self.program))

@@ -53,14 +53,15 @@ class Measurements:
         if self._path is None or not self._path.exists():
             return
         stored = read_json(self._path)
-        if not isinstance(stored, dict) or not {"call", "errors"} <= stored.keys():
-            raise InputError(f"{self._path} is damaged: it lacks call or errors")
-        if changed := differences(stored["call"], self._call):
+        found = stored.get("errors") if isinstance(stored, dict) else None
+        if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+            raise InputError(f"{self._path} is damaged: it holds no errors of layers by choice")
+        if changed := differences(stored.get("call"), self._call):
             raise InputError(
                 f"{self._path} holds the measurements of another call, which differs in "
                 f"{', '.join(changed)}; choose another folder"
             )
-        self._errors = stored["errors"]
+        self._errors = found
 
     def get(self, key: Sequence[str], choice: Choice, measure: Callable[[], float]) -> float:
         """The error of the layers `key` at `choice`, measured if it is not there."""

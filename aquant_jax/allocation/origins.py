@@ -83,6 +83,4 @@ def round_learned(
         path: Weights(dequantize_weight(ops[path], layer), layer.bias, dict(layer.border))
         for path, layer in layers.items()
     }
-    specs = {spec.path: spec for spec in quantized.specs}
-    own = tuple(specs[path] for path in net.plan.layers) if borders else None
-    return Rounded(weights, dict(activations)), own
+    return Rounded(weights, dict(activations)), quantized.specs if borders else None

@@ -123,17 +123,20 @@ def test_saved_edited_and_quantized(folder, tmp_path):
         aq.Allocation.load(tmp_path / "a.json")
 
 
-def test_float_and_weights_only_layers():
+def test_float_and_weights_only_layers(tmp_path):
     choices = [aq.Choice(4, 4), aq.Choice(4), aq.Choice()]
-    recipe = aq.recipes.aquant(3, 3, finetune_loss="mse")
-    found = allocate(
-        aq.Budget(average_bits=(12, 14)), None, choices, recipe, mlp(), normal(rng_of(1), 16, 6)
-    )
-    summary = {s.path: (s.weight_bits, s.act_bits) for s in
-               rounded(found.recipe, mlp(), normal(rng_of(1), 16, 6)).summary()}  # fmt: skip
-    assert found.costs["weight_bits"] <= 12
-    assert summary["1/w"] in [(4, 4), (4, None), (None, None)]
-    assert summary["2/w"] == (8, 8)
+    net, x = mlp(sizes=(6, 8, 8, 8, 4)), normal(rng_of(1), 16, 6)
+    recipe = aq.recipes.aquant(3, 3)
+    for average, wanted in (((18, 18), (None, None)), ((4, 18), (4, None))):
+        found = allocate(aq.Budget(average_bits=average), tmp_path, choices, recipe, net, x)
+        quantized = rounded(found.recipe, net, x)
+        bits = {s.path: (s.weight_bits, s.act_bits) for s in quantized.summary()}
+        borders = {s.path: s.border_function for s in quantized.summary()}
+        assert {bits["1/w"], bits["2/w"]} == {(4, 4), wanted}
+        assert bits["3/w"] == (8, 8)
+        assert all((borders[path] == "quadratic") == (act is not None)
+                   for path, (_, act) in bits.items())  # fmt: skip
+        assert found.costs["bytes"] == sizes(quantized).packed
 
 
 def two_readers():

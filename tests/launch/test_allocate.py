@@ -18,7 +18,8 @@ def test_an_allocation_is_written_once_and_quantized(tmp_path, capsys):
     folder, bits = tmp_path / "a", ("--weight_bits=2,3", "--act_bits=2,3")
     assert run(folder, "--budget=average_bits=2.5", *bits) == 0
     out = capsys.readouterr().out
-    assert "predicted degradation" in out and "errors measured" in out
+    assert "predicted degradation" in out
+    assert "errors measured" in out
     assert (folder / "front.png").stat().st_size
     results = json.loads((folder / "results.json").read_text())
     assert results["costs"]["weight_bits"] <= 2.5
