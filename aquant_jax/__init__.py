@@ -1,6 +1,9 @@
 """AQuant for JAX: post-training quantization with learned rounding borders."""
 
 from aquant_jax import recipe as recipes
+from aquant_jax.allocation.allocate import allocate
+from aquant_jax.allocation.choices import Budget, Choice
+from aquant_jax.allocation.result import Allocation
 from aquant_jax.arithmetic.border import register as register_border
 from aquant_jax.deployment.checkpoint import restore, save, summary
 from aquant_jax.deployment.layer_summary import LayerSummary
@@ -25,8 +28,11 @@ from aquant_jax.sensitivity import Sensitivity, sensitivity
 __version__ = "0.2.0.dev0"
 
 __all__ = [
+    "Allocation",
     "Backend",
     "BlockReport",
+    "Budget",
+    "Choice",
     "Compiler",
     "FinetuneReport",
     "InputError",
@@ -41,6 +47,7 @@ __all__ = [
     "ReconstructionError",
     "Sensitivity",
     "TerminalObserver",
+    "allocate",
     "describe",
     "prepare",
     "quantize",

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where the neighbours
 
 import ablation_tables
 import accuracy_tables
+import allocation_tables
 import scaling_tables
 import speed_tables
 from table_text import Load, load
@@ -36,6 +37,8 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "resnet20-long": accuracy_tables.longer,
     "loops": accuracy_tables.loops,
     "border-auto": accuracy_tables.border_auto,
+    "allocation": allocation_tables.runs,
+    "allocation-front": allocation_tables.front,
     "resnet20": accuracy_tables.resnet20,
     "resnet20-gain": accuracy_tables.resnet20_gain,
     "efficientnet-lite0": accuracy_tables.efficientnet,

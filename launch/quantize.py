@@ -23,6 +23,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "file.py:variant; required", flag_values=values)
     command_line.define_path(values, "workdir", None, "folder to write into; required")
     command_line.define_path(values, "data_dir", "~", "holds tensorflow_datasets/ and weights/")
+    text = "of launch.allocate; its bits and borders replace the config's"
+    command_line.define_path(values, "allocation", None, text)
     flags.DEFINE_integer("seed", 0, "of calibration draw and steps", 0, flag_values=values)
     flags.DEFINE_integer(
         "restart_from_block", None,
@@ -41,6 +43,8 @@ def main(argv: list[str]) -> None:
     values, overrides = command_line.parse(argv, define_flags, __doc__)
     hosts.join(values)
     config = command_line.load_config(values.config, overrides)
+    if values.allocation is not None:
+        experiment.allocate(config, values.allocation)
     experiment.recipe_of(config)  # a wrong field ends the run here, before anything is loaded
     mesh, limit = meshes.parse(values.mesh), memory_limits.parse(values.memory_limit)
     identity = experiment.identity(config, values.seed, values.data_dir)

@@ -33,6 +33,10 @@ ARROWS: dict[str, set[str]] = {
         "deployment", "reconstruction", "plan", "layers", "recipe", "graph", "arithmetic", "errors",
     },
     "sensitivity": {"reconstruction", "plan", "layers", "recipe", "graph", "arithmetic", "errors"},
+    "allocation": {
+        "quantize", "sensitivity", "deployment", "reconstruction", "plan", "layers", "recipe",
+        "graph", "arithmetic", "storage", "errors",
+    },
     "models": {"errors"},
     "data": {"errors"},
 }  # fmt: skip

@@ -12,8 +12,9 @@ ANNOTATED = (
     "arithmetic", "graph", "layers", "plan", "reconstruction", "deployment", "storage", "reporting",
 )  # fmt: skip
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 300, 40, 7
-# The public entry point: its parameters are keywords.
+# The public entry points: their parameters are keywords.
 MANY_PARAMETERS = {("aquant_jax/quantize.py", name) for name in ("quantize", "quantize_seeds")}
+MANY_PARAMETERS |= {("aquant_jax/allocation/allocate.py", "allocate")}
 
 
 def name_of(path):

@@ -48,7 +48,7 @@ def check_finetune(run: Run) -> None:
     if not outputs:
         raise InputError("the whole-network stage needs a floating-point output of the network")
     if net.recipe.reconstruction.finetune_loss == "kl":
-        _check_logits(outputs)
+        check_logits(outputs)
 
 
 def check_held_out(run: Run) -> None:
@@ -63,7 +63,7 @@ def check_held_out(run: Run) -> None:
         )
 
 
-def _check_logits(outputs: Sequence[jax.Array]) -> None:
+def check_logits(outputs: Sequence[jax.Array]) -> None:
     for output in outputs:
         what = None
         if jnp.iscomplexobj(output) or output.ndim < 2 or output.shape[-1] < 2:

@@ -142,6 +142,23 @@ def recipe_of(config: Config) -> aq.Recipe:
     return aq.recipes.preset(config.preset, **fields, **learning)
 
 
+def allocate(config: Config, path: str) -> None:
+    """Sets the bits and borders of a config's recipe to those of an allocation, in place.
+
+    They are fields of the config then, and identify the run.
+
+    Raises:
+        InputError: the file is no allocation.
+    """
+    recipe = aq.Allocation.load(path).recipe
+    fields = ("overrides",)
+    if recipe.act_bits is None:  # its overrides have the bits of the activations
+        fields = ("act_bits", "border", "overrides")
+    with config.unlocked():
+        for name in fields:
+            config.recipe[name] = recipe.to_dict()[name]
+
+
 def augment_of(config: Config, recipe: aq.Recipe) -> Any:
     """The augmentation of a config, where its recipe has a stage that uses it.
 

@@ -43,7 +43,7 @@ _ending = threading.Lock()  # taken once
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags that connect processes."""
-    text = "one of several processes, found from Slurm, Open MPI, Kubernetes or Cloud TPU"
+    text = "one of several, found from Slurm, Open MPI, Kubernetes or Cloud TPU"
     flags.DEFINE_boolean("distributed", False, text, flag_values=values)
     text = "HOST:PORT of process 0, where nothing else tells it"
     flags.DEFINE_string("coordinator", None, text, flag_values=values)

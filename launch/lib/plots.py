@@ -132,6 +132,31 @@ def block_errors(reports: Mapping[str, Sequence[Report]], path: Path) -> None:
     _save(plt, figure, path)
 
 
+def front(allocation: Any, path: Path) -> None:
+    """The predicted degradation of an ``Allocation``, and of its front, against what they cost.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    plt = require_matplotlib()
+    counted = allocation.budget.counted
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for points, style in ((allocation.front, "o-"), ([allocation], "r*")):
+        costs = [_cost(point.costs, counted) for point in points]
+        axes.plot(costs, [point.degradation for point in points], style)
+    _log_scale(axes, [point.degradation for point in allocation.front])
+    axes.set_xlabel(f"{counted.replace('_', ' ')} (star: the budget)")
+    axes.set_ylabel("predicted output error")
+    _save(plt, figure, path)
+
+
+def _cost(costs: Mapping[str, float], name: str) -> float:
+    """A cost of an allocation; of the average bits, the mean of weights and activations."""
+    if name == "average_bits":
+        return (costs["weight_bits"] + costs["act_bits"]) / 2
+    return costs[name]
+
+
 def propagated_errors(reports: Mapping[str, Sequence[Report]], path: Path) -> None:
     """Mean of x' - x at the input of every block against |x'| in 16 clusters (paper, Fig. 2)."""
     drawings = []

@@ -1,0 +1,286 @@
+"""`allocate`: bits and borders of every layer, for the least output error within a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from aquant_jax.allocation.choices import Budget, Choice, check_choices
+from aquant_jax.allocation.costs import Latencies, count_costs, rule_tensors
+from aquant_jax.allocation.feasible import (
+    check_degradation,
+    check_limits,
+    extremes,
+    weights_of,
+)
+from aquant_jax.allocation.latency import time_layers
+from aquant_jax.allocation.layer_choices import (
+    LayerChoices,
+    base_recipe,
+    chosen_overrides,
+    layer_choices,
+    uniform,
+)
+from aquant_jax.allocation.measure import Meter, measure, open_measurements
+from aquant_jax.allocation.origins import (
+    origins_of,
+    round_learned,
+    round_nearest,
+    uniform_choices,
+)
+from aquant_jax.allocation.result import Allocation, Entry, FrontPoint
+from aquant_jax.allocation.solve import InfeasibleError, Problem, cheapest, least_error
+from aquant_jax.arithmetic.uniform import MAX_BITS
+from aquant_jax.deployment.quantized import Quantized
+from aquant_jax.errors import InputError
+from aquant_jax.layers.compiler import Compiler
+from aquant_jax.plan import checks
+from aquant_jax.plan.assign import make_plan
+from aquant_jax.plan.network import Network
+from aquant_jax.quantize import quantize
+from aquant_jax.recipe import Recipe, aquant
+from aquant_jax.reconstruction.fingerprint import fingerprint
+from aquant_jax.sensitivity import probed
+
+FRONT_POINTS = 10
+FLOAT_INPUTS = 0.999  # of the elements of a block's input, while it is learned
+
+
+@jax.transfer_guard("allow")
+def allocate(
+    apply: Callable,
+    variables: Any,
+    calibration: Any,
+    budget: Budget,
+    choices: Sequence[Choice],
+    *,
+    recipe: Recipe | None = None,
+    mask: str | None = None,
+    steps: int = 0,
+    seed: int = 0,
+    compiler: Compiler | None = None,
+    latencies: Latencies | None = None,
+    resume: str | Path | None = None,
+) -> Allocation:
+    """Choose bits and borders of every layer, for the least predicted error within a budget.
+
+    The error of each layer at each choice alone is measured at the network's output, and so is the
+    interaction of layers of one block; a mixed-integer program then chooses. See docs/design.md.
+
+    Args:
+      apply, variables, calibration, mask: see `quantize`; errors are measured on the first
+        ``recipe.reconstruction.init_samples`` samples.
+      budget: the limit.
+      choices: what a layer may have; readers of one tensor choose the same ``act_bits``.
+      recipe: that the allocation extends; None takes ``recipes.aquant()``. The layers that it fixes
+        (first and last ones, overrides) keep their bits, and count in the budget. Its
+        ``finetune_loss`` says how the outputs are compared.
+      steps: 0 measures layers that are rounded to nearest. Otherwise the network is first
+        reconstructed at as many uniform choices as there are bits, with so many steps a block, on
+        the same samples, and layers are measured as these runs left them. Borders are learned in
+        them where choices name borders, which only this tells apart.
+      seed, compiler: of these runs.
+      latencies: milliseconds of every layer by weight path and ``str(choice)``, for a budget of
+        latency; None measures them on this device.
+      resume: folder that keeps every measurement; the same call measures only what is missing.
+
+    Returns:
+      The allocation; ``.recipe`` is for `quantize`.
+
+    Raises:
+      InputError: see `quantize`; no choice; choices that differ in their borders alone, without
+        `steps`; a budget below the least or above the most; a layer that an override fixes against
+        the budget; outputs that are no logits, with ``finetune_loss="kl"``; the folder cannot be
+        written, or holds the measurements of another call.
+      ReconstructionError: an error is not finite.
+    """
+    recipe, choices = recipe or aquant(), check_choices(choices)
+    compiler = compiler or Compiler()
+    checks.check_recipe(recipe)
+    _check_call(budget, choices, steps)
+    probing = uniform(recipe, _widest(choices)).replace(border=None)
+    net, samples = probed(apply, variables, calibration, probing, mask)
+    target = net._replace(recipe=recipe, plan=make_plan(net.graph, recipe))
+    layers = layer_choices(net.graph, recipe, choices)
+    base = base_recipe(recipe, layers)
+    if budget.counted == "latency" and latencies is None:
+        latencies = time_layers(target, layers, compiler.backend)
+    problem = _problem(target, layers, latencies)
+    limits = budget.limits(any(c.act_bits for layer in layers for c in layer.choices))
+    check_limits(problem, layers, limits, functools.partial(_without_overrides, target, choices))
+    call = _Call(apply, variables, samples, recipe, choices, mask, steps, seed, compiler, resume)
+    errors, pairs, measured = _measured(call, net, layers)
+    problem = problem._replace(errors=errors, pairs=pairs)
+    check_degradation(problem, budget)
+    result = _Result(problem, layers, recipe, tuple(rule_tensors(target)))
+    return result.allocation(base, budget, limits, measured)
+
+
+class _Call(NamedTuple):
+    """The arguments of a call that its measurements depend on."""
+
+    apply: Callable
+    variables: Any
+    samples: Any
+    recipe: Recipe
+    choices: tuple[Choice, ...]
+    mask: str | None
+    steps: int
+    seed: int
+    compiler: Compiler
+    resume: str | Path | None
+
+    @property
+    def borders(self) -> bool:
+        """Whether the choices differ in borders, so that these must be learned to be compared."""
+        return any(choice.kind != (None, None) for choice in self.choices)
+
+    def run(self, choice: Choice) -> Quantized:
+        """A short reconstruction with one choice wherever the recipe fixes nothing.
+
+        A block learns behind the float network, as its layers are measured, and weights at a rate
+        that makes up for the fewer steps.
+        """
+        folder = self.resume and Path(self.resume) / "runs" / str(choice).replace(" ", "_")
+        recipe, learning = uniform(self.recipe, choice), self.recipe.reconstruction
+        rate = learning.weight_lr * max(1.0, learning.steps / self.steps)
+        recipe = recipe.replace(
+            steps=self.steps, weight_lr=rate, finetune_steps=0,
+            input_mixing=FLOAT_INPUTS, final_full_quant_fraction=0.0,
+        )  # fmt: skip
+        if not self.borders:
+            recipe = recipe.replace(border=None)
+        return quantize(
+            self.apply, self.variables, self.samples, recipe,
+            mask=self.mask, seed=self.seed, compiler=self.compiler, resume=folder,
+        )  # fmt: skip
+
+
+def _measured(
+    call: _Call, net: Network, layers: Sequence[LayerChoices]
+) -> tuple[list[np.ndarray], dict[tuple[int, int], np.ndarray], int]:
+    """`solve.Problem.errors` and ``pairs``, and how many errors were measured for them."""
+    samples, borders = call.samples, call.borders
+    rounded = functools.partial(round_nearest, net, samples)
+    if call.steps:
+        rounded = functools.partial(round_learned, net, call.run, borders)
+    table = uniform_choices(call.choices, borders)
+    meter = Meter(net, samples, layers, functools.partial(origins_of, table), rounded)
+    identity = fingerprint(net, samples, call.seed, call.compiler, None) | {"steps": call.steps}
+    if call.steps:
+        identity["reconstructed"] = call.recipe.to_dict()
+    with open_measurements(call.resume, identity) as measurements:
+        blocks = [block.layers for block in net.blocks]
+        errors, pairs = measure(measurements, meter, layers, blocks)
+        return errors, pairs, measurements.measured
+
+
+def _widest(choices: Sequence[Choice]) -> Choice:
+    """A choice with which every tensor that some choice quantizes is quantized."""
+    return Choice(MAX_BITS, MAX_BITS if any(choice.act_bits for choice in choices) else None)
+
+
+def _check_call(budget: Any, choices: Sequence[Choice], steps: Any) -> None:
+    if not isinstance(budget, Budget):
+        raise InputError(f"budget is {budget!r}; it must be an aq.Budget")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise InputError(f"steps is {steps!r}; it must be a whole number of 0 or more")
+    bits = {(choice.weight_bits, choice.act_bits) for choice in choices}
+    if not steps and len(bits) < len(choices):
+        raise InputError(
+            f"choices {', '.join(map(str, choices))}: some differ in their borders alone, which "
+            "rounding to nearest does not tell apart; give steps"
+        )
+
+
+def _problem(
+    net: Network, layers: Sequence[LayerChoices], latencies: Latencies | None = None
+) -> Problem:
+    """The choices of a network and their costs, of errors not yet measured."""
+    costs = count_costs(net, layers, latencies)
+    first: dict[str, int] = {}
+    shared = []
+    for j, layer in enumerate(layers):
+        if layer.tensor is None:
+            continue
+        i = first.setdefault(layer.tensor, j)
+        if i != j:
+            bits = [np.array([c.act_bits or 0 for c in layers[k].choices]) for k in (i, j)]
+            shared.append((i, j, *bits))
+    return Problem([np.zeros(len(layer.choices)) for layer in layers], {}, costs, shared)
+
+
+def _without_overrides(net: Network, choices: Sequence[Choice]) -> Problem:
+    recipe = dataclasses.replace(net.recipe, overrides=())
+    net = net._replace(recipe=recipe, plan=make_plan(net.graph, recipe))
+    return _problem(net, layer_choices(net.graph, recipe, choices))
+
+
+class _Result(NamedTuple):
+    """A problem with its measured errors, which is solved and told in paths and choices."""
+
+    problem: Problem
+    layers: Sequence[LayerChoices]
+    recipe: Recipe
+    rules: tuple[str, ...]
+
+    def allocation(
+        self, base: Recipe, budget: Budget, limits: Mapping[str, float], measured: int
+    ) -> Allocation:
+        """The allocation under a budget.
+
+        Raises:
+          InputError: each of several limits can be kept, but not all of them.
+        """
+        if budget.degradation is not None:
+            chosen = cheapest(self.problem, weights_of(budget.cost), budget.degradation)
+        else:
+            chosen = self._within(limits)
+        if chosen is None:
+            both = " and ".join(f"{name} {limit:g}" for name, limit in limits.items())
+            raise InputError(f"budget: no allocation keeps to {both} at once")
+        point = self._point(chosen)
+        front = self._front(tuple(limits or weights_of(budget.cost)))
+        return Allocation(
+            base, point.layers, budget, point.degradation, point.costs, front,
+            self._table(chosen), measured,
+        )  # fmt: skip
+
+    def _within(self, limits: Mapping[str, float]) -> list[int] | None:
+        try:
+            return least_error(self.problem, limits)
+        except InfeasibleError:
+            return None
+
+    def _front(self, names: Sequence[str]) -> tuple[FrontPoint, ...]:
+        """The allocations of least error at limits evenly spaced from the least to the most."""
+        ends = {name: extremes(self.problem, name) for name in names}
+        found = []
+        for share in np.linspace(0.0, 1.0, FRONT_POINTS):
+            limits = {name: low + share * (high - low) for name, (low, high) in ends.items()}
+            if (chosen := self._within(limits)) is not None:
+                found.append(self._point(chosen))
+        return tuple(found)
+
+    def _point(self, chosen: Sequence[int]) -> FrontPoint:
+        costs = {name: self.problem.costs.total(name, chosen) for name in self.problem.costs.layers}
+        pairs = zip(self.layers, chosen, strict=True)
+        choices = [layer.choices[index] for layer, index in pairs]
+        overrides = chosen_overrides(self.recipe, self.layers, choices, self.rules)
+        return FrontPoint(self.problem.degradation(chosen), costs, overrides)
+
+    def _table(self, chosen: Sequence[int]) -> tuple[Entry, ...]:
+        costs = self.problem.costs.layers
+        return tuple(
+            Entry(
+                layer.path, str(choice), float(self.problem.errors[i][c]),
+                {name: float(costs[name][i][c]) for name in costs}, c == chosen[i],
+            )
+            for i, layer in enumerate(self.layers) for c, choice in enumerate(layer.choices)
+        )  # fmt: skip

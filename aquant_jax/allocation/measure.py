@@ -1,0 +1,221 @@
+"""The network's output error with one layer, or two of a block, quantized; kept in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aquant_jax.allocation.choices import Choice
+from aquant_jax.allocation.layer_choices import LayerChoices
+from aquant_jax.errors import InputError, ReconstructionError, reason
+from aquant_jax.layers.fake_quant import LayerSpec
+from aquant_jax.plan.network import Network
+from aquant_jax.reconstruction.chain import inexact
+from aquant_jax.reconstruction.finetune_checks import check_logits
+from aquant_jax.reconstruction.loss import network_loss
+from aquant_jax.sensitivity import Probe, Rounded, rounding_to
+from aquant_jax.storage.folder_lock import hold
+from aquant_jax.storage.json_file import differences, jsonable, read_json, write_json
+
+FILE = "sensitivity.json"
+PAIR_POINTS = 3  # choices at which the interaction of two layers is measured
+SMALLEST = 1e-12  # error with which two layers are correlated
+
+SEPARATOR = " & "  # of the paths of two layers
+
+
+class Measurements:
+    """Errors by layers and choice, written to a folder as they come.
+
+    Args:
+      folder: where `FILE` stands; None keeps nothing.
+      call: identifies what is measured.
+
+    Raises:
+      InputError: the folder holds the measurements of another call, is damaged, or cannot be
+        written.
+    """
+
+    def __init__(self, folder: Path | None, call: dict[str, Any]) -> None:
+        self._path = folder and folder / FILE
+        self._call = jsonable(call)
+        self._errors: dict[str, dict[str, float]] = {}
+        self.measured = 0
+        if self._path is None or not self._path.exists():
+            return
+        stored = read_json(self._path)
+        found = stored.get("errors") if isinstance(stored, dict) else None
+        if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+            raise InputError(f"{self._path} is damaged: it holds no errors of layers by choice")
+        if changed := differences(stored.get("call"), self._call):
+            raise InputError(
+                f"{self._path} holds the measurements of another call, which differs in "
+                f"{', '.join(changed)}; choose another folder"
+            )
+        self._errors = found
+
+    def get(self, key: Sequence[str], choice: Choice, measure: Callable[[], float]) -> float:
+        """The error of the layers `key` at `choice`, measured if it is not there."""
+        found = self._errors.setdefault(SEPARATOR.join(key), {})
+        if str(choice) not in found:
+            found[str(choice)] = measure()
+            self.measured += 1
+            self._write()
+        return found[str(choice)]
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        try:
+            write_json(self._path, {"call": self._call, "errors": self._errors})
+        except OSError as error:
+            raise InputError(f"{self._path} cannot be written: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def open_measurements(folder: str | Path | None, call: Mapping[str, Any]) -> Iterator[Measurements]:
+    """The measurements in a folder, which this process holds; see `Measurements`."""
+    if folder is None:
+        yield Measurements(None, dict(call))
+        return
+    path = Path(folder)
+    with hold(path, lambda: None):
+        yield Measurements(path, dict(call))
+
+
+class Meter:
+    """Measures output errors.
+
+    Args:
+      net: the float network, prepared; its plan has every tensor that may be quantized.
+      calibration: its samples.
+      layers: of the network.
+      origins: says which uniform choice the weights, and the input, of a choice come from.
+      rounded: the network quantized with a uniform choice wherever its recipe fixes nothing, and
+        the static parts of its layers, if these have borders.
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        calibration: Any,
+        layers: Sequence[LayerChoices],
+        origins: Callable[[Choice], tuple[Choice, Choice]],
+        rounded: Callable[[Choice], tuple[Rounded, Sequence[LayerSpec] | None]],
+    ) -> None:
+        self._net = net
+        self._layers = {layer.path: layer for layer in layers}
+        self._origins, self._rounded = origins, functools.cache(rounded)
+        self._probe = functools.cache(functools.partial(_probe, net, calibration))
+        kind = net.recipe.reconstruction.finetune_loss
+        self._loss = jax.jit(functools.partial(network_loss, kind), static_argnums=0)
+
+    def error(self, chosen: Mapping[str, Choice]) -> float:
+        """The output error with the layers of `chosen` quantized, all with borders of one kind."""
+        first = next(iter(chosen.values()))
+        inputs, specs = self._rounded(self._origins(first)[1])
+        probe, targets = self._probe(specs and tuple(specs))
+        program = probe.program
+        borders = [
+            inputs.weights[spec.path].border if spec.border else {} for spec in program.specs
+        ]
+        weights = [w._replace(border=b) for w, b in zip(probe.weights, borders, strict=True)]
+        roundings = probe.unrounded()
+        keys = [tensor.key for tensor in program.tensors]
+        for i, spec in enumerate(program.specs):
+            choice, layer = chosen.get(spec.path), self._layers[spec.path]
+            if choice is None:
+                continue
+            of_weights, of_input = (self._rounded(origin)[0] for origin in self._origins(choice))
+            if choice.weight_bits is not None:
+                weights[i] = of_weights.weights[spec.path]._replace(border=borders[i])
+            if layer.tensor is not None and choice.act_bits is not None:
+                rounding = rounding_to(of_input.quantizers[layer.tensor], choice.act_bits)
+                roundings.inputs[i] = rounding
+                if layer.owner:
+                    roundings.reads[keys.index(layer.tensor)] = rounding
+        found = inexact(program, program.subgraph.outputs, probe.outputs(weights, roundings))
+        axes = inexact(program, program.subgraph.outputs, program.position_axes)
+        mask = None if self._net.valid_mask is None else jnp.asarray(self._net.valid_mask)
+        error = float(self._loss(tuple(axes), found, targets, mask))
+        if not math.isfinite(error):
+            raise ReconstructionError(f"{SEPARATOR.join(chosen)} at {first}: error {error}")
+        return max(error, 0.0)
+
+
+def _probe(
+    net: Network, calibration: Any, specs: Sequence[LayerSpec] | None
+) -> tuple[Probe, list[jax.Array]]:
+    """A probe, and the outputs of the float network."""
+    plain = Probe(net, calibration)
+    outputs = plain.outputs(plain.weights, plain.unrounded())
+    targets = inexact(plain.program, plain.program.subgraph.outputs, outputs)
+    if net.recipe.reconstruction.finetune_loss == "kl":
+        check_logits(targets)
+    return plain if specs is None else Probe(net, calibration, specs), targets
+
+
+def interaction(alone: Sequence[float], both: float) -> float:
+    """The correlation of the errors of two layers: ``(e_12 - e_1 - e_2) / (2 sqrt(e_1 e_2))``."""
+    size = 2.0 * math.sqrt(alone[0] * alone[1])
+    return float(np.clip((both - sum(alone)) / size, -1.0, 1.0)) if size > SMALLEST else 0.0
+
+
+def measure(
+    measurements: Measurements,
+    meter: Meter,
+    layers: Sequence[LayerChoices],
+    blocks: Iterable[Sequence[str]],
+) -> tuple[list[np.ndarray], dict[tuple[int, int], np.ndarray]]:
+    """The error of every choice of every layer, and what two layers of a block add to their sum.
+
+    The second is ``2 r sqrt(e_1 e_2)`` with the mean of `interaction` at a few choices that both
+    have as r: all pairs of choices would take their square in measurements.
+
+    Returns:
+      `solve.Problem.errors` and `solve.Problem.pairs`.
+    """
+
+    def error(*paths: str, choice: Choice) -> float:
+        def run() -> float:
+            return meter.error(dict.fromkeys(paths, choice))
+
+        return measurements.get(paths, choice, run)
+
+    errors = [np.array([error(a.path, choice=c) for c in a.choices]) for a in layers]
+    index_of = {layer.path: i for i, layer in enumerate(layers)}
+    pairs = {}
+    for block in blocks:
+        free = [path for path in block if len(layers[index_of[path]].choices) > 1]
+        for one, two in itertools.combinations(free, 2):
+            i, j = sorted((index_of[one], index_of[two]))
+            found = []
+            for c, d, choice in _common(layers[i], layers[j], errors[i], errors[j]):
+                both = error(layers[i].path, layers[j].path, choice=choice)
+                found.append(interaction((errors[i][c], errors[j][d]), both))
+            if found:
+                pairs[i, j] = 2 * np.mean(found) * np.sqrt(np.outer(errors[i], errors[j]))
+    return errors, pairs
+
+
+def _common(
+    one: LayerChoices, two: LayerChoices, errors: np.ndarray, others: np.ndarray
+) -> list[tuple[int, int, Choice]]:
+    """A few choices that both layers have, evenly spaced by error, with their indices."""
+    both = [
+        (errors[i] + others[two.choices.index(choice)], i, two.choices.index(choice), choice)
+        for i, choice in enumerate(one.choices) if choice in two.choices
+    ]  # fmt: skip
+    both.sort(key=lambda entry: entry[:3])
+    count = min(PAIR_POINTS, len(both))
+    picked = [both[(2 * k + 1) * len(both) // (2 * count)] for k in range(count)]
+    return [entry[1:] for entry in picked]

@@ -1,0 +1,183 @@
+"""The result of an allocation: a recipe, the front of what else there was, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aquant_jax import recipe as recipes
+from aquant_jax.allocation.choices import Budget, Choice
+from aquant_jax.allocation.layer_choices import exactly
+from aquant_jax.errors import InputError, reason
+from aquant_jax.recipe import Override, Recipe
+from aquant_jax.storage.json_file import read_json, write_json
+from aquant_jax.storage.parsing import malformed
+
+
+class Entry(NamedTuple):
+    """One choice of one layer.
+
+    Attributes:
+      path: of the layer's weight.
+      choice: in words, such as "w3a4"; an input in float has 16 bits there.
+      error: predicted output error of the network with this layer quantized alone.
+      costs: by name: "bytes", "weight_bits" and "act_bits" (its share of the averages),
+        "bit_operations", "coefficients" and, where it was asked for, "latency".
+      chosen: whether the allocation has it.
+    """
+
+    path: str
+    choice: str
+    error: float
+    costs: Mapping[str, float]
+    chosen: bool
+
+
+class FrontPoint(NamedTuple):
+    """One allocation of the Pareto front.
+
+    Attributes:
+      degradation: predicted output error.
+      costs: of the whole network, by name.
+      layers: what each layer that is not fixed departs from the recipe in.
+    """
+
+    degradation: float
+    costs: Mapping[str, float]
+    layers: Mapping[str, Override]
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """Bits and borders of every layer, under a budget.
+
+    Attributes:
+      base: the recipe that `layers` extend.
+      layers: by weight path, the override of each layer that the recipe does not fix.
+      budget: that it keeps to.
+      degradation: predicted output error: KL divergence in nats, or relative mean squared error, as
+        ``finetune_loss`` of the recipe says.
+      costs: of the whole network, by name.
+      front: allocations of least degradation, from the least to the most of the budget's cost.
+      table: the error and the costs of every choice of every layer.
+      measured: how many errors this call measured; the others came from its folder.
+    """
+
+    base: Recipe
+    layers: Mapping[str, Override]
+    budget: Budget
+    degradation: float
+    costs: Mapping[str, float]
+    front: tuple[FrontPoint, ...] = ()
+    table: tuple[Entry, ...] = ()
+    measured: int = 0
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the allocation, for `quantize`."""
+        return self.recipe_of(self)
+
+    def recipe_of(self, point: FrontPoint | Allocation) -> Recipe:
+        """The recipe of a point of the front."""
+        overrides = (*self.base.overrides, *point.layers.values())
+        return dataclasses.replace(self.base, overrides=overrides)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a JSON file, in which ``layers`` may be edited by hand.
+
+        Raises:
+          InputError: the file cannot be written.
+        """
+        content = {
+            "budget": _set_fields(self.budget),
+            "degradation": self.degradation,
+            "costs": dict(self.costs),
+            "layers": _layers(self.layers),
+            "recipe": self.base.to_dict(),
+            "front": [{**point._asdict(), "layers": _layers(point.layers)} for point in self.front],
+            "table": [entry._asdict() for entry in self.table],
+        }
+        try:
+            write_json(Path(path), content)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {reason(error)}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Allocation:
+        """The allocation in a file of `save`.
+
+        Raises:
+          InputError: the file is absent, or damaged, or holds bits that a recipe does not accept.
+        """
+        path = Path(path)
+        try:
+            content = read_json(path)
+        except OSError as error:
+            raise InputError(f"{path}: {reason(error)}") from error
+        with malformed(path):
+            base = dict(content["recipe"])
+            learning = base.pop("reconstruction")
+            found = cls(
+                recipes.Recipe(**base).replace(**learning),
+                _overrides(content["layers"]),
+                Budget(**content["budget"]),
+                float(content["degradation"]),
+                content["costs"],
+                tuple(
+                    FrontPoint(**{**point, "layers": _overrides(point["layers"])})
+                    for point in content["front"]
+                ),
+                tuple(Entry(**entry) for entry in content["table"]),
+            )
+            found.recipe  # noqa: B018  # bits out of range end the call here
+        return found
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':40s} {'choice':24s} {'error alone':>12s} {'bytes':>10s}"]
+        alone = {(entry.path, entry.choice): entry for entry in self.table}
+        for entry in self.table:
+            if not entry.chosen:
+                continue
+            choice = _choice(entry, self.layers.get(entry.path))
+            same = alone.get((entry.path, choice))
+            error, size = (f"{same.error:.3g}", f"{same.costs['bytes']:,.0f}") if same else ("", "")
+            lines.append(f"{entry.path:40s} {choice:24s} {error:>12s} {size:>10s}".rstrip())
+        costs = ", ".join(f"{name} {value:,.6g}" for name, value in self.costs.items())
+        lines.append(f"predicted degradation {self.degradation:.4g}; {costs}")
+        return "\n".join(lines)
+
+
+def _choice(entry: Entry, override: Override | None) -> str:
+    """The choice of a layer in words, as its override has it now."""
+    if override is None:
+        return entry.choice
+    if override.keep_float:
+        return str(Choice())
+    bits, *_ = entry.choice.split()
+    weights, _, acts = bits.removeprefix("w").partition("a")
+    if bits == "float":
+        return entry.choice
+    kind = filter(None, (override.border, override.border_granularity))
+    label = f"w{override.weight_bits or weights}a{override.act_bits or acts}"
+    return " ".join([label, *kind])
+
+
+def _set_fields(part: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults."""
+    return {
+        field.name: getattr(part, field.name)
+        for field in dataclasses.fields(part) if getattr(part, field.name) != field.default
+    }  # fmt: skip
+
+
+def _layers(layers: Mapping[str, Override]) -> dict[str, dict[str, Any]]:
+    return {
+        path: {k: v for k, v in _set_fields(override).items() if k != "pattern"}
+        for path, override in layers.items()
+    }
+
+
+def _overrides(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Override]:
+    return {path: Override(exactly(path), **fields) for path, fields in layers.items()}

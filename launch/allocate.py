@@ -1,0 +1,141 @@
+"""Chooses bits of every layer of a config's network under a budget.
+
+Writes allocation.json (for launch.quantize --allocation, and for an editor), front.png and
+results.json into the workdir, and keeps every measurement there in sensitivity.json: another budget
+measures nothing again. Bits of 16 stand for float. A budget is one of bytes=N, average_bits=N (or
+N,M for weights and activations), bit_operations=N, latency=MS, coefficients=N and degradation=X.
+
+Example:
+
+    python -m launch.allocate --config=configs/digits.py:w3a3 --budget=average_bits=3 \\
+        --workdir=runs/allocation
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+import aquant_jax as aq
+import gpu_ops
+from aquant_jax.errors import InputError
+from aquant_jax.storage.environment import environment
+from aquant_jax.storage.json_file import write_json
+from launch.lib import command_line, experiment, plots
+
+ALLOCATION, FRONT, RESULTS = "allocation.json", "front.png", "results.json"
+FLOAT_BITS = 16
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this program."""
+    flags.DEFINE_string("config", None, "file.py:variant; required", flag_values=values)
+    command_line.define_path(values, "workdir", None, "folder to write into; required")
+    flags.DEFINE_string("budget", None, "NAME=VALUE; required", flag_values=values)
+    command_line.define_path(values, "data_dir", "~", "holds tensorflow_datasets/ and weights/")
+    flags.DEFINE_integer("seed", 0, "of the calibration draw", 0, flag_values=values)
+    flags.DEFINE_list("weight_bits", "2,3,4", "to choose from", flag_values=values)
+    flags.DEFINE_list("act_bits", "2,3,4", "to choose from", flag_values=values)
+    text = "to choose from, name:granularity, with --steps; the recipe's if empty"
+    flags.DEFINE_list("borders", "", text, flag_values=values)
+    text = "of a block, before errors are measured; 0 rounds to nearest"
+    flags.DEFINE_integer("steps", 0, text, 0, flag_values=values)
+    text = "of which the cheapest within a degradation has least"
+    flags.DEFINE_string("cost", "bytes", text, flag_values=values)
+    flags.mark_flags_as_required(["config", "workdir", "budget"], flag_values=values)
+
+
+@command_line.program
+def main(argv: list[str]) -> None:
+    """Measures, solves and writes."""
+    values, overrides = command_line.parse(argv, define_flags, __doc__)
+    config = command_line.load_config(values.config, overrides)
+    recipe = experiment.recipe_of(config)
+    budget = parse_budget(values.budget, values.cost)
+    choices = parse_choices(values.weight_bits, values.act_bits, values.borders)
+    folder = Path(values.workdir)
+    if (folder / ALLOCATION).exists():
+        raise InputError(f"{folder / ALLOCATION} exists; move it, or choose another --workdir")
+    plots.require_matplotlib()
+    dataset, source = experiment.open_data(config, values.data_dir)
+    apply, variables, check = experiment.create(config, values.data_dir, dataset)
+    corrupt = experiment.on_corrupt(config, [])
+    calibration = source.calibration(config.calibration_size, values.seed, corrupt).inputs
+    check(calibration)
+    start = time.monotonic()
+    allocation = aq.allocate(
+        apply, variables, calibration, budget, choices,
+        recipe=recipe, mask=config.get("mask"), steps=values.steps, seed=values.seed,
+        compiler=aq.Compiler(gpu_ops.backend()), resume=folder,
+    )  # fmt: skip
+    seconds = time.monotonic() - start
+    plots.front(allocation, folder / FRONT)
+    write_json(folder / RESULTS, {
+        "config": values.config, "budget": values.budget, "choices": list(map(str, choices)),
+        "steps": values.steps, "seed": values.seed, "seconds": seconds,
+        "measured": allocation.measured, "degradation": allocation.degradation,
+        "costs": allocation.costs, **environment(),
+    })  # fmt: skip
+    allocation.save(folder / ALLOCATION)
+    print(allocation)
+    print(f"{allocation.measured} errors measured, {seconds:.0f} s; in {folder}")
+
+
+def parse_budget(text: str, cost: str) -> aq.Budget:
+    """A budget from ``NAME=VALUE``.
+
+    >>> parse_budget("average_bits=3,4", "bytes").average_bits
+    (3.0, 4.0)
+
+    Raises:
+        InputError: an unknown name, or no number.
+    """
+    name, _, value = text.partition("=")
+    try:
+        numbers = tuple(map(float, value.split(",")))
+    except ValueError as error:
+        raise InputError(f"budget {text!r}: {value!r} is no number; give NAME=VALUE") from error
+    fields: dict[str, Any] = {name: numbers[0] if len(numbers) == 1 else numbers}
+    try:
+        return aq.Budget(**fields, cost=cost)
+    except TypeError as error:
+        known = "bytes, average_bits, bit_operations, latency, coefficients, degradation"
+        raise InputError(f"budget {text!r}: unknown name {name!r}; there are {known}") from error
+
+
+def parse_choices(
+    weight_bits: Sequence[str], act_bits: Sequence[str], borders: Sequence[str]
+) -> list[aq.Choice]:
+    """All choices of these bits and borders.
+
+    >>> [str(choice) for choice in parse_choices(["4", "16"], ["4", "16"], [])]
+    ['w4a4', 'w4a16', 'float']
+
+    Raises:
+        InputError: bits that are no number, or out of range; an unknown border.
+    """
+    weights, acts = (list(map(_bits, bits)) for bits in (weight_bits, act_bits))
+    kinds: list[Any] = [tuple(filter(None, border.split(":"))) for border in borders] or [()]
+    found = []
+    for weight, act in itertools.product(weights, acts):
+        if weight is None:
+            found.append(aq.Choice())
+        else:
+            found += [aq.Choice(weight, act, *(kind if act else ())) for kind in kinds]
+    return list(dict.fromkeys(found))
+
+
+def _bits(text: str) -> int | None:
+    try:
+        bits = int(text)
+    except ValueError as error:
+        raise InputError(f"bits {text!r} are no whole number; give a list such as 2,3,4") from error
+    return None if bits == FLOAT_BITS else bits
+
+
+if __name__ == "__main__":
+    sys.exit(main())

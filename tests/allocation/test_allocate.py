@@ -1,0 +1,231 @@
+"""``allocate`` on small networks, with layers rounded to nearest."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import aquant_jax as aq
+from aquant_jax.allocation.measure import FILE
+from aquant_jax.deployment.checkpoint import sizes
+from tests.support.nets import images, mlp, normal, residual_net, rng_of
+
+X = images(0, 16, size=5)
+NET = residual_net()
+CHOICES = [aq.Choice(w, a) for w in (2, 3, 4) for a in (2, 3, 4)]
+RECIPE = aq.recipes.qdrop(3, 3, finetune_loss="kl")
+FREE = ("block_1/conv1/kernel", "block_1/conv2/kernel")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The measurements of NET, which every test with this recipe reads."""
+    path = tmp_path_factory.mktemp("measurements")
+    assert allocate(aq.Budget(average_bits=3), path).measured == 23
+    return path
+
+
+def allocate(budget, folder=None, choices=CHOICES, recipe=RECIPE, net=NET, x=X, **options):
+    return aq.allocate(*net, x, budget, choices, recipe=recipe, resume=folder, **options)
+
+
+def rounded(recipe, net=NET, x=X):
+    return aq.quantize(*net, x, recipe.replace(steps=0), observer=aq.Observer())
+
+
+def divergence(quantized):
+    wanted, found = (jax.nn.log_softmax(y) for y in (NET[0](NET[1], X), quantized(X)))
+    return float(jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - found), -1)))
+
+
+@pytest.mark.parametrize("limit", [{"bytes": 390}, {"average_bits": (2.5, 3.5)},
+                                   {"bit_operations": 760_000}])  # fmt: skip
+def test_the_quantized_network_costs_what_the_allocation_says(folder, limit):
+    found = allocate(aq.Budget(**limit), folder)
+    quantized = rounded(found.recipe)
+    layers = {layer.path: layer for layer in quantized.summary()}
+    assert found.costs["bytes"] == sizes(quantized).packed
+    # Both convolutions have as many weights, and inputs of as many elements.
+    assert found.costs["weight_bits"] == np.mean([layers[path].weight_bits for path in FREE])
+    assert found.costs["act_bits"] == np.mean([layers[path].act_bits for path in FREE])
+    products = {"stem": 25 * 27 * 4, "block_1": 25 * 36 * 4, "head": 20}
+    assert found.costs["bit_operations"] == sum(
+        products[path.split("/")[0]] * layer.weight_bits * (layer.act_bits or 32)
+        for path, layer in layers.items()
+    )
+    assert all(found.costs[name] <= bound for name, bound in limits(limit).items())
+    # What the recipe fixes stays.
+    assert (layers["stem/kernel"].weight_bits, layers["stem/kernel"].act_bits) == (8, None)
+    assert (layers["head/kernel"].weight_bits, layers["head/kernel"].act_bits) == (8, 8)
+
+
+def limits(limit):
+    ((name, value),) = limit.items()
+    return (
+        dict(zip(("weight_bits", "act_bits"), value, strict=True))
+        if name == "average_bits"
+        else limit
+    )
+
+
+def test_the_prediction_is_near_the_error_of_the_quantized_network(folder):
+    found = allocate(aq.Budget(average_bits=3), folder)
+    measured = divergence(rounded(found.recipe))
+    assert found.degradation == pytest.approx(measured, rel=0.3)
+
+
+def test_a_second_call_measures_nothing_and_a_torn_off_one_the_rest(folder, tmp_path):
+    first = allocate(aq.Budget(average_bits=3), folder)
+    assert first.measured == 0
+    stored = json.loads((folder / FILE).read_text())
+    del stored["errors"][FREE[1]]["w2a2"]
+    (tmp_path / FILE).write_text(json.dumps(stored))
+    again = allocate(aq.Budget(average_bits=3), tmp_path)
+    assert again.measured == 1
+    assert again.layers == first.layers
+    with pytest.raises(aq.InputError, match=r"another call, which differs in calibration"):
+        allocate(aq.Budget(average_bits=3), folder, x=X + 1)
+
+
+def test_the_front_falls_from_the_least_to_the_most(folder):
+    front = allocate(aq.Budget(average_bits=3), folder).front
+    assert len(front) == 10
+    errors = [point.degradation for point in front]
+    assert errors == sorted(errors, reverse=True)
+    assert (front[0].costs["weight_bits"], front[0].costs["act_bits"]) == (2, 2)
+
+
+def test_the_cheapest_within_a_degradation(folder):
+    found = allocate(aq.Budget(degradation=0.001, cost="bit_operations"), folder)
+    assert found.degradation <= 0.001
+    dearer = allocate(aq.Budget(bit_operations=found.costs["bit_operations"] - 1), folder)
+    assert dearer.degradation > 0.001
+
+
+def test_saved_edited_and_quantized(folder, tmp_path):
+    found = allocate(aq.Budget(average_bits=3), folder)
+    found.save(tmp_path / "a.json")
+    loaded = aq.Allocation.load(tmp_path / "a.json")
+    assert (loaded.recipe, loaded.front, loaded.table) == (found.recipe, found.front, found.table)
+    assert str(loaded) == str(found)
+    content = json.loads((tmp_path / "a.json").read_text())
+    content["layers"][FREE[0]] = {"weight_bits": 7, "act_bits": 6}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    edited = aq.Allocation.load(tmp_path / "a.json")
+    assert "w7a6" in str(edited)
+    assert {s.path: s.weight_bits for s in rounded(edited.recipe).summary()}[FREE[0]] == 7
+    content["layers"][FREE[0]] = {"weight_bits": 9}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(aq.InputError, match=r"a.json is malformed: .*weight_bits is 9"):
+        aq.Allocation.load(tmp_path / "a.json")
+
+
+def test_float_and_weights_only_layers(tmp_path):
+    choices = [aq.Choice(4, 4), aq.Choice(4), aq.Choice()]
+    net, x = mlp(sizes=(6, 8, 8, 8, 4)), normal(rng_of(1), 16, 6)
+    recipe = aq.recipes.aquant(3, 3)
+    for average, wanted in (((18, 18), (None, None)), ((4, 18), (4, None))):
+        found = allocate(aq.Budget(average_bits=average), tmp_path, choices, recipe, net, x)
+        quantized = rounded(found.recipe, net, x)
+        bits = {s.path: (s.weight_bits, s.act_bits) for s in quantized.summary()}
+        borders = {s.path: s.border_function for s in quantized.summary()}
+        assert {bits["1/w"], bits["2/w"]} == {(4, 4), wanted}
+        assert bits["3/w"] == (8, 8)
+        assert all((borders[path] == "quadratic") == (act is not None)
+                   for path, (_, act) in bits.items())  # fmt: skip
+        assert found.costs["bytes"] == sizes(quantized).packed
+
+
+def two_readers():
+    """Two layers that read the hidden tensor, and an output of both."""
+    variables = {name: normal(rng_of(i), 6, 6) for i, name in enumerate(("first", "a", "b", "out"))}
+
+    def apply(variables, x):
+        h = jax.nn.relu(x @ variables["first"])
+        y = jax.nn.relu(h @ variables["a"]) * jax.nn.relu(h @ variables["b"])
+        return y @ variables["out"]
+
+    return apply, variables
+
+
+def test_readers_of_a_tensor_have_its_bits():
+    """Without the constraint the second reader, which is charged nothing for them, has four."""
+    net, x = two_readers(), normal(rng_of(9), 16, 6)
+    budget, recipe = aq.Budget(average_bits=(4, 2.5)), aq.recipes.qdrop(3, 3)
+    found = allocate(budget, None, CHOICES, recipe, net, x)
+    quantized = rounded(found.recipe, net, x)
+    bits = {s.path: s.act_bits for s in quantized.summary()}
+    assert [found.layers[path].act_bits for path in "ab"] == [2, 2] == [bits["a"], bits["b"]]
+    assert found.costs["bytes"] == sizes(quantized).packed
+
+
+def test_borders_are_told_apart_by_a_short_reconstruction(tmp_path):
+    choices = [aq.Choice(3, 3, "nearest"), aq.Choice(3, 3, "quadratic", "channel")]
+    recipe = aq.recipes.aquant(3, 3, batch_size=8)
+    options = {"net": mlp(), "x": normal(rng_of(1), 16, 6), "recipe": recipe}
+    with pytest.raises(aq.InputError, match=r"w3a3 nearest, w3a3 quadratic.* in their borders"):
+        allocate(aq.Budget(coefficients=30), None, choices, **options)
+    found = allocate(aq.Budget(coefficients=30), tmp_path, choices, steps=2, **options)
+    quantized = rounded(found.recipe, mlp(), options["x"])
+    count = sum(c.size for s in quantized.summary() for c in (s.border or {}).values())
+    assert found.costs["coefficients"] == count <= 30
+    assert found.costs["bytes"] == sizes(quantized).packed
+    assert allocate(aq.Budget(coefficients=48), tmp_path, choices, steps=2, **options).measured == 0
+
+
+def test_latency_comes_from_a_table_or_from_this_device():
+    recipe, x = aq.recipes.qdrop(3, 3), normal(rng_of(1), 16, 6)
+    choices = [aq.Choice(2, 2), aq.Choice(4, 4)]
+    table = {"0/w": {"w8a16": 1.0}, "1/w": {"w2a2": 2.0, "w4a4": 4.0}, "2/w": {"w8a8": 1.0}}
+    found = allocate(aq.Budget(latency=5), None, choices, recipe, mlp(), x, latencies=table)
+    assert (found.costs["latency"], found.layers["1/w"].weight_bits) == (4, 2)
+    with pytest.raises(aq.InputError, match=r"latencies lack 1/w at 'w2a2'"):
+        allocate(aq.Budget(latency=5), None, choices, recipe, mlp(), x, latencies={
+            "0/w": {"w8a16": 1.0}, "1/w": {}})  # fmt: skip
+    with pytest.raises(aq.InputError, match=r"latency 1,000,000,000 is above the most"):
+        allocate(aq.Budget(latency=1e9), None, choices, recipe, mlp(), x)
+
+
+def test_bad_budgets_and_choices_are_named(folder):
+    for fields, message in (
+        ({}, "nothing given; exactly one of bytes, average_bits"),
+        ({"bytes": 1, "latency": 2}, "bytes and latency given"),
+        ({"bytes": -1}, "bytes is -1; it must be a positive number"),
+        ({"average_bits": (3, 3, 3)}, "or a pair"),
+        ({"degradation": 1, "cost": "size"}, "cost is 'size'; known: bytes"),
+    ):
+        with pytest.raises(aq.InputError, match=message):
+            aq.Budget(**fields)
+    for fields, message in (
+        ({"weight_bits": 1}, "weight_bits is 1; it must be a whole number of 2 to 8"),
+        ({"weight_bits": 3, "act_bits": True}, "act_bits is True"),
+        ({"act_bits": 3}, "act_bits is 3 with float weights"),
+        ({"weight_bits": 3, "border": "linear"}, "border 'linear' with act_bits None"),
+        ({"weight_bits": 3, "act_bits": 3, "border_granularity": "no"}, "known: element, mean"),
+    ):
+        with pytest.raises(aq.InputError, match=message):
+            aq.Choice(**fields)
+    budget = aq.Budget(bytes=300)
+    with pytest.raises(aq.InputError, match=r"choices are \[\]; there must be one or more"):
+        allocate(budget, folder, [])
+    with pytest.raises(aq.InputError, match=r"budget is 3; it must be an aq\.Budget"):
+        allocate(3, folder)
+
+
+def test_budgets_out_of_reach_name_the_least_and_the_most(folder):
+    with pytest.raises(aq.InputError, match=r"bytes 10 is below the least, \d+; the most is \d+$"):
+        allocate(aq.Budget(bytes=10), folder)
+    with pytest.raises(aq.InputError, match=r"weight_bits 5 is above the most, 4; the least is 2"):
+        allocate(aq.Budget(average_bits=5), folder)
+    with pytest.raises(
+        aq.InputError, match=r"degradation 9 is above the most; it is .* fewest bytes"
+    ):
+        allocate(aq.Budget(degradation=9), folder)
+    fixed = RECIPE.replace(overrides=({"pattern": "conv2", "weight_bits": 8},))
+    with pytest.raises(aq.InputError, match=r"weight_bits 3 is below the least, 5; .*"
+                       r"overrides fix block_1/conv2/kernel at w8a2"):  # fmt: skip
+        allocate(aq.Budget(average_bits=3), None, recipe=fixed)
+    assert math.isfinite(allocate(aq.Budget(average_bits=(6, 3)), None, recipe=fixed).degradation)

@@ -1,0 +1,62 @@
+"""``launch.allocate``, and ``launch.quantize`` with what it writes."""
+
+import json
+
+import pytest
+
+from launch import allocate, quantize
+from tests.launch.conftest import DIGITS, SMALL
+
+pytestmark = pytest.mark.draws
+
+
+def run(folder, *argv):
+    return allocate.main(["allocate", DIGITS, *SMALL, f"--workdir={folder}", *argv])
+
+
+def test_an_allocation_is_written_once_and_quantized(tmp_path, capsys):
+    folder, bits = tmp_path / "a", ("--weight_bits=2,3", "--act_bits=2,3")
+    assert run(folder, "--budget=average_bits=2.5", *bits) == 0
+    out = capsys.readouterr().out
+    assert "predicted degradation" in out
+    assert "errors measured" in out
+    assert (folder / "front.png").stat().st_size
+    results = json.loads((folder / "results.json").read_text())
+    assert results["costs"]["weight_bits"] <= 2.5
+    assert results["choices"] == ["w2a2", "w2a3", "w3a2", "w3a3"]
+    # Another budget measures nothing, and an allocation is never written over.
+    assert run(folder, "--budget=bytes=9000", *bits) == 2
+    assert "allocation.json exists; move it" in capsys.readouterr().err
+    (folder / "allocation.json").rename(tmp_path / "a.json")
+    assert run(folder, "--budget=average_bits=3,2", *bits) == 0
+    assert "\n0 errors measured" in capsys.readouterr().out
+
+    flag, workdir = f"--allocation={tmp_path / 'a.json'}", f"--workdir={tmp_path / 'q'}"
+    assert quantize.main(["quantize", DIGITS, *SMALL, workdir, flag]) == 0
+    layers = json.loads((tmp_path / "a.json").read_text())["layers"]
+    identity = json.loads((tmp_path / "q" / "run.json").read_text())
+    stored = identity["config"]["recipe"]["overrides"]
+    assert [entry["weight_bits"] for entry in stored] == [
+        layer["weight_bits"] for layer in layers.values()
+    ]
+    # Another allocation is another run.
+    flag = f"--allocation={folder / 'allocation.json'}"
+    assert quantize.main(["quantize", DIGITS, *SMALL, workdir, flag]) == 2
+    assert "holds another run, which differs in config.recipe.overrides" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--budget=3"], "budget '3': '' is no number"),
+        (["--budget=size=3"], "unknown name 'size'; there are bytes"),
+        (["--budget=bytes=3", "--weight_bits=two"], "bits 'two' are no whole number"),
+        (["--budget=bytes=3", "--act_bits=9"], "act_bits is 9; it must be a whole number of 2"),
+        (["--budget=bytes=3"], "bytes 3 is below the least"),
+    ],
+)
+def test_bad_flags_are_one_line(argv, message, tmp_path, capsys):
+    assert run(tmp_path / "a", *argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert not (tmp_path / "a").exists()
