@@ -9,11 +9,20 @@ Example:
     python -m launch.quantize --config=configs/digits.py:w2a2,preset=aquant --workdir=runs/x
 """
 
+import dataclasses
 import sys
 
 from absl import flags
 
-from launch.lib import command_line, experiment, hosts, memory_limits, meshes, reports
+from launch.lib import (
+    allocations,
+    command_line,
+    experiment,
+    hosts,
+    memory_limits,
+    meshes,
+    reports,
+)
 from launch.lib.results import one_line
 from launch.lib.run_directory import PAGE
 
@@ -43,8 +52,7 @@ def main(argv: list[str]) -> None:
     values, overrides = command_line.parse(argv, define_flags, __doc__)
     hosts.join(values)
     config = command_line.load_config(values.config, overrides)
-    if values.allocation is not None:
-        experiment.allocate(config, values.allocation)
+    origin = allocations.use(config, values.allocation) if values.allocation else {}
     experiment.recipe_of(config)  # a wrong field ends the run here, before anything is loaded
     mesh, limit = meshes.parse(values.mesh), memory_limits.parse(values.memory_limit)
     identity = experiment.identity(config, values.seed, values.data_dir)
@@ -53,6 +61,7 @@ def main(argv: list[str]) -> None:
         results = directory.stored
         if results is None:
             loaded = experiment.load(config, values.data_dir, mesh, limit)
+            loaded = dataclasses.replace(loaded, origin=origin)
             results = experiment.run(
                 loaded, config, values.config, values.seed, directory, restart_from=first
             )

@@ -185,6 +185,7 @@ def pareto(points: Sequence[Mapping[str, Any]], cost: str) -> Element:
                 color=colour(index), mfc="none" if index == 0 else colour(index), label=name,
             )  # fmt: skip
         axes.set(xlabel=cost, ylabel="degradation")
+        log_scale(axes, "y", np.array([point["predicted"] for point in points]))
         axes.legend()
 
     return draw(plot, f"Pareto front of degradation against {cost}", 3)

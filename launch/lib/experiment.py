@@ -44,6 +44,7 @@ class Experiment:
         float_metrics: score of the float network.
         check: raises an ``InputError`` for inputs that the network cannot take.
         mesh, memory_limit: see ``aquant_jax.quantize``.
+        origin: fields of the results that say where the recipe comes from.
     """
 
     apply: models.Apply
@@ -54,6 +55,7 @@ class Experiment:
     check: Check = no_check
     mesh: Mesh | None = None
     memory_limit: int | None = None
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load(
@@ -142,23 +144,6 @@ def recipe_of(config: Config) -> aq.Recipe:
     return aq.recipes.preset(config.preset, **fields, **learning)
 
 
-def allocate(config: Config, path: str) -> None:
-    """Sets the bits and borders of a config's recipe to those of an allocation, in place.
-
-    They are fields of the config then, and identify the run.
-
-    Raises:
-        InputError: the file is no allocation.
-    """
-    recipe = aq.Allocation.load(path).recipe
-    fields = ("overrides",)
-    if recipe.act_bits is None:  # its overrides have the bits of the activations
-        fields = ("act_bits", "border", "overrides")
-    with config.unlocked():
-        for name in fields:
-            config.recipe[name] = recipe.to_dict()[name]
-
-
 def augment_of(config: Config, recipe: aq.Recipe) -> Any:
     """The augmentation of a config, where its recipe has a stage that uses it.
 
@@ -222,7 +207,7 @@ def run(
     metrics = score(quantized, dataset, config, "quantized", corrupt, check, mesh)
     content = {
         "config": spec,
-        **describe(quantized),
+        **describe(quantized) | experiment.origin,
         "seed": seed,
         **_scores(experiment, metrics),
         "calibration_samples": len(calibration.labels),

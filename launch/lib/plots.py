@@ -14,6 +14,7 @@ import numpy as np
 from aquant_jax.errors import InputError
 from aquant_jax.reporting.layers import border_values
 from aquant_jax.reporting.run import Report, split_reports
+from launch.lib.allocations import cost_of
 
 Drawing = tuple[str, Callable[[Any], None]]  # title, draw(axes)
 
@@ -142,19 +143,12 @@ def front(allocation: Any, path: Path) -> None:
     counted = allocation.budget.counted
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
     for points, style in ((allocation.front, "o-"), ([allocation], "r*")):
-        costs = [_cost(point.costs, counted) for point in points]
+        costs = [cost_of(point.costs, counted) for point in points]
         axes.plot(costs, [point.degradation for point in points], style)
     _log_scale(axes, [point.degradation for point in allocation.front])
     axes.set_xlabel(f"{counted.replace('_', ' ')} (star: the budget)")
     axes.set_ylabel("predicted output error")
     _save(plt, figure, path)
-
-
-def _cost(costs: Mapping[str, float], name: str) -> float:
-    """A cost of an allocation; of the average bits, the mean of weights and activations."""
-    if name == "average_bits":
-        return (costs["weight_bits"] + costs["act_bits"]) / 2
-    return costs[name]
 
 
 def propagated_errors(reports: Mapping[str, Sequence[Report]], path: Path) -> None:

@@ -39,6 +39,9 @@ def test_an_allocation_is_written_once_and_quantized(tmp_path, capsys):
     assert [entry["weight_bits"] for entry in stored] == [
         layer["weight_bits"] for layer in layers.values()
     ]
+    found = json.loads((tmp_path / "q" / "results.json").read_text())
+    assert [point["name"] for point in found["pareto"]] == [*map(str, range(10)), "this"]
+    assert 'id="pareto-table"' in (tmp_path / "q" / "report.html").read_text()
     # Another allocation is another run.
     flag = f"--allocation={folder / 'allocation.json'}"
     assert quantize.main(["quantize", DIGITS, *SMALL, workdir, flag]) == 2
