@@ -18,7 +18,7 @@ def runs(load: Load) -> str:
 
 
 def front(load: Load) -> str:
-    """The ten allocations of a front, and their real degradation."""
+    """The ten allocations of a front, their real degradation, and the rank correlation of both."""
     measured = load("resnet20_allocation")["front"]
     lines = [
         [
@@ -28,4 +28,5 @@ def front(load: Load) -> str:
         for point in measured["points"]
     ]  # fmt: skip
     head = ["weight bits", "activation bits", "bytes with borders", "predicted KL", "top-1 %"]
-    return markdown(head, lines, right=0)
+    rank = f"Spearman's correlation of predicted KL and lost top-1: {measured['spearman']:.2f}."
+    return f"{markdown(head, lines, right=0)}\n\n{rank}"
