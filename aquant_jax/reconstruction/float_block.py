@@ -19,7 +19,7 @@ from aquant_jax.reconstruction.border_choice import (
     candidates,
 )
 from aquant_jax.reconstruction.observe_ranges import observe_ranges
-from aquant_jax.reconstruction.run import Run, every_batch, run_batches
+from aquant_jax.reconstruction.run import Run, run_batches
 from aquant_jax.reconstruction.weights import (
     WeightQuantizer,
     float_weights,
@@ -94,5 +94,4 @@ class FloatBlock:
         self, program: BlockProgram, samples: int
     ) -> Iterator[tuple[np.ndarray, Sequence[jax.Array]]]:
         weights = float_weights(program, self._run.net.folded)
-        batches = every_batch(self._run.net, samples)
-        return run_batches(self._run, program, weights, None, self.boundary, batches)
+        return run_batches(self._run, program, weights, None, self.boundary, samples)

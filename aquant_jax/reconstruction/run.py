@@ -55,14 +55,15 @@ def run_batches(
     weights: Sequence[Any],
     activations: Sequence[ActivationQuantizer] | None,
     boundary: tuple[Cache, ...],
-    batches: Sequence[np.ndarray],
+    samples: int,
 ) -> Iterator[tuple[np.ndarray, Sequence[jax.Array]]]:
-    """Outputs of a block for the samples of every batch, with their indices."""
+    """Outputs of a block, batch by batch, with the indices of the samples."""
     function = run.compiler.get(
         ("forward", program.key, activations is not None),
         lambda: functools.partial(take_and_run, program, run.compiler.layer),
     )
     inputs = block_inputs(run, program, boundary)
+    batches = [batch_rows(run.net, start) for start in range(0, samples, run.net.batch)]
     loaded = load((inputs.boundary, inputs.model), batches)
     for rows, ((caches, model), index) in zip(batches, loaded, strict=True):
         batch = inputs._replace(boundary=caches, model=model)
@@ -88,12 +89,6 @@ def take_and_run(
 def batch_rows(net: Network, start: int) -> np.ndarray:
     """The samples of a batch; the last batch wraps around to the first sample."""
     return np.arange(start, start + net.batch, dtype=np.int32) % net.samples
-
-
-def every_batch(net: Network, samples: int) -> list[np.ndarray]:
-    """The first `samples` of the calibration set, in batches."""
-    starts = range(0, samples, net.batch)
-    return [batch_rows(net, start) for start in starts]
 
 
 def batches_of(net: Network, samples: np.ndarray) -> list[np.ndarray]:

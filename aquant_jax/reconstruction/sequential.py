@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 
 from aquant_jax.arithmetic.border import AUTO
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.layers.fake_quant import LayerState
 from aquant_jax.plan.block_program import BlockProgram
 from aquant_jax.plan.network import Network
@@ -30,9 +31,9 @@ from aquant_jax.reconstruction.run import (
     batch_rows,
     batches_of,
     block_inputs,
-    every_batch,
     run_batches,
     split,
+    take_and_run,
 )
 from aquant_jax.reconstruction.training_step import CalibrationData, Quantizers
 from aquant_jax.reconstruction.weights import deployed_weights, nearest_layers
@@ -180,10 +181,9 @@ def _forward_quantized(run: Run, program: BlockProgram, state: State) -> tuple[C
     """Outputs of a block for all calibration samples, quantized."""
     weights = deployed_weights(program, [state.layers[spec.path] for spec in program.specs])
     activations = [state.activations[tensor.key] for tensor in program.tensors]
-    batches = every_batch(run.net, run.net.samples)
-    outputs = run_batches(run, program, weights, activations, state.quantized, batches)
+    batches = run_batches(run, program, weights, activations, state.quantized, run.net.samples)
     allocate = run.memory.allocate(state.index - 1)
-    return store((batch for _, batch in outputs), run.net.samples, allocate)
+    return store((outputs for _, outputs in batches), run.net.samples, allocate)
 
 
 def _whole_batches(net: Network) -> list[np.ndarray]:
@@ -200,16 +200,18 @@ def _error(
     batches: Sequence[np.ndarray],
 ) -> float:
     """Loss of the deployed block on `batches` of the calibration set."""
-    power = run.net.recipe.reconstruction.loss_power
+    # Bound outside `error`: a shared compiler must not keep `run` and its caches alive.
+    power, layer = run.net.recipe.reconstruction.loss_power, run.compiler.layer
 
     def build() -> Callable[..., jax.Array]:
         def error(
             index: jax.Array,
             valid_mask: jax.Array | None,
             targets: tuple[Cache, ...],
-            outputs: Sequence[jax.Array],
+            *args: Any,
         ) -> jax.Array:
             wanted = take(targets, index, program.dtypes(program.subgraph.outputs))
+            outputs = take_and_run(program, layer, index, *args)
             mask = None if valid_mask is None else valid_mask[index]
             return output_loss(program, outputs, wanted, power, mask)
 
@@ -217,10 +219,10 @@ def _error(
 
     function = run.compiler.get(("error", program.key, power), build)
     weights = deployed_weights(program, result.layers)
-    forward = run_batches(run, program, weights, result.activations, data.quantized, batches)
-    loaded = load((data.valid_mask, data.targets), batches)
-    losses = [
-        settled(function(index, mask, targets, outputs))
-        for ((mask, targets), index), (_, outputs) in zip(loaded, forward, strict=True)
-    ]
+    losses = []
+    samples = data.valid_mask, data.targets, data.quantized, data.model_inputs
+    for (mask, targets, boundary, model), index in load(samples, batches):
+        inputs = BlockInputs(boundary, model, data.constants)
+        loss = function(index, mask, targets, weights, result.activations, inputs)
+        losses.append(settled(loss))
     return float(np.mean([float(loss) for loss in losses]))
