@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,11 @@ class Override:
     keep_float: bool = False
     border: str | None = None
     border_granularity: str | None = None
+
+
+def exactly(path: str) -> str:
+    """The pattern of an override that finds this path alone."""
+    return f"^{re.escape(path)}$"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,6 @@ from aquant_jax.layers.fake_quant import border_shape
 from aquant_jax.plan.network import Network
 
 QUANTIZER_BYTES = 5  # of an activation: a float32 step size and a uint8 zero point
-FORMAT_BYTES = {"float32": 4, "float16": 2, "int8": 1}  # of a border coefficient
 Latencies = Mapping[str, Mapping[str, float]]  # milliseconds by weight path and str(choice)
 
 
@@ -80,7 +79,7 @@ def count_costs(
     def coefficients(layer: LayerChoices, choice: Choice) -> int:
         return _coefficients(net, ops[layer.path], layer, choice)
 
-    width = FORMAT_BYTES[net.recipe.border_format]
+    width = np.dtype(net.recipe.border_format).itemsize  # of a coefficient
     count("coefficients", coefficients)
     count("bytes", lambda layer, choice: (
         _bytes(shapes[layer.path], layer, choice) + width * coefficients(layer, choice)
@@ -140,8 +139,7 @@ def _coefficients(net: Network, op: Op, layer: LayerChoices, choice: Choice) -> 
     if name in (None, borders.NEAREST):
         return 0
     shape = border_shape(op, granularity or layer.border[1], net.graph.avals[op.x].shape)
-    coefficients = jax.eval_shape(lambda: borders.get(name).init(shape, 0.5))
-    return sum(math.prod(part.shape) for part in coefficients.values())
+    return borders.count_coefficients(name, shape)
 
 
 def _latency(latencies: Latencies, layer: LayerChoices, choice: Choice) -> float:

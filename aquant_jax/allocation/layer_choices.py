@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from aquant_jax.errors import InputError
 from aquant_jax.graph.ir import Graph
 from aquant_jax.layers.fake_quant import LayerSpec
 from aquant_jax.plan.assign import Plan, make_plan
-from aquant_jax.recipe import Override, Recipe
+from aquant_jax.recipe import Override, Recipe, exactly
 
 PROBES = (2, 3)  # bits that a layer must follow, or they are fixed
 
@@ -161,11 +160,6 @@ def chosen_overrides(
         for key in rules:
             overrides[key] = Override(exactly(key), act_bits=recipe.act_bits)
     return overrides
-
-
-def exactly(path: str) -> str:
-    """The regex that finds this path alone."""
-    return f"^{re.escape(path)}$"
 
 
 def _override(layer: LayerChoices, choice: Choice, explicit: bool) -> Override:

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 from aquant_jax import recipe as recipes
 from aquant_jax.allocation.choices import Budget, Choice
-from aquant_jax.allocation.layer_choices import exactly
 from aquant_jax.errors import InputError, reason
-from aquant_jax.recipe import Override, Recipe
+from aquant_jax.recipe import Override, Recipe, exactly
 from aquant_jax.storage.json_file import read_json, write_json
 from aquant_jax.storage.parsing import malformed
 

@@ -150,6 +150,20 @@ def get(name: str) -> Border:
     return _lookup("border", BORDERS, name, hint)
 
 
+def count_coefficients(name: str, shape: tuple[int, ...]) -> int:
+    """Number of coefficients of the border function called `name`.
+
+    Args:
+      name: of a border function.
+      shape: of each of its coefficients, see `Border.init`.
+
+    Raises:
+      InputError: an unknown name.
+    """
+    coefficients = jax.eval_shape(lambda: get(name).init(shape, 0.5))
+    return sum(part.size for part in jax.tree.leaves(coefficients))
+
+
 def get_phi(name: str) -> Phi:
     """The phi called `name`.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from aquant_jax.graph.partition import Block
 from aquant_jax.plan.assign import make_plan
 from aquant_jax.plan.block_program import BlockProgram, make_block_program
 from aquant_jax.plan.network import Network
-from aquant_jax.recipe import REFERENCE, Override, Recipe
+from aquant_jax.recipe import REFERENCE, Override, Recipe, exactly
 from aquant_jax.reconstruction.weights import init_borders
 
 POLYNOMIALS = ("constant", "linear", "quadratic")
@@ -69,7 +68,7 @@ def candidates(net: Network, block: Block) -> list[Candidate]:
 def with_borders(recipe: Recipe, borders: Borders) -> Recipe:
     """A recipe with the borders that were chosen, as overrides before the user's, which decide."""
     chosen = (
-        Override(f"^{re.escape(path)}$", border=name, border_granularity=granularity)
+        Override(exactly(path), border=name, border_granularity=granularity)
         for path, (name, granularity) in borders.items()
     )
     name, granularity = REFERENCE

@@ -76,28 +76,42 @@ def _record(layer: LayerSummary) -> Record:
     if layer.weight_bits is not None:
         found["codes"] = np.bincount(layer.codes.ravel(), minlength=2**layer.weight_bits).tolist()
     if layer.border and layer.act_bits and layer.zero_point is not None:
-        found["border_curves"] = _border_curves(layer)
+        found["border_curves"] = _border_record(layer)
     return found
 
 
-def _border_curves(layer: LayerSummary) -> Record:
+def _border_record(layer: LayerSummary) -> Record:
     """The curves, the largest ``|B - 0.5|`` and the number of coefficients."""
+    assert layer.border
+    u, curves = border_curves(layer, POINTS)
+    return {
+        "u": u.tolist(),
+        "curves": np.round(curves.astype(np.float64), 4).tolist(),
+        "bend": float(np.max(np.abs(curves[0] - 0.5))),
+        "coefficients": sum(int(c.size) for c in layer.border.values()),
+    }
+
+
+def border_curves(layer: LayerSummary, points: int) -> tuple[np.ndarray, np.ndarray]:
+    """``u`` over the grid of a layer with a border, and the `CURVES` borders that bend the most.
+
+    Args:
+      layer: with quantized activations and a border.
+      points: of a curve.
+
+    Returns:
+      [points] and [curves, points], those that bend more first.
+    """
     assert layer.border
     assert layer.border_function
     assert layer.act_bits
     top = 2**layer.act_bits - 1
-    u = np.linspace(0, top, POINTS, dtype=np.float32) - np.float32(layer.zero_point)
+    u = np.linspace(0, top, points, dtype=np.float32) - np.float32(layer.zero_point)
     curves = border_values(
         layer.border_function, layer.border, layer.phi, layer.border_granularity, u
     )
     bend = np.max(np.abs(curves - 0.5), axis=1)
-    chosen = curves[np.argsort(-bend)[:CURVES]]
-    return {
-        "u": u.tolist(),
-        "curves": np.round(chosen.astype(np.float64), 4).tolist(),
-        "bend": float(bend.max()),
-        "coefficients": sum(int(c.size) for c in layer.border.values()),
-    }
+    return u, curves[np.argsort(-bend)[:CURVES]]
 
 
 def border_values(

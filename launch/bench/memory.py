@@ -12,7 +12,6 @@ Example:
 import dataclasses
 import hashlib
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ import gpu_ops
 from aquant_jax import models
 from aquant_jax.storage.environment import environment
 from launch.bench import timing
-from launch.lib import command_line, memory_limits
+from launch.lib import command_line, memory_limits, process
 
 CHUNK = 64  # images that are drawn at once
 CHANNELS = 3
@@ -109,7 +108,7 @@ def measure_one(workload: Workload, images: Path, limit: int | None) -> dict[str
         digest.update(np.asarray(leaf).tobytes())
     return {
         "limit": limit,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak": process.peak_bytes(),
         "seconds": seconds,
         "places": plans[0].places,
         "sha256": digest.hexdigest(),

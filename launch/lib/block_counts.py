@@ -164,7 +164,7 @@ def _coefficients(graph: Graph, plan: Plan, op: Op) -> int:
     if spec.border is None:
         return 0
     shape = border_shape(op, spec.border_granularity, graph.avals[op.x].shape)
-    return len(border.get(spec.border).powers) * math.prod(shape)
+    return border.count_coefficients(spec.border, shape)
 
 
 def image_network(make: Callable[[], tuple[Any, Any]], size: int) -> MakeNetwork:

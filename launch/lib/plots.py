@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from aquant_jax.errors import InputError
-from aquant_jax.reporting.layers import border_values
-from aquant_jax.reporting.run import Report, split_reports
+from aquant_jax.reporting.layers import border_curves
+from aquant_jax.reporting.run import Report, metric_name, split_reports
 from launch.lib.allocations import cost_of
 
 Drawing = tuple[str, Callable[[Any], None]]  # title, draw(axes)
 
-CURVES_PER_LAYER = 8
 GRID_COLUMNS = 4
 CENTRE, MEAN, DEVIATION, COUNT = range(4)
 
@@ -92,7 +91,7 @@ def accuracy(cells: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> No
     metric = any_cell["metric"]
     axes.axhline(any_cell["float"][metric], color="k", ls="--", label="float")
     axes.set_xticks(range(len(cells)), list(cells))
-    axes.set_ylabel("top-1 %" if metric == "top1" else f"{metric} %")
+    axes.set_ylabel(f"{metric_name(metric)} %")
     axes.legend()
     _save(plt, figure, path)
 
@@ -194,12 +193,8 @@ def _border_curves(layer: Any) -> Callable[[Any], None]:
     """Draws the borders of a few columns of a layer, those that bend the most."""
 
     def draw(axes: Any) -> None:
-        zero_point = float(np.ravel(layer.zero_point)[0])
-        u = np.linspace(0, 2**layer.act_bits - 1, 101, dtype=np.float32) - np.float32(zero_point)
-        kind = layer.border_function, layer.border, layer.phi, layer.border_granularity
-        curves = border_values(*kind, u)
-        bend = np.max(np.abs(curves - 0.5), axis=1)
-        for curve in curves[np.argsort(-bend)[:CURVES_PER_LAYER]]:
+        u, curves = border_curves(layer, 101)
+        for curve in curves:
             axes.plot(u, curve, lw=1)
         axes.axhline(0.5, color="k", ls="--", lw=0.8)
 

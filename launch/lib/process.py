@@ -74,8 +74,12 @@ def command() -> str | None:
 
 def usage() -> dict[str, Any]:
     """The command of this process, and the most memory that it has had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"command": command(), "peak_bytes": peak}
+    return {"command": command(), "peak_bytes": peak_bytes()}
+
+
+def peak_bytes() -> int:
+    """The most resident memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from aquant_jax.errors import InputError
+from aquant_jax.reporting.layers import border_values
 from launch.lib import plots
 
 pytestmark = pytest.mark.draws
@@ -28,7 +29,7 @@ def coefficients(taps=9, channels=4):
 
 def test_border_values_of_every_column():
     border = coefficients()
-    values = plots.border_values("quadratic", border, "clamp", "element", POINTS)
+    values = border_values("quadratic", border, "clamp", "element", POINTS)
     assert values.shape == (36, 7)
     expected = border["b0"][2, 3] + border["b1"][2, 3] * 1.5 + border["b2"][2, 3] * 1.5**2
     assert values[2 * 4 + 3, 3] == pytest.approx(np.clip(expected, 0, 1), abs=1e-6)
@@ -36,7 +37,7 @@ def test_border_values_of_every_column():
 
 def test_fused_border_is_phi_of_the_mean_over_taps():
     border = coefficients() | {"b0": np.array([[-4.0], [1.0], [2.0]] * 3) * np.ones(4)}
-    values = plots.border_values("quadratic", border, "clamp", "mean", POINTS)
+    values = border_values("quadratic", border, "clamp", "mean", POINTS)
     mean = sum(border[f"b{k}"].mean(axis=0)[:, None] * POINTS**k for k in range(3))
     np.testing.assert_allclose(values, np.clip(mean, 0, 1), atol=1e-6)
 

@@ -3,25 +3,11 @@
 import json
 
 from launch.bench import memory
+from tests.support.process import run_pools_here
 
 
 def test_with_and_without_a_limit(monkeypatch, tmp_path, capsys):
-    class InThisProcess:
-        def __init__(self, workers):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def apply(self, function, arguments):
-            return function(*arguments)
-
-    monkeypatch.setattr(
-        memory.multiprocessing, "get_context", lambda kind: type("", (), {"Pool": InThisProcess})
-    )
+    run_pools_here(monkeypatch, memory)
     out = tmp_path / "memory.json"
     flags = ["--model=digits_cnn", "--size=8", "--samples=8", "--batch_size=4", f"--out={out}"]
     monkeypatch.setattr(memory, "CHANNELS", 1)

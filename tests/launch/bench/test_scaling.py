@@ -10,28 +10,14 @@ from launch.bench import scaling, scaling_model
 from launch.lib import scaling_workload
 from launch.lib.scaling_model import Schedule
 from launch.lib.shape_networks import Decoder, decoder
+from tests.support.process import run_pools_here
 
 TINY = functools.partial(decoder, Decoder(2, 8, 12, 2, 1, 256, 4))
 
 
-class InThisProcess:
-    def __init__(self, workers):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def apply(self, function, arguments):
-        return function(*arguments)
-
-
 @jax.numpy_rank_promotion("allow")
 def test_measurements_and_model_meet(monkeypatch, tmp_path, capsys):
-    context = type("", (), {"Pool": InThisProcess})
-    monkeypatch.setattr(scaling.multiprocessing, "get_context", lambda kind: context)
+    run_pools_here(monkeypatch, scaling)
     monkeypatch.setitem(scaling_workload.TRANSFORMERS, "small_decoder", TINY)
     rates = {"elements_a_second": 1e6, "weights_a_second": 1e6}
     monkeypatch.setattr(scaling, "range_search", lambda: rates)
