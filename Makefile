@@ -16,7 +16,7 @@ DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant
 .PHONY: demo test optimized-tests lint type bench matrix gpu gpu-here clean module dependencies
 .DEFAULT_GOAL := test
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.report
 	$(RUN) -m launch.sweep --config=configs/digits.py:w2a2 --presets=$(DEMO_PRESETS) --workdir=runs/demo
 
 # Pyright takes half a minute of one core, beside the first tests.
@@ -84,7 +84,7 @@ $(VENV)/.created:
 
 # The stamps depend on these, so what is installed follows what they ask for. The C++ module compiles
 # while pip unpacks the rest; Python compiles the few packages of it that are imported.
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.created $(BUILT_FROM)
+$(VENV)/.report $(VENV)/.test: $(VENV)/.created $(BUILT_FROM)
 	@$(MAKE) --no-print-directory -j 2 module dependencies EXTRA=$(subst .,,$(notdir $@))
 	@touch $@
 

@@ -1,5 +1,8 @@
 """AQuant for JAX: post-training quantization with learned rounding borders."""
 
+import aquant_jax.requirements  # noqa: F401: first, as it tells old versions in one line
+
+# isort: split
 from aquant_jax import recipe as recipes
 from aquant_jax.allocation.allocate import allocate
 from aquant_jax.allocation.choices import Budget, Choice
@@ -25,7 +28,7 @@ from aquant_jax.reconstruction.report import BlockReport, FinetuneReport
 from aquant_jax.reporting.report import report
 from aquant_jax.sensitivity import Sensitivity, sensitivity
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Allocation",

@@ -77,3 +77,14 @@ def test_missing_package_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(InputError, match="pip install"):
         data.load("cifar10", tmp_path)
+
+
+def test_digits_are_those_of_scikit_learn(digits):
+    bunch = pytest.importorskip("sklearn.datasets").load_digits()
+    ours = np.concatenate([digits.calibration(1297, 0).inputs, digits.test().inputs])
+    assert sorted(image.tobytes() for image in (ours[..., 0] * 16).astype(np.uint8)) == sorted(
+        image.tobytes() for image in bunch.images.astype(np.uint8)
+    )
+    labels = {image.tobytes(): label for image, label in zip(bunch.images, bunch.target, strict=True)}
+    test = digits.test()
+    assert [labels[(i[..., 0] * 16).astype(float).tobytes()] for i in test.inputs] == list(test.labels)

@@ -70,7 +70,7 @@ def _is_installed(package):
 def test_an_example_runs(name, tmp_path, monkeypatch, capsys):
     """In this process: the imports of one of its own would take longer than the example."""
     given, packages, expected = SHORT[name]
-    for package in ["sklearn", *packages]:
+    for package in packages:
         if not _is_installed(package):
             pytest.skip(f"needs {package}")
     out = [f"--out={tmp_path / 'scores.json'}"] if name in ("character_stack", "rnn_digits") else []
