@@ -1,6 +1,6 @@
 """AQuant for JAX: post-training quantization with learned rounding borders."""
 
-import aquant_jax.requirements  # noqa: F401: first, as it tells old versions in one line
+import aquant_jax.requirements  # noqa: F401  first: it tells old versions in one line
 
 # isort: split
 from aquant_jax import recipe as recipes

@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where the neighbours
 import ablation_tables
 import accuracy_tables
 import allocation_tables
+import models_table
 import scaling_tables
 import speed_tables
 from table_text import Load, load
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/results.md", "docs/lab_log.md", "docs/scaling.md")
+PAGES = ("README.md", "docs/results.md", "docs/lab_log.md", "docs/scaling.md", "docs/models.md")
 MARKED = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BUILDERS: dict[str, Callable[[Load], str]] = {
     "headline": accuracy_tables.headline,
@@ -39,6 +40,9 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "border-auto": accuracy_tables.border_auto,
     "allocation": allocation_tables.runs,
     "allocation-front": allocation_tables.front,
+    "models": models_table.models,
+    "model-sizes": models_table.sizes,
+    "model-times": models_table.times,
     "resnet20": accuracy_tables.resnet20,
     "resnet20-gain": accuracy_tables.resnet20_gain,
     "efficientnet-lite0": accuracy_tables.efficientnet,

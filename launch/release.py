@@ -79,11 +79,8 @@ def build(version: str, pythons: list[str], output: Path) -> None:
         for number, python in enumerate(pythons):
             wheels = Path(folder) / f"wheels{number}"
             environment = _environment(python, Path(folder) / f"build{number}")
-            _run(
-                [environment, "-m", "pip", "wheel", "--quiet", "--no-deps", sdist]
-                + [f"--wheel-dir={wheels}", "--config-settings=cmake.define.GPU_OPS_CUDA=OFF"],
-                ROOT,
-            )
+            where = [f"--wheel-dir={wheels}", "--config-settings=cmake.define.GPU_OPS_CUDA=OFF"]
+            _run([environment, "-m", "pip", "wheel", "--quiet", "--no-deps", *where, sdist], ROOT)
             (wheel,) = wheels.glob("*.whl")
             _run(
                 [tools, "-m", "auditwheel", "repair", f"--wheel-dir={output}", str(wheel)],

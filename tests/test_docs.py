@@ -5,11 +5,13 @@ import inspect
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 
 import pytest
 
 import aquant_jax as aq
+from aquant_jax import models
 from tests.support.process import REPOSITORY
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
@@ -35,6 +37,15 @@ def test_a_figure_typed_by_hand_is_found(results):
     name = re.search(r"<!-- generated: (\S+) -->", page)[1]
     digit = re.search(r"\d\d\.\d\d", tables[name])[0]
     assert results.outdated(page.replace(digit, "99.99"), tables) != []
+
+
+def test_every_network_has_a_line_in_the_table_of_networks(results):
+    networks = sys.modules["models_table"].NETWORKS
+    assert models.MODELS.keys() <= networks.keys()
+    configs = {path.stem for path in (REPOSITORY / "configs").glob("*.py")}
+    assert {config for _, _, config in networks.values()} <= configs
+    table = results.tables()["models"]
+    assert all(f"| {label} | {data} |" in table for label, data, _ in networks.values())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -63,7 +63,8 @@ def check_changelog(root: Path, version: str) -> None:
 def check_tree(root: Path, version: str) -> None:
     """All is committed, the version has no tag yet, and files name the project's address."""
     if changed := _git(root, "status", "--porcelain"):
-        raise InputError(f"the checkout has changes that are not committed: {changed[0].split()[-1]}")
+        name = changed[0].split()[-1]
+        raise InputError(f"the checkout has changes that are not committed: {name}")
     if _git(root, "tag", "--list", f"v{version}"):
         raise InputError(f"the tag v{version} exists already")
     files = _git(root, "grep", "--files-with-matches", "--fixed-strings", ADDRESS)

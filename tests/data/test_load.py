@@ -81,10 +81,10 @@ def test_missing_package_says_what_to_install(monkeypatch, tmp_path):
 
 def test_digits_are_those_of_scikit_learn(digits):
     bunch = pytest.importorskip("sklearn.datasets").load_digits()
-    ours = np.concatenate([digits.calibration(1297, 0).inputs, digits.test().inputs])
-    assert sorted(image.tobytes() for image in (ours[..., 0] * 16).astype(np.uint8)) == sorted(
-        image.tobytes() for image in bunch.images.astype(np.uint8)
-    )
-    labels = {image.tobytes(): label for image, label in zip(bunch.images, bunch.target, strict=True)}
-    test = digits.test()
-    assert [labels[(i[..., 0] * 16).astype(float).tobytes()] for i in test.inputs] == list(test.labels)
+    theirs = {
+        image.tobytes(): label for image, label in zip(bunch.images, bunch.target, strict=True)
+    }
+    parts = (digits.calibration(digits.train_size), digits.test())
+    inputs = np.concatenate([part.inputs for part in parts])[..., 0].astype(float) * 16
+    labels = np.concatenate([part.labels for part in parts])
+    assert theirs == {image.tobytes(): label for image, label in zip(inputs, labels, strict=True)}

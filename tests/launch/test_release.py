@@ -26,10 +26,15 @@ def checkout(tmp_path):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
-        author = ["-c", "user.name=n", "-c", "user.email=e"]
-        subprocess.run(["git", *author, *command], cwd=tmp_path, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    commit(tmp_path)
     return tmp_path
+
+
+def commit(path):
+    author = ["-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run(["git", *author, *command], cwd=path, check=True)
 
 
 def check_all(checkout, version="0.2.0"):
@@ -76,9 +81,8 @@ def test_what_git_knows_stops_a_release(checkout, command, message):
 
 def test_the_address_must_be_known(checkout):
     (checkout / "docs.md").write_text("https://github.com/OWNER/aquant-jax")
-    for command in (["add", "."], ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "x"]):
-        subprocess.run(["git", *command], cwd=checkout, check=True)
-    with pytest.raises(InputError, match="in 1 files, such as docs.md; replace OWNER first"):
+    commit(checkout)
+    with pytest.raises(InputError, match=r"in 1 files, such as docs.md; replace OWNER first"):
         checks.check_tree(checkout, "0.2.0")
 
 

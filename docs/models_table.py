@@ -1,0 +1,161 @@
+"""The tables of docs/models.md: every network with what was measured of it here."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from table_text import Json, Load, markdown, score, spread
+
+CIFAR, IMAGENET = "CIFAR-10 (JPEG), top-1", "1,300 images of ImageNet, top-1"
+# Networks of the zoo, and BERT's family, by the names of `models.MODELS`: label, data, config.
+NETWORKS: dict[str, tuple[str, str, str]] = {
+    "digits_cnn": ("digits CNN", "digits, top-1", "digits"),
+    "resnet20_cifar": ("ResNet-20", CIFAR, "cifar10_resnet20"),
+    "resnet32_cifar": ("ResNet-32", CIFAR, "cifar10_resnet20"),
+    "resnet44_cifar": ("ResNet-44", CIFAR, "cifar10_resnet20"),
+    "resnet56_cifar": ("ResNet-56", CIFAR, "cifar10_resnet20"),
+    "efficientnet_lite0": ("EfficientNet-Lite0", IMAGENET, "efficientnet_lite0"),
+    "efficientnet_lite1": ("EfficientNet-Lite1", IMAGENET, "efficientnet_lite1"),
+    "efficientnet_lite2": ("EfficientNet-Lite2", IMAGENET, "efficientnet_lite2"),
+    "resnet18": ("ResNet-18", "ImageNet, top-1", "resnet18"),
+    "resnet50": ("ResNet-50", "ImageNet, top-1", "resnet50"),
+    "mobilenetv2": ("MobileNetV2", "ImageNet, top-1", "mobilenetv2"),
+    "mnasnet2": ("MNASNet 2.0", "ImageNet, top-1", "mnasnet2"),
+    "regnetx_600mf": ("RegNetX-600MF", "ImageNet, top-1", "regnetx_600mf"),
+    "regnetx_3200mf": ("RegNetX-3.2GF", "ImageNet, top-1", "regnetx_3200mf"),
+    "minilm_stsb": ("MiniLM-L6", "STS-B, Pearson of cosines", "stsb_minilm"),
+    "minilm_cola": ("MiniLM-L6, fine-tuned", "CoLA, Matthews", "glue_bert"),
+    "minilm_mrpc": ("MiniLM-L6, fine-tuned", "MRPC, F1", "glue_bert"),
+    "minilm_rte": ("MiniLM-L6, fine-tuned", "RTE, accuracy", "glue_bert"),
+    "minilm_sst2": ("MiniLM-L6, fine-tuned", "SST-2, accuracy", "glue_bert"),
+    "bert_base": ("BERT-base", "GLUE", "glue_bert"),
+}
+CONFIGS_WITH_A_TASK = {"minilm_cola": "cola", "minilm_mrpc": "mrpc", "minilm_rte": "rte",
+                       "minilm_sst2": "sst2"}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """One seed of a network: how it was quantized, and its scores in percent."""
+
+    network: str
+    bits: str
+    how: str
+    score: float
+    float_score: float
+    minutes: float
+
+
+def models(load: Load) -> str:
+    """Every network, a line a bit-width, with the way of quantizing whose mean is best."""
+    by: dict[tuple[str, str], dict[str, list[Run]]] = {}
+    for run in _runs(load):
+        by.setdefault((run.network, run.bits), {}).setdefault(run.how, []).append(run)
+    known = {name: f"{value:.2f}" for name, value in _float_only(load).items()}
+    rows = []
+    for network, (label, data, config) in NETWORKS.items():
+        task = CONFIGS_WITH_A_TASK.get(network)
+        found = sorted((bits for name, bits in by if name == network), reverse=True)
+        for bits in found:
+            how, runs = max(by[network, bits].items(), key=lambda item: _mean(item[1]))
+            scores = spread([run.score for run in runs], each=False)
+            minutes = statistics.fmean(run.minutes for run in runs)
+            argument = f"`{config}.py:{task + ',' if task else ''}{bits}`"
+            base = f"{runs[0].float_score:.2f}"
+            figures = [base, bits, scores, how, str(len(runs)), f"{minutes:.2g}"]
+            rows.append([label, data, *figures, argument])
+        if not found:
+            base = known.get(network, "not run")
+            rows.append([label, data, base, "", "not run", *[""] * 3, f"`{config}.py`"])
+    head = ["network", "data and metric", "float", "bits", "quantized", "preset", "seeds",
+            "minutes a seed", "config"]  # fmt: skip
+    return markdown(head, rows)
+
+
+def sizes(load: Load) -> str:
+    """Bytes of the weights, quantized parameters and borders."""
+    rows = []
+    measured = load("size")["rows"]
+    for (model, bits), group in itertools.groupby(
+        measured, key=lambda row: (row["model"], row["weight_bits"])
+    ):
+        of = {row["border_format"]: row for row in group}
+        base = of["float32"]["float"]
+        cells = (f"{row['payload']:,} ({base / row['payload']:.1f}x)" for row in of.values())
+        rows.append([NETWORKS[model][0], f"w{bits}", f"{base:,}", *cells])
+    formats = [row["border_format"] for row in measured[:3]]
+    head = ["network", "weights", "bytes of float32", *(f"borders in {name}" for name in formats)]
+    return markdown(head, rows, 2)
+
+
+def times(load: Load) -> str:
+    """Milliseconds a batch of whole networks on a CPU, float and ours."""
+    rows = []
+    for run in load("deploy_cpu")["runs"]:
+        ways = ("xla float32", "ours nearest", "ours channel", "ours element")
+        base, *ours = (run["ms"][way]["median"] for way in ways)
+        label, bits = NETWORKS[run["model"]][0], f"w{run['bits']}a{run['bits']}"
+        cells = (f"{ms:.1f} ({base / ms:.1f}x)" for ms in ours)
+        rows.append([label, bits, str(run["batch_size"]), f"{base:.1f}", *cells])
+    head = ["network", "bits", "batch", "XLA float32, ms", "nearest", "border a channel",
+            "border an element"]  # fmt: skip
+    return markdown(head, rows, 2)
+
+
+def _mean(runs: list[Run]) -> float:
+    return statistics.fmean(run.score for run in runs)
+
+
+def _bits(run: Json) -> str:
+    acts = run["act_bits"]
+    return f"w{run['weight_bits']}a{16 if acts is None else acts}"
+
+
+def _run(network: str, run: Json, how: str) -> Run:
+    return Run(network, _bits(run), how, score(run), score(run, "float"), run["seconds"] / 60)
+
+
+def _runs(load: Load) -> Iterator[Run]:
+    """All measured runs that changed nothing but the preset, its stage and its granularity."""
+    for row in load("demo_digits_w2a2")["rows"]:
+        minutes = row["seconds"] / 60
+        yield Run("digits_cnn", "w2a2", row["preset"], row["mean"], row["float"], minutes)
+    for name, run in load("resnet20_cifar10_jpeg").items():
+        if name == f"{_bits(run)}/{run['preset']}-s{run['seed']}":
+            yield _run("resnet20_cifar", run, run["preset"])
+    for name in ("resnet20_aquant_plus", "resnet20_w4a4_stage", "resnet20_weights_only"):
+        for run in load(name)["runs"]:
+            stage = run["preset"] == "qdrop" and run.get("finetune")
+            yield _run("resnet20_cifar", run, "qdrop and the stage" if stage else run["preset"])
+    labels = {label: name for name, (label, _, _) in NETWORKS.items()}
+    for run in load("resnet_cifar_stage")["runs"]:
+        granularity = run["recipe"]["border_granularity"]
+        suffix = ", channel" if granularity == "channel" else ""
+        yield _run(labels[run["network"]], run, run["preset"] + suffix)
+    lite = load("efficientnet_lite0_w4a4")["rows"].values()
+    for run in (load("efficientnet_lite0_w8a8_qdrop"), *lite):
+        yield _run("efficientnet_lite0", run, run["preset"])
+    for run in load("efficientnet_lite_larger")["runs"]:
+        yield _run(labels[run["network"]], run, run["preset"])
+    yield from _sentences(load)
+
+
+def _sentences(load: Load) -> Iterator[Run]:
+    """MiniLM: 1,024 sentences; residual sums at 8 bits where an override says so."""
+    for name, transforms in (("stsb_minilm", ""), ("stsb_minilm_transforms", ", shift_scale")):
+        for run in load(name)["runs"]:
+            if run["calibration_samples"] == 1024:
+                sums = ", sums 8 bits" if run["recipe"]["overrides"] else ""
+                yield _run("minilm_stsb", run, run["preset"] + transforms + sums)
+    for task, found in {"mrpc": load("mrpc_minilm"), **load("glue_minilm")}.items():
+        for run in found["runs"]:
+            yield _run(f"minilm_{task}", run, run["preset"])
+
+
+def _float_only(load: Load) -> dict[str, float]:
+    """Float scores of networks that were not quantized here."""
+    labels = {label: name for name, (label, _, _) in NETWORKS.items()}
+    found = load("efficientnet_lite_larger")["float"]
+    return {labels[label]: scores["top1"] for label, scores in found.items()}
