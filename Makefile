@@ -9,6 +9,8 @@ JAX ?= jax
 BUILT_FROM := pyproject.toml $(wildcard CMakeLists.txt gpu_ops/CMakeLists.txt gpu_ops/*.cc gpu_ops/*/*.cc gpu_ops/*/*.cu gpu_ops/*/*.h)
 # Neither needs the CUDA handlers, which take minutes to compile: GPU_OPS_CUDA=AUTO builds them.
 export GPU_OPS_CUDA ?= OFF
+# Bytecode is kept whatever the environment says: without it every process compiles all it imports.
+export PYTHONDONTWRITEBYTECODE =
 OPTIMIZED_TESTS := tests/arithmetic tests/layers tests/gpu_ops
 MATRIX := 3.11-0.10 3.12-0.11 3.13-0.12
 DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant

@@ -99,8 +99,8 @@ def install(python: str, version: str, output: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         environment = _environment(python, Path(folder) / "environment")
         path = str(Path(environment).parent)
-        wheels = [f"aquant-jax=={version}", f"--find-links={output}", "--only-binary=aquant-jax"]
-        _run([environment, "-m", "pip", "install", "--quiet", *wheels], Path(folder), path=path)
+        wheel = _wheel_for(environment, _archives(output, version))
+        _run([environment, "-m", "pip", "install", "--quiet", str(wheel)], Path(folder), path=path)
         _run([environment, "-c", release_checks.readme_example(ROOT)], Path(folder), path=path)
         _run([environment, "-m", "aquant_jax.demo"], Path(folder), path=path)
 
@@ -111,6 +111,15 @@ def _archives(output: Path, version: str, missing_ok: bool = False) -> list[Path
     if {path.suffix for path in found} != {".gz", ".whl"} and not missing_ok:
         raise InputError(f"{output} has no source distribution or no wheel of {version}")
     return found
+
+
+def _wheel_for(python: str, archives: list[Path]) -> Path:
+    program = "import sys; print('cp%d%d' % sys.version_info[:2])"
+    tag = subprocess.check_output([python, "-c", program], text=True).strip()
+    found = [path for path in archives if f"-{tag}-{tag}-" in path.name]
+    if len(found) != 1:
+        raise InputError(f"{archives[0].parent} has {len(found)} wheels for {tag}, not one")
+    return found[0]
 
 
 def _interpreter(name: str) -> str:

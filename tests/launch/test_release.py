@@ -1,6 +1,7 @@
 """``launch.release``: what stops a release, and what archives must hold."""
 
 import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -138,3 +139,11 @@ def test_a_wrong_version_and_python_are_one_line(capsys):
     assert capsys.readouterr().err.splitlines() == [message]
     assert release.main(["release", "--version=0.2.0", "--pythons=python2.0"]) == 2
     assert capsys.readouterr().err.splitlines() == ["error: --pythons: there is no python2.0"]
+
+
+def test_an_environment_gets_the_wheel_of_its_python(tmp_path):
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    names = [f"aquant_jax-0.2.0-{t}-{t}-manylinux_2_35_x86_64.whl" for t in ("cp39", tag)]
+    assert release._wheel_for(sys.executable, [tmp_path / name for name in names]).name == names[1]
+    with pytest.raises(InputError, match=f"has 0 wheels for {tag}, not one"):
+        release._wheel_for(sys.executable, [tmp_path / names[0]])
