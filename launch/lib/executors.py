@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from aquant_jax.errors import InputError
-from launch.lib import cells, command_line, memory_limits, meshes, ray_cluster
+from launch.lib import cells, command_line, memory_limits, meshes, process, ray_cluster
 
 LOCAL, RAY = "local", "ray"
 OF_RAY = ("cpus_per_cell", "gpus_per_cell", "ray_address")  # flags
@@ -41,7 +41,8 @@ def create(values: Any) -> Executor:
     seeds, data_dir = cells.parse_seeds(values.seeds), command_line.absolute(values.data_dir)
     if values.executor == RAY:
         address, cpus = ray_cluster.find_address(values.ray_address), values.cpus_per_cell or 1
-        tasks = ray_cluster.Tasks(address, cpus, values.gpus_per_cell, values.mesh, data_dir, limit)
+        gpus, command = values.gpus_per_cell, process.command()
+        tasks = ray_cluster.Tasks(address, cpus, gpus, values.mesh, data_dir, limit, command)
         ray_cluster.check(tasks)
         return lambda planned: ray_cluster.run(tasks, planned, seeds)
     for name in OF_RAY:

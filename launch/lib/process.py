@@ -64,11 +64,16 @@ def keep_compiled_programs() -> None:
 def remember_command(module: str, arguments: list[str]) -> None:
     """Keeps the command line of this process, which `command` returns."""
     spec = getattr(sys.modules.get(module), "__spec__", None)  # of __main__: its real name
-    _command.set(shlex.join(["python", "-m", spec.name if spec else module, *arguments]))
+    keep_command(shlex.join(["python", "-m", spec.name if spec else module, *arguments]))
+
+
+def keep_command(text: str | None) -> None:
+    """Keeps a command line as that of this process: a worker is part of the program of another."""
+    _command.set(text)
 
 
 def command() -> str | None:
-    """The command line of this process, to be typed again; None in a worker of another one."""
+    """The command line of this process, to be typed again; None outside a program."""
     return _command.get()
 
 

@@ -54,6 +54,7 @@ class Tasks(NamedTuple):
         mesh: value of ``--mesh``, of the devices of a worker.
         data_dir: of the configs.
         memory_limit: of a run, see ``aquant_jax.quantize``.
+        command: line of the driver, for the results and the reports.
     """
 
     address: str
@@ -62,6 +63,7 @@ class Tasks(NamedTuple):
     mesh: str | None
     data_dir: str
     memory_limit: int | None = None
+    command: str | None = None
 
 
 class Run(NamedTuple):
@@ -140,6 +142,7 @@ def run_in_worker(run: Run, tasks: Tasks) -> dict[str, Any]:
     """
     process.keep_freed_memory()
     process.keep_compiled_programs()
+    process.keep_command(tasks.command)
     end = time.monotonic() + FREED
     with process.progress_on_stderr():
         while True:

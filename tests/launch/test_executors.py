@@ -16,7 +16,7 @@ from aquant_jax.errors import InputError
 from aquant_jax.storage.environment import environment
 from aquant_jax.storage.folder_lock import FolderInUseError, hold
 from launch import sweep
-from launch.lib import cells, ray_cluster
+from launch.lib import cells, process, ray_cluster
 from tests.launch.conftest import DIGITS
 from tests.launch.test_sweep import FEW
 
@@ -158,21 +158,23 @@ def test_an_error_of_a_run_is_its_one_line(pretend, ray, tmp_path, capsys, monke
 
 
 def test_a_run_waits_for_a_worker_that_still_dies(monkeypatch, tmp_path):
-    """Its folder is freed while the next worker sleeps."""
+    """Its folder is freed while the next worker sleeps; its command is that of the driver."""
     cell = cells.Cell("nearest", "spec", None)
-    run, tasks = ray_cluster.Run(tmp_path, cell, 0), ray_cluster.Tasks("local", 1, 0, None, "~")
+    run = ray_cluster.Run(tmp_path, cell, 0)
+    tasks = ray_cluster.Tasks("local", 1, 0, None, "~", command="python -m launch.sweep --typed")
     monkeypatch.setattr(cells, "run", lambda folder, *_: held(folder))
+    process.keep_command(None)
     with contextlib.ExitStack() as dying:
 
         def held(folder):
             with hold(folder / "nearest-s0", lambda: None):
-                return {"nearest": ["results"]}
+                return {"nearest": [process.command()]}
 
         dying.enter_context(hold(run.path, lambda: None))
         with pytest.raises(FolderInUseError):
             held(tmp_path)
         monkeypatch.setattr(ray_cluster.time, "sleep", lambda _: dying.close())
-        assert ray_cluster.run_in_worker(run, tasks) == "results"
+        assert ray_cluster.run_in_worker(run, tasks) == "python -m launch.sweep --typed"
 
 
 def refuse(run, tasks):
