@@ -1,6 +1,7 @@
 # make demo   quantize the embedded network by all five methods: table, results, plots
 # make test   lint and all tests
 # make lint   ruff and pyright;  make type, bench: one thing each
+# make docs   the site, in build/site; docs-serve shows it at http://127.0.0.1:8000
 # make matrix the same as test, on every Python that is found, each with its JAX
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ OPTIMIZED_TESTS := tests/arithmetic tests/layers tests/gpu_ops
 MATRIX := 3.11-0.10 3.12-0.11 3.13-0.12
 DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant
 
-.PHONY: demo test optimized-tests lint type bench matrix gpu gpu-here clean module dependencies
+.PHONY: demo test optimized-tests lint type bench docs docs-serve matrix gpu gpu-here clean module dependencies
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.report
@@ -40,6 +41,14 @@ type: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(RUN) -m launch.bench.calibrate
+
+# Warnings are errors (strict): a broken link ends the build with the name of its page.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.docs
+	$(RUN) -m mkdocs build
+
+docs-serve: $(VENV)/.docs
+	$(RUN) -m mkdocs serve
 
 matrix: $(addprefix matrix-,$(MATRIX))
 
@@ -86,7 +95,7 @@ $(VENV)/.created:
 
 # The stamps depend on these, so what is installed follows what they ask for. The C++ module compiles
 # while pip unpacks the rest; Python compiles the few packages of it that are imported.
-$(VENV)/.report $(VENV)/.test: $(VENV)/.created $(BUILT_FROM)
+$(VENV)/.report $(VENV)/.test $(VENV)/.docs: $(VENV)/.created $(BUILT_FROM)
 	@$(MAKE) --no-print-directory -j 2 module dependencies EXTRA=$(subst .,,$(notdir $@))
 	@touch $@
 

@@ -6,6 +6,13 @@ class InputError(ValueError):
 
     A ``ValueError``, so library users catch it as they would any other; the launchers print it as
     one line and exit with code 2 instead of showing a traceback.
+
+    >>> import aquant_jax as aq
+    >>> try:
+    ...     aq.recipes.preset("aquent")
+    ... except aq.InputError as error:
+    ...     print(error)  # doctest: +ELLIPSIS
+    unknown preset 'aquent'; presets: nearest, adaround, brecq, qdrop, aquant, ...
     """
 
 
@@ -14,7 +21,12 @@ class SharedError(InputError):
 
 
 class ReconstructionError(RuntimeError):
-    """Reconstruction of a block failed; the message names its layers."""
+    """Reconstruction of a block failed; the message names its layers.
+
+    >>> import aquant_jax as aq
+    >>> issubclass(aq.ReconstructionError, aq.InputError)  # the input was in order
+    False
+    """
 
 
 def reason(error: BaseException) -> str:

@@ -58,6 +58,15 @@ def quantize(
 ) -> Quantized:
     """Quantize the network ``apply(variables, x)`` after training.
 
+    >>> import numpy as np
+    >>> import aquant_jax as aq
+    >>> apply = lambda variables, x: x @ variables["kernel"]
+    >>> variables = {"kernel": np.eye(4, 3, dtype=np.float32)}
+    >>> samples = np.linspace(-1, 1, 256, dtype=np.float32).reshape(64, 4)
+    >>> network = aq.quantize(apply, variables, samples, aq.recipes.nearest(8, 8))
+    >>> network(samples[:2]).shape
+    (2, 3)
+
     Arrays move between host and device in it, whatever `jax.transfer_guard` is in force.
 
     Args:
@@ -134,9 +143,17 @@ def quantize_seeds(
     The seeds take turns at every block, so that they share all that does not depend on a seed: the
     activations of the float network, the searched ranges and the compiled functions.
 
+    >>> import numpy as np
+    >>> import aquant_jax as aq
+    >>> variables = {"kernel": np.eye(4, 3, dtype=np.float32)}
+    >>> samples = np.linspace(-1, 1, 256, dtype=np.float32).reshape(64, 4)
+    >>> apply, recipe = lambda variables, x: x @ variables["kernel"], aq.recipes.nearest(8, 8)
+    >>> len(aq.quantize_seeds(apply, variables, samples, recipe, seeds=(0, 1, 2)))
+    3
+
     Args:
-      apply, variables, calibration, recipe, mask, compiler, augment, mesh, memory_limit,
-        restart_from: see `quantize`.
+      apply, variables, calibration, recipe, mask: see `quantize`.
+      compiler, augment, mesh, memory_limit, restart_from: see `quantize`.
       seeds: different whole numbers of 0 or more.
       observers: one for each seed. None takes the default for the first seed only.
       resume: folder with a block store for each seed, ``seed-N``, which is one of `quantize` too.

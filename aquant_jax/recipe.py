@@ -1,4 +1,9 @@
-"""Recipes: how a network is quantized, and how the quantizers are learned, with presets."""
+"""Recipes: how a network is quantized, and how the quantizers are learned, with presets.
+
+>>> import aquant_jax as aq
+>>> aq.recipes.preset("aquant", weight_bits=2, act_bits=2, steps=400).reconstruction.steps
+400
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,7 @@ from aquant_jax.graph.activation_rules import RULES
 from aquant_jax.recipe_checks import (
     check_bits,
     check_choice,
+    check_taps,
     check_types,
     check_weights_only,
     field_names,
@@ -29,6 +35,11 @@ REFERENCE = ("quadratic", "element")  # the border that "auto" compares the othe
 @dataclasses.dataclass(frozen=True)
 class Override:
     """Exception for the layers whose weight path a regex finds.
+
+    >>> import aquant_jax as aq
+    >>> recipe = aq.recipes.aquant(3, 3, overrides=[aq.Override("head", weight_bits=8)])
+    >>> recipe.overrides[0].weight_bits
+    8
 
     Attributes:
       pattern: regex searched in the weight path and, if it has a colon, in the names of the
@@ -58,6 +69,10 @@ def exactly(path: str) -> str:
 class Recipe:
     """How a network is quantized: bits, borders, rules and exceptions, and `Reconstruction`.
 
+    >>> import aquant_jax as aq
+    >>> aq.recipes.aquant(2, 2).replace(act_bits=4, steps=400).act_bits  # of both classes
+    4
+
     Attributes:
       preset: name of the preset it started from.
       weight_bits: 2 to 8.
@@ -74,9 +89,8 @@ class Recipe:
       blocks: path regexes that replace the automatic merging of layers into blocks.
       activations: activations to round to nearest besides the inputs of weighted ops: names of
         `activation_rules.RULES`, such as "matmul" for the operands of a product of activations.
-      transforms: kinds of channel transforms to choose from for every quantized tensor, by the
-        error of what reads it (see `plan.channel_transform`): "shift_scale", a shift and a scale a
-        channel; "hadamard", a rotation of the channels.
+      transforms: kinds of channel transforms to choose from, by the error of what reads a tensor:
+        "shift_scale", a shift and a scale a channel; "hadamard", a rotation of the channels.
       overrides: exceptions by path regex; the last match decides.
       require_all: a weighted op that stays float is an error, instead of a line of `describe`.
       border: name of the border function, or None to round activations to nearest. "auto" tries
@@ -148,7 +162,7 @@ _QDROP = {"input_mixing": 0.5, "quant_drop_prob": 0.5}
 _ELEMENTWISE = {"border": "quadratic", "border_granularity": "element", "phi": "identity"}
 _AQUANT = {**_QDROP, **_ELEMENTWISE, "final_full_quant_fraction": 0.5}
 
-# One preset per row of the paper's tables; see docs/design.md.
+# One preset per row of the paper's tables; see docs/explanation/method.md.
 PRESETS: dict[str, Mapping[str, Any]] = {
     "nearest": {"steps": 0},
     "adaround": {"granularity": "layer"},
@@ -162,9 +176,6 @@ PRESETS: dict[str, Mapping[str, Any]] = {
 
 def preset(name: str, **fields: Any) -> Recipe:
     """The preset called `name` with some fields replaced, those of the reconstruction too.
-
-    >>> preset("aquant", weight_bits=2, act_bits=2, steps=400).reconstruction.steps
-    400
 
     Raises:
       InputError: unknown preset or field, or a value out of range; it lists what exists.
@@ -249,7 +260,7 @@ def _check_recipe(recipe: Recipe) -> None:
     check_choice(recipe, "granularity", GRANULARITIES)
     check_choice(recipe, "border_format", FORMATS)
     check_choice(recipe, "border_granularity", borders.GRANULARITIES)
-    _check_taps(recipe.border, recipe.border_granularity)
+    check_taps(recipe.border, recipe.border_granularity)
     for rule in recipe.activations:
         if rule not in RULES:
             raise InputError(f"activations: unknown rule {rule!r}; there are {', '.join(RULES)}")
@@ -268,14 +279,6 @@ def _check_recipe(recipe: Recipe) -> None:
             check_choice(override, "border_granularity", borders.GRANULARITIES)
 
 
-def _check_taps(name: str | None, granularity: str) -> None:
-    border = borders.BORDERS.get(name or "")
-    if border and border.needs_taps and granularity == "channel":
-        raise InputError(
-            f"border {name!r} depends on the tap; border_granularity 'channel' has no taps"
-        )
-
-
 def border_of(recipe: Recipe, overrides: Sequence[Override]) -> tuple[str | None, str]:
     """Name and granularity of the border of a layer that `overrides` match.
 
@@ -291,5 +294,5 @@ def border_of(recipe: Recipe, overrides: Sequence[Override]) -> tuple[str | None
             name = None if override.border == borders.NEAREST else override.border
     if name is not None:
         borders.get(name)
-    _check_taps(name, granularity)
+    check_taps(name, granularity)
     return name, granularity

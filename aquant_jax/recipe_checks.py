@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS
 from aquant_jax.errors import InputError
 
@@ -104,3 +105,12 @@ def check_ranges(
         value = getattr(part, name)
         if value is not None and not accepts(value):
             raise InputError(f"{name} is {value}; it must be {wanted}")
+
+
+def check_taps(name: str | None, granularity: str) -> None:
+    """Raises an InputError for a border that needs taps where a granularity has none."""
+    border = borders.BORDERS.get(name or "")
+    if border and border.needs_taps and granularity == "channel":
+        raise InputError(
+            f"border {name!r} depends on the tap; border_granularity 'channel' has no taps"
+        )

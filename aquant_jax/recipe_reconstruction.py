@@ -30,6 +30,12 @@ class Reconstruction:
 
     A restart (``quantize(restart_from=...)``) may change these fields.
 
+    >>> import aquant_jax as aq
+    >>> aq.recipes.aquant(steps=400).reconstruction == aq.Reconstruction(
+    ...     steps=400, input_mixing=0.5, quant_drop_prob=0.5, final_full_quant_fraction=0.5
+    ... )
+    True
+
     Attributes:
       steps: optimisation steps per block; 0 rounds to nearest.
       batch_size: samples per step.

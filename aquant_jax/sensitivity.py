@@ -35,7 +35,12 @@ from aquant_jax.reconstruction.weights import (
 
 
 class Sensitivity(NamedTuple):
-    """Squared error of the network's output over the output's own square, for one layer alone."""
+    """Squared error of the network's output over the output's own square, for one layer alone.
+
+    >>> import aquant_jax as aq
+    >>> aq.Sensitivity("head/kernel", 0.25).error
+    0.25
+    """
 
     path: str
     error: float
@@ -46,6 +51,15 @@ def sensitivity(
     apply: Callable, variables: Any, calibration: Any, recipe: Recipe
 ) -> list[Sensitivity]:
     """Output error of every layer quantized alone (weights and input, to nearest).
+
+    >>> import numpy as np
+    >>> import aquant_jax as aq
+    >>> apply = lambda variables, x: (x @ variables["first"]) @ variables["last"]
+    >>> kernel = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    >>> variables = {"first": kernel, "last": kernel.T}
+    >>> recipe = aq.recipes.nearest(2, 2, first_weight_bits=None)  # the last layer stays at 8 bits
+    >>> [entry.path for entry in aq.sensitivity(apply, variables, kernel, recipe)]
+    ['first', 'last']
 
     Args:
       apply, variables, calibration: see `quantize`; the first

@@ -14,7 +14,7 @@ import aquant_jax as aq
 from aquant_jax import models
 from tests.support.process import REPOSITORY
 
-PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
+PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_every_network_has_a_line_in_the_table_of_networks(results):
     assert all(f"| {label} | {data} |" in table for label, data, _ in networks.values())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_files_that_a_page_names_exist(page):
     text = page.read_text()
     named = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text)
@@ -58,9 +58,10 @@ def test_files_that_a_page_names_exist(page):
         assert any(place.exists() for place in places), f"{page.name} names {name}"
 
 
-def test_the_code_of_the_readme_fits_the_library(monkeypatch):
-    """Its names, arguments and data; other tests quantize, save and restore."""
-    text = (REPOSITORY / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_ten_lines_fit_the_library(page, monkeypatch):
+    """Their names, arguments and data; other tests quantize, save and restore."""
+    text = (REPOSITORY / page).read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     for name, result in (("quantize", "network"), ("save", None), ("restore", len)):
         bind = inspect.signature(getattr(aq, name)).bind

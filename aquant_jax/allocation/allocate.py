@@ -70,8 +70,17 @@ def allocate(
 ) -> Allocation:
     """Choose bits and borders of every layer, for the least predicted error within a budget.
 
+    >>> import numpy as np
+    >>> import aquant_jax as aq
+    >>> apply = lambda variables, x: ((x @ variables["a"]) @ variables["b"]) @ variables["c"]
+    >>> variables = {name: np.eye(4, dtype=np.float32) for name in "abc"}
+    >>> budget, choices = aq.Budget(average_bits=3), [aq.Choice(2, 2), aq.Choice(3, 3)]
+    >>> aq.allocate(apply, variables, np.eye(4, dtype=np.float32), budget, choices).recipe.overrides
+    (Override(pattern='^b$', weight_bits=2, act_bits=2, ...
+
     The error of each layer at each choice alone is measured at the network's output, and so is the
-    interaction of layers of one block; a mixed-integer program then chooses. See docs/design.md.
+    interaction of layers of one block; a mixed-integer program then chooses
+    (docs/explanation/bits.md).
 
     Args:
       apply, variables, calibration, mask: see `quantize`; errors are measured on the first

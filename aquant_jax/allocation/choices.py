@@ -20,6 +20,10 @@ LIMITS = (*COSTS, "degradation")  # the fields of a budget of which exactly one 
 class Choice:
     """One way to quantize a layer and its input.
 
+    >>> import aquant_jax as aq
+    >>> str(aq.Choice(4, 8)), str(aq.Choice(3, 3, "linear", "channel")), str(aq.Choice())
+    ('w4a8', 'w3a3 linear channel', 'float')
+
     Attributes:
       weight_bits: 2 to 8; None leaves weights and input in float.
       act_bits: of the layer's input, 2 to 8; None leaves the input in float (weights only).
@@ -74,6 +78,12 @@ class Choice:
 @dataclasses.dataclass(frozen=True)
 class Budget:
     """The limit of an allocation: exactly one of the first six fields.
+
+    >>> import aquant_jax as aq
+    >>> aq.Budget(bytes=200_000).counted
+    'bytes'
+    >>> aq.Budget(degradation=0.05, cost="bit_operations").counted
+    'bit_operations'
 
     Attributes:
       bytes: of the saved arrays, `Sizes.packed` of the quantized network.

@@ -52,6 +52,13 @@ class FrontPoint(NamedTuple):
 class Allocation:
     """Bits and borders of every layer, under a budget.
 
+    An allocation without layers is its recipe:
+
+    >>> import aquant_jax as aq
+    >>> empty = aq.Allocation(aq.recipes.aquant(3, 3), {}, aq.Budget(average_bits=3), 0.0, {})
+    >>> empty.recipe.weight_bits
+    3
+
     Attributes:
       base: the recipe that `layers` extend.
       layers: by weight path, the override of each layer that the recipe does not fix.

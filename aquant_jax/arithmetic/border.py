@@ -122,6 +122,17 @@ def register(
 ) -> None:
     """Add a border function to the table; ``Recipe(border=name)`` then selects it.
 
+    >>> import jax.numpy as jnp
+    >>> import aquant_jax as aq
+    >>> def init(shape, half):  # at the start, P is `half` everywhere
+    ...     return {"b": jnp.full(shape, half), "wave": jnp.zeros(shape)}
+    >>> def apply(coefficients, u):
+    ...     return coefficients["b"] + coefficients["wave"] * jnp.sin(u)
+    >>> aq.register_border("wave", init, apply)
+    >>> aq.recipes.aquant(border="wave").border
+    'wave'
+    >>> del BORDERS["wave"]
+
     Args:
       name: a new name.
       init: ``init(shape, half) -> dict of float32 arrays of that shape``.

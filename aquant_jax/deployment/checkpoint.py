@@ -60,7 +60,18 @@ def sizes(quantized: Quantized) -> Sizes:
 
 
 def summary(quantized: Quantized) -> Sizes:
-    """Prints the sizes of a network and the weighted ops that stay float, and returns the sizes."""
+    """Prints the sizes of a network and the weighted ops that stay float, and returns the sizes.
+
+    >>> import numpy as np
+    >>> import aquant_jax as aq
+    >>> apply = lambda variables, x: x @ variables["kernel"]
+    >>> variables = {"kernel": np.ones((4, 3), np.float32)}
+    >>> network = aq.quantize(apply, variables, np.eye(4, dtype=np.float32), aq.recipes.nearest())
+    >>> aq.summary(network).floating  # doctest: +ELLIPSIS
+    float 60 bytes, packed 39 (1.5 times smaller): codes 12, ...
+    1 of 1 weighted ops quantized
+    60
+    """
     found = sizes(quantized)
     show(found)
     print(coverage(quantized.specs, quantized.unquantized))
@@ -70,6 +81,18 @@ def summary(quantized: Quantized) -> Sizes:
 @jax.transfer_guard("allow")
 def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
     """Saves a network to a folder; `restore` gives the same codes and outputs, bit for bit.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> import aquant_jax as aq
+    >>> apply = lambda variables, x: x @ variables["kernel"]
+    >>> samples = np.eye(4, dtype=np.float32)
+    >>> network = aq.quantize(apply, {"kernel": samples}, samples, aq.recipes.nearest(8, 8))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     aq.save(network, f"{folder}/network")
+    ...     restored = aq.restore(f"{folder}/network")
+    >>> np.array_equal(restored(samples), network(samples))
+    True
 
     Args:
       quantized: from `quantize`.
@@ -111,6 +134,15 @@ def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
 @jax.transfer_guard("allow")
 def restore(path: str | Path) -> Quantized:
     """Restores a saved network. Nothing in it can run code, except as an XLA program.
+
+    The function needs no code of the model, and the example of `save` restores one.
+
+    >>> import aquant_jax as aq
+    >>> try:
+    ...     aq.restore("missing")
+    ... except aq.InputError as error:
+    ...     print(error)
+    missing is not a checkpoint: manifest.json: No such file or directory
 
     Raises:
       InputError: no such folder, a damaged or malformed file (named), another layout, or a program

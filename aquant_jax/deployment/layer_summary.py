@@ -10,6 +10,15 @@ import numpy as np
 class LayerSummary(NamedTuple):
     """One quantized layer, in numpy.
 
+    >>> import numpy as np
+    >>> import aquant_jax as aq
+    >>> apply = lambda variables, x: x @ variables["kernel"]
+    >>> samples = np.eye(4, dtype=np.float32)
+    >>> network = aq.quantize(apply, {"kernel": samples}, samples, aq.recipes.nearest(8, 8))
+    >>> layer = network.summary()[0]
+    >>> layer.path, layer.kind, layer.shape, layer.weight_bits, layer.codes.dtype
+    ('kernel', 'dense', (4, 4), 8, dtype('uint8'))
+
     Attributes:
       path: path of its weight; kind: "conv" or "dense"; shape: of the weight.
       weight_bits, act_bits: None where float.

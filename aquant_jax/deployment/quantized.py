@@ -100,6 +100,17 @@ class Traced(NamedTuple):
 class Quantized:
     """A quantized network: ``quantized(x)`` runs it; it is a pytree and can be jitted.
 
+    >>> import numpy as np
+    >>> import jax
+    >>> import aquant_jax as aq
+    >>> apply = lambda variables, x: x @ variables["kernel"]
+    >>> samples = np.eye(4, dtype=np.float32)
+    >>> network = aq.quantize(apply, {"kernel": samples}, samples, aq.recipes.nearest(8, 8))
+    >>> jax.jit(network)(samples).shape
+    (4, 4)
+    >>> [(layer.path, layer.weight_bits) for layer in network.summary()]
+    [('kernel', 8)]
+
     Attributes:
       layers: deployed state of every layer, by weight path.
       activations: quantizer of every quantized activation tensor, by the path of its first reader.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-# Ops that pass a tensor on without making a new one (design.md, "the operation").
+# Ops that pass a tensor on without making a new one (docs/explanation/graph.md).
 SHAPE_ONLY = {"reshape", "transpose", "squeeze", "expand_dims", "slice", "rev", "copy", "copy_p"}
 # ``x[:, 0]`` is a gather, not a slice, in a trace with a symbolic number of samples.
 STATIC_GATHER = "gather at constant places"

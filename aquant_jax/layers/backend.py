@@ -23,6 +23,10 @@ class Backend(Protocol):
     """Convolutions over columns, for training and for deployment; hashable.
 
     ``gpu_ops.backend()`` is one.
+
+    >>> import aquant_jax as aq
+    >>> isinstance(aq.Compiler().backend, aq.Backend)
+    True
     """
 
     @property

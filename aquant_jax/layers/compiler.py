@@ -15,6 +15,11 @@ from aquant_jax.layers.fake_quant import run_layer
 class Compiler:
     """A cache of jitted functions, so that blocks of the same shape share one compilation.
 
+    >>> import aquant_jax as aq
+    >>> compiler = aq.Compiler()  # aq.quantize(..., compiler=compiler), as often as you like
+    >>> compiler.backend.name
+    'reference'
+
     Attributes:
       backend: runs convolutions over columns.
       layer: `fake_quant.run_layer` with the backend's convolution.

@@ -44,7 +44,19 @@ class Description(str):
 
 def describe(net: Network) -> Description:
     """A text: the blocks, the transformed activations, those that the rules add, the peak of cached
-    memory, and the weighted ops that stay float. ``rich.print`` shows a table."""
+    memory, and the weighted ops that stay float. ``rich.print`` shows a table.
+
+    >>> import numpy as np
+    >>> import aquant_jax as aq
+    >>> apply = lambda variables, x: x @ variables["head"]["kernel"]
+    >>> variables = {"head": {"kernel": np.ones((4, 3), np.float32)}}
+    >>> net = aq.prepare(apply, variables, np.ones((64, 4), np.float32), aq.recipes.aquant())
+    >>> print(aq.describe(net))
+    1 blocks:
+      0  head: head/kernel
+    cached activations: 0.0 MiB at the peak
+    1 of 1 weighted ops quantized
+    """
     lines, blocks = [f"{len(net.blocks)} blocks:"], []
     for index, block in enumerate(net.blocks):
         size = checks.boundary_bytes(net.graph, block.start, net.samples) / 2**20

@@ -32,6 +32,14 @@ def prepare(
 ) -> Network:
     """Check the arguments of `quantize`, trace the network, fold it and split it into blocks.
 
+    >>> import numpy as np
+    >>> import aquant_jax as aq
+    >>> apply = lambda variables, x: x @ variables["kernel"]
+    >>> variables = {"kernel": np.ones((4, 3), np.float32)}
+    >>> net = aq.prepare(apply, variables, np.ones((64, 4), np.float32), aq.recipes.aquant())
+    >>> [block.layers for block in net.blocks]
+    [('kernel',)]
+
     Args:
       apply, variables, calibration, recipe, mask: see `quantize`.
 

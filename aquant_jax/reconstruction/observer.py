@@ -21,6 +21,13 @@ class Observer:
     """Receives the progress of `quantize`. Override the methods of interest; the base is silent.
 
     The whole-network stage counts as one more block, whose report is a `FinetuneReport`.
+
+    >>> import aquant_jax as aq
+    >>> class Losses(aq.Observer):
+    ...     def on_step(self, index, step, loss):
+    ...         print(f"block {index}, step {step}: {loss}")
+    >>> Losses().on_step(0, 20, 0.25)  # quantize(observer=Losses()) calls it
+    block 0, step 20: 0.25
     """
 
     def on_start(self, net: Network) -> None:
@@ -43,7 +50,11 @@ class Observer:
 
 
 class TerminalObserver(Observer):
-    """Prints the blocks and shows a progress bar on standard error."""
+    """Prints the blocks and shows a progress bar on standard error.
+
+    >>> import aquant_jax as aq
+    >>> observer = aq.TerminalObserver()  # quantize(observer=observer)
+    """
 
     def on_start(self, net: Network) -> None:
         show(describe(net))
@@ -70,7 +81,13 @@ class TerminalObserver(Observer):
 
 
 class LogObserver(Observer):
-    """Logs through absl: the blocks, and one line per finished block."""
+    """Logs through absl: the blocks, and one line per finished block.
+
+    >>> import aquant_jax as aq
+    >>> logging.set_verbosity(logging.INFO)  # of absl, which else shows warnings alone
+    >>> observer = aq.LogObserver()  # quantize(observer=observer)
+    >>> logging.set_verbosity(logging.WARNING)
+    """
 
     def on_start(self, net: Network) -> None:
         logging.info("%s", describe(net))
@@ -90,7 +107,12 @@ class LogObserver(Observer):
 
 
 class Observers(Observer):
-    """Passes everything on to several observers."""
+    """Passes everything on to several observers.
+
+    >>> import aquant_jax as aq
+    >>> len(aq.Observers(aq.LogObserver(), aq.Observer()).observers)
+    2
+    """
 
     def __init__(self, *observers: Observer) -> None:
         self.observers = observers

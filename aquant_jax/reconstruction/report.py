@@ -20,6 +20,14 @@ MOST_VALUES = 2**22
 class BlockReport(NamedTuple):
     """How the reconstruction of one block went.
 
+    >>> import numpy as np
+    >>> import aquant_jax as aq
+    >>> apply = lambda variables, x: x @ variables["kernel"]
+    >>> samples = np.eye(4, dtype=np.float32)
+    >>> network = aq.quantize(apply, {"kernel": samples}, samples, aq.recipes.nearest(8, 8))
+    >>> [(report.name, report.steps) for report in network.reports]
+    [('kernel', 0)]
+
     Attributes:
       index, name, layers: of the block.
       steps: optimisation steps taken.
@@ -57,6 +65,12 @@ class BlockReport(NamedTuple):
 
 class FinetuneReport(NamedTuple):
     """How the whole-network stage went.
+
+    It is the last of ``network.reports`` where the recipe has such a stage, as `aquant_plus` does.
+
+    >>> import aquant_jax as aq
+    >>> aq.recipes.aquant_plus(steps=400).reconstruction.whole_network_steps
+    400
 
     Attributes:
       index: number of blocks before it.

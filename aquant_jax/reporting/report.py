@@ -19,6 +19,17 @@ def report(
 ) -> None:
     """Writes a report of a network: a self-contained HTML file with tables and figures.
 
+    >>> import pathlib, tempfile
+    >>> import numpy as np
+    >>> import aquant_jax as aq
+    >>> apply = lambda variables, x: x @ variables["kernel"]
+    >>> samples = np.eye(4, dtype=np.float32)
+    >>> network = aq.quantize(apply, {"kernel": samples}, samples, aq.recipes.nearest(8, 8))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     aq.report(network, f"{folder}/report.html")
+    ...     pathlib.Path(folder, "report.html").read_text()[:15]
+    '<!DOCTYPE html>'
+
     It needs matplotlib: ``pip install 'aquant-jax[report]'``.
 
     Args:

@@ -1,4 +1,4 @@
-"""``gpu_ops.img2col_border`` in plain numpy, written from docs/design.md, and cases of it."""
+"""``gpu_ops.img2col_border`` in plain numpy, from docs/explanation/method.md, and cases."""
 
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ def by_group(every, case):
 
 
 def reference(x, step, zero, coefficients, case):
-    """The columns of docs/design.md in numpy, operation by operation in float32."""
+    """The columns of docs/explanation/method.md in numpy, operation by operation in float32."""
     one = np.float32
     with np.errstate(all="ignore"):
         inverse = flush(one(1) / one(step))

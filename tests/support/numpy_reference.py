@@ -1,4 +1,4 @@
-"""What the library computes, in plain numpy from docs/design.md, without importing it.
+"""What the library computes, in plain numpy from docs/explanation/method.md, without importing it.
 
 Everything runs in the dtype of its arguments: float32 for codes, float64 for finite differences.
 """

@@ -1,0 +1,52 @@
+"""The Python code of the site's pages runs, and prints what the page shows."""
+
+import doctest
+import inspect
+import itertools
+import re
+from importlib.util import find_spec
+
+import pytest
+
+from aquant_jax.arithmetic import border
+from tests.support.process import REPOSITORY
+
+DOCS = REPOSITORY / "docs"
+FENCE = re.compile(r"^( *)```(python|pycon)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+PACKAGES = re.compile(r"^import (keras|haiku|equinox|onnxruntime)", re.MULTILINE)
+HOME = DOCS / "index.md"  # tests/test_docs.py checks its ten lines
+PAGES = sorted(page for page in DOCS.rglob("*.md") if FENCE.search(page.read_text()))
+
+
+@pytest.mark.user_model
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != HOME], ids=lambda page: page.stem
+)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(border, "BORDERS", dict(border.BORDERS))
+    names, skipped = {"__name__": page.stem}, []
+    for number, (_, kind, code) in enumerate(FENCE.findall(page.read_text())):
+        code = inspect.cleandoc(code) + "\n"
+        lacking = [name for name in PACKAGES.findall(code) if find_spec(name) is None]
+        if lacking:
+            skipped += lacking
+            continue
+        if kind == "python":
+            exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+            continue
+        test = doctest.DocTestParser().get_doctest(code, names, page.name, page.name, 0)
+        runner = doctest.DocTestRunner()
+        said = []
+        runner.run(test, out=said.append, clear_globs=False)
+        assert not runner.failures, "".join(said)
+        names = test.globs
+    if skipped:
+        pytest.skip(f"the rest of the page needs {', '.join(skipped)}")
+
+
+def test_the_pages_with_code_are_found():
+    """A fence that is written otherwise would not run."""
+    found = itertools.chain.from_iterable(FENCE.findall(page.read_text()) for page in PAGES)
+    written = [page.read_text().count("```py") for page in DOCS.rglob("*.md")]
+    assert len(list(found)) == sum(written)
