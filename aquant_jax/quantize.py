@@ -105,7 +105,7 @@ def quantize(
       The quantized network.
 
     Raises:
-      InputError: see `prepare.prepare`, `finetune_checks.check_finetune` and
+      InputError: see `prepare`, `finetune_checks.check_finetune` and
         `augmentation.check_augment`; a seed that is no whole number of 0 or more; a mesh with
         other axes, or whose devices do not divide a batch; processes that make different calls, or
         an InputError of one of them, which all raise; a block that does not fit in memory, or its

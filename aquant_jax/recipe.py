@@ -85,22 +85,22 @@ class Recipe:
       last_act_bits: the input of the last layers; None for ``act_bits``.
       first_output_bits: bits of the first layers' output; None treats it as any other tensor.
       quantize_input: also quantize activations that depend on no weight, such as the input image.
-      granularity: "block" or "layer", see `graph.partition.partition`.
+      granularity: what is reconstructed at once, "block" or "layer".
       blocks: path regexes that replace the automatic merging of layers into blocks.
-      activations: activations to round to nearest besides the inputs of weighted ops: names of
-        `activation_rules.RULES`, such as "matmul" for the operands of a product of activations.
+      activations: which ones to round to nearest besides the inputs of weighted ops: "matmul" (the
+        operands of a product of activations), "sum", "norm", "softmax", "activation".
       transforms: kinds of channel transforms to choose from, by the error of what reads a tensor:
         "shift_scale", a shift and a scale a channel; "hadamard", a rotation of the channels.
       overrides: exceptions by path regex; the last match decides.
       require_all: a weighted op that stays float is an error, instead of a line of `describe`.
       border: name of the border function, or None to round activations to nearest. "auto" tries
-        several for every block and keeps the cheapest that is good enough (see
-        `reconstruction.border_choice`); the quantized network's recipe has the choice in overrides.
+        several for every block and keeps the cheapest that is good enough
+        (``border_tolerance``); the quantized network's recipe has the choice in overrides.
       border_granularity: "element": one border a column element (input channel and tap); "mean":
         their average over the taps of a channel (Eq. 9), as the paper does; "channel": one border
         an input channel, so that an activation has one code and the convolution needs no columns.
-      phi: see `border.PHIS`.
-      border_format: of the deployed coefficients, see `packing.FORMATS`; `quantize` rounds to it.
+      phi: from polynomial to border: "identity", "clamp", "clamp_ste" or "sigmoid".
+      border_format: of the deployed coefficients: "float32", "float16" or "int8".
       reconstruction: how the quantizers are learned.
     """
 

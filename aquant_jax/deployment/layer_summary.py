@@ -20,7 +20,9 @@ class LayerSummary(NamedTuple):
     ('kernel', 'dense', (4, 4), 8, dtype('uint8'))
 
     Attributes:
-      path: path of its weight; kind: "conv" or "dense"; shape: of the weight.
+      path: of its weight.
+      kind: "conv" or "dense".
+      shape: of the weight.
       weight_bits, act_bits: None where float.
       step_size, zero_point: of its input tensor, or None.
       weight_scale, weight_zero_point: per output channel, or None.

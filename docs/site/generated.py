@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from mkdocs.exceptions import PluginError
 from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,19 @@ def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
+def supported() -> str:
+    """What README.md says of features and limits."""
+    readme = (ROOT / "README.md").read_text()
+    lines = []
+    for title in ("What is supported", "Limits"):
+        found = re.search(rf"^## {title}\n(.*?)(?=^## )", readme, re.MULTILINE | re.DOTALL)
+        if found is None:
+            raise PluginError(f"reference/supported.md: README.md has no section {title!r}")
+        text = re.sub(r"\]\((?!https?:|#)", "](../../", found[1])  # its links start at the root
+        lines += [f"## {title}", text]
+    return "\n".join(lines)
+
+
 def _imported(name: str) -> Any:
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
@@ -108,4 +122,5 @@ def _text(value: Any) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "reference/programs.md": programs,
     "reference/configs.md": configs,
+    "reference/supported.md": supported,
 }

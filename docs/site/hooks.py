@@ -6,27 +6,26 @@
 from __future__ import annotations
 
 import html
+import posixpath
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import generated  # its folder is on the path while MkDocs reads this file
+import notebook_pages
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
-from mkdocs.plugins import event_priority
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parents[2]
 _LINK = re.compile(r"(\]\()(\.{0,2}[^)\s#:]+)((?:#[^)\s]*)?\))")
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
-@event_priority(100)  # before mkdocs-jupyter, which takes notebooks out of the files that it finds
 def on_files(files: Files, config: Any) -> Files:
     """Adds the notebooks."""
-    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        name = f"tutorials/{notebook.name}"
-        files.append(File.generated(config, name, abs_src_path=str(notebook)))
+    for file in notebook_pages.pages(config):
+        files.append(file)
     return files
 
 
@@ -35,22 +34,29 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
     What is neither a page nor such a file stays, and MkDocs reports it with the page's name.
     """
-    here = (Path(config.docs_dir) / page.file.src_uri).parent
-    tree = f"{config.repo_url}/blob/main/"
+    if build := generated.PAGES.get(page.file.src_uri):
+        markdown = f"{markdown}\n{build()}"
+    own = PurePosixPath(page.file.src_uri).parent
+    here = (ROOT if own.name == notebook_pages.FOLDER.name else Path(config.docs_dir)) / own
 
     def lead(match: re.Match[str]) -> str:
         target = (here / match[2]).resolve()
         if not target.is_relative_to(ROOT) or not target.exists():
             return match[0]
-        if target.is_relative_to(config.docs_dir):
-            file = files.get_file_from_path(str(target.relative_to(config.docs_dir)))
-            if file is not None and file.inclusion.is_included():
-                return match[0]
-        return f"{match[1]}{tree}{target.relative_to(ROOT).as_posix()}{match[3]}"
+        shown = files.get_file_from_path(_source(target, Path(config.docs_dir)))
+        if shown is not None and shown.inclusion.is_included():
+            return f"{match[1]}{posixpath.relpath(shown.src_uri, str(own))}{match[3]}"
+        path = target.relative_to(ROOT).as_posix()
+        return f"{match[1]}{config.repo_url}/blob/main/{path}{match[3]}"
 
-    if build := generated.PAGES.get(page.file.src_uri):
-        markdown = f"{markdown}\n{build()}"
     return _LINK.sub(lead, markdown)
+
+
+def _source(target: Path, docs: Path) -> str:
+    """What MkDocs calls a file of the repository, if it is part of the site."""
+    if target.parent == notebook_pages.FOLDER:
+        return f"notebooks/{target.stem}.md"
+    return target.relative_to(docs).as_posix() if target.is_relative_to(docs) else ""
 
 
 def on_page_content(content: str, page: Any, **_: Any) -> str:
@@ -66,6 +72,6 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
             raise PluginError(f"{page.file.src_uri}: equation {latex!r}: {problem}") from error
         if unknown := re.search(r"\\\w+", html.unescape(drawn)):  # shown as it is
             raise PluginError(f"{page.file.src_uri}: equation {latex!r}: unknown {unknown[0]}")
-        return drawn
+        return f'<div class="equation">{drawn}</div>' if display == "block" else drawn
 
     return _EQUATION.sub(draw, content)

@@ -1,8 +1,11 @@
 """The site: it builds without a warning, has what a reader looks for, and needs no network."""
 
+import ast
+import dataclasses
 import html.parser
 import logging
 import re
+import sys
 import warnings
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -111,6 +114,14 @@ def test_examples_are_shown_as_code_and_names_as_links(site):
     assert re.search(r'href="\.\./quantize/#aquant_jax\.quantize\.quantize"', text)
 
 
+def test_every_field_of_a_reconstruction_has_an_entry_with_its_default(site):
+    text = (site / "reference" / "recipes" / "index.html").read_text()
+    for field in dataclasses.fields(aq.Reconstruction):
+        name = f"aquant_jax.recipe_reconstruction.Reconstruction.{field.name}"
+        found = re.search(rf'title="{name}">.*?Default: <code>(.*?)</code>', text, re.DOTALL)
+        assert ast.literal_eval(found[1].replace("&#39;", "'")) == field.default
+
+
 def test_programs_and_their_flags_are_listed(site):
     text = (site / "reference" / "programs" / "index.html").read_text()
     for path in (REPOSITORY / "launch").glob("*.py"):
@@ -148,6 +159,33 @@ BROKEN = {
     "[a](#lost)": "Doc file 'page.md' contains a link '#lost', but there is no such anchor",
     "![a](lost.png)": "'page.md' contains a link 'lost.png'",
 }
+
+
+def test_a_notebook_is_a_page_with_its_outputs(tmp_path, site):
+    import nbformat
+    from nbformat import v4
+
+    cells = [
+        v4.new_markdown_cell("# Title\n\n[![Open in Colab](https://colab.x/a.svg)](https://y)"),
+        v4.new_code_cell("\n".join(f"line_{i} = {i}" for i in range(99))),
+        v4.new_code_cell(
+            "show()",
+            outputs=[
+                v4.new_output("stream", text="\x1b[1mbold\x1b[0m"),
+                v4.new_output("display_data", {"image/png": "aGVsbG8="}),
+            ],
+        ),
+    ]
+    nbformat.write(v4.new_notebook(cells=cells), tmp_path / "x.ipynb")
+    markdown, figures = sys.modules["notebook_pages"].converted(tmp_path / "x.ipynb")
+    assert "[Open in Colab](https://y)" in markdown
+    assert "    bold\n" in markdown
+    assert '??? abstract "Set-up cell"\n\n    ```python\n    line_0 = 0\n' in markdown
+    ((name, content),) = figures.items()
+    assert f"]({name})" in markdown
+    assert content == b"hello"
+    for notebook in (REPOSITORY / "notebooks").glob("*.ipynb"):
+        assert (site / "notebooks" / notebook.stem / "index.html").exists()
 
 
 def test_broken_links_fail_with_the_name_of_the_page(tmp_path):
