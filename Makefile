@@ -1,6 +1,7 @@
 # make demo   quantize the embedded network by all five methods: table, results, plots
 # make test   lint and all tests
 # make lint   ruff and pyright;  make type, bench: one thing each
+# make notebooks  executes them and writes their outputs (NOTEBOOKS="quickstart deploy": these)
 # make matrix the same as test, on every Python that is found, each with its JAX
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,11 +14,14 @@ OPTIMIZED_TESTS := tests/arithmetic tests/layers tests/gpu_ops
 MATRIX := 3.11-0.10 3.12-0.11 3.13-0.12
 DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant
 
-.PHONY: demo test optimized-tests lint type bench matrix gpu gpu-here clean module dependencies
+.PHONY: demo notebooks test optimized-tests lint type bench matrix gpu gpu-here clean module dependencies
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
 	$(RUN) -m launch.sweep --config=configs/digits.py:w2a2 --presets=$(DEMO_PRESETS) --workdir=runs/demo
+
+notebooks: $(VENV)/.test
+	$(RUN) notebooks/execute.py $(NOTEBOOKS)
 
 # Pyright takes half a minute of one core, beside the first tests.
 test: $(VENV)/.test
