@@ -2,6 +2,7 @@
 # make test   lint and all tests
 # make lint   ruff and pyright;  make type, bench: one thing each
 # make docs   the site, in build/site; docs-serve shows it at http://127.0.0.1:8000
+# make notebooks  executes them and writes their outputs (NOTEBOOKS="quickstart deploy": these)
 # make matrix the same as test, on every Python that is found, each with its JAX
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,11 +17,15 @@ OPTIMIZED_TESTS := tests/arithmetic tests/layers tests/gpu_ops
 MATRIX := 3.11-0.10 3.12-0.11 3.13-0.12
 DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant
 
-.PHONY: demo test optimized-tests lint type bench docs docs-serve matrix gpu gpu-here clean module dependencies
+.PHONY: demo notebooks test optimized-tests lint type bench docs docs-serve matrix gpu gpu-here clean module
+.PHONY: dependencies
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.report
 	$(RUN) -m launch.sweep --config=configs/digits.py:w2a2 --presets=$(DEMO_PRESETS) --workdir=runs/demo
+
+notebooks: $(VENV)/.test
+	$(RUN) notebooks/execute.py $(NOTEBOOKS)
 
 # Pyright takes half a minute of one core, beside the first tests.
 test: $(VENV)/.test
