@@ -27,14 +27,12 @@ NETWORKS: dict[str, tuple[str, str, str]] = {
     "regnetx_600mf": ("RegNetX-600MF", "ImageNet, top-1", "regnetx_600mf"),
     "regnetx_3200mf": ("RegNetX-3.2GF", "ImageNet, top-1", "regnetx_3200mf"),
     "minilm_stsb": ("MiniLM-L6", "STS-B, Pearson of cosines", "stsb_minilm"),
-    "minilm_cola": ("MiniLM-L6, fine-tuned", "CoLA, Matthews", "glue_bert"),
-    "minilm_mrpc": ("MiniLM-L6, fine-tuned", "MRPC, F1", "glue_bert"),
-    "minilm_rte": ("MiniLM-L6, fine-tuned", "RTE, accuracy", "glue_bert"),
-    "minilm_sst2": ("MiniLM-L6, fine-tuned", "SST-2, accuracy", "glue_bert"),
-    "bert_base": ("BERT-base", "GLUE", "glue_bert"),
+    "minilm_cola": ("MiniLM-L6", "GLUE, CoLA, Matthews", "glue_bert"),
+    "minilm_mrpc": ("MiniLM-L6", "GLUE, MRPC, F1", "glue_bert"),
+    "minilm_rte": ("MiniLM-L6", "GLUE, RTE, accuracy", "glue_bert"),
+    "minilm_sst2": ("MiniLM-L6", "GLUE, SST-2, accuracy", "glue_bert"),
+    "bert_base": ("BERT-base", "GLUE, other tasks", "glue_bert"),
 }
-CONFIGS_WITH_A_TASK = {"minilm_cola": "cola", "minilm_mrpc": "mrpc", "minilm_rte": "rte",
-                       "minilm_sst2": "sst2"}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -54,24 +52,21 @@ def models(load: Load) -> str:
     for run in _runs(load):
         by.setdefault((run.network, run.bits), {}).setdefault(run.how, []).append(run)
     known = {name: f"{value:.2f}" for name, value in _float_only(load).items()}
-    rows = []
+    tables: dict[str, list[list[str]]] = {}
     for network, (label, data, config) in NETWORKS.items():
-        task = CONFIGS_WITH_A_TASK.get(network)
+        rows = tables.setdefault(data, [])
         found = sorted((bits for name, bits in by if name == network), reverse=True)
         for bits in found:
             how, runs = max(by[network, bits].items(), key=lambda item: _mean(item[1]))
             scores = spread([run.score for run in runs], each=False)
             minutes = statistics.fmean(run.minutes for run in runs)
-            argument = f"`{config}.py:{task + ',' if task else ''}{bits}`"
-            base = f"{runs[0].float_score:.2f}"
-            figures = [base, bits, scores, how, str(len(runs)), f"{minutes:.2g}"]
-            rows.append([label, data, *figures, argument])
+            figures = [f"{runs[0].float_score:.2f}", scores, how, str(len(runs)), f"{minutes:.2g}"]
+            rows.append([label, bits, *figures, f"`{config}`"])
         if not found:
             base = known.get(network, "not run")
-            rows.append([label, data, base, "", "not run", *[""] * 3, f"`{config}.py`"])
-    head = ["network", "data and metric", "float", "bits", "quantized", "preset", "seeds",
-            "minutes a seed", "config"]  # fmt: skip
-    return markdown(head, rows)
+            rows.append([label, "", base, "not run", "", "", "", f"`{config}`"])
+    head = ["network", "bits", "float", "quantized", "preset", "seeds", "minutes a seed", "config"]
+    return "\n\n".join(f"### {data}\n\n{markdown(head, rows)}" for data, rows in tables.items())
 
 
 def sizes(load: Load) -> str:

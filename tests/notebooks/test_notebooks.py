@@ -167,7 +167,9 @@ def test_where_all_is_installed_the_first_cell_does_nothing(runtime, capsys):
 def test_a_missing_requirement_is_one_line(runtime, package, version, said):
     runtime.versions[package] = version
     (line,) = runtime.error()
-    assert re.search(rf"^error: this notebook {said}: pip install 'aquant-jax\[report\] @ git", line)
+    assert re.search(
+        rf"^error: this notebook {said}: pip install 'aquant-jax\[report\] @ git", line
+    )
     assert runtime.commands == []
 
 
@@ -179,7 +181,11 @@ def test_an_old_python_is_one_line(runtime, monkeypatch):
 
 @pytest.mark.parametrize(
     ("driver", "extras", "cuda"),
-    [("", "report", "OFF"), ("550.54.15\n", "report,cuda12", "ON"), ("580.65\n", "report,cuda", "ON")],
+    [
+        ("", "report", "OFF"),
+        ("550.54.15\n", "report,cuda12", "ON"),
+        ("580.65\n", "report,cuda", "ON"),
+    ],
 )
 def test_colab_installs_what_its_gpu_needs_and_restarts(runtime, monkeypatch, driver, extras, cuda):
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
