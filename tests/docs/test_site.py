@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import aquant_jax as aq
-from tests.support.process import REPOSITORY
+from tests.support.process import REPOSITORY, made_once
 
 pytestmark = pytest.mark.skipif(
     find_spec("mkdocs") is None, reason="needs mkdocs (aquant-jax[docs])"
@@ -48,12 +48,14 @@ def build(**settings):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The folder of the built site."""
-    folder = tmp_path_factory.mktemp("site")
+
+    def make(folder):
+        assert build(site_dir=str(folder)) == []
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_MKDOCS_2_WARNING", "1")
         patch.chdir(REPOSITORY)
-        assert build(site_dir=str(folder)) == []
-    return folder
+        return made_once(tmp_path_factory, "site", make)
 
 
 class Page(html.parser.HTMLParser):

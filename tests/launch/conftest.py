@@ -1,7 +1,5 @@
 """Programs run from the checkout, as a user runs them, and one finished run for several files."""
 
-import fcntl
-import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +10,7 @@ from aquant_jax.deployment.sizes import Sizes
 from aquant_jax.reporting import run
 from launch import quantize
 from launch.lib import plots, progress, reports
-from tests.support.process import REPOSITORY
+from tests.support.process import REPOSITORY, made_once
 
 # One recipe for all tests that reconstruct the digits network: what one compiled, all have.
 SMALL = (
@@ -39,16 +37,14 @@ def without_plots(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The directory of a finished run by aquant, made by one worker; not to be written into."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    with (folder / "lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """The directory of a finished run by aquant."""
+
+    def run(path):
+        assert quantize.main(["quantize", DIGITS, *SMALL, f"--workdir={path}"]) == 0
+
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPOSITORY)
-        path = folder / "finished_run"
-        if not path.exists():
-            assert quantize.main(["quantize", DIGITS, *SMALL, f"--workdir={path}"]) == 0
-    return path
+        return made_once(tmp_path_factory, "finished_run", run)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Programs in processes of their own, and where the repository and the shared data are."""
+"""Programs in processes of their own, what the workers of a run share, and where files are."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -7,6 +8,17 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+def made_once(tmp_path_factory, name, make):
+    """The folder that ``make(path)`` makes in one worker, for all of them; not to be written to."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / name).exists():
+            make(base / name)
+    return base / name
 
 
 class PoolHere:
