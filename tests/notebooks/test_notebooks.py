@@ -21,7 +21,14 @@ SHORT = {
         r"stand in for BERT.*float: (?:9\d|100)\.\d\d%.*aquant_bert +\d+\.\d\d%",
     ),
     "deploy": (
-        {"STEPS": 0, "TIMED_MODEL": "digits_cnn", "SIZE": 8, "BATCH": 4, "ROUNDS": 2},
+        {
+            "STEPS": 0,
+            "SAMPLES": 128,
+            "TIMED_MODEL": "digits_cnn",
+            "SIZE": 8,
+            "BATCH": 4,
+            "ROUNDS": 2,
+        },
         ["sklearn", "jax2onnx", "onnxruntime"],
         r"int8 backend +\d+ of 500 .*ONNX in onnxruntime.*StableHLO.*int8 backend +\d",
     ),
@@ -31,12 +38,12 @@ SHORT = {
         r"missing here: an NVIDIA GPU.*skipped: JAX finds no NVIDIA GPU.*border fp32 over im2col",
     ),
     "quickstart": (
-        {"STEPS": 20, "PRESETS": ["nearest", "aquant"]},
+        {"STEPS": 12, "SAMPLES": 128, "PRESETS": ["nearest", "aquant"]},
         ["sklearn", "matplotlib"],
-        r"float: 99\.60%.*nearest +53\.60%.*all 500 outputs are equal bit for bit",
+        r"float: 99\.60%.*nearest +\d.*aquant +\d.*all 500 outputs are equal bit for bit",
     ),
     "your_model": (
-        {"EPOCHS": 12, "STEPS": 0},
+        {"EPOCHS": 12, "STEPS": 0, "SAMPLES": 128},
         ["sklearn", "matplotlib", "keras"],
         r"4 of 4 weighted ops quantized.*Keras +float.*Conv_7.*predicted degradation.*report\.html",
     ),
