@@ -69,7 +69,6 @@ def test_a_notebook_runs(name, tmp_path, monkeypatch):
             pytest.skip(f"needs {package}")
     monkeypatch.setenv("AQUANT_DATA_DIR", str(tmp_path))  # without data, on every machine
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")  # they wait by spinning
     notebook = execute.read(name)
     tagged = notebook.cells[execute.parameters_cell(notebook)].source
     assert all(re.search(rf"\b{key}\b", tagged) for key in parameters)
