@@ -27,11 +27,12 @@ demo: $(VENV)/.report
 notebooks: $(VENV)/.test
 	$(RUN) notebooks/execute.py $(NOTEBOOKS)
 
-# Pyright takes half a minute of one core, beside the first tests.
+# Pyright takes half a minute of one core, beside the first tests. Of three workers on two cores one
+# may wait for the processes that it has started.
 test: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(MAKE) --no-print-directory -j 2 type optimized-tests
-	$(RUN) -m pytest -n 2 --fast-compile $(addprefix --ignore=,$(OPTIMIZED_TESTS))
+	$(RUN) -m pytest -n 3 --fast-compile $(addprefix --ignore=,$(OPTIMIZED_TESTS))
 
 # Where rounding may depend on how machine code is optimized, tests compile as users do.
 optimized-tests: $(VENV)/.test

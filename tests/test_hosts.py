@@ -111,16 +111,11 @@ def test_the_failure_of_one_ends_all_with_one_line(tmp_path):
     assert second == (2, "", "")
 
 
-SLOW = "two more processes, 8 s: set AQUANT_SLOW_TESTS"
-
-
 @pytest.mark.parametrize(
     "victim",
     [
         1,
-        pytest.param(
-            0, marks=pytest.mark.skipif("AQUANT_SLOW_TESTS" not in os.environ, reason=SLOW)
-        ),
+        pytest.param(0, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_process_ends_all_and_the_rerun_resumes(tmp_path, victim):

@@ -33,6 +33,7 @@ def compiler_with(libraries):
     return compiler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sanitizers", "libraries"),
     [("address,undefined", ("asan", "ubsan")), ("thread", ("tsan",))],

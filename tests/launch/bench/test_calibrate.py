@@ -20,6 +20,7 @@ def test_the_block_is_the_first_with_a_residual_sum():
     assert net.blocks[calibrate.BLOCK].name == "params/layer1_0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [1, 2], ids=["one by one", "scanned"])
 def test_steps_are_timed(monkeypatch, tmp_path, capsys, scanned):
     monkeypatch.setattr(models, "create", lambda name: small_net())

@@ -10,6 +10,7 @@ from launch.lib import peers
 from tests.support.nets import small_net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("float_stem", "batch_size"), [(False, 1), (True, 2)], ids=["codes", "float stem"]
 )

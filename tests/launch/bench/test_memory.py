@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from launch.bench import memory
 from tests.support.process import run_pools_here
 
 
+@pytest.mark.slow
 def test_with_and_without_a_limit(monkeypatch, tmp_path, capsys):
     run_pools_here(monkeypatch, memory)
     out = tmp_path / "memory.json"

@@ -16,6 +16,7 @@ TINY = functools.partial(decoder, Decoder(2, 8, 12, 2, 1, 256, 4))
 
 
 @jax.numpy_rank_promotion("allow")
+@pytest.mark.slow
 def test_measurements_and_model_meet(monkeypatch, tmp_path, capsys):
     run_pools_here(monkeypatch, scaling)
     monkeypatch.setitem(scaling_workload.TRANSFORMERS, "small_decoder", TINY)

@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 from aquant_jax import models
 from launch.bench import size
 from tests.support.nets import images, small_net
 
 
+@pytest.mark.slow
 def test_the_payload_is_within_three_percent_of_its_bits(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(models, "create", lambda name: small_net(width=32))
     monkeypatch.setattr(size, "NETWORKS", {"residual": images(0).shape[1]})

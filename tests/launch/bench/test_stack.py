@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from launch.bench import stack
 
 
+@pytest.mark.slow
 def test_rolled_and_unrolled(monkeypatch, tmp_path, capsys):
     for name, value in {"LAYERS": (5,), "WIDTH": 8, "POSITIONS": 4, "BATCH": 4}.items():
         monkeypatch.setattr(stack, name, value)
