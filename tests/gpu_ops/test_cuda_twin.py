@@ -57,9 +57,9 @@ BUILT_IN = {name: case for name, case in CASES.items() if case.phi != "sigmoid"}
 RANDOM = [random_case(seed) for seed in range(60)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """Registers the twin's handlers, once."""
+    """Registers the handlers of the twin, once a process: a worker may come back to this file."""
     if not shutil.which("g++"):
         pytest.skip("needs g++")
     library = tmp_path_factory.mktemp("twin") / "twin.so"
