@@ -16,7 +16,7 @@ PRESETS = ("nearest", "adaround", "brecq", "qdrop", "aquant")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the accuracy on the 500 held-out digits, a line a method as it is learned.
+    """Prints a table of the accuracy on the 500 held-out digits, a line a method.
 
     Args:
       arguments: of the command line; None for those of the process.
@@ -32,13 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     apply, variables = models.create("digits_cnn", models.DIGITS_WEIGHTS)
     digits = data.load("digits")
-    test, compiler = digits.test(), aq.Compiler()
+    calibration, test = digits.calibration(1024, options.seed).inputs, digits.test()
+    compiler = aq.Compiler()
     lines = ["| preset | top-1 % |", "| --- | ---: |"]
     for name in options.presets:
         recipe = aq.recipes.preset(name, weight_bits=options.bits, act_bits=options.bits)
         if name != "nearest":
             recipe = recipe.replace(steps=options.steps)
-        calibration = digits.calibration(1024, options.seed).inputs
         quantized = aq.quantize(
             apply, variables, calibration, recipe, seed=options.seed, compiler=compiler
         )

@@ -34,6 +34,8 @@ NETWORKS: dict[str, tuple[str, str, str]] = {
     "bert_base": ("BERT-base", "GLUE, other tasks", "glue_bert"),
 }
 
+ZOO_NAMES = {label: name for name, (label, _, _) in NETWORKS.items()}  # of a measurement's label
+
 
 class Run(NamedTuple):
     """One seed of a network: how it was quantized, and its scores in percent."""
@@ -124,16 +126,15 @@ def _runs(load: Load) -> Iterator[Run]:
         for run in load(name)["runs"]:
             stage = run["preset"] == "qdrop" and run.get("finetune")
             yield _run("resnet20_cifar", run, "qdrop and the stage" if stage else run["preset"])
-    labels = {label: name for name, (label, _, _) in NETWORKS.items()}
     for run in load("resnet_cifar_stage")["runs"]:
         granularity = run["recipe"]["border_granularity"]
         suffix = ", channel" if granularity == "channel" else ""
-        yield _run(labels[run["network"]], run, run["preset"] + suffix)
+        yield _run(ZOO_NAMES[run["network"]], run, run["preset"] + suffix)
     lite = load("efficientnet_lite0_w4a4")["rows"].values()
     for run in (load("efficientnet_lite0_w8a8_qdrop"), *lite):
         yield _run("efficientnet_lite0", run, run["preset"])
     for run in load("efficientnet_lite_larger")["runs"]:
-        yield _run(labels[run["network"]], run, run["preset"])
+        yield _run(ZOO_NAMES[run["network"]], run, run["preset"])
     yield from _sentences(load)
 
 
@@ -151,6 +152,5 @@ def _sentences(load: Load) -> Iterator[Run]:
 
 def _float_only(load: Load) -> dict[str, float]:
     """Float scores of networks that were not quantized here."""
-    labels = {label: name for name, (label, _, _) in NETWORKS.items()}
     found = load("efficientnet_lite_larger")["float"]
-    return {labels[label]: scores["top1"] for label, scores in found.items()}
+    return {ZOO_NAMES[label]: scores["top1"] for label, scores in found.items()}

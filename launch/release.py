@@ -101,7 +101,8 @@ def install(python: str, version: str, output: Path) -> None:
         path = str(Path(environment).parent)
         wheel = _wheel_for(environment, _archives(output, version))
         _run([environment, "-m", "pip", "install", "--quiet", str(wheel)], Path(folder), PATH=path)
-        _run([environment, "-c", release_checks.readme_example(ROOT)], Path(folder), PATH=path)
+        example = release_checks.first_example(ROOT / "README.md")
+        _run([environment, "-c", example], Path(folder), PATH=path)
         _run([environment, "-m", "aquant_jax.demo"], Path(folder), PATH=path)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import aquant_jax as aq
 from aquant_jax import models
+from launch.lib.release_checks import first_example
 from tests.support.process import REPOSITORY
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
@@ -63,8 +64,7 @@ def test_files_that_a_page_names_exist(page):
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
 def test_the_ten_lines_fit_the_library(page, monkeypatch):
     """Their names, arguments and data; other tests quantize, save and restore."""
-    text = (REPOSITORY / page).read_text()
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    code = first_example(REPOSITORY / page)
     for name, result in (("quantize", "network"), ("save", None), ("restore", len)):
         bind = inspect.signature(getattr(aq, name)).bind
         check = lambda *own, bind=bind, result=result, **more: bind(*own, **more) and result  # noqa: E731

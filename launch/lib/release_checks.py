@@ -106,11 +106,11 @@ def _check_names(archive: str, names: list[str], needed: tuple[str, ...]) -> Non
         raise InputError(f"{archive} has {wrong[0]}")
 
 
-def readme_example(root: Path) -> str:
-    """The ten lines of Python of README.md."""
-    found = re.search(r"```python\n(.*?)```", (root / "README.md").read_text("utf-8"), re.DOTALL)
+def first_example(page: Path) -> str:
+    """The first Python code of a page: in README.md, the ten lines."""
+    found = re.search(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     if not found:
-        raise InputError("README.md has no Python example")
+        raise InputError(f"{page.name} has no Python example")
     return found[1]
 
 

@@ -46,7 +46,7 @@ def check_all(checkout, version="0.2.0"):
 
 def test_a_checkout_that_is_ready_passes(checkout):
     check_all(checkout)
-    assert checks.readme_example(checkout) == "print(1)\n"
+    assert checks.first_example(checkout / "README.md") == "print(1)\n"
 
 
 @pytest.mark.parametrize(
