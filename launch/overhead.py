@@ -2,11 +2,12 @@
 
 Nothing is loaded or run: the counts come from the shapes of the traced networks. A column element
 is one (tap, input channel) of a conv's im2col row, or one input of a dense layer. The second table
-has the three values of ``border_granularity``.
+has the three values of ``border_granularity``. BERT-base, the paper's Table 2, stands below.
 
-Example:
+Examples:
 
     python -m launch.overhead
+    python -m launch.overhead --models=resnet18,mobilenetv2
 """
 
 import itertools
@@ -17,9 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import flags
 
 from aquant_jax import models, recipes
 from aquant_jax.arithmetic import border
+from aquant_jax.errors import InputError
 from aquant_jax.graph.trace import trace
 from aquant_jax.layers.fake_quant import border_shape
 from aquant_jax.models import bert
@@ -228,11 +231,19 @@ def _size(weights: int, bits: int, coefficients: int) -> str:
     return f"{before / mib:.2f} -> {(before + added) / mib:.2f} MiB (+{100 * added / before:.1f}%)"
 
 
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this program."""
+    text = "networks of the zoo; none: all of them, the paper's first"
+    flags.DEFINE_list("models", "", text, flag_values=values)
+
+
 @command_line.program
 def main(argv: list[str]) -> None:
-    """Prints the table: the paper's networks, then the others."""
-    command_line.parse(argv, lambda _: None, __doc__)
-    names = [*PAPER, *(name for name in models.LINEN if name not in PAPER)]
+    """Prints the tables of the networks, in the order of the flag."""
+    values, _ = command_line.parse(argv, define_flags, __doc__)
+    names = values.models or [*PAPER, *(name for name in models.LINEN if name not in PAPER)]
+    if unknown := [name for name in names if name not in models.LINEN]:
+        raise InputError(f"--models has {unknown[0]!r}; there are {', '.join(models.LINEN)}")
     counts = {name: count_layers(name) for name in names}
     print(HEADER)
     print("| --- " + "| ---: " * (HEADER.count("|") - 2) + "|")

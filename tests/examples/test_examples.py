@@ -56,6 +56,9 @@ SHORT = {
     "rnn_digits": (["--epochs=1", "--steps=0"], ["flax"], r"float \d.*, nearest \d.*, aquant \d"),
 }
 
+# Their frameworks and loops have tests of their own.
+SLOW = ("character_stack", "equinox_model", "haiku_model", "rnn_digits")
+
 
 def _is_installed(package):
     try:
@@ -66,7 +69,13 @@ def _is_installed(package):
 
 @pytest.mark.user_model
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
+        for path in sorted(EXAMPLES.glob("*.py"))
+    ],
+)
 def test_an_example_runs(name, tmp_path, monkeypatch, capsys):
     """In this process: the imports of one of its own would take longer than the example."""
     given, packages, expected = SHORT[name]
