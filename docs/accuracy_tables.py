@@ -258,32 +258,3 @@ def glue(load: Load) -> str:
         rows.append([*head, f"{score(first, 'float'):.2f}", *cells])
     names = [f"{bits} {name}" for bits, name in columns]
     return markdown(["task", "metric", "samples", "float", *names], rows)
-
-
-def headline(load: Load) -> str:
-    """One line a network, for README."""
-    digits = load("demo_digits_w2a2")["rows"]
-    cells = [f"{row['mean']:.2f}" for row in digits]
-    rows = [["digits CNN, digits", "w2a2", f"{digits[0]['float']:.2f}", *cells, "250", "1"]]
-    runs = load("resnet20_cifar10_jpeg")
-    for bits in reversed(BITS):
-        found = [_resnet20_scores(load, name + "{seed}", bits) for name in PRESETS]
-        count = str(len(found[-1]))
-        cells = [spread(scores, each=False) for scores in found]
-        first = runs[f"{bits}/aquant-s0"]
-        steps = f"{first['recipe']['steps']:,}"
-        name, base = "ResNet-20, CIFAR-10 (JPEG)", f"{score(first, 'float'):.2f}"
-        rows.append([name, bits, base, *cells, steps, count])
-    lite = load("efficientnet_lite0_w4a4")["rows"]
-    cells = [spread([score(lite[name])] if name in lite else []) for name in PRESETS]
-    first = lite["aquant"]
-    name, steps = "EfficientNet-Lite0, 1,300 images of ImageNet", str(first["recipe"]["steps"])
-    rows.append([name, "w4a4", f"{score(first, 'float'):.2f}", *cells, steps, "1"])
-    found = [_stsb_scores(load, "w4a4", 1024, p) for p in ("nearest", "adaround", "aquant_bert")]
-    sentences = [r for r in load("stsb_minilm")["runs"] if r["preset"] == "aquant_bert"]
-    base = f"{score(sentences[0], 'float'):.2f}"
-    steps = str(next(r["recipe"]["steps"] for r in sentences if r["calibration_samples"] == 1024))
-    cells = [spread(scores, each=False) for scores in found]
-    cells[2:2] = ["-", "-"]
-    rows.append(["MiniLM-L6, STS-B (Pearson)", "w4a4", base, *cells, steps, str(len(found[-1]))])
-    return markdown(["network, test set", "bits", "float", *PRESETS, "steps", "seeds"], rows)

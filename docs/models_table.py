@@ -1,4 +1,4 @@
-"""The tables of docs/models.md: every network with what was measured of it here."""
+"""Every network with what was measured of it here: the tables of models.md, and the headline."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ NETWORKS: dict[str, tuple[str, str, str]] = {
     "minilm_sst2": ("MiniLM-L6", "GLUE, SST-2, accuracy", "glue_bert"),
     "bert_base": ("BERT-base", "GLUE, other tasks", "glue_bert"),
 }
+
+# Rows of the headline: a network, its bits, and what its runs have besides a preset.
+HEADLINE = (
+    ("digits_cnn", "w2a2", ""),
+    *(("resnet20_cifar", bits, "") for bits in ("w2a2", "w2a4", "w3a3", "w4a4")),
+    ("efficientnet_lite0", "w4a4", ""),
+    ("minilm_stsb", "w4a4", ", sums 8 bits"),
+    ("minilm_stsb", "w4a4", ", shift_scale, sums 8 bits"),
+    ("minilm_stsb", "w4a4", ", shift_scale"),
+)
+PRESETS = ("nearest", "adaround", "brecq", "qdrop", "aquant", "aquant_plus")
+BERT_PRESETS = {"aquant": "aquant_bert", "aquant_plus": "aquant_bert and the stage"}
 
 ZOO_NAMES = {label: name for name, (label, _, _) in NETWORKS.items()}  # of a measurement's label
 
@@ -69,6 +81,25 @@ def models(load: Load) -> str:
             rows.append([label, "", base, "not run", "", "", "", f"`{config}`"])
     head = ["network", "bits", "float", "quantized", "preset", "seeds", "minutes a seed", "config"]
     return "\n\n".join(f"### {data}\n\n{markdown(head, rows)}" for data, rows in tables.items())
+
+
+def headline(load: Load) -> str:
+    """Scores by preset; mean and standard deviation where there is more than one seed."""
+    by: dict[tuple[str, str], dict[str, list[Run]]] = {}
+    for run in _runs(load):
+        by.setdefault((run.network, run.bits), {}).setdefault(run.how, []).append(run)
+    rows = []
+    for network, bits, suffix in HEADLINE:
+        found, (label, data, _) = by[network, bits], NETWORKS[network]
+        names = BERT_PRESETS if label == "MiniLM-L6" else {}
+        scores = [
+            [run.score for run in found.get(names.get(preset, preset) + suffix, ())]
+            for preset in PRESETS
+        ]
+        base = next(iter(found.values()))[0].float_score
+        cells = [spread(each, each=False) for each in scores]
+        rows.append([label, data + suffix, bits, f"{base:.2f}", *cells])
+    return markdown(["network", "data, metric", "bits", "float", *PRESETS], rows)
 
 
 def sizes(load: Load) -> str:
@@ -114,6 +145,12 @@ def _run(network: str, run: Json, how: str) -> Run:
     return Run(network, _bits(run), how, score(run), score(run, "float"), run["seconds"] / 60)
 
 
+def _how(run: Json) -> str:
+    """The preset, and the whole-network stage where it is not the preset's own."""
+    stage = run.get("finetune") and run["preset"] != "aquant_plus"
+    return f"{run['preset']} and the stage" if stage else run["preset"]
+
+
 def _runs(load: Load) -> Iterator[Run]:
     """All measured runs that changed nothing but the preset, its stage and its granularity."""
     for row in load("demo_digits_w2a2")["rows"]:
@@ -124,14 +161,14 @@ def _runs(load: Load) -> Iterator[Run]:
             yield _run("resnet20_cifar", run, run["preset"])
     for name in ("resnet20_aquant_plus", "resnet20_w4a4_stage", "resnet20_weights_only"):
         for run in load(name)["runs"]:
-            stage = run["preset"] == "qdrop" and run.get("finetune")
-            yield _run("resnet20_cifar", run, "qdrop and the stage" if stage else run["preset"])
+            yield _run("resnet20_cifar", run, _how(run))
     for run in load("resnet_cifar_stage")["runs"]:
         granularity = run["recipe"]["border_granularity"]
         suffix = ", channel" if granularity == "channel" else ""
         yield _run(ZOO_NAMES[run["network"]], run, run["preset"] + suffix)
-    lite = load("efficientnet_lite0_w4a4")["rows"].values()
-    for run in (load("efficientnet_lite0_w8a8_qdrop"), *lite):
+    # The last of a preset has the most steps.
+    lite = {run["preset"]: run for run in load("efficientnet_lite0_w4a4")["rows"].values()}
+    for run in (load("efficientnet_lite0_w8a8_qdrop"), *lite.values()):
         yield _run("efficientnet_lite0", run, run["preset"])
     for run in load("efficientnet_lite_larger")["runs"]:
         yield _run(ZOO_NAMES[run["network"]], run, run["preset"])
@@ -144,7 +181,7 @@ def _sentences(load: Load) -> Iterator[Run]:
         for run in load(name)["runs"]:
             if run["calibration_samples"] == 1024:
                 sums = ", sums 8 bits" if run["recipe"]["overrides"] else ""
-                yield _run("minilm_stsb", run, run["preset"] + transforms + sums)
+                yield _run("minilm_stsb", run, _how(run) + transforms + sums)
     for task, found in {"mrpc": load("mrpc_minilm"), **load("glue_minilm")}.items():
         for run in found["runs"]:
             yield _run(f"minilm_{task}", run, run["preset"])

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/results.md", "docs/lab_log.md", "docs/scaling.md", "docs/models.md")
 MARKED = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BUILDERS: dict[str, Callable[[Load], str]] = {
-    "headline": accuracy_tables.headline,
+    "headline": models_table.headline,
     "demo": accuracy_tables.demo,
     "whole-network": accuracy_tables.whole_network,
     "weights-only": accuracy_tables.weights_only,
