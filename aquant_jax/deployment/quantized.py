@@ -76,7 +76,7 @@ class Traced(NamedTuple):
             `run_deployed_layer`.
         """
         graph = trace(self.apply, jax.tree.unflatten(self.treedef, self.shapes), x)
-        graph = fold(focus(graph, self.targets))
+        graph = fold(focus(graph, self.targets, quantized.unquantized))
         plan = make_plan(graph, quantized.recipe)
         parts = stacked.split(graph, plan, rolled=layer is run_deployed_layer)
         _check_same(quantized, [program for part in parts for program in part.programs])

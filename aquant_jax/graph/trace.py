@@ -236,7 +236,7 @@ class _Flattener:
         weighted = [
             side for side in (0, 1)
             if isinstance(inputs[side], int) and self.static_of.get(inputs[side])
-            and inputs[1 - side] in self.dynamic
+            and 0 not in self.avals[inputs[side]].shape and inputs[1 - side] in self.dynamic
         ]  # fmt: skip
         if not weighted:
             return None

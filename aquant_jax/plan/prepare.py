@@ -12,7 +12,7 @@ from aquant_jax.errors import InputError
 from aquant_jax.graph.fold import fold, folded_weights
 from aquant_jax.graph.ir import Graph, find_position_axes, sample_first
 from aquant_jax.graph.partition import partition
-from aquant_jax.graph.targets import find_targets, focus
+from aquant_jax.graph.targets import find_repeated, find_targets, focus
 from aquant_jax.graph.trace import trace
 from aquant_jax.plan import checks
 from aquant_jax.plan.assign import make_plan
@@ -76,7 +76,7 @@ def _prepare(
     unfolded = trace(apply, variables, batch_shapes(calibration, batch))
     other = _of_more_samples(apply, variables, calibration, batch)
     sampled, targets = sample_first(unfolded, other), find_targets(unfolded, other)
-    unfolded = focus(unfolded, targets)
+    unfolded = focus(unfolded, targets, find_repeated(unfolded, other))
     checks.check_outputs(unfolded, sampled, recipe)
     valid_mask = None
     if mask is not None:
