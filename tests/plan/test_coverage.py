@@ -78,3 +78,11 @@ def test_a_weight_that_is_repeated_for_every_sample_stays_float():
     found = quantized(X[:3])
     assert relative_error(found["mean"], attend(VARIABLES, X[:3])["mean"]) < 0.02
     assert found["none"].shape == (3, 0)
+
+
+def test_a_function_that_takes_the_samples_in_chunks():
+    def in_chunks(v, x):  # a rest is one more loop
+        row = lambda x: jax.nn.relu(x @ v["first"]) @ v["head"]  # noqa: E731
+        return lax.map(row, x, batch_size=4)
+
+    assert len(aq.prepare(in_chunks, VARIABLES, X, nearest()).plan.layers) == 2
