@@ -73,10 +73,7 @@ def opaque(name: str, inside: frozenset[str]) -> str | None:
       inside: the primitives inside it.
     """
     multiplies = bool(_OPAQUE & {name, *inside}) and name not in PRODUCTS
-    if not multiplies:
-        return None
-    within = next((f"it has a {i} in it" for i in sorted(inside & _WHY.keys())), None)
-    return _WHY.get(name) or within or "no layer can stand for it"
+    return _WHY.get(name, "no layer can stand for it") if multiplies else None
 
 
 def _obstacle(params: Mapping[str, Any], side: int) -> str | None:
