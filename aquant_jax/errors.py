@@ -1,5 +1,7 @@
 """Exceptions that the library raises, and the text of any exception in one line."""
 
+from typing import Any
+
 
 class InputError(ValueError):
     """The caller's input cannot be used; the message names the offender and both values.
@@ -27,6 +29,12 @@ class ReconstructionError(RuntimeError):
     >>> issubclass(aq.ReconstructionError, aq.InputError)  # the input was in order
     False
     """
+
+
+def check_type(argument: str, value: Any, kind: type, wanted: str) -> None:
+    """InputError unless an argument is of this type; `wanted` says what it must be."""
+    if not isinstance(value, kind):
+        raise InputError(f"{argument} is of type {type(value).__name__}; it must be {wanted}")
 
 
 def reason(error: BaseException) -> str:

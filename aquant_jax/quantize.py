@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from aquant_jax.arithmetic.border import AUTO
 from aquant_jax.deployment.assemble import assemble
 from aquant_jax.deployment.quantized import Quantized
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, check_type
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan import augmentation, checks
 from aquant_jax.plan.augmentation import Augment
@@ -31,7 +31,7 @@ from aquant_jax.reconstruction.finetune_checks import check_finetune, check_held
 from aquant_jax.reconstruction.fingerprint import fingerprint
 from aquant_jax.reconstruction.float_block import FloatBlock
 from aquant_jax.reconstruction.memory import MemoryPlan, check_limit, plan_memory
-from aquant_jax.reconstruction.observer import Observer, default_observer
+from aquant_jax.reconstruction.observer import Observer, for_seeds
 from aquant_jax.reconstruction.report import Report
 from aquant_jax.reconstruction.run import Run, split
 from aquant_jax.reconstruction.sequential import State, quantize_block
@@ -118,7 +118,7 @@ def quantize(
     shared = _Shared(
         apply, variables, calibration, recipe, mask, compiler, augment, mesh, memory_limit
     )
-    return _quantize(shared, {checks.check_seed(seed): resume}, observers, restart_from)[0]
+    return _quantize(shared, {checks.check_count("seed", seed): resume}, observers, restart_from)[0]
 
 
 @jax.transfer_guard("allow")
@@ -167,11 +167,9 @@ def quantize_seeds(
     """
     if not np.iterable(seeds):
         raise InputError(f"seeds is {seeds!r}; it must be a list, such as (0, 1, 2)")
-    numbers = [checks.check_seed(seed) for seed in seeds]
+    numbers = [checks.check_count("seed", seed) for seed in seeds]
     if not numbers or len(set(numbers)) < len(numbers):
         raise InputError(f"seeds are {list(seeds)}; they must be different, and one or more")
-    if observers is not None and len(observers) != len(numbers):
-        raise InputError(f"{len(observers)} observers for {len(numbers)} seeds")
     compiler = compiler or Compiler()
     shared = _Shared(
         apply, variables, calibration, recipe, mask, compiler, augment, mesh, memory_limit
@@ -202,6 +200,10 @@ def _quantize(
 ) -> list[Quantized]:
     """One network for every seed; `folders` has its block store."""
     checks.check_recipe(shared.recipe)
+    check_type("compiler", shared.compiler, Compiler, "an aq.Compiler")
+    observers = for_seeds(observers, len(folders))
+    if restart_from is not None:
+        restart_from = checks.check_count("restart_from", restart_from)
     devices.check_mesh(shared.mesh)
     check_limit(shared.memory_limit)
     several = shared.mesh is not None and shared.mesh.is_multi_process
@@ -215,8 +217,6 @@ def _quantize(
         resume = any(folder is not None for folder in folders.values())
         same = {"seed": list(folders), "resume": resume, "restart_from": restart_from}
         hosts.check_same(call(next(iter(folders))) | same)
-    if observers is None:
-        observers = [default_observer(), *(Observer() for _ in range(len(folders) - 1))]
     with contextlib.ExitStack() as stack:
         stack.enter_context(devices.in_force(shared.mesh))
         folder = next(iter(folders.values()))

@@ -10,6 +10,8 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS
 from aquant_jax.errors import InputError
@@ -45,7 +47,7 @@ def hint(name: str, known: Sequence[str]) -> str:
 def check_types(part: Any) -> None:
     """Check the scalar fields of a dataclass against their annotations.
 
-    An int passes as a float; a bool passes as neither.
+    An int passes as a float; a bool passes as neither. NumPy numbers become plain ones.
 
     Raises:
       InputError: a value of another type, or NaN.
@@ -62,6 +64,8 @@ def check_types(part: Any) -> None:
             raise InputError(f"{name} is {value!r}; it must be of type {wanted}")
         if value != value:
             raise InputError(f"{name} is {value}")
+        if isinstance(value, np.generic):
+            object.__setattr__(part, name, value.item())
 
 
 def check_bits(recipe: Any) -> None:

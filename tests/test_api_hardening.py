@@ -4,6 +4,7 @@ Each case gives the bits of a plain call, or an `InputError` that names the offe
 """
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +189,9 @@ def test_variables_that_the_caller_overwrites_afterwards():
         ({"seed": True}, r"^seed is True; it must be a whole number"),
         ({"recipe": None}, r"^recipe is of type NoneType; it must be a Recipe, such as aq"),
         ({"recipe": {"weight_bits": 2}}, r"^recipe is of type dict; it must be a Recipe"),
+        ({"observer": aq.Observer}, r"^observer is of type type; it must be an Observer, such as"),
+        ({"compiler": aq.Compiler}, r"^compiler is of type type; it must be an aq.Compiler"),
+        ({"restart_from": "1"}, r"^restart_from is '1'; it must be a whole number of 0 or more"),
         ({"x": "photos"}, r"^calibration is 'photos', which is not an array$"),
         ({"x": {"text": np.array(["a"] * 16)}}, r"^calibration/text has dtype <U1, which is no"),
         ({"x": {"key": jax.random.key(0)}}, r"^calibration/key has dtype key<fry>, which is no"),
@@ -198,6 +202,22 @@ def test_variables_that_the_caller_overwrites_afterwards():
 def test_what_is_not_an_argument_is_named(options, words):
     with pytest.raises(aq.InputError, match=words):
         quantize(**options)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda net: net.with_backend(aq), r"^backend is of type module; .* gpu_ops\.backend\(\)"),
+        (
+            inspect.unwrap(aq.describe),
+            r"^net is of type Quantized; it must be what aq\.prepare returns",
+        ),
+        (lambda _: aq.save(X, "never"), r"^network is of type ndarray; it must be what aq\.quant"),
+    ],
+)
+def test_what_is_no_part_of_the_library_is_named(function, words):
+    with pytest.raises(aq.InputError, match=words):
+        function(plain()[0])
 
 
 def test_sensitivity_names_the_recipe_too():

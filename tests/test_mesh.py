@@ -97,7 +97,7 @@ def test_explicit_axes_in_force_are_an_error():
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (4, r"mesh is of int; it must be a jax.sharding.Mesh, such as jax.make_mesh"),
+        (4, r"mesh is of type int; it must be a jax.sharding.Mesh, such as jax.make_mesh"),
         (("batch",), r"mesh has the axes \('batch',\); it must have \"data\""),
         (("model",), r"mesh has the axes \('model',\); it must have \"data\""),
     ],

@@ -20,7 +20,7 @@ from jax import export
 from aquant_jax.arithmetic import packing
 from aquant_jax.arithmetic.border import GRANULARITIES, get_phi
 from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS, ActivationQuantizer
-from aquant_jax.deployment.quantized import Quantized
+from aquant_jax.deployment.quantized import Quantized, check_quantized
 from aquant_jax.deployment.sizes import PARTS, Sizes
 from aquant_jax.deployment.stablehlo import (
     Exported,
@@ -72,6 +72,7 @@ def summary(quantized: Quantized) -> Sizes:
     1 of 1 weighted ops quantized
     60
     """
+    check_quantized(quantized)
     found = sizes(quantized)
     show(found)
     print(coverage(quantized.specs, quantized.unquantized))
@@ -106,6 +107,7 @@ def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
       InputError: the folder exists or cannot be written, the network cannot be traced, calls
         anything but XLA (which `restore` would refuse), or returns a pytree of a user's class.
     """
+    check_quantized(quantized)
     program, stacks = quantized.program, list(map(stacks_of, quantized.states))
     if isinstance(program, Exported):
         exported = program.program

@@ -21,7 +21,7 @@ from aquant_jax.deployment.onnx_nodes import move_transposes, rewrite_nodes
 from aquant_jax.deployment.onnx_padding import plain_padding
 from aquant_jax.deployment.onnx_runtimes import ONNXRUNTIME, OPENVINO, known
 from aquant_jax.deployment.onnx_weights import ReadWeight, place_weights
-from aquant_jax.deployment.quantized import Quantized, Traced
+from aquant_jax.deployment.quantized import Quantized, Traced, check_quantized
 from aquant_jax.deployment.stablehlo import batches_of
 from aquant_jax.errors import InputError, reason
 from aquant_jax.graph.ir import Op
@@ -59,6 +59,7 @@ def to_onnx(quantized: Quantized, inputs: Any = None, runtime: str = ONNXRUNTIME
       InputError: jax2onnx is not installed, or cannot convert an operation of the network; the
         runtime is unknown; onnxruntime, which "openvino" needs too, is not installed.
     """
+    check_quantized(quantized)
     known(runtime)
     jax2onnx = _imported("jax2onnx")
     if runtime == OPENVINO:

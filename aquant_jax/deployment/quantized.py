@@ -16,7 +16,7 @@ from aquant_jax.deployment import stacked
 from aquant_jax.deployment.integer_program import run_integers
 from aquant_jax.deployment.layer_summary import LayerSummary
 from aquant_jax.deployment.states import on_host, store_stacked
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, check_type
 from aquant_jax.graph.fold import fold
 from aquant_jax.graph.ir import Unquantized
 from aquant_jax.graph.subgraph import BlockInputs
@@ -76,7 +76,7 @@ class Traced(NamedTuple):
             `run_deployed_layer`.
         """
         graph = trace(self.apply, jax.tree.unflatten(self.treedef, self.shapes), x)
-        graph = fold(focus(graph, self.targets))
+        graph = fold(focus(graph, self.targets, quantized.unquantized))
         plan = make_plan(graph, quantized.recipe)
         parts = stacked.split(graph, plan, rolled=layer is run_deployed_layer)
         _check_same(quantized, [program for part in parts for program in part.programs])
@@ -149,6 +149,8 @@ class Quantized:
           backend: such as ``gpu_ops.backend()``, which multiplies int8 codes; None selects the
             reference implementation.
         """
+        if backend is not None:
+            check_type("backend", backend, Backend, "an aq.Backend, such as gpu_ops.backend()")
         return dataclasses.replace(self, backend=backend)
 
     @property
@@ -226,6 +228,11 @@ def _check_same(quantized: Quantized, programs: Sequence[BlockProgram]) -> None:
 
 
 jax.tree_util.register_dataclass(Quantized)
+
+
+def check_quantized(network: Any) -> None:
+    """InputError unless `network` is a quantized network."""
+    check_type("network", network, Quantized, "what aq.quantize or aq.restore returns")
 
 
 @jax.jit

@@ -14,7 +14,7 @@ import numpy as np
 from jax import export
 from jax.interpreters import mlir
 
-from aquant_jax.deployment.quantized import Quantized, Traced
+from aquant_jax.deployment.quantized import Quantized, Traced, check_quantized
 from aquant_jax.errors import InputError, reason
 from aquant_jax.plan.network import batch_shapes, count_samples, take_samples
 from aquant_jax.storage import archive
@@ -147,6 +147,7 @@ def self_contained(quantized: Quantized, inputs: Any = None, **options: Any) -> 
     Raises:
       InputError: see `checkpoint.save`.
     """
+    check_quantized(quantized)
     program = quantized.program
     if not isinstance(program, Exported):
         program = Exported(export_program(quantized, inputs, **options))

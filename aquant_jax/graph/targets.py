@@ -1,7 +1,7 @@
 """Which outputs of a network reconstruction can see: those whose values belong to samples.
 
 Others, such as an auxiliary loss, are computed when the network runs, and are no target. Weighted
-ops that reach no target stay float.
+ops that reach no target stay float, and so do those whose weight has an axis of samples.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from aquant_jax.graph.ir import Graph, Op, Unquantized
 from aquant_jax.graph.subgraph import extract_subgraph
 
 REASON = "no output with samples depends on it"
+REPEATED = "its weight is repeated for every sample"
 
 
 def find_targets(graph: Graph, other: Graph) -> tuple[int, ...]:
@@ -32,25 +33,49 @@ def find_targets(graph: Graph, other: Graph) -> tuple[int, ...]:
     return tuple(position for position in range(len(graph.outputs)) if belongs(position))
 
 
-def focus(graph: Graph, targets: Sequence[int] | None) -> Graph:
+def find_repeated(graph: Graph, other: Graph) -> tuple[Unquantized, ...]:
+    """The weighted ops whose weight has an axis of samples: learned queries of an attention.
+
+    Args:
+      graph: the network.
+      other: the same function, traced with more samples.
+    """
+    shapes = {layer.path: layer.weight_shape for layer in other.layers}
+    return tuple(
+        Unquantized(op.layer.path, op.name, REPEATED)
+        for op in graph.ops
+        if op.layer is not None and shapes.get(op.layer.path) != op.layer.weight_shape
+    )
+
+
+def focus(graph: Graph, targets: Sequence[int] | None, floats: Sequence[Unquantized] = ()) -> Graph:
     """`graph` with these outputs as targets, and without layers that reach none of them.
 
     Args:
       graph: from a trace; not folded.
       targets: positions of outputs; None for all of them.
+      floats: weighted ops that stay float for another reason.
     """
+    graph = _without_layers(graph, floats)
     if targets is None or len(targets) == len(graph.outputs):
         return graph
     graph = graph._replace(targets=tuple(graph.outputs[position] for position in targets))
     needed = {out for op in needed_ops(graph) for out in op.outputs}
     lost = [op for op in graph.ops if op.layer is not None and not needed.intersection(op.outputs)]
-    float_ops = {op.outputs: op._replace(layer=None) for op in lost}
+    return _without_layers(graph, [Unquantized(op.layer.path, op.name, REASON) for op in lost])
+
+
+def _without_layers(graph: Graph, floats: Sequence[Unquantized]) -> Graph:
+    """`graph` with these weighted ops as ordinary ones, which it names."""
+    named = {op.path: op for op in floats}
+    lost = [layer.path for layer in graph.layers if layer.path in named]
     return graph._replace(
-        ops=tuple(float_ops.get(op.outputs, op) for op in graph.ops),
-        unquantized=(
-            *graph.unquantized, *(Unquantized(op.layer.path, op.name, REASON) for op in lost),
+        ops=tuple(
+            op._replace(layer=None) if op.layer is not None and op.layer.path in named else op
+            for op in graph.ops
         ),
-    )  # fmt: skip
+        unquantized=(*graph.unquantized, *(named[path] for path in lost)),
+    )
 
 
 def needed_ops(graph: Graph) -> tuple[Op, ...]:

@@ -236,15 +236,14 @@ class _Flattener:
         weighted = [
             side for side in (0, 1)
             if isinstance(inputs[side], int) and self.static_of.get(inputs[side])
-            and inputs[1 - side] in self.dynamic
+            and 0 not in self.avals[inputs[side]].shape and inputs[1 - side] in self.dynamic
         ]  # fmt: skip
         if not weighted:
             return None
         weight, params = inputs[weighted[0]], eqn.params
         avals: list[Any] = [atom.aval for atom in eqn.invars]
-        shapes = [aval.shape for aval in avals]
         path = self._name(weight)
-        found = layer_of(eqn.primitive.name, params, path, weight, weighted[0], shapes)
+        found = layer_of(eqn.primitive.name, params, path, weight, weighted[0], avals)
         if isinstance(found, Layer):
             return found
         self.unquantized.append(found)
@@ -253,7 +252,7 @@ class _Flattener:
     def _experts(self, op: Op) -> Op | None:
         """A product with weights that the input selects as a weighted op; None for another op."""
         product = self.selected.multiplied(op) if self.dynamic.issuperset(op.reads) else None
-        if product is None:
+        if product is None or not jnp.issubdtype(self.avals[op.outputs[0]].dtype, jnp.inexact):
             return None
         return product._replace(layer=product.layer._replace(path=self._name(product.layer.weight)))
 
@@ -283,6 +282,6 @@ class _Flattener:
         return self._numbered(self._path(weight), self.used)
 
     def _numbered(self, path: str, used: dict[str, int]) -> str:
-        """`path`, numbered when it is used again."""
+        """`path`, numbered when it is used again, as another path may be that has a number."""
         used[path] = used.get(path, 0) + 1
-        return path if used[path] == 1 else f"{path}#{used[path]}"
+        return path if used[path] == 1 else self._numbered(f"{path}#{used[path]}", used)

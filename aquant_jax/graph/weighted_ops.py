@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from aquant_jax.graph.ir import PRODUCTS, RAGGED, Layer, Unquantized
 
 CONVOLUTION = "conv_general_dilated"
@@ -30,7 +32,7 @@ def layer_of(
     path: str,
     weight: int,
     side: int,
-    shapes: Sequence[tuple[Any, ...]],
+    avals: Sequence[Any],
 ) -> Layer | Unquantized:
     """The layer of a weighted op, or why it has none.
 
@@ -40,9 +42,12 @@ def layer_of(
       path: of the weight.
       weight: its value id.
       side: its place among the operands, 0 or 1.
-      shapes: of both operands; the first size of an activation may be symbolic.
+      avals: shapes and dtypes of both operands; the first size of an activation may be symbolic.
     """
-    shape = tuple(shapes[side])
+    shapes = [tuple(aval.shape) for aval in avals[:2]]
+    shape = shapes[side]
+    if whole := [a.dtype for a in avals[:2] if not jnp.issubdtype(a.dtype, jnp.inexact)]:
+        return Unquantized(path, primitive, f"it multiplies {whole[0]} values")
     if primitive == CONVOLUTION:
         if (reason := _obstacle(params, side)) is not None:
             return Unquantized(path, primitive, reason)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from aquant_jax.errors import check_type
 from aquant_jax.layers.backend import Backend, ReferenceBackend
 from aquant_jax.layers.fake_quant import run_layer
 
@@ -26,6 +27,7 @@ class Compiler:
     """
 
     def __init__(self, backend: Backend = ReferenceBackend()) -> None:  # noqa: B008 - immutable
+        check_type("backend", backend, Backend, "an aq.Backend, such as gpu_ops.backend()")
         self.backend = backend
         self.layer = functools.partial(run_layer, convolve=backend.convolve)
         self._functions: dict[Hashable, Callable] = {}

@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Bool
 
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, check_type
 from aquant_jax.graph.ir import Graph, path_names
 from aquant_jax.graph.partition import Block
 from aquant_jax.recipe import Recipe
@@ -29,21 +29,17 @@ def check_not_traced() -> None:
 
 def check_recipe(recipe: Any) -> None:
     """InputError unless `recipe` is a `Recipe`."""
-    if not isinstance(recipe, Recipe):
-        raise InputError(
-            f"recipe is of type {type(recipe).__name__}; it must be a Recipe, such as "
-            "aq.recipes.aquant(2, 2)"
-        )
+    check_type("recipe", recipe, Recipe, "a Recipe, such as aq.recipes.aquant(2, 2)")
 
 
-def check_seed(seed: Any) -> int:
-    """The seed as an int; InputError unless it is a whole number of 0 or more."""
+def check_count(argument: str, value: Any) -> int:
+    """An argument as an int; InputError unless it is a whole number of 0 or more."""
     try:
-        number = -1 if isinstance(seed, bool) else operator.index(seed)
+        number = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = -1
     if number < 0:
-        raise InputError(f"seed is {seed!r}; it must be a whole number of 0 or more")
+        raise InputError(f"{argument} is {value!r}; it must be a whole number of 0 or more")
     return number
 
 
@@ -123,7 +119,8 @@ def leaf(calibration: Any, name: str) -> Any:
     """
     leaves = dict(zip(path_names(calibration), jax.tree.leaves(calibration), strict=True))
     if name not in leaves:
-        raise InputError(f"the calibration set has no leaf {name!r}; there are {', '.join(leaves)}")
+        found = ", ".join(map(repr, leaves))
+        raise InputError(f"the calibration set has no leaf {name!r}; there are {found}")
     return leaves[name]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from aquant_jax import terminal
+from aquant_jax.errors import check_type
 from aquant_jax.graph.ir import path_names
 from aquant_jax.graph.partition import Block
 from aquant_jax.plan import checks
@@ -57,6 +58,7 @@ def describe(net: Network) -> Description:
     cached activations: 0.0 MiB at the peak
     1 of 1 weighted ops quantized
     """
+    check_type("net", net, Network, "what aq.prepare returns; aq.summary takes a quantized network")
     lines, blocks = [f"{len(net.blocks)} blocks:"], []
     for index, block in enumerate(net.blocks):
         size = checks.boundary_bytes(net.graph, block.start, net.samples) / 2**20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from aquant_jax.errors import InputError
 from aquant_jax.graph.fold import fold, folded_weights
 from aquant_jax.graph.ir import Graph, find_position_axes, sample_first
 from aquant_jax.graph.partition import partition
-from aquant_jax.graph.targets import find_targets, focus
+from aquant_jax.graph.targets import find_repeated, find_targets, focus
 from aquant_jax.graph.trace import trace
 from aquant_jax.plan import checks
 from aquant_jax.plan.assign import make_plan
@@ -74,9 +75,9 @@ def _prepare(
     learning = recipe.reconstruction
     batch = min(learning.batch_size // learning.accumulate, samples)
     unfolded = trace(apply, variables, batch_shapes(calibration, batch))
-    other = _of_more_samples(apply, variables, calibration, batch)
+    other = _of_more_samples(apply, variables, calibration, unfolded)
     sampled, targets = sample_first(unfolded, other), find_targets(unfolded, other)
-    unfolded = focus(unfolded, targets)
+    unfolded = focus(unfolded, targets, find_repeated(unfolded, other))
     checks.check_outputs(unfolded, sampled, recipe)
     valid_mask = None
     if mask is not None:
@@ -93,13 +94,16 @@ def _prepare(
 
 
 def _of_more_samples(
-    apply: Callable[..., Any], variables: Any, calibration: Any, batch: int
+    apply: Callable[..., Any], variables: Any, calibration: Any, graph: Graph
 ) -> Graph:
-    """The graph for one sample more than `batch`; for twice as many where a mesh divides them."""
-    try:
-        return trace(apply, variables, batch_shapes(calibration, batch + 1))
-    except InputError:
-        return trace(apply, variables, batch_shapes(calibration, 2 * batch))
+    """The graph for one sample more than `graph`; for twice as many where a mesh divides them, or
+    the function, which splits them, computes something else for one more."""
+    for samples in (graph.samples + 1, 2 * graph.samples):
+        with contextlib.suppress(InputError):
+            other = trace(apply, variables, batch_shapes(calibration, samples))
+            if len(other.avals) == len(graph.avals):
+                return other
+    return trace(apply, variables, batch_shapes(calibration, graph.samples + 1))
 
 
 def _position_axes(

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, get_mesh
 
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, check_type
 from aquant_jax.plan.network import Network, take_samples
 
 # Axes of a caller's mesh, and their names while it is in force: one that the caller has in force
@@ -33,11 +33,8 @@ def check_mesh(mesh: Any) -> None:
     belong, is in force."""
     if mesh is None:
         return
-    if not isinstance(mesh, Mesh):
-        raise InputError(
-            f"mesh is of {type(mesh).__name__}; it must be a jax.sharding.Mesh, such as "
-            f'jax.make_mesh((4,), ("{DATA}",))'
-        )
+    wanted = f'a jax.sharding.Mesh, such as jax.make_mesh((4,), ("{DATA}",))'
+    check_type("mesh", mesh, Mesh, wanted)
     if DATA not in mesh.axis_names or not set(mesh.axis_names) <= {DATA, MODEL}:
         raise InputError(
             f'mesh has the axes {mesh.axis_names}; it must have "{DATA}", and may have "{MODEL}"'

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Sequence
 
 import jax
 from absl import logging
 from tqdm import tqdm
 
+from aquant_jax.errors import InputError, check_type
 from aquant_jax.graph.partition import Block
 from aquant_jax.plan.description import describe
 from aquant_jax.plan.network import Network
@@ -140,6 +142,21 @@ class Observers(Observer):
     def on_end(self) -> None:
         for observer in self.observers:
             observer.on_end()
+
+
+def for_seeds(observers: Sequence[Observer] | None, seeds: int) -> Sequence[Observer]:
+    """The observer of every seed: those given, else the default one for the first seed alone.
+
+    Raises:
+      InputError: their number is another one, or one is no `Observer`.
+    """
+    if observers is None:
+        return [default_observer(), *(Observer() for _ in range(seeds - 1))]
+    if len(observers) != seeds:
+        raise InputError(f"{len(observers)} observers for {seeds} seeds")
+    for observer in observers:
+        check_type("observer", observer, Observer, "an Observer, such as aq.LogObserver()")
+    return observers
 
 
 def default_observer() -> Observer:

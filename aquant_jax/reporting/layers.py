@@ -143,7 +143,7 @@ def _measure(quantized: Quantized, inputs: Any, variables: Any) -> dict[str, Rec
     program = quantized.program
     if not isinstance(program, Traced):
         raise InputError("a restored network has no histograms of activations: leave out inputs")
-    folded = {} if variables is None else _float_layers(program, inputs, variables)
+    folded = {} if variables is None else _float_layers(quantized, inputs, variables)
     quantized = quantized.with_backend(None)
 
     def measure(network: Quantized, x: Any, weights: Mapping[str, Folded]) -> dict[str, Any]:
@@ -163,8 +163,11 @@ def _measure(quantized: Quantized, inputs: Any, variables: Any) -> dict[str, Rec
     return {path: _plain(found, *bits[path]) for path, found in arrays.items()}
 
 
-def _float_layers(program: Traced, inputs: Any, variables: Any) -> dict[str, Folded]:
-    graph = focus(trace(program.apply, variables, inputs), program.targets)
+def _float_layers(quantized: Quantized, inputs: Any, variables: Any) -> dict[str, Folded]:
+    program = quantized.program
+    assert isinstance(program, Traced)
+    graph = trace(program.apply, variables, inputs)
+    graph = focus(graph, program.targets, quantized.unquantized)
     return folded_weights(graph, variables)
 
 

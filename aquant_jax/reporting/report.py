@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from aquant_jax.deployment.quantized import Quantized
+from aquant_jax.deployment.quantized import Quantized, check_quantized
 from aquant_jax.errors import InputError, reason
 from aquant_jax.reporting.layers import layer_records
 from aquant_jax.reporting.page import page
@@ -44,6 +44,7 @@ def report(
       InputError: the file cannot be written, matplotlib is not installed, or inputs or variables
         that cannot be used (see above).
     """
+    check_quantized(quantized)
     layers = jsonable(layer_records(quantized, inputs, variables))
     curves = {r.index: jsonable(r.loss_curve) for r in quantized.reports}
     run = Run(

@@ -60,6 +60,9 @@ def test_the_flat_graph_computes_the_network():
 def test_a_reused_weight_is_numbered():
     variables = kernels(a=(3, 3, 3, 3))
     assert paths(lambda v, x: conv(conv(x, v["a"]), v["a"]), variables) == ["a", "a#2"]
+    variables["a#2"] = variables["a"]
+    third = lambda v, x: conv(conv(conv(x, v["a"]), v["a"]), v["a#2"])  # noqa: E731
+    assert paths(third, variables) == ["a", "a#2", "a#2#2"]
 
 
 def test_a_weight_behind_casts_and_transposes_keeps_its_path():
@@ -285,7 +288,19 @@ def weight_first(v, x):
     return conv(v["odd"], x)
 
 
+def of_integers(v, x):
+    return conv(x.astype(jnp.int8), (9 * v["odd"]).astype(jnp.int8)).astype(jnp.float32)
+
+
+def of_selected_integers(v, x):
+    x = x.astype(jnp.int32)
+    chosen = (9 * v["odd"]).astype(jnp.int32)[x[:, 0, 0, 0]]
+    return jnp.einsum("nabi,nio->nabo", x, chosen).astype(jnp.float32)
+
+
 ODD = [
+    (of_integers, (3, 3, 3, 4), X, "it multiplies int8 values"),
+    (of_selected_integers, (5, 3, 4), X, "the input selects its weights"),
     (in_batch_groups, (3, 3, 3, 4), X, "batch_group_count is 2, supported is 1"),
     (
         weight_first, (1, 8, 8, 6), normal(rng_of(0), 3, 3, 6, 3),
@@ -295,7 +310,7 @@ ODD = [
 
 
 @pytest.mark.parametrize(("function", "shape", "x", "reason"), ODD)
-def test_a_convolution_that_is_no_layer_is_recorded(function, shape, x, reason):
+def test_a_product_that_is_no_layer_is_recorded(function, shape, x, reason):
     variables = kernels(odd=shape, head=(2, 3))
 
     def apply(v, x):
@@ -304,7 +319,8 @@ def test_a_convolution_that_is_no_layer_is_recorded(function, shape, x, reason):
 
     graph = trace(apply, variables, x)
     assert [layer.path for layer in graph.layers] == ["head"]
-    assert graph.unquantized == (("odd", "conv_general_dilated", reason),)
+    ((path, _, found),) = graph.unquantized
+    assert (path, found) == ("odd", reason)
     assert relative_error(replay(apply, variables, x), apply(variables, x)) < 1e-6
 
 

@@ -62,3 +62,27 @@ def test_overrides_that_leave_nothing_to_quantize_are_an_error():
         apply, VARIABLES, X, nearest(overrides=(aq.Override(".*", keep_float=True),))
     )
     assert "0 of 4 weighted ops quantized" in aq.describe(on_purpose)
+
+
+def test_a_weight_that_is_repeated_for_every_sample_stays_float():
+    def attend(v, x):  # with learned queries; the loop's weight is cut to no columns
+        queries = jnp.broadcast_to(v["loop"], (len(x), 6, 6))
+        keys = jnp.einsum("nd,kd->nkd", x, jnp.eye(6))
+        shares = jax.nn.softmax(jnp.einsum("nqd,nkd->nqk", queries, keys @ v["first"]))
+        return {"mean": (shares @ keys).mean(1) @ v["head"], "none": x @ v["loop"][:, :0]}
+
+    quantized = aq.quantize(attend, VARIABLES, X, nearest(), observer=aq.Observer())
+    assert list(quantized.layers) == ["first", "head"]
+    ((path, *_, reason),) = quantized.unquantized
+    assert (path, reason) == ("loop", "its weight is repeated for every sample")
+    found = quantized(X[:3])
+    assert relative_error(found["mean"], attend(VARIABLES, X[:3])["mean"]) < 0.02
+    assert found["none"].shape == (3, 0)
+
+
+def test_a_function_that_takes_the_samples_in_chunks():
+    def in_chunks(v, x):  # a rest is one more loop
+        row = lambda x: jax.nn.relu(x @ v["first"]) @ v["head"]  # noqa: E731
+        return lax.map(row, x, batch_size=4)
+
+    assert len(aq.prepare(in_chunks, VARIABLES, X, nearest()).plan.layers) == 2

@@ -98,7 +98,7 @@ def fixed_length():
 @pytest.mark.parametrize(
     ("mask", "spoil", "message"),
     [
-        ("maks", {}, r"no leaf 'maks'; there are ids, mask, types"),
+        ("maks", {}, r"no leaf 'maks'; there are 'ids', 'mask', 'types'"),
         ("ids", {}, r"mask 'ids' holds \d+; it must be 1 for what counts, 0 for padding"),
         ("mask", {"mask": np.zeros((16, LENGTH), np.int32)}, r"leaves nothing of sample 0"),
         ("extra", {"extra": np.zeros(16, np.int32)}, r"mask 'extra' has shape \(16,\)"),
