@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
             )
         elif hosts.is_first() and not (directory.path / PAGE).exists():
             reports.write_report(directory.path)
-        print(one_line(results))
+        print(one_line(results, directory.path))
         print(f"in {directory.path}")
 
 

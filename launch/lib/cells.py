@@ -76,6 +76,6 @@ def run(
                 if run_results is None:
                     loaded = loaded or experiment.load(config, data_dir, mesh, memory_limit)
                     run_results = experiment.run(loaded, config, spec, seed, directory, compiler)
-            print(one_line(run_results), flush=True)
+            print(one_line(run_results, directory.path), flush=True)
             results[name].append(run_results)
     return results
