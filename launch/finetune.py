@@ -270,8 +270,9 @@ def main(argv: list[str]) -> None:
             shutil.rmtree(directory.epochs)
         else:
             score = directory.stored.get("score")
-        with malformed(directory.path / run_directory.RESULTS):
-            print(f"{values.task}: {_text(score, task.metric)}\nin {target}")
+    with malformed(directory.path / run_directory.RESULTS):
+        text = _text(score, task.metric)
+    print(f"{values.task}: {text}\nin {target}")
 
 
 if __name__ == "__main__":

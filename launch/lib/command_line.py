@@ -63,7 +63,7 @@ def program(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
         process.remember_command(main.__module__, arguments[1:])
         show = TRACEBACK in arguments
         try:
-            with process.progress_on_stderr():
+            with process.flushed_output(), process.progress_on_stderr():
                 code = main([text for text in arguments if text != TRACEBACK]) or 0
         except (Exception, KeyboardInterrupt) as error:
             if show and not hosts.connected():
@@ -91,6 +91,8 @@ def _outcome(error: BaseException) -> tuple[int, str]:
         return FAILED_EXIT_CODE, str(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED_EXIT_CODE, "interrupted; the same command goes on where it can resume"
+    if isinstance(error, BrokenPipeError):
+        return USER_ERROR_EXIT_CODE, f"{process.OUTPUT}: {reason(error)}"
     if isinstance(error, OSError) and error.filename is not None:
         return USER_ERROR_EXIT_CODE, f"{error.filename}: {reason(error)}"
     return FAILED_EXIT_CODE, f"{type(error).__name__}: {reason(error)} ({TRACEBACK} shows where)"
@@ -106,8 +108,9 @@ class _PathParser(flags.ArgumentParser):
             raise ValueError("a path cannot be empty")
         if "\0" in argument:
             raise ValueError("a path cannot hold a NUL byte")
-        if not argument.isascii() and sys.getfilesystemencoding() != "utf-8":
-            raise ValueError("this locale has no such characters: set PYTHONUTF8=1")
+        other = not argument.isascii() and sys.getfilesystemencoding() != "utf-8"
+        if other or re.search("[\ud800-\udfff]", argument):  # bytes that Python did not decode
+            raise ValueError("a path must be UTF-8; where the locale is another, set PYTHONUTF8=1")
         try:
             return str(Path(argument).expanduser())
         except RuntimeError as error:

@@ -59,6 +59,13 @@ def test_a_wrong_flag_is_one_line(name, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_path_of_other_bytes_than_utf8():
+    values = flags.FlagValues()
+    command_line.define_path(values, "workdir", None, "")
+    with pytest.raises(flags.Error, match="a path must be UTF-8"):
+        values(["program", "--workdir=runs/\udcff"])
+
+
 def raising(error, *argv):
     @command_line.program
     def main(rest):
@@ -84,6 +91,7 @@ def test_exit_codes(capsys):
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on where it can resume"),
         (FileNotFoundError(2, "No such file or directory", "a/b"), 2,
          "a/b: No such file or directory"),
+        (BrokenPipeError(32, "Broken pipe"), 2, "standard output cannot be written: Broken pipe"),
         (OSError("odd"), 1, "OSError: odd (--traceback shows where)"),
     ],
 )  # fmt: skip
@@ -93,6 +101,14 @@ def test_any_other_error_is_one_line(error, code, line, capsys):
     for kept in (error, InputError("wrong")):
         with pytest.raises(type(kept)):
             raising(kept, "--traceback")
+
+
+def test_output_that_cannot_be_written_is_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert command_line.program(lambda _: print("results"))(["program"]) == 2
+    error = "error: standard output cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == error
 
 
 def test_the_log_is_shown_inside_a_program_only(capsys):
