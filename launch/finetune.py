@@ -269,7 +269,7 @@ def main(argv: list[str]) -> None:
             directory.finish({**settings, "score": score, **environment()})
             shutil.rmtree(directory.epochs)
         else:
-            score = directory.stored.get("score")
+            score: Any = directory.stored.get("score")
     with malformed(directory.path / run_directory.RESULTS):
         text = _text(score, task.metric)
     print(f"{values.task}: {text}\nin {target}")

@@ -11,7 +11,7 @@ from absl import flags, logging
 
 import launch
 from aquant_jax.errors import InputError, ReconstructionError
-from launch.lib import command_line
+from launch.lib import command_line, help_text
 from tests.support.process import REPOSITORY
 
 PROGRAMS = [
@@ -43,7 +43,7 @@ def test_help_fits_a_screen_and_ends_in_an_example(name, capsys):
 def test_every_example_names_flags_that_exist(name):
     """All but the config's fields: each flag of an example is one of the program."""
     module = importlib.import_module(name)
-    example = module.__doc__.partition(command_line.EXAMPLE)[2].replace("\\\n", " ")
+    example = module.__doc__.partition(help_text.EXAMPLE)[2].replace("\\\n", " ")
     values = flags.FlagValues()
     getattr(module, "define_flags", lambda _: None)(values)
     for command in re.findall(r"python -m \S+(.*)", example):

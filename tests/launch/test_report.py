@@ -106,6 +106,7 @@ def test_bad_input_is_one_line_and_leaves_everything(run, tmp_path, capsys, monk
         f"--workdir={run} --against={run}": "is the workdir itself",
         f"--workdir={run} --against={empty}": "holds no finished run",
         f"--workdir={run} --output={run}": "cannot be written: Is a directory",
+        f"--workdir={run} --output=.": "report . cannot be written",
         f"--workdir={run} --output={run}/run.json/x.html": "cannot be written: Not a directory",
         "--output=x.html": "workdir",
     }
