@@ -27,8 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=250, help="of each block; nearest has none")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error(f"argument --steps: {options.steps} is less than 1")
+    for name, least in (("steps", 1), ("seed", 0)):
+        if (value := getattr(options, name)) < least:
+            parser.error(f"argument --{name}: {value} is less than {least}")
 
     apply, variables = models.create("digits_cnn", models.DIGITS_WEIGHTS)
     digits = data.load("digits")

@@ -1,4 +1,4 @@
-"""Exceptions that the library raises, and the text of any exception in one line."""
+"""Exceptions that the library raises, the text of any exception in one line, and sizes."""
 
 from typing import Any
 
@@ -45,3 +45,15 @@ def reason(error: BaseException) -> str:
     """
     message = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return message.splitlines()[0]
+
+
+def byte_size(size: int) -> str:
+    """A number of bytes in the largest unit of which there is one.
+
+    >>> byte_size(1000), byte_size(3 * 2**29)
+    ('1000 bytes', '1.50 GiB')
+    """
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size} bytes"

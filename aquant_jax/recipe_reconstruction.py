@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+
+import numpy as np
 
 from aquant_jax.errors import InputError
 from aquant_jax.recipe_checks import check_choice, check_ranges, check_types
@@ -22,6 +23,8 @@ _COUNTS = (
     "steps", "rounding_weight", "weight_scale_lr", "border_tolerance", "finetune_steps",
     "finetune_weight_lr",
 )  # fmt: skip
+
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +123,9 @@ class Reconstruction:
             check_choice(self, name, SCHEDULES)
         check_choice(self, "finetune_loss", FINETUNE_LOSSES)
         check_ranges(self, _FRACTIONS, lambda v: 0.0 <= v < 1.0, "in [0, 1)")
-        check_ranges(self, _POSITIVE, lambda v: 0 < v < math.inf, "positive and finite")
-        check_ranges(self, _COUNTS, lambda v: 0 <= v < math.inf, "0 or more, and finite")
+        positive = "positive and finite as a float32"
+        check_ranges(self, _POSITIVE, lambda v: _LEAST <= v <= _MOST, positive)
+        check_ranges(self, _COUNTS, lambda v: 0 <= v <= _MOST, "0 or more, and finite as a float32")
         if self.batch_size % self.accumulate:
             raise InputError(
                 f"accumulate is {self.accumulate}, which does not divide batch_size "

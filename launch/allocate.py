@@ -22,12 +22,14 @@ from absl import flags
 
 import aquant_jax as aq
 import gpu_ops
+from aquant_jax.allocation.measure import FILE as MEASURED
 from aquant_jax.errors import InputError
 from aquant_jax.storage.environment import environment
 from aquant_jax.storage.json_file import write_json
 from launch.lib import command_line, experiment, plots
+from launch.lib.run_directory import IDENTITY, RESULTS
 
-ALLOCATION, FRONT, RESULTS = "allocation.json", "front.png", "results.json"
+ALLOCATION, FRONT = "allocation.json", "front.png"
 FLOAT_BITS = 16
 
 
@@ -58,8 +60,7 @@ def main(argv: list[str]) -> None:
     budget = parse_budget(values.budget, values.cost)
     choices = parse_choices(values.weight_bits, values.act_bits, values.borders)
     folder = Path(values.workdir)
-    if (folder / ALLOCATION).exists():
-        raise InputError(f"{folder / ALLOCATION} exists; move it, or choose another --workdir")
+    check_workdir(folder)
     plots.require_matplotlib()
     dataset, source = experiment.open_data(config, values.data_dir)
     apply, variables, check = experiment.create(config, values.data_dir, dataset)
@@ -83,6 +84,16 @@ def main(argv: list[str]) -> None:
     allocation.save(folder / ALLOCATION)
     print(allocation)
     print(f"{allocation.measured} errors measured, {seconds:.0f} s; in {folder}")
+
+
+def check_workdir(folder: Path) -> None:
+    """InputError where an allocation, or the files of another program, would be written over."""
+    if (folder / ALLOCATION).exists():
+        raise InputError(f"{folder / ALLOCATION} exists; move it, or choose another --workdir")
+    ours = (folder / MEASURED).exists()
+    for name in () if ours else (IDENTITY, RESULTS, FRONT):
+        if (folder / name).exists():
+            raise InputError(f"{folder / name} is of another program; choose another --workdir")
 
 
 def parse_budget(text: str, cost: str) -> aq.Budget:
@@ -119,7 +130,7 @@ def parse_choices(
         InputError: bits that are no number, or out of range; an unknown border.
     """
     weights, acts = (list(map(_bits, bits)) for bits in (weight_bits, act_bits))
-    kinds: list[Any] = [tuple(filter(None, border.split(":"))) for border in borders] or [()]
+    kinds: list[Any] = [_border(border) for border in borders] or [()]
     found = []
     for weight, act in itertools.product(weights, acts):
         if weight is None:
@@ -127,6 +138,13 @@ def parse_choices(
         else:
             found += [aq.Choice(weight, act, *(kind if act else ())) for kind in kinds]
     return list(dict.fromkeys(found))
+
+
+def _border(text: str) -> list[str]:
+    kind = text.split(":")
+    if len(kind) > 2 or "" in kind:
+        raise InputError(f"border {text!r} must be a name or name:granularity")
+    return kind
 
 
 def _bits(text: str) -> int | None:

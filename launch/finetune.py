@@ -34,6 +34,7 @@ from aquant_jax.models import bert
 from aquant_jax.models.importers import write
 from aquant_jax.storage import json_file
 from aquant_jax.storage.environment import environment
+from aquant_jax.storage.parsing import malformed
 from launch.lib import command_line, run_directory
 from launch.lib.metrics import evaluate_batches
 from launch.lib.run_directory import RunDirectory
@@ -268,8 +269,10 @@ def main(argv: list[str]) -> None:
             directory.finish({**settings, "score": score, **environment()})
             shutil.rmtree(directory.epochs)
         else:
-            score = directory.stored["score"]
-        print(f"{values.task}: {_text(score, task.metric)}\nin {target}")
+            score: Any = directory.stored.get("score")
+    with malformed(directory.path / run_directory.RESULTS):
+        text = _text(score, task.metric)
+    print(f"{values.task}: {text}\nin {target}")
 
 
 if __name__ == "__main__":

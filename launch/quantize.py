@@ -67,8 +67,8 @@ def main(argv: list[str]) -> None:
             )
         elif hosts.is_first() and not (directory.path / PAGE).exists():
             reports.write_report(directory.path)
-        print(one_line(results))
-        print(f"in {directory.path}")
+    print(one_line(results, directory.path))
+    print(f"in {directory.path}")
 
 
 if __name__ == "__main__":

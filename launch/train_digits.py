@@ -31,7 +31,8 @@ from launch.lib.metrics import evaluate
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
     command_line.define_path(values, "output", None, "safetensors file to write; required")
-    flags.DEFINE_integer("seed", 0, "of weights, batches and shifts", flag_values=values)
+    text = "of weights, batches and shifts"
+    flags.DEFINE_integer("seed", 0, text, 0, 2**63 - 1, flag_values=values)
     flags.DEFINE_integer("epochs", 40, "passes over the training split", 1, flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "images a step", 1, 1297, flag_values=values)
     flags.DEFINE_float("learning_rate", 3e-3, "its peak", 0.0, flag_values=values)

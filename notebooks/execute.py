@@ -91,6 +91,8 @@ def text(notebook: Any) -> str:
 
 def main(names: list[str]) -> None:
     """Executes notebooks by name, all of them if there is none."""
+    if unknown := sorted({*names} - {*NAMES}):
+        sys.exit(f"error: there is no notebook {unknown[0]!r}; there are {', '.join(NAMES)}")
     for name in names or NAMES:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:

@@ -35,6 +35,7 @@ def test_every_method_has_a_line(capsys, recipes):
     ("arguments", "message"),
     [
         (["--steps", "0"], "--steps: 0 is less than 1"),
+        (["--seed", "-1"], "--seed: -1 is less than 0"),
         (["--bits", "9"], "argument --bits: invalid choice: 9"),
         (["--presets", "gptq"], "argument --presets: invalid choice: 'gptq'"),
     ],

@@ -106,13 +106,13 @@ def test_a_full_disk_is_one_line(monkeypatch, tmp_path, nothing_but_caches):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(InputError, match=r"blocks: 0\.00 GiB of .* \(No space left on device\)"):
+    with pytest.raises(InputError, match=r"blocks: \S+ [KM]iB of .* \(No space left on device\)"):
         run(monkeypatch, 0, tmp_path / "blocks")
 
 
 def test_too_small_a_disk_is_found_before_the_first_block(monkeypatch, nothing_but_caches):
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    with pytest.raises(InputError, match=r"on disk, and 0.00 GiB are free there; choose another"):
+    with pytest.raises(InputError, match=r"on disk, and 0 bytes are free there; choose another"):
         run(monkeypatch, 0)
 
 
@@ -136,7 +136,10 @@ def test_a_block_that_does_not_fit_is_named_with_both_sizes(monkeypatch, tmp_pat
     monkeypatch.setattr(memory.devices, "several_processes", lambda: several)
     apply, variables = residual_net()
     monkeypatch.setattr(memory, "free_bytes", lambda limit=None: 1000)
-    with pytest.raises(InputError, match=r"block 0 \S+ needs about 0.00 GiB .*; " + more):
+    with pytest.raises(
+        InputError,
+        match=r"block 0 \S+ needs about \S+ [KM]iB of memory on \S+, and 1000 bytes .*; " + more,
+    ):
         aq.quantize(
             apply, variables, images(0, SAMPLES), recipe(), observer=aq.Observer(),
             resume=tmp_path / "blocks",

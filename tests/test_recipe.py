@@ -171,6 +171,8 @@ BAD = [
     ("border_range", -1.0, "border_range is -1.0"),
     ("border_gain", -1.0, "border_gain is -1.0"),
     ("weight_lr", float("inf"), "weight_lr is inf; it must be positive and finite"),
+    ("border_range", 1e-300, "border_range is 1e-300; it must be positive and finite as a float32"),
+    ("step_lr", 1e300, r"step_lr is 1e\+300; it must be positive and finite as a float32"),
     ("beta_end", -3.0, "beta_end is -3.0"),
     ("rounding_weight", -1.0, "rounding_weight is -1.0; it must be 0 or more"),
 ]

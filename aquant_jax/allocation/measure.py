@@ -54,7 +54,7 @@ class Measurements:
             return
         stored = read_json(self._path)
         found = stored.get("errors") if isinstance(stored, dict) else None
-        if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+        if not isinstance(found, dict) or not all(map(_are_errors, found.values())):
             raise InputError(f"{self._path} is damaged: it holds no errors of layers by choice")
         if changed := differences(stored.get("call"), self._call):
             raise InputError(
@@ -79,6 +79,12 @@ class Measurements:
             write_json(self._path, {"call": self._call, "errors": self._errors})
         except OSError as error:
             raise InputError(f"{self._path} cannot be written: {reason(error)}") from error
+
+
+def _are_errors(found: Any) -> bool:
+    return isinstance(found, dict) and all(
+        isinstance(error, int | float) and math.isfinite(error) for error in found.values()
+    )
 
 
 @contextlib.contextmanager

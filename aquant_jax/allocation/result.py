@@ -130,9 +130,13 @@ class Allocation:
                 _overrides(content["layers"]),
                 Budget(**content["budget"]),
                 float(content["degradation"]),
-                content["costs"],
+                _numbers(content["costs"]),
                 tuple(
-                    FrontPoint(**{**point, "layers": _overrides(point["layers"])})
+                    FrontPoint(
+                        float(point["degradation"]),
+                        _numbers(point["costs"]),
+                        _overrides(point["layers"]),
+                    )
                     for point in content["front"]
                 ),
                 tuple(Entry(**entry) for entry in content["table"]),
@@ -187,3 +191,7 @@ def _layers(layers: Mapping[str, Override]) -> dict[str, dict[str, Any]]:
 
 def _overrides(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Override]:
     return {path: Override(exactly(path), **fields) for path, fields in layers.items()}
+
+
+def _numbers(costs: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in costs.items()}

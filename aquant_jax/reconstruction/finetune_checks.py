@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, byte_size
 from aquant_jax.layers.fake_quant import Weights
 from aquant_jax.plan.network import batch_shapes
 from aquant_jax.reconstruction.chain import Chain, Parts, inexact
@@ -85,8 +85,8 @@ def _check_memory(run: Run, chain: Chain) -> None:
     needed, free = _bytes_needed(run, chain), run.memory.free[DEVICE]
     if needed > free:
         raise InputError(
-            f"the whole-network stage needs about {needed / 2**30:.2f} GiB, and "
-            f"{free / 2**30:.2f} GiB are free; lower batch_size, or set finetune_steps=0"
+            f"the whole-network stage needs about {byte_size(needed)}, and "
+            f"{byte_size(free)} are free; lower batch_size, or set finetune_steps=0"
         )
 
 

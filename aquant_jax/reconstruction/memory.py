@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import psutil
 
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, byte_size
 from aquant_jax.graph.partition import Block
 from aquant_jax.graph.subgraph import extract_subgraph
 from aquant_jax.plan.checks import boundary_bytes
@@ -184,8 +184,8 @@ def plan_memory(
         for place, size in plan.needs(index).items():
             if size > free[place]:
                 raise InputError(
-                    f"block {index} {block.name} needs about {size / 2**30:.2f} GiB of memory on "
-                    f"{place}, and {free[place] / 2**30:.2f} GiB are free{_advice(place, limit)}"
+                    f"block {index} {block.name} needs about {byte_size(size)} of memory on "
+                    f"{place}, and {byte_size(free[place])} are free{_advice(place, limit)}"
                 )
     return plan
 
@@ -193,7 +193,7 @@ def plan_memory(
 def _advice(place: str, limit: int | None) -> str:
     if place == DISK:
         return " there; choose another folder"
-    of = "" if limit is None else f" of memory_limit {limit / 2**30:.2f} GiB"
+    of = "" if limit is None else f" of memory_limit {byte_size(limit)}"
     stay = "caches of several processes stay on their devices; " * devices.several_processes()
     return f"{of}; {stay}lower batch_size, raise accumulate, or set rematerialize"
 

@@ -21,7 +21,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text, likewise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.parent / f".{path.name}.{os.getpid()}"  # "." and "/" have no name
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from aquant_jax.errors import InputError, reason
+from aquant_jax.errors import InputError, byte_size, reason
 
 
 class MappedArray:
@@ -42,8 +42,8 @@ class MappedArray:
         except OSError as error:
             free = shutil.disk_usage(folder).free if folder.is_dir() else 0
             raise InputError(
-                f"{folder}: {self.nbytes / 2**30:.2f} GiB of cached activations cannot be kept "
-                f"there ({reason(error)}); {free / 2**30:.2f} GiB are free"
+                f"{folder}: {byte_size(self.nbytes)} of cached activations cannot be kept "
+                f"there ({reason(error)}); {byte_size(free)} are free"
             ) from error
 
     def __len__(self) -> int:

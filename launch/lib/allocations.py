@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import aquant_jax as aq
+from aquant_jax.storage.parsing import malformed
 from launch.lib.command_line import Config
 
 
@@ -18,7 +20,7 @@ def use(config: Config, path: str) -> dict[str, Any]:
         The front, and this allocation on it, as fields of the run's results.
 
     Raises:
-        InputError: the file is no allocation.
+        InputError: the file is no allocation, or lacks a cost that its budget counts.
     """
     allocation = aq.Allocation.load(path)
     recipe, fields = allocation.recipe, ("overrides",)
@@ -29,10 +31,11 @@ def use(config: Config, path: str) -> dict[str, Any]:
             config.recipe[name] = recipe.to_dict()[name]
     counted = allocation.budget.counted
     named = [*((str(i), point) for i, point in enumerate(allocation.front)), ("this", allocation)]
-    points = [
-        {"name": name, "cost": cost_of(point.costs, counted), "predicted": point.degradation}
-        for name, point in named
-    ]
+    with malformed(Path(path)):
+        points = [
+            {"name": name, "cost": cost_of(point.costs, counted), "predicted": point.degradation}
+            for name, point in named
+        ]
     return {"pareto": points, "pareto_cost": counted.replace("_", " ")}
 
 

@@ -1,5 +1,6 @@
 """Cells of a table: runs of one network in folders of their own, never repeated once finished."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ class Cell(NamedTuple):
 
 def parse_seeds(texts: list[str]) -> list[int]:
     """Reads ``--seeds``; raises ``InputError`` for anything but different whole numbers."""
-    if not texts or not all(text.strip().isdecimal() for text in texts):
+    if not texts or not all(re.fullmatch(r"\d{1,20}", text.strip()) for text in texts):
         raise InputError(f"seeds must be whole numbers such as 0,1,2, not {','.join(texts)!r}")
     return list(dict.fromkeys(int(text) for text in texts))
 
@@ -76,6 +77,6 @@ def run(
                 if run_results is None:
                     loaded = loaded or experiment.load(config, data_dir, mesh, memory_limit)
                     run_results = experiment.run(loaded, config, spec, seed, directory, compiler)
-            print(one_line(run_results), flush=True)
+            print(one_line(run_results, directory.path), flush=True)
             results[name].append(run_results)
     return results

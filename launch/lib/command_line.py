@@ -12,11 +12,11 @@ lines. Nor can it set a field that is None, or set one to None.
 import dataclasses
 import difflib
 import functools
+import math
 import os
 import re
 import runpy
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -29,13 +29,12 @@ from aquant_jax.errors import InputError, ReconstructionError, reason
 from aquant_jax.recipe import Reconstruction
 from aquant_jax.recipe_checks import RENAMED, hint
 from launch.lib import hosts, process
+from launch.lib.help_text import help_text
 
 FAILED_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # as shells have it: 128 and the number of SIGINT
 TRACEBACK = "--traceback"  # a flag of every program: errors keep their traceback
-EXAMPLE = "\nExample:"  # the part of a program's docstring that --help prints last
-WIDTH = 100  # of --help
 RECONSTRUCTION = tuple(field.name for field in dataclasses.fields(Reconstruction))
 REQUIRED = (
     *("model", "weights", "dataset", "calibration_size", "test_limit", "eval_batch_size"),
@@ -63,7 +62,7 @@ def program(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
         process.remember_command(main.__module__, arguments[1:])
         show = TRACEBACK in arguments
         try:
-            with process.progress_on_stderr():
+            with process.flushed_output(), process.progress_on_stderr():
                 code = main([text for text in arguments if text != TRACEBACK]) or 0
         except (Exception, KeyboardInterrupt) as error:
             if show and not hosts.connected():
@@ -91,6 +90,8 @@ def _outcome(error: BaseException) -> tuple[int, str]:
         return FAILED_EXIT_CODE, str(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED_EXIT_CODE, "interrupted; the same command goes on where it can resume"
+    if isinstance(error, BrokenPipeError):
+        return USER_ERROR_EXIT_CODE, f"{process.OUTPUT}: {reason(error)}"
     if isinstance(error, OSError) and error.filename is not None:
         return USER_ERROR_EXIT_CODE, f"{error.filename}: {reason(error)}"
     return FAILED_EXIT_CODE, f"{type(error).__name__}: {reason(error)} ({TRACEBACK} shows where)"
@@ -106,8 +107,9 @@ class _PathParser(flags.ArgumentParser):
             raise ValueError("a path cannot be empty")
         if "\0" in argument:
             raise ValueError("a path cannot hold a NUL byte")
-        if not argument.isascii() and sys.getfilesystemencoding() != "utf-8":
-            raise ValueError("this locale has no such characters: set PYTHONUTF8=1")
+        other = not argument.isascii() and sys.getfilesystemencoding() != "utf-8"
+        if other or re.search("[\ud800-\udfff]", argument):  # bytes that Python did not decode
+            raise ValueError("a path must be UTF-8; where the locale is another, set PYTHONUTF8=1")
         try:
             return str(Path(argument).expanduser())
         except RuntimeError as error:
@@ -135,7 +137,7 @@ def parse(
 
     Raises:
         flags.Error: an unknown flag or a value of the wrong type.
-        InputError: a stray argument, or an override without a value.
+        InputError: a stray argument, an override without a value, or a number that is none.
     """
     rest, overrides = split_overrides(argv)
     values = flags.FlagValues()
@@ -146,26 +148,12 @@ def parse(
     stray = values(rest)[1:]
     if stray:
         raise InputError(f"unexpected argument {stray[0]!r}; flags look like --name=value")
+    for name in values:
+        if isinstance(value := values[name].value, float) and not math.isfinite(value):
+            raise InputError(f"--{name}={value}: it must be finite")
     if overrides and "config" not in values:
         raise InputError(f"unknown flag --config.{next(iter(overrides))}: no config is read here")
     return values, overrides
-
-
-def help_text(description: str, values: flags.FlagValues) -> str:
-    """The text of --help: what the program does, its flags, and the example at the end."""
-    text, mark, example = description.strip().partition(EXAMPLE)
-    lines = [text.rstrip(), ""]
-    for name in sorted(values, key=lambda name: "required" not in values[name].help):
-        default = values[name].default
-        shown = "" if default in (None, "") else f" (default {_shown(default)})"
-        line = f"  --{name}: {values[name].help}{shown}"
-        lines += textwrap.wrap(line, WIDTH, subsequent_indent="      ")
-    return "\n".join([*lines, (mark + example).rstrip()])
-
-
-def _shown(default: object) -> str:
-    text = ",".join(map(str, default)) if isinstance(default, list) else str(default)
-    return "~" if text == str(Path.home()) else text
 
 
 def absolute(folder: str) -> str:

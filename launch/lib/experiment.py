@@ -25,6 +25,7 @@ from launch.lib.run_directory import RunDirectory
 
 BERT = "bert"
 LENGTHS = ("max_length", "calibration_length")
+OF_BERT = (*LENGTHS, "apart")
 Check = Callable[[Any], None]
 
 
@@ -247,7 +248,7 @@ def open_data(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset
 
     Raises:
         InputError: an unknown data set, one that is not in ``data_dir``, a size in the config that
-            is not a whole number, or an unknown augmentation.
+            is not a whole number, an unknown augmentation, or fields that BERT lacks.
     """
     augmentations.get(config.get("augment"))
     for name in ("calibration_size", "eval_batch_size", "test_limit", *LENGTHS):
@@ -256,6 +257,8 @@ def open_data(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset
         if not positive and not (name == "test_limit" and value is None):
             raise InputError(f"config field {name} is {value!r}; it must be a positive integer")
     if config.model == BERT:
+        if missing := [name for name in OF_BERT if name not in config]:
+            raise InputError(f"model {BERT!r} needs the config fields {', '.join(missing)}")
         return _open_sentences(config, data_dir)
     fields = config.get("preprocessing")
     preprocessing = data.Preprocessing(**fields.to_dict()) if fields else None

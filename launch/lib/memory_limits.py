@@ -1,5 +1,6 @@
 """The value of ``--memory_limit``: the memory that a run may use."""
 
+import math
 import re
 
 from absl import flags
@@ -23,8 +24,8 @@ def parse(text: str | None) -> int | None:
     """
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)?", text)
-    size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
-    if size < 1:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)?", text, re.ASCII)
+    size = float(match[1]) * UNITS[match[2] or ""] if match else 0.0
+    if not 1 <= size < math.inf:
         raise InputError(f"--memory_limit={text}: it must be a size, such as 4GiB or 500MB")
-    return size
+    return int(size)

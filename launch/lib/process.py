@@ -19,8 +19,10 @@ from absl import logging as absl_logging
 
 import aquant_jax
 import launch
+from aquant_jax.errors import InputError, reason
 
 _command: contextvars.ContextVar[str | None] = contextvars.ContextVar("command", default=None)
+OUTPUT = "standard output cannot be written"
 _MOST_COMPILED = 2**32  # bytes
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -85,6 +87,23 @@ def usage() -> dict[str, Any]:
 def peak_bytes() -> int:
     """The most resident memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def flushed_output() -> Iterator[None]:
+    """Flushes standard output at the end: Python does so when no error can be one line any more.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        yield
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again
+            raise InputError(f"{OUTPUT}: {reason(error)}") from error
 
 
 @contextlib.contextmanager

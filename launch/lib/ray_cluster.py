@@ -172,7 +172,7 @@ def _run_all(ray: Ray, runs: Sequence[Run], tasks: Tasks) -> dict[Path, dict[str
             run = running.pop(task)
             try:
                 results[run.path] = ray.get(task)
-                print(one_line(results[run.path]), flush=True)
+                print(one_line(results[run.path], run.path), flush=True)
             except ray.exceptions.RayTaskError as error:  # which a run raised
                 raise error.cause or error from error
             except ray.exceptions.RayError as error:

@@ -10,6 +10,7 @@ import jax
 import aquant_jax as aq
 from aquant_jax.errors import InputError
 from aquant_jax.plan.network import take_samples
+from aquant_jax.reporting import svg
 from aquant_jax.reporting.layers import Record, layer_records
 from aquant_jax.reporting.page import page
 from aquant_jax.reporting.report import write
@@ -52,7 +53,10 @@ def write_report(path: Path, output: Path | None = None, against: Path | None = 
         runs = [*_renamed(runs, both[0]), *_renamed(others, both[1])]
         title, command = f"{title} against {other}", None
     file = output or path / PAGE
-    write(file, page(runs, title, command))
+    svg.matplotlib()  # its absence is no fault of the files
+    with malformed(Path(f"{path} or {against}") if against else path):
+        text = page(runs, title, command)
+    write(file, text)
     return file
 
 

@@ -13,6 +13,7 @@ the run lists: its manifest, the reports of its exports, and the plots in its re
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -122,9 +123,9 @@ def claim(
             is there stays until `RunDirectory.begin`.
 
     Yields:
-        A ``RunDirectory``. On an error inside the context without any finished block, epoch or
-        cell, everything written is removed again. On an interruption, or if a reconstruction
-        failed, it stays.
+        A ``RunDirectory``. On an error inside the context without results or any finished block,
+        epoch or cell, everything written is removed again. On an interruption, or if a
+        reconstruction failed, it stays.
 
     Raises:
         InputError: the directory cannot be written, is held by another process, holds another run,
@@ -205,10 +206,10 @@ def _read_results(path: Path) -> dict[str, Any] | None:
 
 
 def _has_progress(path: Path) -> bool:
-    """Whether a block, an epoch, or anything of a cell is there."""
+    """Whether results, a block, an epoch, or anything of a cell is there."""
     kept = [path.glob(f"{name}/[0-9]*") for name in PROGRESS]
     cells = [path.glob(f"{depth}/{IDENTITY}") for depth in ("*", "*/*")]
-    return any(match for matches in (*kept, *cells) for match in matches)
+    return (path / RESULTS).exists() or any(itertools.chain(*kept, *cells))
 
 
 def _withdraw(path: Path) -> None:

@@ -94,6 +94,11 @@ def test_a_second_call_measures_nothing_and_a_torn_off_one_the_rest(folder, tmp_
     assert again.layers == first.layers
     with pytest.raises(aq.InputError, match=r"another call, which differs in calibration"):
         allocate(aq.Budget(average_bits=3), folder, x=X + 1)
+    for damaged in ("x", None, float("nan")):
+        stored["errors"][FREE[1]]["w2a2"] = damaged
+        (tmp_path / FILE).write_text(json.dumps(stored))
+        with pytest.raises(aq.InputError, match=r"sensitivity.json is damaged: it holds no errors"):
+            allocate(aq.Budget(average_bits=3), tmp_path)
 
 
 def test_the_front_falls_from_the_least_to_the_most(folder):

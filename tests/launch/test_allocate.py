@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import aquant_jax as aq
 from launch import allocate, quantize
 from tests.launch.conftest import DIGITS, SMALL
 
@@ -52,6 +53,7 @@ def test_an_allocation_is_written_once_and_quantized(tmp_path, capsys):
         (["--budget=size=3"], "unknown name 'size'; there are bytes"),
         (["--budget=bytes=3", "--weight_bits=two"], "bits 'two' are no whole number"),
         (["--budget=bytes=3", "--act_bits=9"], "act_bits is 9; it must be a whole number of 2"),
+        (["--budget=bytes=3", "--borders=linear:mean:3"], "border 'linear:mean:3' must be a name"),
         (["--budget=bytes=3"], "bytes 3 is below the least"),
     ],
 )
@@ -60,3 +62,22 @@ def test_bad_flags_are_one_line(argv, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert not (tmp_path / "a").exists()
+
+
+def test_the_results_of_another_program_stay(tmp_path, capsys):
+    (tmp_path / "results.json").write_text("{}")
+    assert run(tmp_path, "--budget=average_bits=3") == 2
+    assert f"{tmp_path / 'results.json'} is of another program" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("costs", [{}, {"weight_bits": "x", "act_bits": 3}])
+def test_an_allocation_with_damaged_costs_is_one_line(costs, tmp_path, capsys):
+    point, file = {"degradation": 0.5, "costs": costs}, tmp_path / "a.json"
+    content = {"budget": {"average_bits": 3}, "layers": {}, "front": [], "table": []} | point
+    content["recipe"] = aq.recipes.aquant(3, 3).to_dict()
+    file.write_text(json.dumps(content))
+    argv = ["quantize", DIGITS, f"--workdir={tmp_path / 'q'}", f"--allocation={file}"]
+    assert quantize.main(argv) == 2
+    assert f"error: {file} is malformed" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()

@@ -11,7 +11,7 @@ from absl import flags, logging
 
 import launch
 from aquant_jax.errors import InputError, ReconstructionError
-from launch.lib import command_line
+from launch.lib import command_line, help_text
 from tests.support.process import REPOSITORY
 
 PROGRAMS = [
@@ -43,7 +43,7 @@ def test_help_fits_a_screen_and_ends_in_an_example(name, capsys):
 def test_every_example_names_flags_that_exist(name):
     """All but the config's fields: each flag of an example is one of the program."""
     module = importlib.import_module(name)
-    example = module.__doc__.partition(command_line.EXAMPLE)[2].replace("\\\n", " ")
+    example = module.__doc__.partition(help_text.EXAMPLE)[2].replace("\\\n", " ")
     values = flags.FlagValues()
     getattr(module, "define_flags", lambda _: None)(values)
     for command in re.findall(r"python -m \S+(.*)", example):
@@ -57,6 +57,13 @@ def test_a_wrong_flag_is_one_line(name, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: Unknown command line flag 'colour'")
     assert error.count("\n") == 1
+
+
+def test_a_path_of_other_bytes_than_utf8():
+    values = flags.FlagValues()
+    command_line.define_path(values, "workdir", None, "")
+    with pytest.raises(flags.Error, match="a path must be UTF-8"):
+        values(["program", "--workdir=runs/\udcff"])
 
 
 def raising(error, *argv):
@@ -84,6 +91,7 @@ def test_exit_codes(capsys):
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on where it can resume"),
         (FileNotFoundError(2, "No such file or directory", "a/b"), 2,
          "a/b: No such file or directory"),
+        (BrokenPipeError(32, "Broken pipe"), 2, "standard output cannot be written: Broken pipe"),
         (OSError("odd"), 1, "OSError: odd (--traceback shows where)"),
     ],
 )  # fmt: skip
@@ -93,6 +101,14 @@ def test_any_other_error_is_one_line(error, code, line, capsys):
     for kept in (error, InputError("wrong")):
         with pytest.raises(type(kept)):
             raising(kept, "--traceback")
+
+
+def test_output_that_cannot_be_written_is_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert command_line.program(lambda _: print("results"))(["program"]) == 2
+    error = "error: standard output cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == error
 
 
 def test_the_log_is_shown_inside_a_program_only(capsys):

@@ -164,6 +164,7 @@ def test_a_regression_runs(argv, tmp_path):
         (["--max_length=13"], "sequences of 13 tokens do not fit the 12 positions"),
         (["--batch_size=129"], "128 samples are less than a batch of 129"),
         (["--task=wnli"], "wnli"),
+        (["--learning_rate=nan"], "--learning_rate=nan: it must be finite"),
         (["--checkpoint=/nowhere"], "no checkpoint in /nowhere"),
         (["--config.seed=1"], "unknown flag --config.seed: no config is read here"),
     ],

@@ -14,7 +14,9 @@ def test_sizes(text, size):
     assert parse(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "4G", "-1GiB", "many", "4 GiB or so", "0.5"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "4G", "-1GiB", "many", "4 GiB or so", "0.5", f"{10**400}GiB"]
+)
 def test_no_size(text):
     with pytest.raises(InputError, match=r"--memory_limit=.*: it must be a size, such as 4GiB"):
         parse(text)

@@ -49,6 +49,9 @@ def test_a_finished_run_is_printed_and_not_repeated(pretend, tmp_path, capsys):
     assert quantize.main(argv) == 0
     assert capsys.readouterr().out == first
     assert len(pretend) == 1
+    (tmp_path / "results.json").write_text("{}")
+    assert quantize.main(argv) == 2
+    assert f"{tmp_path / 'results.json'} is malformed: KeyError" in capsys.readouterr().err
 
 
 WRONG = {
@@ -65,6 +68,7 @@ WRONG = {
     "no Python": (["--config=README.md"], "README.md is not a Python file"),
     "limit that is not a number": ([DIGITS, "--config.test_limit=abc"], "test_limit is 'abc'"),
     "augment": ([DIGITS, "--config.augment=mixup"], "unknown augment 'mixup'; known: shift"),
+    "fields of BERT": ([DIGITS, "--config.model=bert"], "needs the config fields max_length, cal"),
     "loss": ([DIGITS, "--config.recipe.reconstruction.finetune_loss=l1"], "known: mse, kl"),
     "overrides": ([DIGITS, "--config.recipe.overrides=[5]"], "overrides: 5 must be a dict"),
     "field of a wrong type": ([DIGITS, "--config.recipe.reconstruction.steps=x"], "steps=x"),

@@ -81,14 +81,16 @@ def test_two_runs_and_a_sweep(run, sweep, tmp_path, capsys):
 
 
 def test_bad_input_is_one_line_and_leaves_everything(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(reports, "page", lambda *_: "a page")
+    monkeypatch.setattr(reports, "page", lambda runs, *_: runs[0].results["blocks"][0]["name"])
     empty, unfinished, other = tmp_path / "empty", tmp_path / "unfinished", tmp_path / "other"
-    torn, damaged = tmp_path / "torn", tmp_path / "damaged"
+    torn, damaged, edited = tmp_path / "torn", tmp_path / "damaged", tmp_path / "edited"
     empty.mkdir()
-    for path in (unfinished, other, torn, damaged):
+    for path in (unfinished, other, torn, damaged, edited):
         shutil.copytree(run, path)
     (torn / "log.jsonl").write_text('{"index": 0, "loss_c')
     (damaged / "results.json").write_text('{"preset": "aquant"}')
+    results = json.loads((run / "results.json").read_text())
+    (edited / "results.json").write_text(json.dumps(results | {"blocks": [{}]}))
     (unfinished / "results.json").unlink()
     identity = json.loads((other / "run.json").read_text()) | {"program": "finetune"}
     (other / "run.json").write_text(json.dumps(identity))
@@ -99,10 +101,12 @@ def test_bad_input_is_one_line_and_leaves_everything(run, tmp_path, capsys, monk
         f"--workdir={unfinished}": "holds no finished run: there is no results.json in it",
         f"--workdir={torn}": "log.jsonl is malformed: JSONDecodeError",
         f"--workdir={damaged}": "results.json is damaged: it lacks act_bits, blocks, metric",
+        f"--workdir={edited}": f"{edited} is malformed: KeyError: 'name'",
         f"--workdir={other}": "holds a run of launch.finetune",
         f"--workdir={run} --against={run}": "is the workdir itself",
         f"--workdir={run} --against={empty}": "holds no finished run",
         f"--workdir={run} --output={run}": "cannot be written: Is a directory",
+        f"--workdir={run} --output=.": "report . cannot be written",
         f"--workdir={run} --output={run}/run.json/x.html": "cannot be written: Not a directory",
         "--output=x.html": "workdir",
     }

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -195,6 +196,14 @@ def test_a_user_error_leaves_nothing_behind(tmp_path):
     with pytest.raises(InputError):
         fail(tmp_path / "run", {}, InputError("wrong"))
     assert files(tmp_path) == []
+
+
+def test_an_error_after_the_results_leaves_them(tmp_path):
+    with contextlib.suppress(BrokenPipeError), run_directory.claim(tmp_path, {"seed": 0}) as run:
+        run.finish({"top1": 1.0})
+        raise BrokenPipeError
+    with run_directory.claim(tmp_path, {"seed": 0}) as run:
+        assert run.stored == {"top1": 1.0, "plots": []}
 
 
 def test_an_error_leaves_no_parent_folders_behind(tmp_path):

@@ -100,6 +100,7 @@ MODE = "give --config=FILE to compare presets, or --table to fill a table"
     [
         ([DIGITS, "--seeds=a"], "seeds must be whole numbers such as 0,1,2, not 'a'"),
         ([DIGITS, "--seeds="], "seeds must be whole numbers"),
+        ([DIGITS, f"--seeds={'9' * 5000}"], "seeds must be whole numbers"),
         (["--table=1", "--seeds=0,-1"], "seeds must be whole numbers such as 0,1,2, not '0,-1'"),
         ([DIGITS, "--presets=x"], "unknown preset 'x'; there are aquant, nearest"),
         ([DIGITS, "--presets="], "no presets; there are: nearest"),

@@ -58,6 +58,8 @@ MOST_BYTES = 200_000
 
 def test_every_notebook_is_tested():
     assert sorted(SHORT) == execute.NAMES
+    with pytest.raises(SystemExit, match="there is no notebook 'nothing'; there are bert_glue"):
+        execute.main(["nothing"])
 
 
 @pytest.mark.filterwarnings("default")

@@ -355,7 +355,7 @@ class TestWrongInput:
 
     def test_too_little_memory(self, monkeypatch):
         monkeypatch.setattr(finetune_checks, "_bytes_needed", lambda run, chain: 2**50)
-        message = r"needs about 1048576\.00 GiB, and \d+\.\d\d GiB are free; lower batch_size"
+        message = r"needs about 1048576\.00 GiB, and \d+\.\d\d [MG]iB are free; lower batch_size"
         with pytest.raises(InputError, match=message):
             quantize()
 

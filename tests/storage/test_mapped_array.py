@@ -50,5 +50,5 @@ def test_an_empty_array(tmp_path):
 def test_a_folder_is_made_where_one_can_be(tmp_path):
     MappedArray(tmp_path / "new", (1,), np.float32)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"file: 0.00 GiB of cached .*\(File exists\)"):
+    with pytest.raises(InputError, match=r"file: 4 bytes of cached .*\(File exists\)"):
         MappedArray(tmp_path / "file", (1,), np.float32)
