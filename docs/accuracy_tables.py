@@ -6,7 +6,7 @@ import functools
 import re
 import statistics
 
-from table_text import Json, Load, markdown, score, spread
+from table_text import Json, Load, markdown, preset_of, score, spread
 
 PRESETS = ("nearest", "adaround", "brecq", "qdrop", "aquant")
 BITS = ("w4a4", "w3a3", "w2a4", "w2a2")
@@ -236,8 +236,8 @@ def stsb_transforms(load: Load) -> str:
     for run in sorted(load("stsb_minilm_transforms")["runs"], key=lambda run: run["seed"]):
         sums = [o["act_bits"] for o in run["recipe"]["overrides"] if o["pattern"] == ":sum"]
         bits = f"w{run['weight_bits']}a{run['act_bits']}", *(sums or [run["act_bits"]])
-        by.setdefault((*bits, run["preset"]), []).append(score(run))
-    presets = ("nearest", "adaround", "aquant_bert")
+        by.setdefault((*bits, preset_of(run)), []).append(score(run))
+    presets = ("nearest", "adaround", "aquant_bert", "aquant_bert and the stage")
     rows = [
         [bits, str(sums), *(spread(by.get((bits, sums, preset), [])) for preset in presets)]
         for bits, sums in sorted({key[:2] for key in by}, reverse=True)

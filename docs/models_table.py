@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from table_text import Json, Load, markdown, score, spread
+from table_text import Json, Load, markdown, preset_of, score, spread
 
 CIFAR, IMAGENET = "CIFAR-10 (JPEG), top-1", "1,300 images of ImageNet, top-1"
 # Networks of the zoo, and BERT's family, by the names of `models.MODELS`: label, data, config.
@@ -145,12 +145,6 @@ def _run(network: str, run: Json, how: str) -> Run:
     return Run(network, _bits(run), how, score(run), score(run, "float"), run["seconds"] / 60)
 
 
-def _how(run: Json) -> str:
-    """The preset, and the whole-network stage where it is not the preset's own."""
-    stage = run.get("finetune") and run["preset"] != "aquant_plus"
-    return f"{run['preset']} and the stage" if stage else run["preset"]
-
-
 def _runs(load: Load) -> Iterator[Run]:
     """All measured runs that changed nothing but the preset, its stage and its granularity."""
     for row in load("demo_digits_w2a2")["rows"]:
@@ -161,7 +155,7 @@ def _runs(load: Load) -> Iterator[Run]:
             yield _run("resnet20_cifar", run, run["preset"])
     for name in ("resnet20_aquant_plus", "resnet20_w4a4_stage", "resnet20_weights_only"):
         for run in load(name)["runs"]:
-            yield _run("resnet20_cifar", run, _how(run))
+            yield _run("resnet20_cifar", run, preset_of(run))
     for run in load("resnet_cifar_stage")["runs"]:
         granularity = run["recipe"]["border_granularity"]
         suffix = ", channel" if granularity == "channel" else ""
@@ -181,7 +175,7 @@ def _sentences(load: Load) -> Iterator[Run]:
         for run in load(name)["runs"]:
             if run["calibration_samples"] == 1024:
                 sums = ", sums 8 bits" if run["recipe"]["overrides"] else ""
-                yield _run("minilm_stsb", run, _how(run) + transforms + sums)
+                yield _run("minilm_stsb", run, preset_of(run) + transforms + sums)
     for task, found in {"mrpc": load("mrpc_minilm"), **load("glue_minilm")}.items():
         for run in found["runs"]:
             yield _run(f"minilm_{task}", run, run["preset"])

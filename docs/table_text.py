@@ -67,3 +67,9 @@ def spread(scores: Sequence[float], each: bool = True) -> str:
 def score(run: Json, part: str = "quantized") -> float:
     """The metric of one run, in percent."""
     return run[part][run.get("metric", "top1")]
+
+
+def preset_of(run: Json) -> str:
+    """The preset of a run, and the whole-network stage where it is not the preset's own."""
+    stage = run.get("finetune") and run["preset"] != "aquant_plus"
+    return f"{run['preset']} and the stage" if stage else run["preset"]
