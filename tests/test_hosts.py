@@ -130,6 +130,7 @@ def test_a_killed_process_ends_all_and_the_rerun_resumes(tmp_path, victim):
     assert rerun["devices"] == [4, 1]
 
 
+@pytest.mark.slow
 def test_a_coordinator_out_of_reach_is_one_line(tmp_path):
     address = f"127.0.0.1:{free_port()}"
     flags = (f"--coordinator={address}", "--processes=2", "--process=1", "--connect_timeout=1")

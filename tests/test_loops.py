@@ -240,7 +240,7 @@ def test_eight_bits_are_close_to_float_in_integers_and_saved(build, tmp_path):
 
 
 @pytest.mark.parametrize("build", [recurrent, stacked_layers])
-@pytest.mark.parametrize("preset", ["aquant", "aquant_plus"])
+@pytest.mark.parametrize("preset", [pytest.param("aquant", marks=pytest.mark.slow), "aquant_plus"])
 def test_learning_is_better_than_nearest(build, preset):
     apply, variables, _ = build()
     expected = apply(variables, X)

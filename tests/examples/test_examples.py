@@ -56,8 +56,8 @@ SHORT = {
     "rnn_digits": (["--epochs=1", "--steps=0"], ["flax"], r"float \d.*, nearest \d.*, aquant \d"),
 }
 
-# Their frameworks and loops have tests of their own.
-SLOW = ("character_stack", "equinox_model", "haiku_model", "rnn_digits")
+# Their frameworks and loops have tests of their own, or a notebook.
+SLOW = ("character_stack", "equinox_model", "haiku_model", "keras_model", "rnn_digits")
 
 
 def _is_installed(package):

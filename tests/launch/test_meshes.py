@@ -43,6 +43,7 @@ for mesh in ("2", "3"):
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_two_devices(tmp_path):
     """Scores 500 images in batches of 250; 3 devices do not divide its batches of 32."""
     program = PROGRAM.replace("FOLDER", str(tmp_path))
