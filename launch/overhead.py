@@ -4,7 +4,7 @@ Nothing is loaded or run: the counts come from the shapes of the traced networks
 is one (tap, input channel) of a conv's im2col row, or one input of a dense layer. The second table
 has the three values of ``border_granularity``. BERT-base, the paper's Table 2, stands below.
 
-Examples:
+Example:
 
     python -m launch.overhead
     python -m launch.overhead --models=resnet18,mobilenetv2

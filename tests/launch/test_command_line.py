@@ -43,7 +43,9 @@ def test_help_fits_a_screen_and_ends_in_an_example(name, capsys):
 def test_every_example_names_flags_that_exist(name):
     """All but the config's fields: each flag of an example is one of the program."""
     module = importlib.import_module(name)
-    example = module.__doc__.partition(help_text.EXAMPLE)[2].replace("\\\n", " ")
+    _, mark, example = module.__doc__.partition(help_text.EXAMPLE)
+    assert mark
+    example = example.replace("\\\n", " ")
     values = flags.FlagValues()
     getattr(module, "define_flags", lambda _: None)(values)
     for command in re.findall(r"python -m \S+(.*)", example):
