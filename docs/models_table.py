@@ -62,9 +62,7 @@ class Run(NamedTuple):
 
 def models(load: Load) -> str:
     """Every network, a line a bit-width, with the way of quantizing whose mean is best."""
-    by: dict[tuple[str, str], dict[str, list[Run]]] = {}
-    for run in _runs(load):
-        by.setdefault((run.network, run.bits), {}).setdefault(run.how, []).append(run)
+    by = _runs_by_network(load)
     known = {name: f"{value:.2f}" for name, value in _float_only(load).items()}
     tables: dict[str, list[list[str]]] = {}
     for network, (label, data, config) in NETWORKS.items():
@@ -85,10 +83,7 @@ def models(load: Load) -> str:
 
 def headline(load: Load) -> str:
     """Scores by preset; mean and standard deviation where there is more than one seed."""
-    by: dict[tuple[str, str], dict[str, list[Run]]] = {}
-    for run in _runs(load):
-        by.setdefault((run.network, run.bits), {}).setdefault(run.how, []).append(run)
-    rows = []
+    by, rows = _runs_by_network(load), []
     for network, bits, suffix in HEADLINE:
         found, (label, data, _) = by[network, bits], NETWORKS[network]
         names = BERT_PRESETS if label == "MiniLM-L6" else {}
@@ -143,6 +138,14 @@ def _bits(run: Json) -> str:
 
 def _run(network: str, run: Json, how: str) -> Run:
     return Run(network, _bits(run), how, score(run), score(run, "float"), run["seconds"] / 60)
+
+
+def _runs_by_network(load: Load) -> dict[tuple[str, str], dict[str, list[Run]]]:
+    """The seeds of every network and bit-width, by how it was quantized."""
+    by: dict[tuple[str, str], dict[str, list[Run]]] = {}
+    for run in _runs(load):
+        by.setdefault((run.network, run.bits), {}).setdefault(run.how, []).append(run)
+    return by
 
 
 def _runs(load: Load) -> Iterator[Run]:

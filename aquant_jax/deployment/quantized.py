@@ -18,7 +18,7 @@ from aquant_jax.deployment.layer_summary import LayerSummary
 from aquant_jax.deployment.states import on_host, store_stacked
 from aquant_jax.errors import InputError, check_type
 from aquant_jax.graph.fold import fold
-from aquant_jax.graph.ir import Unquantized
+from aquant_jax.graph.ir import Graph, Unquantized
 from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.graph.targets import focus
 from aquant_jax.graph.trace import trace
@@ -64,6 +64,10 @@ class Traced(NamedTuple):
     def __call__(self, quantized: Quantized, x: Any) -> Any:
         return self.run(quantized, x)
 
+    def graph(self, quantized: Quantized, variables: Any, x: Any) -> Graph:
+        """The graph for a batch, not folded: its weighted ops are those that are quantized."""
+        return focus(trace(self.apply, variables, x), self.targets, quantized.unquantized)
+
     def run(
         self, quantized: Quantized, x: Any, layer: Callable[..., jax.Array] = run_deployed_layer
     ) -> Any:
@@ -75,8 +79,7 @@ class Traced(NamedTuple):
           layer: runs one layer where the network has no backend; has the arguments of
             `run_deployed_layer`.
         """
-        graph = trace(self.apply, jax.tree.unflatten(self.treedef, self.shapes), x)
-        graph = fold(focus(graph, self.targets, quantized.unquantized))
+        graph = fold(self.graph(quantized, jax.tree.unflatten(self.treedef, self.shapes), x))
         plan = make_plan(graph, quantized.recipe)
         parts = stacked.split(graph, plan, rolled=layer is run_deployed_layer)
         _check_same(quantized, [program for part in parts for program in part.programs])

@@ -18,8 +18,6 @@ from aquant_jax.deployment.quantized import Quantized, Traced
 from aquant_jax.errors import InputError
 from aquant_jax.graph.fold import Folded, folded_weights
 from aquant_jax.graph.ir import Op
-from aquant_jax.graph.targets import focus
-from aquant_jax.graph.trace import trace
 from aquant_jax.layers.fake_quant import (
     LayerInput,
     LayerSpec,
@@ -143,7 +141,9 @@ def _measure(quantized: Quantized, inputs: Any, variables: Any) -> dict[str, Rec
     program = quantized.program
     if not isinstance(program, Traced):
         raise InputError("a restored network has no histograms of activations: leave out inputs")
-    folded = {} if variables is None else _float_layers(quantized, inputs, variables)
+    folded: dict[str, Folded] = {}
+    if variables is not None:
+        folded = folded_weights(program.graph(quantized, variables, inputs), variables)
     quantized = quantized.with_backend(None)
 
     def measure(network: Quantized, x: Any, weights: Mapping[str, Folded]) -> dict[str, Any]:
@@ -161,14 +161,6 @@ def _measure(quantized: Quantized, inputs: Any, variables: Any) -> dict[str, Rec
     arrays = jax.jit(measure)(quantized, inputs, folded)
     bits = {spec.path: (spec.weight_bits, spec.act_bits) for spec in quantized.specs}
     return {path: _plain(found, *bits[path]) for path, found in arrays.items()}
-
-
-def _float_layers(quantized: Quantized, inputs: Any, variables: Any) -> dict[str, Folded]:
-    program = quantized.program
-    assert isinstance(program, Traced)
-    graph = trace(program.apply, variables, inputs)
-    graph = focus(graph, program.targets, quantized.unquantized)
-    return folded_weights(graph, variables)
 
 
 def _of_layer(
