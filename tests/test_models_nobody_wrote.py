@@ -4,11 +4,9 @@ Each: its blocks are the expected ones and can be printed, folding changes nothi
 within 2% of float, and the result can be jitted and called on another batch size.
 """
 
-import dataclasses
 import functools
 import importlib.util
 import os
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +16,7 @@ from jax import lax
 
 import aquant_jax as aq
 import gpu_ops
+from tests.support.foreign_models import BATCH, MODELS, Model, model, promoting_model
 from tests.support.nets import (
     conv,
     conv_bn,
@@ -30,42 +29,7 @@ from tests.support.nets import (
     run_folded,
 )
 
-BATCH = 8
 COMPILER = aq.Compiler()
-
-
-@dataclasses.dataclass(eq=False)
-class Model:
-    """A network, a batch for it, and the layers of its blocks."""
-
-    apply: Any
-    variables: Any
-    x: Any
-    blocks: list[tuple[str, ...]]
-    tolerance: float = 1e-5  # of folding
-
-    # Computed in the first test that asks, so under the promotion of the tests of this model.
-    @functools.cached_property
-    def net(self):
-        recipe = aq.recipes.nearest(batch_size=BATCH)
-        return aq.prepare(self.apply, self.variables, self.x, recipe)
-
-    @functools.cached_property
-    def expected(self):
-        return self.apply(self.variables, self.x)
-
-
-MODELS = []
-
-
-def model(function, marks=()):
-    MODELS.append(pytest.param(function, id=function.__name__, marks=marks))
-    return function
-
-
-def promoting_model(reason):
-    """A model that strict promotion would refuse."""
-    return functools.partial(model, marks=pytest.mark.user_model(reason=reason))
 
 
 def scrambled(variables, seed=0):
