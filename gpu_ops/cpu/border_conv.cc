@@ -9,6 +9,7 @@
 #include <numeric>
 #include <vector>
 
+#include "depthwise.h"
 #include "multiply.h"
 #include "pixel.h"
 
@@ -22,43 +23,33 @@ constexpr int64_t kTasks = 16;
 // The sizes of a kernel [K, outputs], and of the blocks of pixels that are multiplied with it.
 struct KernelShape {
   int64_t elements, outputs, width, deep;
-  bool depthwise;
 
-  KernelShape(int64_t elements, int64_t outputs, bool depthwise)
+  KernelShape(int64_t elements, int64_t outputs)
       : elements(elements),
         outputs(outputs),
         width(RoundUp(outputs)),
-        deep(RoundUp(elements)),
-        depthwise(depthwise) {}
+        deep(RoundUp(elements)) {}
 
-  int64_t Dense() const { return depthwise ? elements : elements * width; }
-  int64_t Transposed() const { return depthwise ? 0 : outputs * deep; }
+  int64_t Dense() const { return elements * width; }
+  int64_t Transposed() const { return outputs * deep; }
   int64_t PixelBytes(const Geometry& g) const {
     return (2 * deep + width) * sizeof(float) + PixelScratch::Bytes(g);
   }
   int64_t BlockPixels(const Geometry& g) const {
-    if (depthwise) return 1;
     const int64_t fit = kMostBytes / PixelBytes(g);
     return std::clamp<int64_t>(fit, 1, std::min(kPixels, g.Pixels()));
   }
 };
 
-// The weights [K, outputs], with rows filled up for Multiply, and transposed. Those of a depthwise
-// convolution, [K, 1], are unchanged: an output has one channel's taps, and no product is one of
-// matrices.
+// The weights [K, outputs], with rows filled up for Multiply, and transposed.
 struct Kernel : KernelShape {
   std::vector<float> dense, transposed;
 
-  Kernel(const float* weights, const KernelShape& shape, bool both) : KernelShape(shape) {
-    if (depthwise) {
-      dense.assign(weights, weights + elements);
-      return;
-    }
-    dense.assign(Dense(), 0.0f);
+  Kernel(const float* weights, const KernelShape& shape, bool both)
+      : KernelShape(shape), dense(Dense(), 0.0f), transposed(both ? Transposed() : 0, 0.0f) {
     for (int64_t k = 0; k < elements; ++k)
       std::copy_n(weights + k * outputs, outputs, dense.data() + k * width);
     if (!both) return;
-    transposed.assign(Transposed(), 0.0f);
     for (int64_t k = 0; k < elements; ++k)
       for (int64_t o = 0; o < outputs; ++o) transposed[o * deep + k] = weights[k * outputs + o];
   }
@@ -75,11 +66,6 @@ struct PixelBlock {
         columns(size * kernel.deep),
         derivative(size * kernel.deep),
         results(size * kernel.width) {}
-};
-
-// Derivatives that a task sums: of the coefficients, the step size (lane by lane) and the weights.
-struct Sums {
-  std::vector<float> coefficients, step, weights;
 };
 
 VECTORISED void Columns(const Training& t, const Grid& grid, int64_t n, int64_t first,
@@ -102,40 +88,12 @@ VECTORISED void Derivatives(const Training& t, const Grid& grid, int64_t n, int6
                     sums.step.data(), block.pixels[p]);
 }
 
-// The results of a depthwise convolution at one pixel.
-VECTORISED void TapsTimes(const Kernel& kernel, PixelBlock& block) {
-  const int64_t channels = kernel.outputs;
-  const float* weights = kernel.dense.data();
-  const float* column = block.columns.data();
-  float* results = block.results.data();
-  EACH(c, channels) results[c] = column[c] * weights[c];
-  for (int64_t k = channels; k < kernel.elements; k += channels)
-    EACH(c, channels) results[c] += column[k + c] * weights[k + c];
-}
-
-// Its derivatives: of the column, and added to those of the weights.
-VECTORISED void TapsPullback(const Kernel& kernel, PixelBlock& block, Sums& sums) {
-  const int64_t channels = kernel.outputs;
-  const float* weights = kernel.dense.data();
-  const float* column = block.columns.data();
-  const float* d = block.results.data();
-  float* dcolumn = block.derivative.data();
-  float* dweights = sums.weights.data();
-  for (int64_t k = 0; k < kernel.elements; k += channels)
-    EACH(c, channels) {
-      dcolumn[k + c] = weights[k + c] * d[c];
-      dweights[k + c] += column[k + c] * d[c];
-    }
-}
-
 void Products(const Kernel& kernel, int64_t count, PixelBlock& block) {
-  if (kernel.depthwise) return TapsTimes(kernel, block);
   Multiply(block.columns.data(), kernel.deep, 1, count, kernel.elements, kernel.dense.data(),
            kernel.width, block.results.data(), false);
 }
 
 void Pullback(const Kernel& kernel, int64_t count, PixelBlock& block, Sums& sums) {
-  if (kernel.depthwise) return TapsPullback(kernel, block, sums);
   Multiply(block.columns.data(), 1, kernel.deep, kernel.elements, count, block.results.data(),
            kernel.width, sums.weights.data(), true);
   Multiply(block.results.data(), kernel.width, 1, count, kernel.outputs, kernel.transposed.data(),
@@ -170,23 +128,35 @@ void BackwardImage(const Training& t, const Grid& grid, const Kernel& kernel, in
   }
 }
 
-// Operands of both handlers, checked, and their size.
+// Operands of both handlers, checked, and their size. The weights of a depthwise convolution are
+// [K, 1]: an output has one channel's taps, and no product is one of matrices.
 struct Convolution {
   Training training;
   Grid grid;
   KernelShape kernel;
+  bool depthwise;
   int64_t bytes;
 
-  // The tasks of the derivative, which each have their sums.
   int64_t Tasks() const { return std::clamp<int64_t>(training.geometry.images, 1, kTasks); }
+  Images Share(int64_t task) const {
+    const int64_t images = training.geometry.images, tasks = Tasks();
+    return {task * images / tasks, (task + 1) * images / tasks};
+  }
+  // The sums of one task.
+  int64_t Weights() const { return depthwise ? kernel.elements : kernel.Dense(); }
+  Sums NoSums() const {
+    return {std::vector<float>(training.Coefficients()), std::vector<float>(kernel.elements),
+            std::vector<float>(Weights())};
+  }
 
   ffi::Error CheckMemory(bool derivative) const {
     const Geometry& g = training.geometry;
-    const int64_t sums = training.Coefficients() + kernel.elements + kernel.Dense();
-    int64_t floats = kernel.Dense();
-    if (derivative) floats += kernel.Transposed() + Tasks() * sums;
-    return CheckScratch(floats * sizeof(float) + kernel.BlockPixels(g) * kernel.PixelBytes(g),
-                        bytes);
+    const int64_t sums = training.Coefficients() + kernel.elements + Weights();
+    int64_t floats = derivative ? Tasks() * sums : 0;
+    if (!depthwise) floats += kernel.Dense() + (derivative ? kernel.Transposed() : 0);
+    const int64_t block = depthwise ? DepthwiseBytes(g, training.border.degree)
+                                    : kernel.BlockPixels(g) * kernel.PixelBytes(g);
+    return CheckScratch(floats * sizeof(float) + block, bytes);
   }
 };
 
@@ -211,7 +181,7 @@ ffi::ErrorOr<Convolution> Read(const Floats& x, const Mask& keep, const Floats& 
     return ffi::Unexpected(Bad("the result has another size than the window gives"));
   const int64_t bytes = x.size_bytes() + coefficients.size_bytes() + kernel.size_bytes() +
                         y.size_bytes();
-  return Convolution{read.value(), grid.value(), {g.Column(), outputs, depthwise}, bytes};
+  return Convolution{read.value(), grid.value(), {g.Column(), outputs}, depthwise, bytes};
 }
 
 ffi::Error Convolve(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floats zero,
@@ -221,6 +191,12 @@ ffi::Error Convolve(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floa
   if (read.has_error()) return read.error();
   if (ffi::Error error = read->CheckMemory(false); error.failure()) return error;
   const Training& t = read->training;
+  if (read->depthwise) {
+    ParallelFor(pool, read->Tasks(), [&](int64_t task) {
+      DepthwiseForward(t, read->grid, weights.typed_data(), read->Share(task), y->typed_data());
+    });
+    return ffi::Error::Success();
+  }
   const Kernel kernel(weights.typed_data(), read->kernel, false);
   ParallelFor(pool, t.geometry.images, [&](int64_t n) {
     PixelBlock block(t.geometry, kernel);
@@ -237,6 +213,17 @@ std::vector<double> Total(const std::vector<Sums>& sums, std::vector<float> Sums
   return total;
 }
 
+void DenseBackward(ffi::ThreadPool pool, const Convolution& c, const float* weights,
+                   const float* dy, float* dx, std::vector<Sums>& sums) {
+  const Kernel kernel(weights, c.kernel, true);
+  ParallelFor(pool, c.Tasks(), [&](int64_t task) {
+    PixelBlock block(c.training.geometry, kernel);
+    const Images share = c.Share(task);
+    for (int64_t n = share.begin; n < share.end; ++n)
+      BackwardImage(c.training, c.grid, kernel, n, dy, dx, sums[task], block);
+  });
+}
+
 ffi::Error ConvolvePullback(ffi::ThreadPool pool, Floats x, Mask keep, Floats step, Floats zero,
                             Floats coefficients, Floats weights, Floats dy,
                             ffi::Result<Floats> dx, ffi::Result<Floats> dstep,
@@ -250,28 +237,22 @@ ffi::Error ConvolvePullback(ffi::ThreadPool pool, Floats x, Mask keep, Floats st
   if (dweights->element_count() != weights.element_count())
     return Bad("the derivative of the kernel has another size");
   if (ffi::Error error = read->CheckMemory(true); error.failure()) return error;
-  const Training& t = read->training;
-  const int64_t elements = t.geometry.Column(), images = t.geometry.images;
-  const Kernel kernel(weights.typed_data(), read->kernel, true);
-  const int64_t tasks = read->Tasks();
-  std::vector<Sums> sums(tasks);
-  ParallelFor(pool, tasks, [&](int64_t task) {
-    Sums& own = sums[task];
-    own.coefficients.assign(t.Coefficients(), 0.0f);
-    own.step.assign(elements, 0.0f);
-    own.weights.assign(kernel.dense.size(), 0.0f);
-    PixelBlock block(t.geometry, kernel);
-    for (int64_t n = task * images / tasks; n < (task + 1) * images / tasks; ++n)
-      BackwardImage(t, read->grid, kernel, n, dy.typed_data(), dx->typed_data(), own, block);
-  });
+  std::vector<Sums> sums(read->Tasks(), read->NoSums());
+  if (read->depthwise)
+    ParallelFor(pool, read->Tasks(), [&](int64_t task) {
+      DepthwiseBackward(read->training, read->grid, weights.typed_data(), read->Share(task),
+                        dy.typed_data(), dx->typed_data(), sums[task]);
+    });
+  else
+    DenseBackward(pool, *read, weights.typed_data(), dy.typed_data(), dx->typed_data(), sums);
   const std::vector<double> borders = Total(sums, &Sums::coefficients);
   std::copy(borders.begin(), borders.end(), dcoefficients->typed_data());
   const std::vector<double> lanes = Total(sums, &Sums::step);
   *dstep->typed_data() = static_cast<float>(std::accumulate(lanes.begin(), lanes.end(), 0.0));
   const std::vector<double> products = Total(sums, &Sums::weights);
-  const int64_t used = kernel.depthwise ? 1 : kernel.outputs;
-  const int64_t row = kernel.depthwise ? 1 : kernel.width;
-  for (int64_t k = 0; k < elements; ++k)
+  const int64_t used = read->depthwise ? 1 : read->kernel.outputs;
+  const int64_t row = read->depthwise ? 1 : read->kernel.width;
+  for (int64_t k = 0; k < read->kernel.elements; ++k)
     std::copy_n(products.begin() + k * row, used, dweights->typed_data() + k * used);
   return ffi::Error::Success();
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -288,7 +289,8 @@ def on_corrupt(config: Config, names: list[str]) -> data.OnCorrupt:
 
 def _weights_path(config: Config, data_dir: str) -> Path:
     if config.weights != "embedded":
-        return Path(data_dir).expanduser() / config.weights
+        # An unknown home folder stays, so that the message names the file.
+        return Path(data_dir).expanduser() / os.path.expanduser(config.weights)
     if config.model in models.EMBEDDED or config.model not in models.MODELS:
         return models.EMBEDDED.get(config.model, Path())
     raise InputError(f"no weights of {config.model} come with the package: name a file")

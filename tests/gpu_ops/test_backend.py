@@ -14,6 +14,7 @@ from aquant_jax.layers.backend import Backend
 from gpu_ops import targets
 from tests.layers.test_im2col import (
     CASES,
+    Case,
     assert_close,
     convolve_by_autodiff,
     cotangent,
@@ -54,6 +55,19 @@ def test_value_and_gradients_are_those_of_the_reference(case, masked, weights):
     for gradient, autodiff in zip(found, expected, strict=True):
         assert_close(gradient, autodiff, 1e-5)
         assert np.abs(gradient).max() > 0
+
+
+# More channels than a task takes at a time.
+WIDE = {
+    "quadratic": Case((3, 3), (2, 1), (1, 1), 460, 460, 460, (7, 6), "quadratic", "clamp", True, 1),
+    "linear": Case((3, 3), (1, 1), (1, 2), 460, 460, 460, (5, 7), "linear", "clamp", False, 2),
+    "constant": Case((3, 3), (1, 1), (1, 1), 460, 460, 460, (5, 5), "constant", "clamp", True, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wide", WIDE.values(), ids=WIDE)
+def test_depthwise_convolutions_of_many_channels(wide):
+    test_value_and_gradients_are_those_of_the_reference(wide, True, 2**17)
 
 
 def lowered(backend, case):

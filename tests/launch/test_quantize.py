@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -93,6 +94,10 @@ WRONG = {
     "missing weights": (
         ["--config=configs/digits.py", "--config.weights=/nonexistent/mine.safetensors"],
         "mine.safetensors",
+    ),
+    "missing weights at home": (
+        ["--config=configs/digits.py", "--config.weights=~/nonexistent/mine.safetensors"],
+        f"{Path.home()}/nonexistent/mine.safetensors",
     ),
 }
 
