@@ -39,6 +39,7 @@ HEADLINE = (
     ("digits_cnn", "w2a2", ""),
     *(("resnet20_cifar", bits, "") for bits in ("w2a2", "w2a4", "w3a3", "w4a4")),
     ("efficientnet_lite0", "w4a4", ""),
+    ("efficientnet_lite1", "w4a4", ""),
     ("minilm_stsb", "w4a4", ", sums 8 bits"),
     ("minilm_stsb", "w4a4", ", shift_scale, sums 8 bits"),
     ("minilm_stsb", "w4a4", ", shift_scale"),
