@@ -14,6 +14,7 @@ import pytest
 
 import aquant_jax as aq
 from tests.support.process import REPOSITORY, made_once
+from tests.support.project import ADDRESS
 
 pytestmark = pytest.mark.skipif(
     find_spec("mkdocs") is None, reason="needs mkdocs (aquant-jax[docs])"
@@ -147,7 +148,7 @@ def test_equations_are_drawn_without_a_script(site):
 
 def test_links_to_files_outside_the_site_lead_to_the_repository(site):
     text = (site / "explanation" / "graph" / "index.html").read_text()
-    assert "https://github.com/OWNER/aquant-jax/blob/main/aquant_jax/graph/trace.py" in text
+    assert f"{ADDRESS}/blob/main/aquant_jax/graph/trace.py" in text
     for path, page in pages(site).items():
         for target in re.findall(r"aquant-jax/blob/main/([^\"#]+)", page):
             assert (REPOSITORY / target).exists(), f"{path} links to {target}"

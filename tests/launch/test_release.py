@@ -81,7 +81,7 @@ def test_what_git_knows_stops_a_release(checkout, command, message):
 
 
 def test_the_address_must_be_known(checkout):
-    (checkout / "docs.md").write_text("https://github.com/OWNER/aquant-jax")
+    (checkout / "docs.md").write_text(f"{checks.ADDRESS}aquant-jax")
     commit(checkout)
     with pytest.raises(InputError, match=r"in 1 files, such as docs.md; replace OWNER first"):
         checks.check_tree(checkout, "0.2.0")

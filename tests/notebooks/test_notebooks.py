@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 from notebooks import execute
+from tests.support.project import ADDRESS
 
 # Parameters that make it short, packages that it needs, what its cells then print.
 SHORT = {
@@ -51,7 +52,8 @@ SHORT = {
 SAME = "# The rest of this cell is the same in all notebooks."
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-    "(https://colab.research.google.com/github/OWNER/aquant-jax/blob/main/notebooks/{}.ipynb)"
+    f"(https://colab.research.google.com/{ADDRESS.removeprefix('https://').replace('.com', '')}"
+    "/blob/main/notebooks/{}.ipynb)"
 )
 MOST_BYTES = 200_000
 
@@ -215,6 +217,6 @@ def test_colab_installs_what_its_gpu_needs_and_restarts(runtime, monkeypatch, dr
     runtime.versions["jax"], runtime.driver = "0.7.2", driver
     runtime("quickstart")
     clone, pip = runtime.commands[-2:]
-    assert re.search("^git clone .*https://github.com/OWNER/aquant-jax aquant-jax$", clone)
+    assert re.search(f"^git clone .*{ADDRESS} aquant-jax$", clone)
     assert pip.endswith(f"pip install --quiet -e ./aquant-jax[{extras}]")
     assert (os.environ["GPU_OPS_CUDA"], runtime.restarts) == (cuda, [True])
