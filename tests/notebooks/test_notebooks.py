@@ -52,7 +52,7 @@ SHORT = {
 SAME = "# The rest of this cell is the same in all notebooks."
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-    f"(https://colab.research.google.com/{ADDRESS.removeprefix('https://').replace('.com', '')}"
+    f"({ADDRESS.replace('https://github.com', 'https://colab.research.google.com/github')}"
     "/blob/main/notebooks/{}.ipynb)"
 )
 MOST_BYTES = 200_000
