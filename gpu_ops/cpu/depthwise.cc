@@ -2,11 +2,10 @@
 //
 // No result needs two channels. So a few are taken at a time, and copied to where they are adjacent:
 // what belongs to them stays in the second-level cache. No column is stored, as each of its elements
-// is in one product only. Every element has the arithmetic of pixel.h, operation by operation.
+// is in one product only.
 #include "depthwise.h"
 
 #include <algorithm>
-#include <limits>
 #include <type_traits>
 
 #include "parallel.h"
@@ -37,11 +36,12 @@ void AddRows(const std::vector<float>& from, int64_t count, float* to, int64_t t
 }
 
 // Channels [first, first + count) of the operands; the coefficients and weights of all taps, and the
-// activations of one image. Without a mask, all of them are kept.
+// activations of one image. Without a mask, all of them are kept. `border` and `slope` are those that
+// the taps of one pixel share.
 struct Part {
   int64_t first, count, channels;
   Training t;
-  std::vector<float> x, dx, coefficients, weights, border, slope, dborder, direct;
+  std::vector<float> x, coefficients, weights, border, slope;
   std::vector<uint8_t> keep;
   std::vector<int64_t> taps;
 
@@ -51,13 +51,10 @@ struct Part {
         channels(all.geometry.channels),
         t(Narrow(all, count)),
         x(t.geometry.Image()),
-        dx(t.geometry.Image()),
         coefficients(t.Coefficients()),
         weights(t.geometry.Column()),
         border(count),
         slope(count),
-        dborder(t.geometry.Column()),
-        direct(t.geometry.Column()),
         keep(t.geometry.Image(), 1) {
     CopyRows(all.border.coefficients + first, channels, coefficients.size() / count, count,
              coefficients.data(), count);
@@ -81,6 +78,27 @@ struct Part {
   }
 };
 
+// The derivative of a part: with respect to the activations of one image, and the sums over images.
+// `border` and `direct` are of one pixel: with respect to its borders, and what passes beside them.
+struct PartDerivative {
+  std::vector<float> dx, border, direct;
+  Sums sums;
+
+  explicit PartDerivative(const Part& part)
+      : dx(part.x.size()),
+        border(part.weights.size()),
+        direct(part.weights.size()),
+        sums{std::vector<float>(part.coefficients.size()), std::vector<float>(part.weights.size()),
+             std::vector<float>(part.weights.size())} {}
+
+  // Adds the sums to those of all channels.
+  void AddTo(Sums& all, const Part& part) const {
+    AddRows(sums.coefficients, part.count, all.coefficients.data() + part.first, part.channels);
+    AddRows(sums.step, part.count, all.step.data() + part.first, part.channels);
+    AddRows(sums.weights, part.count, all.weights.data() + part.first, part.channels);
+  }
+};
+
 // Calls `run(part)` for all channels, in order.
 template <typename Run>
 void EachPart(const Training& t, const float* weights, Run run) {
@@ -90,23 +108,6 @@ void EachPart(const Training& t, const float* weights, Run run) {
     run(part);
   }
 }
-
-// phi and its slope without branches, which would keep loops from being vectorised.
-struct Shape {
-  float low, high, slope_low, slope_high;
-
-  explicit Shape(Phi phi) {
-    const float infinity = std::numeric_limits<float>::infinity();
-    const bool clamped = phi != Phi::kIdentity, stops = phi == Phi::kClamp;
-    low = clamped ? 0.0f : -infinity;
-    high = clamped ? kBelowOne : infinity;
-    slope_low = stops ? 0.0f : -infinity;
-    slope_high = stops ? kBelowOne : infinity;
-  }
-
-  BORDER_INLINE float Apply(float p) const { return Clip(p, low, high); }
-  BORDER_INLINE float Slope(float p) const { return p >= slope_low && p <= slope_high ? 1.0f : 0.0f; }
-};
 
 // What the taps of one pixel read of the part; `at` is the first tap.
 struct Tap {
@@ -124,7 +125,7 @@ struct Tap {
 template <int degree>
 BORDER_INLINE void SharedBorder(Part& part, const Grid grid, int64_t at) {
   const int64_t count = part.count, taps = part.taps.size(), power = part.t.geometry.Column();
-  const Shape shape(part.t.border.phi);
+  const Phi phi = part.t.border.phi;
   float* border = part.border.data();
   float* slope = part.slope.data();
   for (int64_t t = 0; t < taps; ++t) {
@@ -142,8 +143,8 @@ BORDER_INLINE void SharedBorder(Part& part, const Grid grid, int64_t at) {
   const float share = 1.0f / static_cast<float>(taps);
   EACH(c, count) {
     const float mean = border[c] * share;
-    border[c] = shape.Apply(mean);
-    slope[c] = shape.Slope(mean) * share;
+    border[c] = ApplyPhi(phi, mean);
+    slope[c] = PhiSlope(phi, mean) * share;
   }
 }
 
@@ -152,15 +153,15 @@ template <int degree, bool shared>
 BORDER_INLINE void ForwardPixel(Part& part, const Grid grid, int64_t at, float* results) {
   if (shared) SharedBorder<degree>(part, grid, at);
   const int64_t count = part.count, taps = part.taps.size(), power = part.t.geometry.Column();
-  const Shape shape(part.t.border.phi);
+  const Phi phi = part.t.border.phi;
   const float* border = part.border.data();
   for (int64_t t = 0; t < taps; ++t) {
     const Tap tap(part, at, t);
     const auto product = [=](int64_t c) INLINED_LAMBDA {
       const float u = ToUnits(tap.x[c], grid.inv_step);
       const float p = shared ? 0.0f : Polynomial(degree, tap.coefficients + c, power, u);
-      const float raw = RawCode(u, shared ? border[c] : shape.Apply(p), grid);
-      const float value = grid.step * (Clip(raw, 0.0f, grid.top) - grid.zero);
+      const float b = shared ? border[c] : ApplyPhi(phi, p);
+      const float value = Quantized(u, b, grid);
       return (tap.keep[c] ? value : tap.x[c]) * tap.weights[c];
     };
     if (t == 0)
@@ -170,38 +171,34 @@ BORDER_INLINE void ForwardPixel(Part& part, const Grid grid, int64_t at, float* 
   }
 }
 
-// The derivative for one pixel from that of its results, `d`: added to dx of the part and to `sums`,
-// which are of the part.
+// Adds the derivative for one pixel, from that of its results, `d`.
 template <int degree, bool shared>
 BORDER_INLINE void BackwardPixel(Part& part, const Grid grid, int64_t at, const float* d,
-                                 Sums& sums) {
+                                 PartDerivative& to) {
   if (shared) SharedBorder<degree>(part, grid, at);
   const int64_t count = part.count, taps = part.taps.size(), power = part.t.geometry.Column();
-  const Shape shape(part.t.border.phi);
+  const Phi phi = part.t.border.phi;
   const float* border = part.border.data();
   const float* slope = part.slope.data();
   for (int64_t t = 0; t < taps; ++t) {
     const Tap tap(part, at, t);
-    float* dweights = sums.weights.data() + t * count;
-    float* lanes = sums.step.data() + t * count;
-    float* direct = part.direct.data() + t * count;
-    float* dborder = part.dborder.data() + t * count;
+    float* dweights = to.sums.weights.data() + t * count;
+    float* lanes = to.sums.step.data() + t * count;
+    float* direct = to.direct.data() + t * count;
+    float* dborder = to.border.data() + t * count;
     EACH(c, count) {
       const float u = ToUnits(tap.x[c], grid.inv_step);
       const float p = shared ? 0.0f : Polynomial(degree, tap.coefficients + c, power, u);
-      const float raw = RawCode(u, shared ? border[c] : shape.Apply(p), grid);
-      const float code = Clip(raw, 0.0f, grid.top) - grid.zero;
-      const float k = tap.keep[c] ? 1.0f : 0.0f;
-      const float in = raw >= 0.0f && raw <= grid.top ? 1.0f : 0.0f;
-      const float own = tap.weights[c] * d[c], through = k * in * own;
-      dweights[c] += (tap.keep[c] ? grid.step * code : tap.x[c]) * d[c];
-      lanes[c] += k * own * code - through * u;
-      direct[c] = through + (1.0f - k) * own;
-      dborder[c] = -grid.step * through;
-      if (!shared) dborder[c] *= shape.Slope(p);
+      const float b = shared ? border[c] : ApplyPhi(phi, p);
+      const Derivative e = Differentiate(u, b, tap.keep[c], tap.weights[c] * d[c], grid);
+      const float value = Quantized(u, b, grid);
+      dweights[c] += (tap.keep[c] ? value : tap.x[c]) * d[c];
+      lanes[c] += e.step;
+      direct[c] = e.x;
+      dborder[c] = shared ? e.border : e.border * PhiSlope(phi, p);
     }
   }
-  float* sum = part.dborder.data();
+  float* sum = to.border.data();
   if (shared) {
     for (int64_t t = 1; t < taps; ++t)
       EACH(c, count) sum[c] += sum[t * count + c];
@@ -211,26 +208,19 @@ BORDER_INLINE void BackwardPixel(Part& part, const Grid grid, int64_t at, const 
     const Tap tap(part, at, t);
     const float* b = tap.coefficients;
     const float* dborder = sum + (shared ? 0 : t * count);
-    const float* direct = part.direct.data() + t * count;
-    float* dx = part.dx.data() + at + part.taps[t];
-    float* d0 = sums.coefficients.data() + t * count;
+    const float* direct = to.direct.data() + t * count;
+    float* dx = to.dx.data() + at + part.taps[t];
+    float* d0 = to.sums.coefficients.data() + t * count;
     float* d1 = d0 + power;
     float* d2 = d1 + power;
-    float* lanes = sums.step.data() + t * count;
+    float* lanes = to.sums.step.data() + t * count;
     EACH(c, count) {
       const float u = ToUnits(tap.x[c], grid.inv_step), db = dborder[c];
-      float du = 0.0f;
+      const float du = db * PolynomialSlope(degree, b + c, power, u) * grid.inv_step;
       d0[c] += db;
-      if (degree > 0) {
-        float rate = b[power + c];
-        d1[c] += db * u;
-        if (degree > 1) {
-          rate += 2.0f * b[2 * power + c] * u;
-          d2[c] += db * u * u;
-        }
-        du = db * rate * grid.inv_step;
-        lanes[c] -= du * u;
-      }
+      if (degree > 0) d1[c] += db * u;
+      if (degree > 1) d2[c] += db * u * u;
+      if (degree > 0) lanes[c] -= du * u;
       dx[c] += direct[c] + du;
     }
   }
@@ -246,14 +236,13 @@ BORDER_INLINE void Forward(Part& part, const Grid grid, float* y) {
                                  y + pixel * part.channels);
 }
 
-// Adds to dx of the part and to `sums`, which are of the part.
 template <int degree, bool shared>
-BORDER_INLINE void Backward(Part& part, const Grid grid, const float* dy, Sums& sums) {
+BORDER_INLINE void Backward(Part& part, const Grid grid, const float* dy, PartDerivative& to) {
   const Geometry& g = part.t.geometry;
   const int64_t pixels = g.Pixels(), width = g.Out(1);
   for (int64_t pixel = 0; pixel < pixels; ++pixel)
     BackwardPixel<degree, shared>(part, grid, PixelOffset(g, pixel, width),
-                                  dy + pixel * part.channels, sums);
+                                  dy + pixel * part.channels, to);
 }
 
 // Calls `run` with the degree of the border, and with whether taps share it, as constants.
@@ -276,9 +265,9 @@ VECTORISED void ForwardImage(const Grid& grid, Part& part, float* y) {
   });
 }
 
-VECTORISED void BackwardImage(const Grid& grid, Part& part, const float* dy, Sums& sums) {
+VECTORISED void BackwardImage(const Grid& grid, Part& part, const float* dy, PartDerivative& to) {
   WithBorder(part.t.border, [&](auto degree, auto shared) INLINED_LAMBDA {
-    Backward<degree.value, shared.value>(part, grid, dy, sums);
+    Backward<degree.value, shared.value>(part, grid, dy, to);
   });
 }
 
@@ -308,18 +297,15 @@ void DepthwiseBackward(const Training& t, const Grid& grid, const float* weights
                        const float* dy, float* dx, Sums& sums) {
   const int64_t size = t.geometry.Pixels() * t.geometry.channels;
   EachPart(t, weights, [&](Part& part) {
-    Sums own{std::vector<float>(part.coefficients.size()), std::vector<float>(part.weights.size()),
-             std::vector<float>(part.weights.size())};
+    PartDerivative own(part);
     for (int64_t n = images.begin; n < images.end; ++n) {
       part.ReadImage(t, n);
-      std::fill(part.dx.begin(), part.dx.end(), 0.0f);
+      std::fill(own.dx.begin(), own.dx.end(), 0.0f);
       BackwardImage(grid, part, dy + n * size + part.first, own);
-      CopyRows(part.dx.data(), part.count, part.Places(), part.count,
+      CopyRows(own.dx.data(), part.count, part.Places(), part.count,
                dx + n * t.geometry.Image() + part.first, part.channels);
     }
-    AddRows(own.coefficients, part.count, sums.coefficients.data() + part.first, part.channels);
-    AddRows(own.step, part.count, sums.step.data() + part.first, part.channels);
-    AddRows(own.weights, part.count, sums.weights.data() + part.first, part.channels);
+    own.AddTo(sums, part);
   });
 }
 

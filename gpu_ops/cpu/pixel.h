@@ -66,10 +66,9 @@ BORDER_INLINE void Borders(const Geometry& g, const Grid& grid, const Border& b,
   Gather(s.taps, channels, pixel, u);
   EACH(i, size) u[i] = ToUnits(u[i], grid.inv_step);
   if (b.degree == 2) {
-    EACH(i, size)
-      border[i] = (b0[2 * size + i] * u[i] + b0[size + i]) * u[i] + b0[i];
+    EACH(i, size) border[i] = Polynomial(2, b0 + i, size, u[i]);
   } else if (b.degree == 1) {
-    EACH(i, size) border[i] = b0[size + i] * u[i] + b0[i];
+    EACH(i, size) border[i] = Polynomial(1, b0 + i, size, u[i]);
   } else {
     EACH(i, size) border[i] = b0[i];
   }
@@ -80,13 +79,9 @@ BORDER_INLINE void Borders(const Geometry& g, const Grid& grid, const Border& b,
     const float share = 1.0f / static_cast<float>(taps);
     EACH(c, channels) border[c] *= share;
   }
-  if (b.phi == Phi::kIdentity) {
-    EACH(i, own) slope[i] = 1.0f;
-  } else {
-    EACH(i, own) {
-      slope[i] = PhiSlope(b.phi, border[i]);
-      border[i] = ApplyPhi(b.phi, border[i]);
-    }
+  EACH(i, own) {
+    slope[i] = PhiSlope(b.phi, border[i]);
+    border[i] = ApplyPhi(b.phi, border[i]);
   }
   for (int64_t i = own; i < size; i += own)
     EACH(c, own) border[i + c] = border[c];
@@ -100,10 +95,7 @@ BORDER_INLINE void PixelColumn(const Geometry& g, const Grid& grid, const Border
   Borders(g, grid, b, image + at, s);
   const float* u = s.u.data();
   const float* border = s.border.data();
-  EACH(i, size) {
-    float code = Clip(RawCode(u[i], border[i], grid), 0.0f, grid.top);
-    out[i] = grid.step * (code - grid.zero);
-  }
+  EACH(i, size) out[i] = Quantized(u[i], border[i], grid);
   if (keep == nullptr) return;
   float* raw = s.first.data();
   uint8_t* kept = s.keep.data();
@@ -120,8 +112,6 @@ BORDER_INLINE void PixelDerivative(const Geometry& g, const Grid& grid, const Bo
   const int64_t size = g.Column(), channels = g.channels;
   const int64_t own = b.shared_across_taps ? channels : size;
   const float share = b.shared_across_taps ? 1.0f / static_cast<float>(g.Taps()) : 1.0f;
-  const float* b1 = b.coefficients + size;
-  const float* b2 = b.coefficients + 2 * size;
   float* d0 = dcoefficients;
   float* d1 = dcoefficients + size;
   float* d2 = dcoefficients + 2 * size;
@@ -133,13 +123,10 @@ BORDER_INLINE void PixelDerivative(const Geometry& g, const Grid& grid, const Bo
   float* direct = s.first.data();
   float* dborder = s.second.data();
   EACH(i, size) {
-    const float raw = RawCode(u[i], border[i], grid);
-    const float k = kept[i] ? 1.0f : 0.0f;
-    const float in = raw >= 0.0f && raw <= grid.top ? 1.0f : 0.0f;
-    const float through = k * in * d[i];
-    direct[i] = through + (1.0f - k) * d[i];
-    dborder[i] = -grid.step * through;
-    lanes[i] += k * d[i] * (Clip(raw, 0.0f, grid.top) - grid.zero) - through * u[i];
+    const Derivative e = Differentiate(u[i], border[i], kept[i], d[i], grid);
+    direct[i] = e.x;
+    dborder[i] = e.border;
+    lanes[i] += e.step;
   }
   if (b.shared_across_taps)
     for (int64_t i = own; i < size; i += own)
@@ -150,13 +137,10 @@ BORDER_INLINE void PixelDerivative(const Geometry& g, const Grid& grid, const Bo
   EACH(i, size) d0[i] += dborder[i];
   if (b.degree > 0) {
     EACH(i, size) {
-      float rate = b1[i];
-      d1[i] += dborder[i] * u[i];
-      if (b.degree > 1) {
-        rate += 2.0f * b2[i] * u[i];
-        d2[i] += dborder[i] * u[i] * u[i];
-      }
+      const float rate = PolynomialSlope(b.degree, b.coefficients + i, size, u[i]);
       const float du = dborder[i] * rate * grid.inv_step;
+      d1[i] += dborder[i] * u[i];
+      if (b.degree > 1) d2[i] += dborder[i] * u[i] * u[i];
       direct[i] += du;
       lanes[i] -= du * u[i];
     }

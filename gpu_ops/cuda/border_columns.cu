@@ -19,8 +19,8 @@ constexpr int64_t kChunk = 64;       // pixels in a chunk, at least
 constexpr int64_t kMostChunks = 1024;
 constexpr int32_t kPartials = 256;
 
-// The derivative at one column element.
-struct Derivative {
+// The whole derivative at one column element.
+struct ElementDerivative {
   float u;
   float x;     // with respect to x: what flows through the code, and through the border
   float step;  // with respect to the step size
@@ -58,43 +58,31 @@ struct Pullback {
     return Polynomial(border.degree, border.coefficients + at, g.Column(), u);
   }
 
-  // The derivative at an element with border `b`, the border held fixed; p is that of the border.
+  // The derivative at an element with border `b`, the border held fixed.
   BORDER_INLINE Derivative Fixed(int64_t image, int32_t at, float u, float b, float d_,
                                  const Grid& grid) const {
-    const float raw = RawCode(u, b, grid);
-    const float k = keep == nullptr || keep[image * g.Image() + at] ? 1.0f : 0.0f;
-    const float in = raw >= 0.0f && raw <= grid.top ? 1.0f : 0.0f;
-    const float through = k * in * d_;
-    const float lane = k * d_ * (Clip(raw, 0.0f, grid.top) - grid.zero) - through * u;
-    return {u, through + (1.0f - k) * d_, lane, -grid.step * through};
+    const bool kept = keep == nullptr || keep[image * g.Image() + at];
+    return Differentiate(u, b, kept, d_, grid);
   }
 
   BORDER_INLINE float Cotangent(int64_t image, int32_t pixel, int32_t tap, int32_t c) const {
     return d[(image * g.Pixels() + pixel) * g.Column() + tap * g.channels + c];
   }
 
-  // The whole derivative at an element.
-  BORDER_INLINE Derivative Element(int64_t image, int32_t pixel, int32_t tap, int32_t c,
-                                   const Grid& grid) const {
+  BORDER_INLINE ElementDerivative Element(int64_t image, int32_t pixel, int32_t tap, int32_t c,
+                                          const Grid& grid) const {
     const int32_t at = At(pixel, tap, c), own = tap * g.channels + c;
     const float u = Units(image, at, grid), d_ = Cotangent(image, pixel, tap, c);
-    Derivative e;
-    if (border.shared_across_taps) {
-      const int64_t shared = (image * g.Pixels() + pixel) * g.channels + c;
-      e = Fixed(image, at, u, borders[shared], d_, grid);
-      e.p = dpolynomials[shared];
-    } else {
-      const float p = PolynomialAt(tap, c, u);
-      e = Fixed(image, at, u, ApplyPhi(border.phi, p), d_, grid);
-      e.p *= PhiSlope(border.phi, p);
-    }
-    if (border.degree < 1) return e;
-    const float* b = border.coefficients + own;
-    const float rate = b[g.Column()] + (border.degree > 1 ? 2.0f * b[2 * g.Column()] * u : 0.0f);
-    const float du = e.p * rate * grid.inv_step;
-    e.x += du;
-    e.step -= du * u;
-    return e;
+    const int64_t shared = (image * g.Pixels() + pixel) * g.channels + c;
+    const bool shares = border.shared_across_taps;
+    const float p = shares ? 0.0f : PolynomialAt(tap, c, u);
+    const float b = shares ? borders[shared] : ApplyPhi(border.phi, p);
+    const Derivative e = Fixed(image, at, u, b, d_, grid);
+    const float dp = shares ? dpolynomials[shared] : e.border * PhiSlope(border.phi, p);
+    const float* coefficients = border.coefficients + own;
+    const float du =
+        dp * PolynomialSlope(border.degree, coefficients, g.Column(), u) * grid.inv_step;
+    return {u, e.x + du, e.step - du * u, dp};
   }
 };
 
@@ -117,7 +105,7 @@ struct SharedBorders {
     for (int32_t tap = 0; tap < g.Taps(); ++tap) {
       const int32_t at = pull.At(pixel, tap, c);
       const float u = pull.Units(image, at, grid);
-      db += pull.Fixed(image, at, u, b, pull.Cotangent(image, pixel, tap, c), grid).p;
+      db += pull.Fixed(image, at, u, b, pull.Cotangent(image, pixel, tap, c), grid).border;
     }
     const int64_t to = image * g.Pixels() * g.channels + index;
     pull.borders[to] = b;
@@ -163,8 +151,9 @@ struct SumChunk {
     float powers[3] = {}, step = 0.0f;
     for (int64_t at = number * chunk; at < end; ++at) {
       const int64_t image = at / pixels;
-      const Derivative e = pull.Element(image, static_cast<int32_t>(at - image * pixels),
-                                        index / g.channels, index % g.channels, grid);
+      const ElementDerivative e =
+          pull.Element(image, static_cast<int32_t>(at - image * pixels), index / g.channels,
+                       index % g.channels, grid);
       powers[0] += e.p;
       powers[1] += e.p * e.u;
       powers[2] += e.p * e.u * e.u;

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #ifdef __CUDACC__
 #define BORDER_INLINE __host__ __device__ __forceinline__
@@ -21,6 +22,7 @@ namespace gpu_ops {
 constexpr float kMaxUnits = 8388608.0f;                 // 2^23
 constexpr float kBelowOne = 1.0f - 1.0f / 16777216.0f;  // 1 - 2^-24
 constexpr float kNearest = 0.5f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 BORDER_INLINE float Mul(float a, float b) {
 #ifdef __CUDA_ARCH__
@@ -103,13 +105,24 @@ BORDER_INLINE float Polynomial(int degree, const float* at, int64_t size, float 
   return Horner(degree, [=](int power) { return at[power * size]; }, u);
 }
 
+// Derivative of Polynomial with respect to u.
+BORDER_INLINE float PolynomialSlope(int degree, const float* at, int64_t size, float u) {
+  if (degree < 1) return 0.0f;
+  return at[size] + (degree > 1 ? 2.0f * at[2 * size] * u : 0.0f);
+}
+
+// Both functions of phi choose bounds, not values: a branch on values keeps a compiler from
+// vectorising the loop over channels around it.
 BORDER_INLINE float ApplyPhi(Phi phi, float p) {
-  return phi == Phi::kIdentity ? p : Clip(p, 0.0f, kBelowOne);
+  const bool clamps = phi != Phi::kIdentity;
+  return Clip(p, clamps ? 0.0f : -kInfinity, clamps ? kBelowOne : kInfinity);
 }
 
 // Derivative of ApplyPhi; the straight-through clamp passes everything.
 BORDER_INLINE float PhiSlope(Phi phi, float p) {
-  return phi != Phi::kClamp || (p >= 0.0f && p <= kBelowOne) ? 1.0f : 0.0f;
+  const bool stops = phi == Phi::kClamp;
+  const bool below = p < (stops ? 0.0f : -kInfinity), above = p > (stops ? kBelowOne : kInfinity);
+  return below || above ? 0.0f : 1.0f;
 }
 
 // The code before it is clipped to [0, top].
@@ -126,6 +139,29 @@ BORDER_INLINE float Code(float u, float border, const Grid& grid) {
 
 BORDER_INLINE float Dequantize(float code, const Grid& grid) {
   return Mul(grid.step, Sub(code, grid.zero));
+}
+
+// The value of an element in training, where not-a-number stays so.
+BORDER_INLINE float Quantized(float u, float border, const Grid& grid) {
+  return Mul(grid.step, Sub(Clip(RawCode(u, border, grid), 0.0f, grid.top), grid.zero));
+}
+
+// The derivative at one element whose border is held fixed.
+struct Derivative {
+  float x;       // with respect to the activation
+  float step;    // with respect to the step size
+  float border;  // with respect to the border
+};
+
+// From the derivative `d` of the element's value, which is the activation itself where not `keep`.
+BORDER_INLINE Derivative Differentiate(float u, float border, bool keep, float d,
+                                       const Grid& grid) {
+  const float raw = RawCode(u, border, grid);
+  const float k = keep ? 1.0f : 0.0f;
+  const float in = raw >= 0.0f && raw <= grid.top ? 1.0f : 0.0f;
+  const float through = k * in * d;
+  const float code = Clip(raw, 0.0f, grid.top) - grid.zero;
+  return {through + (1.0f - k) * d, k * d * code - through * u, -grid.step * through};
 }
 
 // A stored activation; bfloat16 is the upper half of a float.
