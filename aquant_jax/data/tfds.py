@@ -109,7 +109,8 @@ def open_splits(name: str, tfds_dir: Path, skip: Sequence[str] = ()) -> dict[str
         # tfds raises various types for a data set that is missing.
         opened = tfds.data_source(name, data_dir=str(tfds_dir), decoders=decoders, download=False)
     except Exception as error:
-        raise InputError(_not_prepared(name, base, tfds_dir, _in_catalogue(base))) from error
+        text = _not_prepared(name, base, tfds_dir, _in_catalogue(base))
+        raise InputError(f"{text} (tfds says: {reason(error)})") from error
     return cast(dict[str, Any], opened)  # without a split, tfds gives a dict of all
 
 

@@ -164,6 +164,14 @@ def test_a_set_prepared_in_another_format_is_not_prepared(tmp_path):
         data.load("cifar10", tmp_path)
 
 
+def test_what_tfds_says_of_a_damaged_set_is_told(tmp_path):
+    write_set(tmp_path, "objects", {"train": pairs(2)})
+    (info,) = tmp_path.rglob("dataset_info.json")
+    info.write_text('{"name": 3')
+    with pytest.raises(InputError, match=r"not prepared.*\(tfds says: Failed to load JSON"):
+        data.load("objects", tmp_path)
+
+
 def test_a_set_outside_of_the_catalogue_is_to_be_copied(tmp_path):
     with pytest.raises(InputError, match=r"cifar10_jpeg' is not prepared.*copy"):
         data.load("cifar10_jpeg", tmp_path)
