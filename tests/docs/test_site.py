@@ -168,7 +168,10 @@ def test_a_notebook_is_a_page_with_its_outputs(tmp_path, site):
 
     cells = [
         v4.new_markdown_cell("# Title\n\n[![Open in Colab](https://colab.x/a.svg)](https://y)"),
-        v4.new_code_cell("\n".join(f"line_{i} = {i}" for i in range(99))),
+        v4.new_code_cell(
+            "\n".join(f"line_{i} = {i}" for i in range(99)),
+            outputs=[v4.new_output("stream", text="the machine")],
+        ),
         v4.new_code_cell(
             "show()",
             outputs=[
@@ -182,6 +185,8 @@ def test_a_notebook_is_a_page_with_its_outputs(tmp_path, site):
     assert "[Open in Colab](https://y)" in markdown
     assert "    bold\n" in markdown
     assert '??? abstract "Set-up cell"\n\n    ```python\n    line_0 = 0\n' in markdown
+    assert "\n    the machine" in markdown
+    assert markdown.count("line_98 = 98") == 1
     ((name, content),) = figures.items()
     assert f"]({name})" in markdown
     assert content == b"hello"
