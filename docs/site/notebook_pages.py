@@ -50,5 +50,5 @@ def _folded(cell: Any) -> list[Any]:
     if cell.cell_type != "code" or len(cell.source.splitlines()) <= LONG:
         return [cell]
     fence = textwrap.indent(f"```python\n{cell.source}\n```", "    ")
-    cell.transient = {"remove_source": True}  # nbconvert then shows the outputs alone
+    cell.metadata["transient"] = {"remove_source": True}  # nbconvert then shows outputs alone
     return [new_markdown_cell(f'??? abstract "Set-up cell"\n\n{fence}'), cell]
