@@ -65,7 +65,8 @@ def img2col_border(
     >>> from gpu_ops import conv_geometry, img2col_border
     >>> x = jnp.array([[[[0.2, 0.4, 0.6, 0.8]]]])
     >>> quantizer = ActivationQuantizer(jnp.float32(0.5), jnp.float32(0))
-    >>> img2col_border(x, quantizer, {}, Rounding(4), conv_geometry(x.shape, (1, 1)))[0, 0, 0, 0]
+    >>> geometry = conv_geometry(x.shape, (1, 1), padding="VALID")
+    >>> img2col_border(x, quantizer, {}, Rounding(4), geometry)[0, 0, 0, 0]
     Array([0, 1, 1, 2], dtype=int8)
     """
     check_x(x, ("float32", "bfloat16"))

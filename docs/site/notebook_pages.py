@@ -51,4 +51,5 @@ def _folded(cell: Any) -> list[Any]:
         return [cell]
     fence = textwrap.indent(f"```python\n{cell.source}\n```", "    ")
     cell.metadata["transient"] = {"remove_source": True}  # nbconvert then shows outputs alone
-    return [new_markdown_cell(f'??? abstract "Set-up cell"\n\n{fence}'), cell]
+    # The last line ends the box, which indented text after it would belong to.
+    return [new_markdown_cell(f'??? abstract "Set-up cell"\n\n{fence}\n\nIt prints:'), cell]

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 import aquant_jax as aq
+from aquant_jax import models, recipe
+from configs import variants
 from tests.support.process import REPOSITORY, made_once
 from tests.support.project import ADDRESS
 
@@ -139,6 +141,21 @@ def test_every_config_is_listed_with_its_fields(site):
     assert "<code>--config.calibration_size</code>" in text
 
 
+def test_presets_variants_and_networks_are_listed_as_the_code_has_them(site):
+    def shown(page):
+        return (site / "reference" / page / "index.html").read_text()
+
+    row = re.search(r"<code>quant_drop_prob</code></td>(.*?)</tr>", shown("recipes"), re.DOTALL)[1]
+    drops = [aq.recipes.preset(name).reconstruction.quant_drop_prob for name in recipe.PRESETS]
+    assert re.findall(r"<td>(.*?)</td>", row) == list(map(str, drops))
+    of_digits = shown("configs").partition('id="digits"')[2].partition("<h2")[0]
+    for bits in variants.BIT_WIDTHS:
+        assert f"<code>{bits}</code>" in of_digits
+    assert "<code>preset=</code>" in of_digits
+    for name in models.MODELS:
+        assert f"<code>{name}</code>" in shown("models")
+
+
 def test_equations_are_drawn_without_a_script(site):
     text = (site / "explanation" / "method" / "index.html").read_text()
     assert text.count("<math ") > 10
@@ -185,7 +202,7 @@ def test_a_notebook_is_a_page_with_its_outputs(tmp_path, site):
     assert "[Open in Colab](https://y)" in markdown
     assert "    bold\n" in markdown
     assert '??? abstract "Set-up cell"\n\n    ```python\n    line_0 = 0\n' in markdown
-    assert "\n    the machine" in markdown
+    assert re.search(r"\n    ```\s+It prints:\s+    the machine\n", markdown)
     assert markdown.count("line_98 = 98") == 1
     ((name, content),) = figures.items()
     assert f"]({name})" in markdown
