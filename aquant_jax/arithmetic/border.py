@@ -39,8 +39,8 @@ class Border(NamedTuple):
         ``(taps, channels)`` that gives the constant polynomial `half`.
       apply: ``apply(coefficients, u) -> P``, elementwise and broadcasting over `u`.
       powers: the power of u that each coefficient multiplies. The trainer scales the learning rate
-        of a coefficient by it (``Recipe.border_range``); a coefficient that is not listed keeps
-        its learning rate.
+        of a coefficient by it (``Reconstruction.border_range``); one that is not listed keeps its
+        learning rate.
       needs_taps: whether the polynomial depends on the tap, so that a border needs one for every
         tap.
     """
