@@ -132,6 +132,12 @@ def test_programs_and_their_flags_are_listed(site):
             assert f'id="launch{path.stem}"' in text, path.stem
     for flag in ("--restart_from_block", "--executor", "--budget", "--memory_limit"):
         assert f"<code>{flag}</code>" in text
+    assert sys.executable not in text
+    assert (
+        text.index('id="launchquantize"')
+        < text.index('id="launchbench')
+        < text.index('id="launchrelease"')
+    )
 
 
 def test_every_config_is_listed_with_its_fields(site):
