@@ -72,8 +72,9 @@ def quantize(
     Args:
       apply: any traceable inference function (Flax NNX after `nnx.split`, linen, plain JAX).
       variables: pytree of float32, bfloat16 or float16 arrays (others are passed through).
-      calibration: unlabelled inputs, a pytree of arrays with a leading sample axis. A scalar, such
-        as a decode index, belongs to every sample; ranges are searched for its value alone.
+      calibration: unlabelled inputs, a pytree of arrays with a leading sample axis: float32,
+        bfloat16, float16 or integers. A scalar, such as a decode index, belongs to every sample;
+        ranges are searched for its value alone.
       recipe: see `recipes`; the same recipe, seed and machine give the same codes, bit for bit.
       mask: path of the calibration leaf ``[samples, positions]`` that is one at the positions of a
         sequence and zero at its padding. Padding is excluded from losses and from the range search.
@@ -105,12 +106,11 @@ def quantize(
       The quantized network.
 
     Raises:
-      InputError: see `prepare`, `finetune_checks.check_finetune` and
-        `augmentation.check_augment`; a seed that is no whole number of 0 or more; a mesh with
-        other axes, or whose devices do not divide a batch; processes that make different calls, or
-        an InputError of one of them, which all raise; a block that does not fit in memory, or its
-        cached activations on the disk; the block store cannot be written, is
-        damaged, or holds the blocks of another call (the fields that differ are listed).
+      InputError: whatever `prepare` refuses; a seed that is no whole number of 0 or more; samples,
+        outputs or an `augment` that the whole-network stage cannot use; a mesh with other axes, or
+        whose devices do not divide a batch; processes that make different calls, or an InputError
+        of one of them, which all raise; too little memory or disk for a block; a block store
+        that cannot be written, is damaged, or is of another call (what differs is listed).
       ReconstructionError: a block's loss, or a layer's float input, is not finite.
     """
     observers = None if observer is None else (observer,)

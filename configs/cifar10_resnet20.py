@@ -8,8 +8,8 @@ Cost:    2 to 3 minutes by adaround, brecq, qdrop, 7 to 14 by aquant (CPU, one l
 Command: python -m launch.quantize --config=configs/cifar10_resnet20.py:w2a2,preset=aquant \
              --data_dir=../shared/data --workdir=runs/resnet20_w2a2
 
-Variants: w4a4, w2a4, w3a3, w2a2 (the default) ..., preset=NAME, dataset=cifar10 for who has
-the lossless set. --data_dir names the folder that holds tensorflow_datasets/ and weights/.
+Variants: w4a4, w2a4, w3a3, w2a2 (the default) ..., preset=NAME, dataset=cifar10 for the
+lossless set. --data_dir names the folder that holds tensorflow_datasets/ and weights/.
 """
 
 from ml_collections import ConfigDict

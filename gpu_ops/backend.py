@@ -30,7 +30,7 @@ from gpu_ops.geometry import with_two_axes
 
 
 class CustomCallBackend(NamedTuple):
-    """An `aquant_jax.layers.backend.Backend`.
+    """An ``aq.Backend``.
 
     ``aq.Compiler(...)`` and ``Quantized.with_backend(...)`` take it.
 
@@ -53,7 +53,7 @@ class CustomCallBackend(NamedTuple):
         geometry: ConvGeometry,
         rounding: Rounding,
     ) -> jax.Array:
-        """See `aquant_jax.layers.backend.Backend`; by a custom call where there is one."""
+        """As in ``aq.Backend``, by a custom call where there is one."""
         activation = (x, keep, quantizer, coefficients)
         built_in = rounding.border in targets.COEFFICIENTS and rounding.phi in targets.PHIS
         if not built_in or not _has_handlers(geometry):
@@ -81,7 +81,7 @@ class CustomCallBackend(NamedTuple):
         rounding: Rounding,
         epilogue: Epilogue = NO_EPILOGUE,
     ) -> Results:
-        """See `aquant_jax.layers.backend.Backend`; by `conv_border_int8` where it serves."""
+        """As in ``aq.Backend``, by `conv_border_int8` where it serves."""
         wanted = epilogue.requantizations
         if not all(_built_in(r.rounding) for r in wanted):
             every = epilogue._replace(values=True, requantizations=())

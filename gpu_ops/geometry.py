@@ -37,6 +37,7 @@ def conv_geometry(
     Raises:
       ValueError: an argument that does not fit, by name and with both values.
 
+    >>> from gpu_ops import conv_geometry
     >>> conv_geometry((8, 32, 32, 16), (3, 3), strides=(2, 2), padding="SAME").out
     (16, 16)
     """

@@ -27,7 +27,8 @@ def img2col(x: AnyArray, geometry: ConvGeometry, align: int = 1) -> jax.Array:
     Raises:
       ValueError: see `img2col_border`.
 
-    >>> from gpu_ops import conv_geometry
+    >>> import jax
+    >>> from gpu_ops import conv_geometry, img2col
     >>> x = jax.numpy.arange(4.0).reshape(1, 2, 2, 1)
     >>> img2col(x, conv_geometry(x.shape, (2, 2), padding="VALID"), align=8)[0, 0, 0, 0]
     Array([0., 1., 2., 3., 0., 0., 0., 0.], dtype=float32)

@@ -59,9 +59,14 @@ def img2col_border(
     Raises:
       ValueError: an argument that does not fit, by name and with both values.
 
+    >>> import jax.numpy as jnp
+    >>> from aquant_jax.arithmetic.uniform import ActivationQuantizer
+    >>> from aquant_jax.layers.column import Rounding
+    >>> from gpu_ops import conv_geometry, img2col_border
     >>> x = jnp.array([[[[0.2, 0.4, 0.6, 0.8]]]])
     >>> quantizer = ActivationQuantizer(jnp.float32(0.5), jnp.float32(0))
-    >>> img2col_border(x, quantizer, {}, Rounding(4), ConvGeometry.pointwise(1))[0, 0, 0, 0]
+    >>> geometry = conv_geometry(x.shape, (1, 1), padding="VALID")
+    >>> img2col_border(x, quantizer, {}, Rounding(4), geometry)[0, 0, 0, 0]
     Array([0, 1, 1, 2], dtype=int8)
     """
     check_x(x, ("float32", "bfloat16"))

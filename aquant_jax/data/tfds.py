@@ -98,7 +98,7 @@ def open_splits(name: str, tfds_dir: Path, skip: Sequence[str] = ()) -> dict[str
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise InputError(
-            f"{name} needs tensorflow-datasets: pip install 'aquant-jax[data]'"
+            f"{name} needs tensorflow-datasets: pip install -e '.[data]' in the clone"
         ) from error
     base = name.partition("/")[0].partition(":")[0]
     if not (tfds_dir / base).is_dir():

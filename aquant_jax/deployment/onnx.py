@@ -38,16 +38,17 @@ def to_onnx(quantized: Quantized, inputs: Any = None, runtime: str = ONNXRUNTIME
     """Converts a network.
 
     A layer multiplies the whole numbers ``code - zero_point``, of its activation as of its weights,
-    which a runtime does in int8 where it can; scales follow the product, as in
-    `integer.run_deployed_layer`, whose sums are exact in any order. A runtime gives the same
-    outputs except at near-ties.
+    which a runtime does in int8 where it can; scales follow the product. Sums of whole numbers are
+    exact in any order, so a runtime gives the same outputs except at near-ties.
 
     On a CPU without VNNI, onnxruntime's products of int8 saturate where activations and weights
-    both have 8 bits; `onnx_runtimes.load` selects the ones that do not.
+    both have 8 bits; `load` of
+    `aquant_jax.deployment.onnx_runtimes` selects the ones that do not.
 
     Args:
       quantized: from `quantize`; a restored network holds StableHLO only.
-      inputs: see `checkpoint.save`.
+      inputs: shapes of a batch, as a pytree of arrays or ``jax.ShapeDtypeStruct`` with a leading
+        sample axis; those of the calibration set if it is None.
       runtime: "onnxruntime" or "openvino", which runs the model in int8; the other one runs it too,
         but slower.
 
@@ -92,7 +93,7 @@ def _imported(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise InputError(f"ONNX needs {package}: pip install 'aquant-jax[onnx]'") from error
+        raise InputError(f"ONNX needs {package}: pip install -e '.[onnx]' in the clone") from error
 
 
 class _Function(NamedTuple):

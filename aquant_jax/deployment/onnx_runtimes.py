@@ -41,7 +41,9 @@ def load(path: str | Path, runtime: str = ONNXRUNTIME) -> Callable:
         once, size = (_openvino if known(runtime) == OPENVINO else _onnxruntime)(path)
     except ImportError as error:
         extra = "bench" if runtime == OPENVINO else "onnx"
-        raise InputError(f"this needs {runtime}: pip install 'aquant-jax[{extra}]'") from error
+        raise InputError(
+            f"this needs {runtime}: pip install -e '.[{extra}]' in the clone"
+        ) from error
     except Exception as error:  # runtimes have exceptions of their own
         raise InputError(f"{path} cannot be read by {runtime}: {reason(error)}") from error
     return lambda batch: in_batches(once, batch, size)

@@ -172,7 +172,7 @@ class Quantized:
         """The same network, stored as its program reads it.
 
         Args:
-          stacks: of the layers, activations and constants; see `states.store_stacked`.
+          stacks: of the layers, activations and constants: the paths of those stored as one.
         """
         return self.with_states(map(store_stacked, self.states, stacks))
 

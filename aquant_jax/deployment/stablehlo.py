@@ -85,11 +85,13 @@ def export_program(quantized: Quantized, inputs: Any = None, **options: Any) -> 
 
     Args:
       quantized: from `quantize`.
-      inputs: see `checkpoint.save`.
+      inputs: shapes of a batch, as a pytree of arrays or ``jax.ShapeDtypeStruct`` with a leading
+        sample axis; those of the calibration set if it is None.
       **options: of `jax.export.export`.
 
     Raises:
-      InputError: see `checkpoint.save`.
+      InputError: a restored network; or the network cannot be traced, neither with a symbolic
+        number of samples nor with the number in `inputs`.
     """
     program = quantized.program
     if not isinstance(program, Traced):
@@ -141,11 +143,13 @@ def self_contained(quantized: Quantized, inputs: Any = None, **options: Any) -> 
 
     Args:
       quantized: from `quantize` or `restore`.
-      inputs: see `checkpoint.save`; those of its program for a restored network.
+      inputs: shapes of a batch, as a pytree of arrays or ``jax.ShapeDtypeStruct`` with a leading
+        sample axis; those of the calibration set, or of a restored program, if it is None.
       **options: of `jax.export.export`.
 
     Raises:
-      InputError: see `checkpoint.save`.
+      InputError: the network cannot be traced, neither with a symbolic number of samples nor with
+        the number in `inputs`; a saved program does not take `inputs`.
     """
     check_quantized(quantized)
     program = quantized.program

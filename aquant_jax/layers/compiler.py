@@ -23,7 +23,7 @@ class Compiler:
 
     Attributes:
       backend: runs convolutions over columns.
-      layer: `fake_quant.run_layer` with the backend's convolution.
+      layer: runs one layer, with the backend's convolution.
     """
 
     def __init__(self, backend: Backend = ReferenceBackend()) -> None:  # noqa: B008 - immutable

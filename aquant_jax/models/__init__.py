@@ -58,7 +58,7 @@ def abstract(name: str) -> tuple[Apply, Variables]:
     """A model without weights: ``apply`` and the shapes and dtypes of its variables.
 
     Args:
-        name: a key of ``LINEN``.
+        name: of a Flax linen network of the zoo: any of `MODELS` but "digits_cnn".
     """
     apply, shapes = _abstract(LINEN[name][0])
     return apply, jax.tree.map(lambda leaf: leaf, shapes)
@@ -112,9 +112,10 @@ def create(name: str, weights: str | Path | None = None, seed: int = 0) -> tuple
     """Builds a model of the zoo.
 
     Args:
-        name: a key of ``MODELS``.
+        name: of the zoo, such as "resnet18"; `MODELS` has all.
         weights: a safetensors file or a PyTorch checkpoint, in our own layout or a public one
-            (see `layouts`); None initialises at random.
+            (BRECQ's and QDrop's releases, torchvision, timm); `DIGITS_WEIGHTS` is the file of
+            "digits_cnn" that the package holds. None initialises at random.
         seed: of the random initialisation.
 
     Returns:

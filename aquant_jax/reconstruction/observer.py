@@ -85,8 +85,9 @@ class TerminalObserver(Observer):
 class LogObserver(Observer):
     """Logs through absl: the blocks, and one line per finished block.
 
+    >>> from absl import logging
     >>> import aquant_jax as aq
-    >>> logging.set_verbosity(logging.INFO)  # of absl, which else shows warnings alone
+    >>> logging.set_verbosity(logging.INFO)  # absl shows warnings alone by default
     >>> observer = aq.LogObserver()  # quantize(observer=observer)
     >>> logging.set_verbosity(logging.WARNING)
     """

@@ -30,7 +30,7 @@ def report(
     ...     pathlib.Path(folder, "report.html").read_text()[:15]
     '<!DOCTYPE html>'
 
-    It needs matplotlib: ``pip install 'aquant-jax[report]'``.
+    It needs matplotlib: ``pip install -e '.[report]'`` in the clone.
 
     Args:
       quantized: from `quantize` or `restore`.

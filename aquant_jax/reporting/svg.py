@@ -71,7 +71,9 @@ def matplotlib() -> Any:
         import matplotlib.figure
         import matplotlib.ticker
     except ImportError as error:
-        raise InputError("a report needs matplotlib: pip install 'aquant-jax[report]'") from error
+        raise InputError(
+            "a report needs matplotlib: pip install -e '.[report]' in the clone"
+        ) from error
     return package
 
 

@@ -19,6 +19,7 @@ from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parents[2]
 _LINK = re.compile(r"(\]\()(\.{0,2}[^)\s#:]+)((?:#[^)\s]*)?\))")
+_PART = re.compile(r"<!-- site: (\w+) -->")
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -34,8 +35,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
     What is neither a page nor such a file stays, and MkDocs reports it with the page's name.
     """
-    if build := generated.PAGES.get(page.file.src_uri):
-        markdown = f"{markdown}\n{build()}"
+    markdown = _PART.sub(lambda found: generated.PARTS[found[1]](), markdown)
     own = PurePosixPath(page.file.src_uri).parent
     here = (ROOT if own.name == notebook_pages.FOLDER.name else Path(config.docs_dir)) / own
 

@@ -5,6 +5,7 @@ As Markdown they look like the other pages, and MkDocs checks their links.
 
 from __future__ import annotations
 
+import itertools
 import re
 import textwrap
 from pathlib import Path
@@ -14,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
-LONG = 40  # lines
+LONG = 60  # lines
 _BADGE = re.compile(r"!\[([^]]*)\]\(https://colab[^)]*\.svg\)")  # an image from elsewhere
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -36,17 +37,19 @@ def converted(path: Path) -> tuple[str, dict[str, bytes]]:
     from nbconvert import MarkdownExporter
 
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells = list(map(_folded, notebook.cells))
+    notebook.cells = list(itertools.chain.from_iterable(map(_folded, notebook.cells)))
     names = {"output_files_dir": f"{path.stem}_files", "unique_key": path.stem}
     markdown, resources = MarkdownExporter().from_notebook_node(notebook, resources=names)
     return _BADGE.sub(r"\1", _COLOURS.sub("", markdown)), resources["outputs"]
 
 
-def _folded(cell: Any) -> Any:
-    """A cell; a long one, which sets the notebook up, as a box that a reader may open."""
+def _folded(cell: Any) -> list[Any]:
+    """A cell; a long one, which sets the notebook up, as a box to open before its outputs."""
     from nbformat.v4 import new_markdown_cell
 
     if cell.cell_type != "code" or len(cell.source.splitlines()) <= LONG:
-        return cell
-    fence = f"```python\n{cell.source}\n```"
-    return new_markdown_cell('??? abstract "Set-up cell"\n\n' + textwrap.indent(fence, "    "))
+        return [cell]
+    fence = textwrap.indent(f"```python\n{cell.source}\n```", "    ")
+    cell.metadata["transient"] = {"remove_source": True}  # nbconvert then shows outputs alone
+    # The last line ends the box, which indented text after it would belong to.
+    return [new_markdown_cell(f'??? abstract "Set-up cell"\n\n{fence}\n\nIt prints:'), cell]

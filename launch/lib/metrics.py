@@ -152,7 +152,9 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"the metric needs {name}: pip install 'aquant-jax[glue]'") from error
+        raise InputError(
+            f"the metric needs {name}: pip install -e '.[glue]' in the clone"
+        ) from error
 
 
 def _predicted(

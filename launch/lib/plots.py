@@ -27,7 +27,9 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise InputError("plots need matplotlib: pip install 'aquant-jax[report]'") from error
+        raise InputError(
+            "plots need matplotlib: pip install -e '.[report]' in the clone"
+        ) from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -272,7 +272,9 @@ def _import(address: str) -> Ray:
     try:
         return importlib.import_module("ray")
     except ImportError as error:
-        raise InputError("--executor=ray needs Ray: pip install 'aquant-jax[cluster]'") from error
+        raise InputError(
+            "--executor=ray needs Ray: pip install -e '.[cluster]' in the clone"
+        ) from error
 
 
 def _devices(mesh: str | None) -> int:

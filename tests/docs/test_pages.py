@@ -1,6 +1,9 @@
 """The Python code of the site's pages runs, and prints what the page shows."""
 
+import ast
+import builtins
 import doctest
+import importlib
 import inspect
 import itertools
 import re
@@ -54,6 +57,29 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         names = test.globs
     if skipped:
         pytest.skip(f"the rest of the page needs {', '.join(skipped)}")
+
+
+ENTRIES = [
+    entry
+    for page in sorted((DOCS / "reference").glob("*.md"))
+    for entry in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_an_example_of_the_reference_imports_what_it_names(entry):
+    """As a doctest it sees the names of its module, which a reader does not have."""
+    module, _, name = entry.rpartition(".")
+    text = inspect.getdoc(getattr(importlib.import_module(module), name)) or ""
+    code = "".join(example.source for example in doctest.DocTestParser().get_examples(text))
+    nodes = list(ast.walk(ast.parse(code)))
+    used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    known = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    known |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    known |= {n.name for n in nodes if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+    known |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler)}
+    known |= {(n.asname or n.name).split(".")[0] for n in nodes if isinstance(n, ast.alias)}
+    assert used - known - set(dir(builtins)) == set()
 
 
 def test_the_pages_with_code_are_found():

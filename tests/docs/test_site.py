@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 import aquant_jax as aq
+from aquant_jax import models, recipe
+from configs import variants
 from tests.support.process import REPOSITORY, made_once
 from tests.support.project import ADDRESS
 
@@ -130,6 +132,12 @@ def test_programs_and_their_flags_are_listed(site):
             assert f'id="launch{path.stem}"' in text, path.stem
     for flag in ("--restart_from_block", "--executor", "--budget", "--memory_limit"):
         assert f"<code>{flag}</code>" in text
+    assert sys.executable not in text
+    assert (
+        text.index('id="launchquantize"')
+        < text.index('id="launchbench')
+        < text.index('id="launchrelease"')
+    )
 
 
 def test_every_config_is_listed_with_its_fields(site):
@@ -137,6 +145,21 @@ def test_every_config_is_listed_with_its_fields(site):
     assert 'id="cifar10_resnet20"' in text
     assert 'id="variants"' not in text
     assert "<code>--config.calibration_size</code>" in text
+
+
+def test_presets_variants_and_networks_are_listed_as_the_code_has_them(site):
+    def shown(page):
+        return (site / "reference" / page / "index.html").read_text()
+
+    row = re.search(r"<code>quant_drop_prob</code></td>(.*?)</tr>", shown("recipes"), re.DOTALL)[1]
+    drops = [aq.recipes.preset(name).reconstruction.quant_drop_prob for name in recipe.PRESETS]
+    assert re.findall(r"<td>(.*?)</td>", row) == list(map(str, drops))
+    of_digits = shown("configs").partition('id="digits"')[2].partition("<h2")[0]
+    for bits in variants.BIT_WIDTHS:
+        assert f"<code>{bits}</code>" in of_digits
+    assert "<code>preset=</code>" in of_digits
+    for name in models.MODELS:
+        assert f"<code>{name}</code>" in shown("models")
 
 
 def test_equations_are_drawn_without_a_script(site):
@@ -168,7 +191,10 @@ def test_a_notebook_is_a_page_with_its_outputs(tmp_path, site):
 
     cells = [
         v4.new_markdown_cell("# Title\n\n[![Open in Colab](https://colab.x/a.svg)](https://y)"),
-        v4.new_code_cell("\n".join(f"line_{i} = {i}" for i in range(99))),
+        v4.new_code_cell(
+            "\n".join(f"line_{i} = {i}" for i in range(99)),
+            outputs=[v4.new_output("stream", text="the machine")],
+        ),
         v4.new_code_cell(
             "show()",
             outputs=[
@@ -182,6 +208,8 @@ def test_a_notebook_is_a_page_with_its_outputs(tmp_path, site):
     assert "[Open in Colab](https://y)" in markdown
     assert "    bold\n" in markdown
     assert '??? abstract "Set-up cell"\n\n    ```python\n    line_0 = 0\n' in markdown
+    assert re.search(r"\n    ```\s+It prints:\s+    the machine\n", markdown)
+    assert markdown.count("line_98 = 98") == 1
     ((name, content),) = figures.items()
     assert f"]({name})" in markdown
     assert content == b"hello"

@@ -178,7 +178,7 @@ class TestRefusals:
     def test_pytorch_is_not_installed(self, tmp_path, run, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "torch", None)
         (tmp_path / "w.pth").write_bytes(b"PK")
-        refused(run("w.pth"), "PyTorch is not installed", "pip install 'aquant-jax[torch]'")
+        refused(run("w.pth"), "PyTorch is not installed", "pip install -e '.[torch]'")
 
     def test_bfloat16_in_safetensors(self, tmp_path, run, variables):
         """No refusal: it becomes float32 without PyTorch."""

@@ -233,5 +233,5 @@ def test_without_ray_the_extra_is_named(ray, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert sweep_by("ray", tmp_path / "run") == 2
     error = capsys.readouterr().err
-    assert error == "error: --executor=ray needs Ray: pip install 'aquant-jax[cluster]'\n"
+    assert error == "error: --executor=ray needs Ray: pip install -e '.[cluster]' in the clone\n"
     assert list(tmp_path.iterdir()) == []

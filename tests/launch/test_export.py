@@ -148,7 +148,7 @@ def test_what_onnx_lacks_is_one_line():
 def test_a_package_that_is_not_installed_is_named_in_one_line(monkeypatch, runtime, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(
-        InputError, match=rf"ONNX needs {missing}: pip install 'aquant-jax\[onnx\]'$"
+        InputError, match=rf"ONNX needs {missing}: pip install -e '\.\[onnx\]' in the clone$"
     ):
         onnx_export.to_onnx(quantized(odd_net, "element", 3), runtime=runtime)
 

@@ -1,6 +1,6 @@
 """``launch.sweep --executor=ray`` on a cluster of two CPUs, whose workers are killed and refused.
 
-pip install 'aquant-jax[cluster]' && pytest tests/launch/test_ray_cluster.py
+pip install -e '.[cluster]' && pytest tests/launch/test_ray_cluster.py
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from tests.support.process import REPOSITORY
 pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("ray") is None,
-        reason="needs Ray, three minutes and six processes: pip install 'aquant-jax[cluster]'",
+        reason="needs Ray, three minutes and six processes: pip install -e '.[cluster]'",
     ),
     OPTAX,
 ]

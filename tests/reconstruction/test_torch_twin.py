@@ -15,7 +15,7 @@ from aquant_jax.reconstruction.training_step import CalibrationData, Quantizers
 from aquant_jax.reconstruction.weights import alpha_of, make_weight_quantizers
 from tests.support.nets import images, residual_net, rng_of
 
-torch = pytest.importorskip("torch", reason="the twin is PyTorch (pip install aquant-jax[torch])")
+torch = pytest.importorskip("torch", reason="the twin is PyTorch (pip install -e '.[torch]')")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 STEPS, BATCH, SAMPLES, SEED = 50, 8, 32, 11
 

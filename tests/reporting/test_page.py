@@ -159,6 +159,6 @@ def test_a_large_network_stays_under_3_mb(monkeypatch):
 def test_without_matplotlib(monkeypatch):
     svg.matplotlib.cache_clear()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"pip install 'aquant-jax\[report\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[report\]' in the clone"):
         page([run()], "Title")
     svg.matplotlib.cache_clear()

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the twin is PyTorch (pip install aquant-jax[torch])")
+torch = pytest.importorskip("torch", reason="the twin is PyTorch (pip install -e '.[torch]')")
 functional = torch.nn.functional
 
 

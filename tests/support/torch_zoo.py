@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the twins are PyTorch (pip install aquant-jax[torch])")
+torch = pytest.importorskip("torch", reason="the twins are PyTorch (pip install -e '.[torch]')")
 
 from tests.support import torch_zoo_mobile as mobile  # noqa: E402
 from tests.support.torch_zoo_mobile import conv  # noqa: E402

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the twins are PyTorch (pip install aquant-jax[torch])")
+torch = pytest.importorskip("torch", reason="the twins are PyTorch (pip install -e '.[torch]')")
 nn, functional = torch.nn, torch.nn.functional
 
 
