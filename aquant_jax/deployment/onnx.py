@@ -42,8 +42,7 @@ def to_onnx(quantized: Quantized, inputs: Any = None, runtime: str = ONNXRUNTIME
     exact in any order, so a runtime gives the same outputs except at near-ties.
 
     On a CPU without VNNI, onnxruntime's products of int8 saturate where activations and weights
-    both have 8 bits; `load` of
-    `aquant_jax.deployment.onnx_runtimes` selects the ones that do not.
+    both have 8 bits; `load` of `aquant_jax.deployment.onnx_runtimes` selects the ones that do not.
 
     Args:
       quantized: from `quantize`; a restored network holds StableHLO only.
