@@ -18,6 +18,7 @@ from aquant_jax.graph.trace import trace
 from aquant_jax.plan import checks
 from aquant_jax.plan.assign import make_plan
 from aquant_jax.plan.channel_transform import transformed
+from aquant_jax.plan.independence import find_mixing, warn_if_samples_mix
 from aquant_jax.plan.network import Network, batch_shapes, count_samples
 from aquant_jax.plan.transform_search import find_transforms
 from aquant_jax.recipe import Recipe
@@ -56,6 +57,7 @@ def prepare(
     variables = checks.check_variables(variables)
     checks.check_not_traced()
     net = _prepare(apply, variables, calibration, recipe, mask)
+    warn_if_samples_mix(net, calibration)
     if not recipe.transforms:
         return net
     leaves = zip(net.graph.inputs, jax.tree.leaves(calibration), strict=True)
@@ -89,8 +91,9 @@ def _prepare(
     plan = make_plan(graph, recipe)
     folded = folded_weights(unfolded, variables)
     return Network(
-        apply, graph, variables, folded, plan, blocks, recipe, samples, batch, targets, valid_mask
-    )
+        apply, graph, variables, folded, plan, blocks, recipe, samples, batch, targets, valid_mask,
+        mixing=find_mixing(unfolded, other),
+    )  # fmt: skip
 
 
 def _of_more_samples(
