@@ -6,7 +6,6 @@ batch. Two traces tell which op could mix samples; only then is the network run,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
