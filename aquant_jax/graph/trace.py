@@ -52,7 +52,8 @@ def trace(apply: Callable[..., Any], variables: Any, x: Any, trainable: bool = T
         closed, out_shape = jax.make_jaxpr(apply, return_shape=True)(variables, x)
     except Exception as error:  # frameworks raise various types for a wrong shape
         shapes = [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(x)]
-        raise InputError(f"apply(variables, x) fails for x of {shapes}: {error}") from error
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"apply(variables, x) fails for x of {shapes}: {text}") from error
     return _Flattener(closed, variables, jax.tree.structure(out_shape), trainable).graph()
 
 

@@ -18,6 +18,7 @@ from aquant_jax.graph.trace import trace
 from aquant_jax.plan import checks
 from aquant_jax.plan.assign import make_plan
 from aquant_jax.plan.channel_transform import transformed
+from aquant_jax.plan.hints import check_apply, trace_with_hint
 from aquant_jax.plan.independence import find_mixing, warn_if_samples_mix
 from aquant_jax.plan.network import Network, batch_shapes, count_samples
 from aquant_jax.plan.transform_search import find_transforms
@@ -52,6 +53,7 @@ def prepare(
         operands; a regex of the recipe that matches nothing; a leaf that is not a mask.
     """
     checks.check_recipe(recipe)
+    check_apply(apply)
     calibration = checks.host_arrays(calibration)
     checks.check_calibration(calibration, recipe)
     variables = checks.check_variables(variables)
@@ -76,7 +78,7 @@ def _prepare(
     samples = count_samples(calibration)
     learning = recipe.reconstruction
     batch = min(learning.batch_size // learning.accumulate, samples)
-    unfolded = trace(apply, variables, batch_shapes(calibration, batch))
+    unfolded = trace_with_hint(apply, variables, calibration, batch)
     other = _of_more_samples(apply, variables, calibration, unfolded)
     sampled, targets = sample_first(unfolded, other), find_targets(unfolded, other)
     unfolded = focus(unfolded, targets, find_repeated(unfolded, other))
@@ -106,7 +108,12 @@ def _of_more_samples(
             other = trace(apply, variables, batch_shapes(calibration, samples))
             if len(other.avals) == len(graph.avals):
                 return other
-    return trace(apply, variables, batch_shapes(calibration, graph.samples + 1))
+    try:
+        return trace(apply, variables, batch_shapes(calibration, graph.samples + 1))
+    except InputError as error:
+        raise InputError(
+            f"the network takes {graph.samples} samples; it must take any number: {error}"
+        ) from error.__cause__
 
 
 def _position_axes(
