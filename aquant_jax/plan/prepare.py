@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from aquant_jax.arithmetic.border import AUTO, check_start
 from aquant_jax.errors import InputError
 from aquant_jax.graph.fold import fold, folded_weights
 from aquant_jax.graph.ir import Graph, find_position_axes, sample_first
@@ -91,6 +92,8 @@ def _prepare(
     graph = fold(unfolded)
     blocks = partition(graph, recipe.granularity, recipe.blocks, sampled)
     plan = make_plan(graph, recipe)
+    for border in {spec.border for spec in plan.layers.values()} - {None, AUTO}:
+        check_start(border, recipe.phi)
     folded = folded_weights(unfolded, variables)
     return Network(
         apply, graph, variables, folded, plan, blocks, recipe, samples, batch, targets, valid_mask,
