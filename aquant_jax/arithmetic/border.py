@@ -163,14 +163,14 @@ def get(name: str) -> Border:
     return _lookup("border", BORDERS, name, hint)
 
 
-def check_start(name: str, phi: str) -> None:
+def check_start(name: str | None, phi: str) -> None:
     """Check that a registered border starts as the constant that rounds to nearest.
 
     Raises:
       InputError: a coefficient of another shape than `init` was given, or a polynomial that is not
         `half` everywhere with the coefficients of `init`.
     """
-    if name in BUILT_IN:
+    if name is None or name == AUTO or name in BUILT_IN:
         return
     border, half, shape = get(name), get_phi(phi).half, (4, 2)
     coefficients = border.init(shape, half)

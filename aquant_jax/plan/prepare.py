@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from aquant_jax.arithmetic.border import AUTO, check_start
+from aquant_jax.arithmetic.border import check_start
 from aquant_jax.errors import InputError
 from aquant_jax.graph.fold import fold, folded_weights
 from aquant_jax.graph.ir import Graph, find_position_axes, sample_first
@@ -92,7 +92,7 @@ def _prepare(
     graph = fold(unfolded)
     blocks = partition(graph, recipe.granularity, recipe.blocks, sampled)
     plan = make_plan(graph, recipe)
-    for border in {spec.border for spec in plan.layers.values()} - {None, AUTO}:
+    for border in {spec.border for spec in plan.layers.values()}:
         check_start(border, recipe.phi)
     folded = folded_weights(unfolded, variables)
     return Network(
