@@ -6,7 +6,9 @@ from types import TracebackType
 _show = sys.excepthook
 
 
-def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def show_error(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     """Prints that gpu_ops is not compiled, which its import says before a program's main runs."""
     if not isinstance(error, ImportError) or error.name != "gpu_ops":
         return _show(kind, error, trace)
@@ -14,4 +16,4 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
     raise SystemExit(2)
 
 
-sys.excepthook = _one_line
+sys.excepthook = show_error

@@ -30,11 +30,11 @@ def test_the_error_names_the_folder_and_the_command(error):
 
 
 def test_programs_print_it_without_traceback(error, capsys, monkeypatch):
-    with pytest.raises(SystemExit, match="^2$"):
-        sys.excepthook(type(error), error, None)
+    with pytest.raises(SystemExit, match="2"):
+        launch.show_error(type(error), error, None)
     assert capsys.readouterr().err == f"error: {error}\n"
     shown = []
     monkeypatch.setattr(launch, "_show", lambda *of: shown.append(of))
     other = ImportError("no such module", name="other")
-    sys.excepthook(type(other), other, None)
+    launch.show_error(type(other), other, None)
     assert shown == [(type(other), other, None)]
