@@ -149,7 +149,7 @@ def test_grey_digits_in_a_folder_are_read_as_their_network_takes_them(tmp_path):
         folder = tmp_path / "val" / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         pixels = np.round(255 * image[:, :, 0]).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
+        Image.fromarray(pixels.repeat(2, 0).repeat(2, 1)).save(folder / f"{index}.png")
     (tmp_path / "val").rename(tmp_path / "train")
     (tmp_path / "val").symlink_to(tmp_path / "train")
     fields = {"dataset": f"folder:{tmp_path}", "calibration_size": "50"}
