@@ -31,7 +31,8 @@ def check_not_traced() -> None:
 
 def check_recipe(recipe: Any) -> None:
     """InputError unless `recipe` is a `Recipe`."""
-    check_type("recipe", recipe, Recipe, "a Recipe, such as aq.recipes.aquant(2, 2)")
+    own = ", or the .recipe of this one" if isinstance(getattr(recipe, "recipe", 0), Recipe) else ""
+    check_type("recipe", recipe, Recipe, f"a Recipe, such as aq.recipes.aquant(2, 2){own}")
 
 
 def check_count(argument: str, value: Any) -> int:
@@ -122,6 +123,7 @@ def leaf(calibration: Any, name: str) -> Any:
       InputError: there is no such leaf.
     """
     leaves = dict(zip(path_names(calibration), jax.tree.leaves(calibration), strict=True))
+    check_type("mask", name, str, "the path of a leaf of the calibration set")
     if name not in leaves:
         found = ", ".join(map(repr, leaves))
         raise InputError(f"the calibration set has no leaf {name!r}; there are {found}")

@@ -10,7 +10,7 @@ import numpy as np
 
 from aquant_jax.errors import InputError
 from aquant_jax.graph.ir import Graph
-from aquant_jax.graph.trace import trace
+from aquant_jax.graph.trace import MOST_SHOWN, trace
 from aquant_jax.plan.checks import ORDER
 from aquant_jax.plan.network import batch_shapes
 
@@ -60,12 +60,18 @@ def _hints(apply: Any, variables: Any, calibration: Any) -> Iterator[str]:
         yield f"apply is a {type(apply).__name__}, not a function apply(variables, inputs): {found}"
     if _is_array(variables) and not _is_array(calibration):
         yield f"variables is one array and calibration is a {type(calibration).__name__}: {ORDER}"
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(calibration)]
+    if isinstance(calibration, list) and len(shapes) > MOST_SHOWN and len(set(shapes)) == 1:
+        yield (
+            f"calibration is a list of {len(calibration)}: if these are samples, pass "
+            "np.stack(calibration)"
+        )
     if isinstance(calibration, tuple | list):
         yield (
             f"calibration is a {type(calibration).__name__} of {len(calibration)}: it must be what "
             "apply takes as its inputs, without labels"
         )
-    count = next(np.shape(leaf)[0] for leaf in jax.tree.leaves(calibration) if np.ndim(leaf))
+    count = next(shape[0] for shape in shapes if shape)
     yield f"axis 0 of calibration must number the samples, of which it has {count}"
 
 

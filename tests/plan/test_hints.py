@@ -50,6 +50,10 @@ MISTAKES = {
     "keras model": (Keras(), V, X, r"; apply is a Keras, .* model\.stateless_call\(\*variables, x"),
     "variables first": (V, dense, X, rf"^apply is of type dict; it must be a function .*; {ORDER}"),
     "labels": (dense, V, (X, np.ones(16, np.float32)), r"is a tuple of 2: .*, without labels$"),
+    "a list of samples": (
+        dense, V, list(X),
+        r"'float32\[6\]', '8 more'\]: .*; calibration is a list of 16: .* np\.stack\(calibration\)$",
+    ),
     "swapped": (dense, X, {"kernel": X}, rf"; variables is one array and .* a dict: {ORDER}"),
     "swapped, as many": (dense, X, {"a": V}, rf"counts: .*'a/kernel': 6.*; {ORDER}"),
     "swapped, few": (dense, X, {"b": np.ones(1)}, rf"has 1 samples; .* \(batch_size\); {ORDER}"),
@@ -97,3 +101,11 @@ def test_inputs_with_the_names_of_weights_may_have_any_order():
     """Data that are called `b` are no mistake unless something is wrong with them."""
     net = aq.prepare(lambda v, x: dense(v, x["b"]), V, {"b": X}, RECIPE)
     assert net.samples == 16
+
+
+def test_a_mask_that_is_no_path_and_what_has_a_recipe():
+    prepare = inspect.unwrap(aq.prepare)
+    with pytest.raises(aq.InputError, match=r"^mask is of type ndarray; .* path of a leaf"):
+        prepare(dense, V, X, RECIPE, mask=np.ones((16, 6)))
+    with pytest.raises(aq.InputError, match=r"^recipe is of type Network; .*the \.recipe of this"):
+        prepare(dense, V, X, aq.prepare(dense, V, X, RECIPE))
