@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import aquant_jax as aq
+from aquant_jax.plan import checks
 from tests.support.nets import normal, rng_of
 
 X = normal(rng_of(0), 16, 6)
@@ -52,7 +53,7 @@ MISTAKES = {
     "labels": (dense, V, (X, np.ones(16, np.float32)), r"is a tuple of 2: .*, without labels$"),
     "a list of samples": (
         dense, V, list(X),
-        r"'float32\[6\]', '8 more'\]: .*; calibration is a list of 16: .* np\.stack\(calibration\)$",
+        r"'float32\[6\]', '8 more'\]: .*; calibration is a list of 16: .* np\.stack\(",
     ),
     "swapped": (dense, X, {"kernel": X}, rf"; variables is one array and .* a dict: {ORDER}"),
     "swapped, as many": (dense, X, {"a": V}, rf"counts: .*'a/kernel': 6.*; {ORDER}"),
@@ -104,8 +105,8 @@ def test_inputs_with_the_names_of_weights_may_have_any_order():
 
 
 def test_a_mask_that_is_no_path_and_what_has_a_recipe():
-    prepare = inspect.unwrap(aq.prepare)
+    prepare, leaf = map(inspect.unwrap, (aq.prepare, checks.leaf))
     with pytest.raises(aq.InputError, match=r"^mask is of type ndarray; .* path of a leaf"):
-        prepare(dense, V, X, RECIPE, mask=np.ones((16, 6)))
+        leaf(X, np.ones((16, 6)))
     with pytest.raises(aq.InputError, match=r"^recipe is of type Network; .*the \.recipe of this"):
         prepare(dense, V, X, aq.prepare(dense, V, X, RECIPE))
