@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,9 @@ FUNCTIONS = {
     "equinox": "arrays, static = eqx.partition(module, eqx.is_array); "
     "apply = lambda arrays, x: jax.vmap(eqx.combine(arrays, static))(x)",
 }
+# Errors of dropout and of batch norm while they train, and of wrong shapes.
+TRAINING = "needs PRNG|is immutable|Cannot mutate"
+SHAPES = "shape|dim|rank|axis|axes|size|broadcast"
 
 
 def check_apply(apply: Any) -> None:
@@ -49,11 +53,13 @@ def trace_with_hint(
     except InputError as error:
         if error.__cause__ is None:  # apply was traced
             raise
-        hint = next(_hints(apply, variables, calibration))
+        hint = next(_hints(apply, variables, calibration, error.__cause__), None)
+        if hint is None:
+            raise
         raise InputError(f"{error}; {hint}") from error.__cause__
 
 
-def _hints(apply: Any, variables: Any, calibration: Any) -> Iterator[str]:
+def _hints(apply: Any, variables: Any, calibration: Any, cause: BaseException) -> Iterator[str]:
     """What may be wrong, the most certain first."""
     found = _function(apply)
     if found:
@@ -71,8 +77,11 @@ def _hints(apply: Any, variables: Any, calibration: Any) -> Iterator[str]:
             f"calibration is a {type(calibration).__name__} of {len(calibration)}: it must be what "
             "apply takes as its inputs, without labels"
         )
-    count = next(shape[0] for shape in shapes if shape)
-    yield f"axis 0 of calibration must number the samples, of which it has {count}"
+    if re.search(TRAINING, str(cause)):
+        yield "the network must be in inference mode, such as train=False, or module.eval() of nnx"
+    if re.search(SHAPES, str(cause)) and not isinstance(cause, jax.errors.JAXTypeError):
+        count = next(shape[0] for shape in shapes if shape)
+        yield f"axis 0 of calibration must number the samples, of which it has {count}"
 
 
 def _function(apply: Any) -> str | None:

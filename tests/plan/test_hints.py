@@ -36,6 +36,12 @@ class Linen(nn.Module):
         return nn.Dense(4)(x)
 
 
+class Training(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(nn.Dropout(0.5, deterministic=False)(x))
+
+
 class Keras:
     """A class of its package, whose import would take seconds."""
 
@@ -67,6 +73,12 @@ MISTAKES = {
         r"^apply\(variables, x\) fails for x of \['float32\[8, 6\]'\]: cannot reshape .*; "
         r"axis 0 of calibration must number the samples, of which it has 16$",
     ),
+    "training mode": (
+        Training().apply, {"params": {"Dense_0": {"kernel": V["kernel"], "bias": np.ones(4)}}}, X,
+        r"needs PRNG for \"dropout\" .*; the network must be in inference mode, such as train",
+    ),
+    "branch on values": (lambda v, x: dense(v, x) if x.sum() else x, V, X, r"BoolConversionError$"),
+    "no such weight": (lambda v, x: x @ v["kernle"], V, X, r"\['float32\[8, 6\]'\]: 'kernle'$"),
     "fixed batch": (
         lambda v, x: dense(v, x.reshape(8, 6)), V, X,
         r"^the network takes 8 samples; it must take any number: apply\(variables, x\) fails for",
@@ -85,9 +97,9 @@ def test_a_mistake_is_one_line_that_says_what_to_pass(name):
 
 def test_the_error_of_the_function_is_the_cause():
     def apply(v, x):
-        raise TypeError("first line\nsecond line")
+        raise TypeError("a shape\nsecond line")
 
-    with pytest.raises(aq.InputError, match=r"first line second line; axis 0") as caught:
+    with pytest.raises(aq.InputError, match=r"a shape second line; axis 0") as caught:
         aq.prepare(apply, V, X, RECIPE)
     assert isinstance(caught.value.__cause__, TypeError)
 
