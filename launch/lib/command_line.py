@@ -208,7 +208,7 @@ def _run_file(path: str, argument: str) -> ConfigDict:
     """The result of ``get_config(argument)`` of a config file."""
     if not os.path.isfile(path):
         meant = Path("configs", f"{Path(path).stem}.py")
-        asked = f"; did you mean {meant}?" if meant.is_file() else ""
+        asked = f"; did you mean {meant}?" if os.path.isfile(meant) else ""
         raise InputError(f"there is no config file {path!r}{asked}")
     try:
         get_config = runpy.run_path(path).get("get_config")
