@@ -239,7 +239,8 @@ def _split(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _override(fields: Any) -> Override:
     known = field_names(Override)
     if not isinstance(fields, Mapping):
-        raise InputError(f"overrides: {fields!r} must be a dict of {', '.join(known)}")
+        wanted = f"an aq.Override(pattern, ...), or a dict of {', '.join(known)}"
+        raise InputError(f"overrides: {fields!r} must be {wanted}")
     try:
         return Override(**fields)
     except TypeError as error:

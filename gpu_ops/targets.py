@@ -7,7 +7,9 @@ runs on another. The exceptions fail with a message: `border_conv` exists for th
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,8 +17,17 @@ import numpy as np
 
 from aquant_jax.layers.column import Rounding
 from aquant_jax.layers.conv_geometry import ConvGeometry
-from gpu_ops import _cpu  # pyright: ignore[reportMissingModuleSource]
 
+try:
+    from gpu_ops import _cpu  # pyright: ignore[reportMissingModuleSource]
+except ImportError:
+    if importlib.util.find_spec("gpu_ops._cpu") is not None:
+        raise
+    _folder = Path(__file__).parent
+    raise ImportError(
+        f"gpu_ops in {_folder} is not compiled for this Python: pip install -e {_folder.parent}",
+        name="gpu_ops",
+    ) from None
 try:
     from gpu_ops import _cuda  # pyright: ignore[reportMissingModuleSource, reportAttributeAccessIssue]
 except ImportError:

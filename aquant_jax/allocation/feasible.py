@@ -46,7 +46,7 @@ def check_limits(
         if limit > most * (1 + SLACK):
             raise InputError(
                 f"budget: {name} {limit:,.10g} is above the most, {most:,.10g}; the least is "
-                f"{least:,.10g}"
+                f"{least:,.10g}; any choice keeps to it, so no budget is needed"
             )
         if limit * (1 + SLACK) >= least:
             continue
@@ -69,8 +69,10 @@ def check_degradation(problem: Problem, budget: Budget) -> None:
     least = problem.degradation(least_error(problem, {}))
     most = problem.degradation(cheapest(problem, weights_of(budget.cost)))
     if not least <= limit * (1 + SLACK) or limit > most * (1 + SLACK):
-        side = "below the least" if limit < least else "above the most"
+        low = limit < least
+        advice = "" if low else ", which keeps to it: no budget is needed for that"
         raise InputError(
-            f"budget: degradation {limit:g} is {side}; it is {least:g} at the least, and {most:g} "
-            f"of the allocation of fewest {budget.cost}"
+            f"budget: degradation {limit:g} is {'below the least' if low else 'above the most'}; "
+            f"it is {least:g} at the least, and {most:g} of the allocation of fewest "
+            f"{budget.cost}{advice}"
         )

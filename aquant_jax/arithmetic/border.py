@@ -89,6 +89,8 @@ BORDERS: dict[str, Border] = {
     "linear": _polynomial(1),  # Eq. 5
     "quadratic": _polynomial(2),  # Eq. 8
 }
+BUILT_IN = frozenset(BORDERS)
+CLOSE = 1e-5  # of a polynomial to `half`, at the start
 
 
 @jax.custom_jvp
@@ -160,6 +162,36 @@ def get(name: str) -> Border:
     """
     hint = f"; also {AUTO!r} in a recipe and {NEAREST!r} in an override"
     return _lookup("border", BORDERS, name, hint)
+
+
+def check_start(name: str | None, phi: str) -> None:
+    """Check that a registered border starts as the constant that rounds to nearest.
+
+    Raises:
+      InputError: a coefficient of another shape than `init` was given, or a polynomial that is not
+        `half` everywhere with the coefficients of `init`.
+    """
+    if name is None or name == AUTO or name in BUILT_IN:
+        return
+    border, half, shape = get(name), get_phi(phi).half, (4, 2)
+    coefficients = border.init(shape, half)
+    for key, values in coefficients.items():
+        if values.shape != shape:
+            raise InputError(
+                f"border {name!r}: init({shape}, {half}) gives {key!r} the shape {values.shape}; "
+                f"it must be {shape}"
+            )
+    us = jnp.arange(-8.0, 17.0, dtype=jnp.float32)[:, None]
+    for tap in range(shape[0]):
+        start = border.apply(_of_tap(coefficients, tap, us.ndim), jnp.tile(us, (1, shape[1])))
+        off = ~(abs(start - half) <= CLOSE).all(axis=-1)
+        if off.any():
+            index = int(jnp.argmax(off))
+            raise InputError(
+                f"border {name!r}: with the coefficients of init, apply returns "
+                f"{start[index].ravel()[0]:.4g} at u = {us[index, 0]:g}; it must return half, "
+                f"{half:g}, for every u"
+            )
 
 
 def count_coefficients(name: str, shape: tuple[int, ...]) -> int:

@@ -4,12 +4,13 @@ from pathlib import Path
 
 from aquant_jax.data import digits, folder, glue, tfds
 from aquant_jax.data.glue import Tokenization
-from aquant_jax.data.preprocess import CIFAR, EFFICIENTNET_LITE, IMAGENET, Preprocessing
+from aquant_jax.data.preprocess import CIFAR, DIGITS, EFFICIENTNET_LITE, IMAGENET, Preprocessing
 from aquant_jax.data.source import Dataset, OnCorrupt, Split
 from aquant_jax.errors import InputError
 
 __all__ = [
     "DATASETS",
+    "DIGITS",
     "EFFICIENTNET_LITE",
     "IMAGENET",
     "Dataset",

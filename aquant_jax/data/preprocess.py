@@ -19,7 +19,8 @@ from aquant_jax.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-GEOMETRIES = ("resize_crop", "crop_resize", "squash", "keep")
+GEOMETRIES = ("resize_crop", "crop_resize", "squash", "resize", "keep")
+WITHOUT_CROPS = ("resize", "keep")  # those of networks that were trained so
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 SCALE = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
@@ -40,8 +41,10 @@ class Preprocessing:
         geometry: ``resize_crop``: resize the short side, then crop (torchvision);
             ``crop_resize``: crop, then resize (EfficientNet of TensorFlow);
             ``squash``: resize both sides to ``size``, whatever their ratio;
+            ``resize``: the same, for calibration too, which takes random crops otherwise;
             ``keep``: leave all images unchanged, those for calibration included.
-        mean: per channel, subtracted from pixels in [0, 1].
+        mean: per channel, subtracted from pixels in [0, 1]. Three numbers read images in RGB, one
+            reads them in grey.
         std: per channel, divides the difference.
     """
 
@@ -61,14 +64,21 @@ class Preprocessing:
                 raise InputError(f"unknown {field} {value!r}; there are {', '.join(known)}")
         if not 0 < self.size <= self.resize:
             raise InputError(f"size {self.size} is not between 1 and resize {self.resize}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        if self.channels not in (1, 3) or len(self.std) != self.channels or min(self.std) <= 0:
             raise InputError(
-                f"mean {self.mean} and std {self.std} must be three numbers, std above 0"
+                f"mean {self.mean} and std {self.std} must be three numbers each, or one for grey "
+                "images, std above 0"
             )
+
+    @property
+    def channels(self) -> int:
+        """Those of the network's input: 3 for RGB, 1 for grey."""
+        return len(self.mean)
 
 
 IMAGENET = Preprocessing()
 CIFAR = Preprocessing(geometry="keep")
+DIGITS = Preprocessing(size=8, resize=8, geometry="resize", mean=(0.0,), std=(1.0,))
 EFFICIENTNET_LITE = Preprocessing(
     interpolation="bicubic",
     geometry="crop_resize",
@@ -81,11 +91,11 @@ def for_evaluation(image: "Image", preprocessing: Preprocessing) -> np.ndarray:
     """Prepares an image for evaluation.
 
     Args:
-        image: in mode RGB.
+        image: in mode RGB, or L for a network of one channel.
         preprocessing: that of the checkpoint.
 
     Returns:
-        [size, size, 3] float32.
+        [size, size, channels] float32.
     """
     short = min(image.size)
     if preprocessing.geometry == "resize_crop":
@@ -102,9 +112,9 @@ def for_evaluation(image: "Image", preprocessing: Preprocessing) -> np.ndarray:
             (preprocessing.size,) * 2,
             preprocessing,
         )
-    elif preprocessing.geometry == "squash":
+    elif preprocessing.geometry in ("squash", "resize"):
         image = _resize(image, (preprocessing.size,) * 2, preprocessing)
-    return normalise(np.asarray(image), preprocessing)
+    return normalise(np.atleast_3d(np.asarray(image)), preprocessing)
 
 
 def for_calibration(
@@ -113,29 +123,31 @@ def for_calibration(
     """Takes a random crop of an image, flipped half of the time, as in training.
 
     Args:
-        image: in mode RGB.
-        preprocessing: that of the checkpoint; ``keep`` is for sets trained without crops.
+        image: in mode RGB, or L for a network of one channel.
+        preprocessing: that of the checkpoint; ``resize`` and ``keep`` are for those trained without
+            crops.
         rng: draws the crop and the flip.
 
     Returns:
-        [size, size, 3] float32.
+        [size, size, channels] float32.
     """
     from PIL.Image import Transpose
 
-    if preprocessing.geometry != "keep":
-        image = _resize(
-            image.crop(random_box(*image.size, rng)), (preprocessing.size,) * 2, preprocessing
-        )
-        if rng.random() < 0.5:
-            image = image.transpose(Transpose.FLIP_LEFT_RIGHT)
-    return normalise(np.asarray(image), preprocessing)
+    if preprocessing.geometry in WITHOUT_CROPS:
+        return for_evaluation(image, preprocessing)
+    image = _resize(
+        image.crop(random_box(*image.size, rng)), (preprocessing.size,) * 2, preprocessing
+    )
+    if rng.random() < 0.5:
+        image = image.transpose(Transpose.FLIP_LEFT_RIGHT)
+    return normalise(np.atleast_3d(np.asarray(image)), preprocessing)
 
 
 def normalise(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Maps pixels [..., W, 3] in 0..255 to float32: ``(x / 255 - mean) / std`` per channel."""
+    """Maps pixels [..., W, channels] in 0..255 to float32: ``(x / 255 - mean) / std``."""
     width = pixels.shape[-2]
     # Row by row: an inner loop over three channels takes numpy eight times as long.
-    rows = pixels.reshape(*pixels.shape[:-2], width * 3).astype(np.float32)
+    rows = pixels.reshape(*pixels.shape[:-2], width * preprocessing.channels).astype(np.float32)
     rows /= np.float32(255)
     rows -= np.tile(np.array(preprocessing.mean, np.float32), width)
     rows /= np.tile(np.array(preprocessing.std, np.float32), width)

@@ -93,13 +93,13 @@ def decode(
         rng: for a random crop; None for evaluation.
 
     Returns:
-        The image [size, size, 3] and its label, or ``Corrupt``.
+        The image [size, size, channels] and its label, or ``Corrupt``.
     """
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(record.encoded)) as file:
-            image = file.convert("RGB")
+            image = file.convert("L" if preprocessing.channels == 1 else "RGB")
     # PIL's exception depends on the format and on the bytes that are wrong.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         return Corrupt(record.name, str(error))

@@ -34,6 +34,8 @@ from aquant_jax.graph.ir import (
 from aquant_jax.graph.shards import SHARD_MAP, unsharded
 from aquant_jax.graph.weighted_ops import layer_of, opaque
 
+MOST_SHOWN = 8  # shapes in a message
+
 
 def trace(apply: Callable[..., Any], variables: Any, x: Any, trainable: bool = True) -> Graph:
     """Trace ``apply(variables, x)`` into a flat graph.
@@ -51,8 +53,11 @@ def trace(apply: Callable[..., Any], variables: Any, x: Any, trainable: bool = T
     try:
         closed, out_shape = jax.make_jaxpr(apply, return_shape=True)(variables, x)
     except Exception as error:  # frameworks raise various types for a wrong shape
-        shapes = [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(x)]
-        raise InputError(f"apply(variables, x) fails for x of {shapes}: {error}") from error
+        leaves = jax.tree.leaves(x)
+        shapes = [f"{a.dtype}{list(a.shape)}" for a in leaves[:MOST_SHOWN]]
+        shapes += [f"{len(leaves) - MOST_SHOWN} more"] * (len(leaves) > MOST_SHOWN)
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"apply(variables, x) fails for x of {shapes}: {text}") from error
     return _Flattener(closed, variables, jax.tree.structure(out_shape), trainable).graph()
 
 

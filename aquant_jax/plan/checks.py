@@ -18,6 +18,8 @@ from aquant_jax.graph.partition import Block
 from aquant_jax.recipe import Recipe
 
 MIN_SAMPLES = 2
+ORDER = "the order is quantize(apply, variables, calibration, recipe)"
+WEIGHTS = ("kernel", "bias", "weight", "scale", "embedding", "w", "b")  # usual names of weights
 PART = 2**24  # bytes of an array that are copied at once
 
 
@@ -29,7 +31,8 @@ def check_not_traced() -> None:
 
 def check_recipe(recipe: Any) -> None:
     """InputError unless `recipe` is a `Recipe`."""
-    check_type("recipe", recipe, Recipe, "a Recipe, such as aq.recipes.aquant(2, 2)")
+    own = ", or the .recipe of this one" if isinstance(getattr(recipe, "recipe", 0), Recipe) else ""
+    check_type("recipe", recipe, Recipe, f"a Recipe, such as aq.recipes.aquant(2, 2){own}")
 
 
 def check_count(argument: str, value: Any) -> int:
@@ -92,14 +95,16 @@ def check_calibration(calibration: Any, recipe: Recipe) -> int:
     if not counts:
         raise InputError("the calibration set has only scalars; samples are on the first axis")
     if len(set(counts.values())) > 1:
-        raise InputError(f"the calibration leaves have different sample counts: {counts}")
+        raise InputError(
+            f"the calibration leaves have different sample counts: {counts}{_if_weights(names)}"
+        )
     samples = next(iter(counts.values()))
     learning = recipe.reconstruction
     needed = max(MIN_SAMPLES, learning.batch_size if learning.steps else MIN_SAMPLES)
     if samples < needed:
         raise InputError(
             f"the calibration set has {samples} samples; the recipe needs at least {needed} "
-            "(batch_size)"
+            f"(batch_size){_if_weights(names)}"
         )
     for name, leaf in zip(names, leaves, strict=True):
         if leaf.dtype in (np.float64, np.complex128):
@@ -118,6 +123,7 @@ def leaf(calibration: Any, name: str) -> Any:
       InputError: there is no such leaf.
     """
     leaves = dict(zip(path_names(calibration), jax.tree.leaves(calibration), strict=True))
+    check_type("mask", name, str, "the path of a leaf of the calibration set")
     if name not in leaves:
         found = ", ".join(map(repr, leaves))
         raise InputError(f"the calibration set has no leaf {name!r}; there are {found}")
@@ -141,6 +147,11 @@ def check_mask(calibration: Any, name: str) -> Bool[np.ndarray, "samples positio
     if empty.size:
         raise InputError(f"mask {name!r} leaves nothing of sample {empty[0]}")
     return mask.astype(bool)
+
+
+def _if_weights(names: Sequence[str]) -> str:
+    """The order of the arguments, if the paths of the calibration set are those of weights."""
+    return f"; {ORDER}" if any(name.split("/")[-1] in WEIGHTS for name in names) else ""
 
 
 def _join(argument: str, name: str) -> str:
@@ -181,7 +192,9 @@ def _readable(path: str, leaf: Any) -> Any:
 
 def _check_numbers(path: str, dtype: Any) -> None:
     if dtype != np.bool_ and not jnp.issubdtype(dtype, jnp.number):
-        raise InputError(f"{path} has dtype {dtype}, which is not one of numbers")
+        order = path.startswith("calibration/") and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+        hint = f"; random keys belong to the variables: {ORDER}" if order else ""
+        raise InputError(f"{path} has dtype {dtype}, which is not one of numbers{hint}")
 
 
 def row_parts(array: np.ndarray) -> Iterator[np.ndarray]:
@@ -203,8 +216,14 @@ def _check_finite(argument: str, tree: Any) -> None:
         if bad:
             raise InputError(
                 f"{_join(argument, name)} has {bad} of {np.size(leaf)} values that are NaN or "
-                "infinite"
+                f"infinite{_first_sample(leaf) if argument == 'calibration' else ''}"
             )
+
+
+def _first_sample(leaf: Any) -> str:
+    """The first sample that is not finite; empty for a scalar."""
+    bad = (i for i, row in enumerate(np.atleast_1d(leaf)) if not np.isfinite(row).all())
+    return f", the first in sample {next(bad)}" if np.ndim(leaf) else ""
 
 
 def check_outputs(graph: Graph, sampled: frozenset[int], recipe: Recipe) -> None:

@@ -35,6 +35,7 @@ class Network(NamedTuple):
       targets: positions of the outputs that have samples.
       valid_mask: False at padding; None without padding.
       transforms: the channel transforms in `apply`, by tensor key.
+      mixing: the op that may mix the samples of a batch, see `independence`.
     """
 
     apply: Callable[..., Any]
@@ -49,6 +50,7 @@ class Network(NamedTuple):
     targets: tuple[int, ...] = ()
     valid_mask: Bool[np.ndarray, "samples positions"] | None = None
     transforms: Mapping[str, ChannelTransform] = MappingProxyType({})
+    mixing: str | None = None
 
 
 def batch_shapes(inputs: Any, samples: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from aquant_jax.arithmetic.border import check_start
 from aquant_jax.errors import InputError
 from aquant_jax.graph.fold import fold, folded_weights
 from aquant_jax.graph.ir import Graph, find_position_axes, sample_first
@@ -18,6 +19,8 @@ from aquant_jax.graph.trace import trace
 from aquant_jax.plan import checks
 from aquant_jax.plan.assign import make_plan
 from aquant_jax.plan.channel_transform import transformed
+from aquant_jax.plan.hints import check_apply, trace_with_hint
+from aquant_jax.plan.independence import find_mixing, warn_if_samples_mix
 from aquant_jax.plan.network import Network, batch_shapes, count_samples
 from aquant_jax.plan.transform_search import find_transforms
 from aquant_jax.recipe import Recipe
@@ -51,11 +54,13 @@ def prepare(
         operands; a regex of the recipe that matches nothing; a leaf that is not a mask.
     """
     checks.check_recipe(recipe)
+    check_apply(apply)
     calibration = checks.host_arrays(calibration)
     checks.check_calibration(calibration, recipe)
     variables = checks.check_variables(variables)
     checks.check_not_traced()
     net = _prepare(apply, variables, calibration, recipe, mask)
+    warn_if_samples_mix(net, calibration)
     if not recipe.transforms:
         return net
     leaves = zip(net.graph.inputs, jax.tree.leaves(calibration), strict=True)
@@ -74,7 +79,7 @@ def _prepare(
     samples = count_samples(calibration)
     learning = recipe.reconstruction
     batch = min(learning.batch_size // learning.accumulate, samples)
-    unfolded = trace(apply, variables, batch_shapes(calibration, batch))
+    unfolded = trace_with_hint(apply, variables, calibration, batch)
     other = _of_more_samples(apply, variables, calibration, unfolded)
     sampled, targets = sample_first(unfolded, other), find_targets(unfolded, other)
     unfolded = focus(unfolded, targets, find_repeated(unfolded, other))
@@ -87,10 +92,13 @@ def _prepare(
     graph = fold(unfolded)
     blocks = partition(graph, recipe.granularity, recipe.blocks, sampled)
     plan = make_plan(graph, recipe)
+    for border in {spec.border for spec in plan.layers.values()}:
+        check_start(border, recipe.phi)
     folded = folded_weights(unfolded, variables)
     return Network(
-        apply, graph, variables, folded, plan, blocks, recipe, samples, batch, targets, valid_mask
-    )
+        apply, graph, variables, folded, plan, blocks, recipe, samples, batch, targets, valid_mask,
+        mixing=find_mixing(unfolded, other),
+    )  # fmt: skip
 
 
 def _of_more_samples(
@@ -103,7 +111,12 @@ def _of_more_samples(
             other = trace(apply, variables, batch_shapes(calibration, samples))
             if len(other.avals) == len(graph.avals):
                 return other
-    return trace(apply, variables, batch_shapes(calibration, graph.samples + 1))
+    try:
+        return trace(apply, variables, batch_shapes(calibration, graph.samples + 1))
+    except InputError as error:
+        raise InputError(
+            f"the network takes {graph.samples} samples; it must take any number: {error}"
+        ) from error.__cause__
 
 
 def _position_axes(

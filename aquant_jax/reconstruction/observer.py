@@ -95,15 +95,20 @@ class LogObserver(Observer):
     def on_start(self, net: Network) -> None:
         logging.info("%s", describe(net))
         self._blocks = len(_steps(net))
+        self._learned: set[int] = set()
 
     def on_memory(self, plan: MemoryPlan) -> None:
         logging.info("%s", plan)
 
+    def on_block_start(self, index: int, block: Block) -> None:
+        self._learned.add(index)
+
     def on_block_end(self, report: Report) -> None:
+        learned = report.index in self._learned
         logging.info(
-            "block %d/%d %s: error %.4g, at the start %.4g, %.1f s",
-            report.index + 1, self._blocks, report.name,
-            report.final_error, report.start_error, report.seconds,
+            "block %d/%d %s: %serror %.4g, at the start %.4g%s",
+            report.index + 1, self._blocks, report.name, "" if learned else "read, ",
+            report.final_error, report.start_error, f", {report.seconds:.1f} s" * learned,
         )  # fmt: skip
         if report.warning:
             logging.warning("%s: %s", report.name, report.warning)

@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from aquant_jax.errors import InputError, ReconstructionError, reason
-from aquant_jax.recipe import Reconstruction
+from aquant_jax.recipe import Recipe, Reconstruction
 from aquant_jax.recipe_checks import RENAMED, hint
 from launch.lib import hosts, process
 from launch.lib.help_text import help_text
@@ -36,6 +36,7 @@ USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # as shells have it: 128 and the number of SIGINT
 TRACEBACK = "--traceback"  # a flag of every program: errors keep their traceback
 RECONSTRUCTION = tuple(field.name for field in dataclasses.fields(Reconstruction))
+RECIPE = tuple(field.name for field in dataclasses.fields(Recipe))
 REQUIRED = (
     *("model", "weights", "dataset", "calibration_size", "test_limit", "eval_batch_size"),
     *("preset", "recipe"),
@@ -206,7 +207,9 @@ def load_config(spec: str, overrides: dict[str, str], variant: str = "") -> Conf
 def _run_file(path: str, argument: str) -> ConfigDict:
     """The result of ``get_config(argument)`` of a config file."""
     if not os.path.isfile(path):
-        raise InputError(f"there is no config file {path!r}")
+        meant = Path("configs", f"{Path(path).stem}.py")
+        asked = f"; did you mean {meant}?" if os.path.isfile(meant) else ""
+        raise InputError(f"there is no config file {path!r}{asked}")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
@@ -275,6 +278,9 @@ def _advice(field: str, known: list[str]) -> str:
     section, _, name = field.rpartition(".")
     if section.startswith("recipe") and name in RENAMED:
         return hint(name, known)
+    if not section and name in (*RECONSTRUCTION, *RECIPE):
+        part = "recipe.reconstruction" if name in RECONSTRUCTION else "recipe"
+        return f"did you mean '{part}.{name}'?"
     paths = {name: name for name in known}
     if section == "recipe":
         paths |= {name: f"reconstruction.{name}" for name in RECONSTRUCTION}

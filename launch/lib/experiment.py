@@ -19,9 +19,9 @@ from aquant_jax.reconstruction.memory import allocate_inputs
 from aquant_jax.reporting.run import describe
 from aquant_jax.storage import json_file
 from aquant_jax.storage.environment import environment
-from launch.lib import augmentations, hosts, plots, process, progress, reports
+from launch.lib import augmentations, hosts, plots, preprocessing, process, progress, reports
 from launch.lib.command_line import Config, absolute
-from launch.lib.metrics import Predict, evaluate_batches
+from launch.lib.metrics import Predict, evaluate_batches, float_network
 from launch.lib.run_directory import RunDirectory
 
 BERT = "bert"
@@ -72,7 +72,7 @@ def load(
     dataset, calibration = open_data(config, data_dir)
     calibration.check_calibration(config.calibration_size)  # before hours of scoring
     apply, variables, check = create(config, data_dir, dataset)
-    predict = functools.partial(apply, variables)
+    predict = float_network(apply, variables, config.model, dataset.name)
     float_metrics = score(predict, dataset, config, "float", check=check, mesh=mesh)
     return Experiment(
         apply, variables, dataset, calibration, float_metrics, check, mesh, memory_limit
@@ -261,13 +261,12 @@ def open_data(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset
         if missing := [name for name in OF_BERT if name not in config]:
             raise InputError(f"model {BERT!r} needs the config fields {', '.join(missing)}")
         return _open_sentences(config, data_dir)
-    fields = config.get("preprocessing")
-    preprocessing = data.Preprocessing(**fields.to_dict()) if fields else None
-    dataset = data.load(config.dataset, data_dir, preprocessing, config.get("test_split"))
+    how = preprocessing.of(config, config.dataset)
+    dataset = data.load(config.dataset, data_dir, how, config.get("test_split"))
     name = config.get("calibration_dataset") or config.dataset
     if name == config.dataset:
         return dataset, dataset
-    return dataset, data.load(name, data_dir, preprocessing)
+    return dataset, data.load(name, data_dir, preprocessing.of(config, name))
 
 
 def _open_sentences(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset]:

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.errors import FlaxError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from aquant_jax.errors import InputError
+from aquant_jax import models
+from aquant_jax.errors import InputError, reason
 from aquant_jax.reconstruction.devices import DATA, put, read
 
 TOP_K = (1, 5)
@@ -44,6 +46,26 @@ def evaluate(
         raise InputError(f"batch_size is {batch_size}, must be at least 1")
     slices = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
     return evaluate_batches(predict, ((images[part], labels[part]) for part in slices))
+
+
+def float_network(apply: models.Apply, variables: Any, model: str, dataset: str) -> Predict:
+    """A network to be scored, for which inputs that it cannot take are an InputError.
+
+    Args:
+        apply, variables: the network.
+        model, dataset: their names.
+    """
+
+    def predict(inputs: Any) -> Any:
+        try:
+            return apply(variables, inputs)
+        except (TypeError, ValueError, FlaxError) as error:
+            shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(inputs))
+            raise InputError(
+                f"{model} does not take the inputs of {dataset}, of shape {shapes}: {reason(error)}"
+            ) from error
+
+    return predict
 
 
 def evaluate_batches(

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import aquant_jax as aq
 from aquant_jax import register_border
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.uniform import quantize, to_units
@@ -285,3 +286,40 @@ def test_eq7_minimises_the_error_against_the_noiseless_product(weight, weight_er
 )
 def test_the_clamp_passes_gradients_up_to_its_ends(p, slope):
     assert jax.grad(borders.get_phi("clamp").apply)(jnp.float32(p)) == slope
+
+
+@pytest.mark.parametrize(
+    ("init", "apply", "words"),
+    [
+        (
+            lambda shape, half: {"b": jnp.ones(shape)}, lambda c, u: c["b"] * u,
+            r"apply returns -8 at u = -8; it must return half, 0\.5, for every u$",
+        ),
+        (
+            lambda shape, half: {"b": jnp.full(shape, half)},
+            lambda c, u: jnp.where(u > 3, c["b"] + 0.25, c["b"]),
+            r"apply returns 0\.75 at u = 4; it must return half, 0\.5, for every u$",
+        ),
+        (
+            lambda shape, half: {"b": jnp.full(shape, half).at[2].set(jnp.nan)},
+            lambda c, u: c["b"] + 0 * u,
+            r"apply returns nan at u = -8; it must return half, 0\.5, for every u$",
+        ),
+        (
+            lambda shape, half: {"b": jnp.full(shape[1:], half)}, lambda c, u: c["b"] + 0 * u,
+            r"init\(\(4, 2\), 0\.5\) gives 'b' the shape \(2,\); it must be \(4, 2\)$",
+        ),
+    ],
+    ids=["another constant", "some u", "one tap", "shape"],
+)  # fmt: skip
+def test_a_border_that_does_not_start_at_half_is_an_error_at_its_first_use(init, apply, words):
+    variables = {"kernel": np.eye(4, dtype=np.float32), "head": np.eye(4, dtype=np.float32)}
+    register_border("off", init, apply)
+    try:
+        recipe = aq.recipes.aquant(border="off", steps=1, batch_size=4)
+        with pytest.raises(InputError, match=rf"^border 'off': .*{words}"):
+            aq.prepare(
+                lambda v, x: x @ v["kernel"] @ v["head"], variables, variables["head"], recipe
+            )
+    finally:
+        del borders.BORDERS["off"]

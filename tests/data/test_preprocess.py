@@ -145,6 +145,7 @@ def test_normalisation_is_per_channel():
         ({"size": 288}, "288.*256"),
         ({"std": (1.0, 0.0, 1.0)}, "std"),
         ({"mean": (0.5,)}, "three"),
+        ({"mean": (0.5,) * 2, "std": (0.5,) * 2}, "three numbers each, or one for grey images"),
     ],
 )
 def test_wrong_preprocessing(fields, words):

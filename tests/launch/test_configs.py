@@ -217,6 +217,15 @@ def test_the_last_of_several_values_of_a_field_counts():
 def test_missing_config_file():
     with pytest.raises(InputError, match=r"no config file 'configs/nothing\.py'"):
         command_line.load_config("configs/nothing.py:w2a2", {})
+    with pytest.raises(InputError, match=r"file 'digits'; did you mean configs/digits\.py\?$"):
+        command_line.load_config("digits:w2a2", {})
+
+
+@pytest.mark.parametrize("field", ["reconstruction.steps", "weight_bits"])
+def test_a_field_of_the_recipe_without_its_section(field):
+    name = field.split(".")[-1]
+    with pytest.raises(InputError, match=rf"field '{name}'; did you mean 'recipe\.{field}'\?$"):
+        command_line.load_config("configs/digits.py", {name: "3"})
 
 
 @pytest.mark.parametrize(

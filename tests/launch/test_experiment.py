@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 import aquant_jax as aq
 from aquant_jax import data, models
@@ -130,6 +131,40 @@ def test_a_head_of_another_number_of_classes(argv, root, capsys):
     (root / "pets" / "val" / "class9").rename(root / "elsewhere")
     assert quantize.main(argv) == 2
     assert "the network tells 10 classes apart, the data 9" in capsys.readouterr().err
+
+
+def test_images_with_other_channels_than_the_network_takes(argv, capsys, monkeypatch):
+    network = (lambda kernel, x: x @ kernel, np.ones((1, 10), np.float32))
+    monkeypatch.setattr(models, "create", lambda name, weights: network)
+    assert quantize.main(argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: one dense layer does not take the inputs of folder:")
+    assert "of shape (8, 16, 16, 3): dot_general requires contracting dimensions" in error
+
+
+def test_grey_digits_in_a_folder_are_read_as_their_network_takes_them(tmp_path):
+    """The embedded network scores as on its own data set, whose images these are."""
+    known = data.load("digits").test(50)
+    for index, (image, label) in enumerate(zip(*known, strict=True)):
+        folder = tmp_path / "val" / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.round(255 * image[:, :, 0]).astype(np.uint8)
+        Image.fromarray(pixels.repeat(2, 0).repeat(2, 1)).save(folder / f"{index}.png")
+    (tmp_path / "val").rename(tmp_path / "train")
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    fields = {"dataset": f"folder:{tmp_path}", "calibration_size": "50"}
+    config = command_line.load_config("configs/digits.py", fields)
+    loaded = experiment.load(config, "/nonexistent")
+    assert loaded.float_metrics["top1"] > 95
+    found, drawn = loaded.dataset.test(), loaded.dataset.calibration(50)
+    assert found.inputs.shape == (50, 8, 8, 1)
+    one, two = (sorted(image.tobytes() for image in images) for images in (found[0], drawn[0]))
+    assert one == two  # without random crops
+    np.testing.assert_allclose(
+        np.sort(found.inputs.sum(axis=(1, 2, 3))),
+        np.sort(known.inputs.sum(axis=(1, 2, 3))),
+        rtol=0.01,
+    )
 
 
 def test_another_calibration_draw_changes_nothing_but_the_seed(config, root, monkeypatch):

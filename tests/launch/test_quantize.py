@@ -71,7 +71,7 @@ WRONG = {
     "augment": ([DIGITS, "--config.augment=mixup"], "unknown augment 'mixup'; known: shift"),
     "fields of BERT": ([DIGITS, "--config.model=bert"], "needs the config fields max_length, cal"),
     "loss": ([DIGITS, "--config.recipe.reconstruction.finetune_loss=l1"], "known: mse, kl"),
-    "overrides": ([DIGITS, "--config.recipe.overrides=[5]"], "overrides: 5 must be a dict"),
+    "overrides": ([DIGITS, "--config.recipe.overrides=[5]"], "overrides: 5 must be an aq.Override"),
     "field of a wrong type": ([DIGITS, "--config.recipe.reconstruction.steps=x"], "steps=x"),
     "empty workdir": ([DIGITS, "--workdir="], "--workdir=: a path cannot be empty"),
     "NUL in a path": ([DIGITS, "--data_dir=a\0b"], "a path cannot hold a NUL byte"),

@@ -35,7 +35,7 @@ def test_half_precision_weights_that_are_not_finite_are_named():
 def test_calibration_that_is_not_finite_is_named():
     x = images(0, 8)
     x[3, 0, 0, :2] = np.nan
-    with pytest.raises(InputError, match=r"calibration has 2 of 864 values that are NaN"):
+    with pytest.raises(InputError, match=r"2 of 864 values .* or infinite, the first in sample 3$"):
         quantize(calibration=x)
     with pytest.raises(InputError, match=r"calibration/right has 2 of"):
         check_calibration({"left": images(0, 8), "right": x}, NEAREST)
@@ -150,6 +150,11 @@ def test_an_override_that_matches_nothing_is_an_error(pattern):
     recipe = NEAREST.replace(overrides=({"pattern": pattern, "weight_bits": 3},))
     with pytest.raises(InputError, match=r"overrides: '.*' matches none of .*stem/kernel"):
         quantize(recipe=recipe)
+
+
+def test_a_pattern_alone_is_no_override():
+    with pytest.raises(InputError, match=r"^overrides: 'stem' must be an aq\.Override\(pattern, "):
+        NEAREST.replace(overrides=["stem"])
 
 
 def test_an_override_that_is_no_regex_is_an_error():

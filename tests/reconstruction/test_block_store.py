@@ -49,11 +49,15 @@ def interrupt_after(count, folder, **more):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_resumes_to_the_same_bits(tmp_path, count):
+def test_resumes_to_the_same_bits(tmp_path, count, caplog):
     interrupt_after(count, tmp_path)
     observer = Recorder()
-    again = quantize(resume=tmp_path, observer=observer)
+    caplog.set_level("INFO", "absl")
+    again = quantize(resume=tmp_path, observer=aq.Observers(observer, aq.LogObserver()))
     assert observer.learned == list(range(count, 3))
+    lines = [line for line in caplog.messages if line.startswith("block ")]
+    assert [": read, error " in line for line in lines] == [True] * count + [False] * (3 - count)
+    assert [line.endswith(" s") for line in lines] == [False] * count + [True] * (3 - count)
     assert_same_network(again, uninterrupted())
     assert [r.index for r in observer.reports] == [0, 1, 2]
     for one, two in zip(again.reports, uninterrupted().reports, strict=True):
