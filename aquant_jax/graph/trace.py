@@ -55,7 +55,8 @@ def trace(apply: Callable[..., Any], variables: Any, x: Any, trainable: bool = T
     except Exception as error:  # frameworks raise various types for a wrong shape
         leaves = jax.tree.leaves(x)
         shapes = [f"{a.dtype}{list(a.shape)}" for a in leaves[:MOST_SHOWN]]
-        shapes += [f"{len(leaves) - MOST_SHOWN} more"] * (len(leaves) > MOST_SHOWN)
+        if len(leaves) > MOST_SHOWN:
+            shapes.append(f"{len(leaves) - MOST_SHOWN} more")
         text = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"apply(variables, x) fails for x of {shapes}: {text}") from error
     return _Flattener(closed, variables, jax.tree.structure(out_shape), trainable).graph()

@@ -104,11 +104,11 @@ class LogObserver(Observer):
         self._learned.add(index)
 
     def on_block_end(self, report: Report) -> None:
-        learned = report.index in self._learned
+        how = f"learned in {report.seconds:.1f} s" if report.index in self._learned else "read"
         logging.info(
-            "block %d/%d %s: %serror %.4g, at the start %.4g%s",
-            report.index + 1, self._blocks, report.name, "" if learned else "read, ",
-            report.final_error, report.start_error, f", {report.seconds:.1f} s" * learned,
+            "block %d/%d %s: %s, error %.4g, at the start %.4g",
+            report.index + 1, self._blocks, report.name, how, report.final_error,
+            report.start_error,
         )  # fmt: skip
         if report.warning:
             logging.warning("%s: %s", report.name, report.warning)
