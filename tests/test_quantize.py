@@ -136,7 +136,7 @@ def test_without_a_terminal_the_log_has_a_line_a_block(caplog, capsys):
     assert [line.split(":")[0].split()[1] for line in plan[1:]] == ["stem", "block_1", "head"]
     names = ("1/3 stem", "2/3 block_1", "3/3 head")
     for line, name in zip(lines[2:], names, strict=True):
-        assert line.startswith(f"block {name}: error ")
+        assert line.startswith(f"block {name}: learned in ")
     assert capsys.readouterr().out == ""
 
 
