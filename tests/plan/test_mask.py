@@ -34,7 +34,11 @@ def state(quantized):
     return jax.tree.leaves((quantized.layers, quantized.activations))
 
 
-@pytest.mark.parametrize("fields", [{"granularity": "layer"}, BORDERS], ids=["layer", "block"])
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param({"granularity": "layer"}, marks=pytest.mark.slow), BORDERS],
+    ids=["layer", "block"],
+)
 def test_what_stands_in_the_padding_has_no_influence(fields):
     x = tokens()
     one, two = (quantize(padded_with(x, t), "mask", **fields) for t in (0, 29))
