@@ -73,7 +73,8 @@ def models(load: Load) -> str:
             how, runs = max(by[network, bits].items(), key=lambda item: _mean(item[1]))
             scores = spread([run.score for run in runs], each=False)
             minutes = statistics.fmean(run.minutes for run in runs)
-            figures = [f"{runs[0].float_score:.2f}", scores, how, str(len(runs)), f"{minutes:.2g}"]
+            shown = f"{minutes:.0f}" if minutes >= 10 else f"{minutes:.2g}"
+            figures = [f"{runs[0].float_score:.2f}", scores, how, str(len(runs)), shown]
             rows.append([label, bits, *figures, f"`{config}`"])
         if not found:
             base = known.get(network, "not run")
