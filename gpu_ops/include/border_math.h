@@ -143,7 +143,7 @@ BORDER_INLINE float Dequantize(float code, const Grid& grid) {
 
 // The value of an element in training, where not-a-number stays so.
 BORDER_INLINE float Quantized(float u, float border, const Grid& grid) {
-  return Mul(grid.step, Sub(Clip(RawCode(u, border, grid), 0.0f, grid.top), grid.zero));
+  return Dequantize(Clip(RawCode(u, border, grid), 0.0f, grid.top), grid);
 }
 
 // The derivative at one element whose border is held fixed.
