@@ -37,6 +37,15 @@ def check_type(argument: str, value: Any, kind: type, wanted: str) -> None:
         raise InputError(f"{argument} is of type {type(value).__name__}; it must be {wanted}")
 
 
+def install_command(extra: str) -> str:
+    """The command that installs an extra, for the messages about a package that is missing.
+
+    >>> install_command("onnx")
+    "pip install -e '.[onnx]' in the clone"
+    """
+    return f"pip install -e '.[{extra}]' in the clone"
+
+
 def reason(error: BaseException) -> str:
     """The first line of an exception's message, or its type's name if the message is empty.
 

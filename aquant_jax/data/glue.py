@@ -9,7 +9,7 @@ import numpy as np
 
 from aquant_jax.data.source import Dataset, OnCorrupt, Split
 from aquant_jax.data.tfds import open_splits, read_record
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, install_command
 
 PREFIX = "glue/"
 
@@ -122,7 +122,7 @@ def load_tokenizer(tokenization: Tokenization) -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise InputError("GLUE needs tokenizers: pip install -e '.[glue]' in the clone") from error
+        raise InputError(f"GLUE needs tokenizers: {install_command('glue')}") from error
     if tokenization.max_length < 4:  # [CLS] a [SEP] b would lose b
         raise InputError(
             f"max_length is {tokenization.max_length}; sequences have 4 tokens or more"

@@ -11,7 +11,7 @@ import numpy as np
 
 from aquant_jax.data.preprocess import Preprocessing, for_calibration, for_evaluation
 from aquant_jax.data.source import Dataset, OnCorrupt, Split
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, install_command
 
 READ_AHEAD = 256  # decoded images that wait at most
 
@@ -118,9 +118,7 @@ def _ahead(load: Callable[[int], Loaded], indices: list[int], ahead: int) -> Ite
     try:
         import grain
     except ImportError as error:
-        raise InputError(
-            "reading images needs grain: pip install -e '.[data]' in the clone"
-        ) from error
+        raise InputError(f"reading images needs grain: {install_command('data')}") from error
     options = grain.ReadOptions(num_threads=_cores(), prefetch_buffer_size=ahead)
     images: Any = iter(grain.MapDataset.source(indices).map(load).to_iter_dataset(options))
     try:

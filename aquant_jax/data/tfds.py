@@ -8,7 +8,7 @@ from typing import Any, cast
 from aquant_jax.data.preprocess import Preprocessing
 from aquant_jax.data.records import NONE, Record, Records, dataset
 from aquant_jax.data.source import Dataset
-from aquant_jax.errors import InputError, reason
+from aquant_jax.errors import InputError, install_command, reason
 
 SETS = (
     *("cifar10", "cifar10_jpeg", "imagenet2012", "imagenet_v2"),
@@ -97,9 +97,7 @@ def open_splits(name: str, tfds_dir: Path, skip: Sequence[str] = ()) -> dict[str
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise InputError(
-            f"{name} needs tensorflow-datasets: pip install -e '.[data]' in the clone"
-        ) from error
+        raise InputError(f"{name} needs tensorflow-datasets: {install_command('data')}") from error
     base = name.partition("/")[0].partition(":")[0]
     if not (tfds_dir / base).is_dir():
         # Checked before tfds, which would log a warning.

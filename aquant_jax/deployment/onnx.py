@@ -23,7 +23,7 @@ from aquant_jax.deployment.onnx_runtimes import ONNXRUNTIME, OPENVINO, known
 from aquant_jax.deployment.onnx_weights import ReadWeight, place_weights
 from aquant_jax.deployment.quantized import Quantized, Traced, check_quantized
 from aquant_jax.deployment.stablehlo import batches_of
-from aquant_jax.errors import InputError, reason
+from aquant_jax.errors import InputError, install_command, reason
 from aquant_jax.graph.ir import Op
 from aquant_jax.graph.subgraph import bind_inputs, extract_subgraph, run
 from aquant_jax.graph.trace import trace
@@ -92,7 +92,7 @@ def _imported(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise InputError(f"ONNX needs {package}: pip install -e '.[onnx]' in the clone") from error
+        raise InputError(f"ONNX needs {package}: {install_command('onnx')}") from error
 
 
 class _Function(NamedTuple):

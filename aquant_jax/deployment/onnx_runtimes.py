@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from aquant_jax.deployment.stablehlo import in_batches
-from aquant_jax.errors import InputError, reason
+from aquant_jax.errors import InputError, install_command, reason
 
 ONNXRUNTIME, OPENVINO = RUNTIMES = "onnxruntime", "openvino"
 
@@ -41,9 +41,7 @@ def load(path: str | Path, runtime: str = ONNXRUNTIME) -> Callable:
         once, size = (_openvino if known(runtime) == OPENVINO else _onnxruntime)(path)
     except ImportError as error:
         extra = "bench" if runtime == OPENVINO else "onnx"
-        raise InputError(
-            f"this needs {runtime}: pip install -e '.[{extra}]' in the clone"
-        ) from error
+        raise InputError(f"this needs {runtime}: {install_command(extra)}") from error
     except Exception as error:  # runtimes have exceptions of their own
         raise InputError(f"{path} cannot be read by {runtime}: {reason(error)}") from error
     return lambda batch: in_batches(once, batch, size)

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, install_command
 
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin")
 _WRAPPERS = ("state_dict", "model")
@@ -68,8 +68,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         torch: Any = importlib.import_module("torch")
     except ImportError as error:
         raise InputError(
-            f"{path} is a PyTorch checkpoint and PyTorch is not installed: pip install -e "
-            "'.[torch]' in the clone, or convert the file where it is (launch.convert)"
+            f"{path} is a PyTorch checkpoint and PyTorch is not installed: "
+            f"{install_command('torch')}, or convert the file where it is (launch.convert)"
         ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

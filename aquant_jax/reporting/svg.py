@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, install_command
 
 INK, FAINT, GRID = "#010101", "#020202", "#030303"
 SERIES = tuple(f"#04040{k}" for k in range(8))
@@ -71,9 +71,7 @@ def matplotlib() -> Any:
         import matplotlib.figure
         import matplotlib.ticker
     except ImportError as error:
-        raise InputError(
-            "a report needs matplotlib: pip install -e '.[report]' in the clone"
-        ) from error
+        raise InputError(f"a report needs matplotlib: {install_command('report')}") from error
     return package
 
 

@@ -11,7 +11,7 @@ from flax.errors import FlaxError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aquant_jax import models
-from aquant_jax.errors import InputError, reason
+from aquant_jax.errors import InputError, install_command, reason
 from aquant_jax.reconstruction.devices import DATA, put, read
 
 TOP_K = (1, 5)
@@ -174,9 +174,7 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(
-            f"the metric needs {name}: pip install -e '.[glue]' in the clone"
-        ) from error
+        raise InputError(f"the metric needs {name}: {install_command('glue')}") from error
 
 
 def _predicted(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, install_command
 from aquant_jax.reporting.layers import border_curves
 from aquant_jax.reporting.run import Report, metric_name, split_reports
 from launch.lib.allocations import cost_of
@@ -27,9 +27,7 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise InputError(
-            "plots need matplotlib: pip install -e '.[report]' in the clone"
-        ) from error
+        raise InputError(f"plots need matplotlib: {install_command('report')}") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -27,7 +27,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 import launch
-from aquant_jax.errors import InputError, ReconstructionError, reason
+from aquant_jax.errors import InputError, ReconstructionError, install_command, reason
 from aquant_jax.storage.folder_lock import FolderInUseError
 from launch.lib import cells, meshes, process
 from launch.lib.results import one_line
@@ -272,9 +272,7 @@ def _import(address: str) -> Ray:
     try:
         return importlib.import_module("ray")
     except ImportError as error:
-        raise InputError(
-            "--executor=ray needs Ray: pip install -e '.[cluster]' in the clone"
-        ) from error
+        raise InputError(f"--executor=ray needs Ray: {install_command('cluster')}") from error
 
 
 def _devices(mesh: str | None) -> int:
