@@ -3,8 +3,9 @@
 A few channels with a large range, or far from zero, take most of the codes of a tensor. A transform
 replaces such a tensor x by x' = (x - shift) / scale per channel (Wei et al. 2023, "Outlier
 Suppression+"), or by its product with an orthogonal matrix (Ashkboos et al. 2024, "QuaRot"). Dense
-layers that read x read x' with the weights scale * W and the bias b + shift * W. All other ops read
-x, computed from x'. In float the network stays the same; what is quantized is x'.
+layers and convolutions that read x read x' with the weights scale * W and the bias b + shift * W.
+All other ops read x, computed from x'. In float the network stays the same; what is quantized is
+x'.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float
 
 from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.graph.fold import fold
-from aquant_jax.graph.ir import ALIASES, INVERSE, PRODUCTS, TRANSFORM, Graph, Op
+from aquant_jax.graph.ir import ALIASES, INVERSE, TRANSFORM, Graph, Op
 from aquant_jax.graph.subgraph import (
     bind_inputs,
     constant_values,
@@ -28,6 +29,7 @@ from aquant_jax.graph.subgraph import (
 )
 from aquant_jax.graph.trace import trace
 from aquant_jax.plan.assign import Plan, make_plan
+from aquant_jax.plan.transform_readers import by_channel, can_read, from_channels, takes_shift
 from aquant_jax.recipe import Recipe
 
 
@@ -77,11 +79,10 @@ forward, inverse = jax.jit(_forward), jax.jit(_inverse)
 
 
 def transformable(graph: Graph, plan: Plan) -> dict[int, list[Op]]:
-    """The quantized tensors that can be transformed, and the dense layers that read each.
+    """The quantized tensors that can be transformed, and the layers that read each.
 
-    Every op that reads such a tensor rounded reads the tensor itself and not a view of it. It is a
-    dense layer that contracts the last axis only, or neither a layer nor a product of activations.
-    No loop reads or makes it.
+    Every op that reads such a tensor rounded reads the tensor itself and not a view of it, and can
+    read it transformed. No loop reads or makes it.
     """
     producers = graph.producers()
     in_loops = {i for op in graph.ops if op.loop for i in (*op.reads, *op.outputs)}
@@ -92,22 +93,12 @@ def transformable(graph: Graph, plan: Plan) -> dict[int, list[Op]]:
     for op in graph.ops:
         for value in () if op.name in ALIASES else op.reads:
             source = source_tensor(producers, value)
-            if source in readers and (source != value or not _can_read(graph, op)):
+            rank = len(graph.avals[value].shape)
+            if source in readers and (source != value or not can_read(op, rank)):
                 del readers[source]
             elif source in readers and op.layer is not None:
                 readers[source].append(op)
     return readers
-
-
-def _can_read(graph: Graph, op: Op) -> bool:
-    """Whether a reader of a tensor leaves it transformable."""
-    if op.layer is None:
-        return op.name not in PRODUCTS  # the last axis may be that of positions
-    if op.layer.kind != "dense":
-        return False
-    contract, batch = op.params["dimension_numbers"]
-    last = len(graph.avals[op.x].shape) - 1
-    return contract[op.layer.x_position] == (last,) and not batch[0]
 
 
 def transformed(
@@ -188,9 +179,10 @@ class _Transformed:
         weight, transform = self.weights[op.layer.weight], self.transforms.get(op.x)
         if transform is None:
             return _call(op, x, weight)
-        axis = input_axis(op)
-        absorbed = jnp.moveaxis(absorb(jnp.moveaxis(weight, axis, -1), transform), -1, axis)
+        absorbed = from_channels(op, absorb(by_channel(op, weight), transform))
         y = _call(op, self._transformed(op.x, x).astype(x.dtype), absorbed)
+        if not takes_shift(op, x.shape):
+            return y
         return y + _call(op, _last(transform.shift, x).astype(x.dtype), weight)
 
 
@@ -234,16 +226,13 @@ def _call(op: Op, x: Any, weight: Any) -> Any:
     return y
 
 
-def input_axis(op: Op) -> int:
-    """The axis of a dense layer's weight operand that numbers the channels of its input."""
-    (axis,) = op.params["dimension_numbers"][0][1 - op.layer.x_position]
-    return axis
-
-
-def absorb(weights: Float[AnyArray, "... C"], transform: ChannelTransform) -> Float[Array, "... C"]:
-    """The weights of a dense layer for a transformed input of C channels."""
+def absorb(
+    weights: Float[AnyArray, "taps groups Cg Og"], transform: ChannelTransform
+) -> Float[Array, "taps groups Cg Og"]:
+    """The weights of a layer for a transformed input; a rotation has one group of channels."""
     weights = jnp.asarray(weights)
-    scaled = weights * _last(transform.scale, weights).astype(weights.dtype)
+    scale = jnp.asarray(transform.scale).reshape(1, weights.shape[1], -1, 1)
+    scaled = weights * scale.astype(weights.dtype)
     if transform.rotation is None:
         return scaled
-    return scaled @ jnp.asarray(transform.rotation).astype(weights.dtype)
+    return jnp.matmul(jnp.asarray(transform.rotation).T.astype(weights.dtype), scaled)

@@ -1,8 +1,8 @@
 """The choice of channel transforms: those with the least error of what reads a tensor.
 
-Candidates are compared on some rows of the float network's tensors: by the outputs of the dense
-layers that read a tensor, with both operands rounded to nearest, and by the tensor itself where
-other ops read it.
+Candidates are compared on some rows of the float network's tensors, a row for every pixel: by what
+each tap of the layers that read a tensor adds to its output, with both operands rounded to nearest,
+and by the tensor itself where other ops read it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from aquant_jax.arithmetic.uniform import (
     quantize,
 )
 from aquant_jax.errors import ReconstructionError
-from aquant_jax.graph.ir import ALIASES, Op
+from aquant_jax.graph.ir import ALIASES
 from aquant_jax.graph.subgraph import bind_inputs
 from aquant_jax.layers.fake_quant import Weights
 from aquant_jax.plan import block_program
@@ -34,11 +34,11 @@ from aquant_jax.plan.channel_transform import (
     ChannelTransform,
     absorb,
     forward,
-    input_axis,
     inverse,
     transformable,
 )
 from aquant_jax.plan.network import Network, take_samples
+from aquant_jax.plan.transform_readers import by_channel, groups, takes_shift
 
 ROWS = 2048  # of a tensor, on which candidates are compared
 THRESHOLDS = 12  # ranges to which the channels of larger range are scaled down
@@ -58,7 +58,7 @@ class _Reading(NamedTuple):
 
     Attributes:
       bits: of the tensor.
-      weight_bits: of every dense layer that reads it; None for float.
+      weight_bits: of every layer that reads it; None for float.
       restored: whether other ops read it too.
     """
 
@@ -84,10 +84,13 @@ def find_transforms(net: Network, leaves: Mapping[int, Any]) -> dict[str, Channe
     for value, sample in zip(layers, _observe(net, list(layers), leaves), strict=True):
         tensor = net.plan.tensors[value]
         paths = [op.layer.path for op in layers[value]]
-        weights = tuple(map(functools.partial(_weights, net), layers[value]))
+        weights = tuple(by_channel(op, net.folded[op.layer.path].weight) for op in layers[value])
         weight_bits = tuple(net.plan.layers[path].weight_bits for path in paths)
         reading = _Reading(tensor.bits, weight_bits, value in read)
-        candidates = list(_candidates(sample, net.recipe.transforms))
+        shape = net.graph.avals[value].shape
+        shifts = all(takes_shift(op, shape) for op in layers[value])
+        mixes = all(groups(op) == 1 for op in layers[value])
+        candidates = list(_candidates(sample, net.recipe.transforms, shifts, mixes))
         errors = [_error(sample.rows, candidate, weights, reading) for candidate in candidates]
         best = int(np.argmin(errors))
         if best > 0:
@@ -105,33 +108,36 @@ def hadamard(channels: int) -> Float[np.ndarray, "C C"]:
     return matrix.astype(np.float32)
 
 
-def _candidates(sample: _Sample, kinds: Sequence[str]) -> Iterator[ChannelTransform]:
-    """The transforms to compare; the first changes nothing."""
+def _candidates(
+    sample: _Sample, kinds: Sequence[str], shifts: bool, mixes: bool
+) -> Iterator[ChannelTransform]:
+    """The transforms to compare; the first changes nothing.
+
+    Args:
+      sample: of the tensor.
+      kinds: of the recipe.
+      shifts, mixes: whether every layer that reads the tensor can read it shifted, or rotated.
+    """
     zeros, ones = np.zeros_like(sample.low), np.ones_like(sample.low)
     yield ChannelTransform(zeros, ones)
-    centre, radius = (sample.high + sample.low) / 2, (sample.high - sample.low) / 2
+    centre = (sample.high + sample.low) / 2 if shifts else zeros
+    radius = np.maximum(sample.high - centre, centre - sample.low)
     largest, smallest = radius.max(), np.quantile(radius, SMALLEST)
     if "shift_scale" in kinds and smallest > 0:
         for threshold in np.geomspace(largest, smallest, THRESHOLDS, dtype=np.float32):
             yield ChannelTransform(centre, np.maximum(ones, radius / threshold))
-    if "hadamard" in kinds:
+    if "hadamard" in kinds and mixes:
         yield ChannelTransform(zeros, ones, hadamard(len(zeros)))
-
-
-def _weights(net: Network, op: Op) -> Float[Array, "n C"]:
-    """The weights of a dense layer, a row for every output channel."""
-    weight = jnp.moveaxis(jnp.asarray(net.folded[op.layer.path].weight), input_axis(op), -1)
-    return weight.reshape(-1, weight.shape[-1])
 
 
 def _error(
     rows: Float[np.ndarray, "rows C"],
     transform: ChannelTransform,
-    weights: tuple[Float[AnyArray, "n C"], ...],
+    weights: tuple[Float[AnyArray, "taps groups Cg Og"], ...],
     reading: _Reading,
 ) -> float:
     """Sum of the relative squared errors of all that reads a tensor, given some of its rows and
-    the weights of the dense layers among its readers."""
+    the weights of the layers among its readers."""
     x = forward(rows, transform)
     quantizer = search_activation_range(x, reading.bits)
     return float(_rounded_error(rows, x, transform, quantizer, weights, reading))
@@ -143,7 +149,7 @@ def _rounded_error(
     x: Float[AnyArray, "rows C"],
     transform: ChannelTransform,
     quantizer: ActivationQuantizer,
-    weights: tuple[Float[AnyArray, "n C"], ...],
+    weights: tuple[Float[AnyArray, "taps groups Cg Og"], ...],
     reading: _Reading,
 ) -> Float[Array, ""]:
     rounded = fake_quantize(x, quantizer, reading.bits)
@@ -151,10 +157,18 @@ def _rounded_error(
     if reading.restored:
         error += _relative_error(inverse(rounded, transform), rows)
     for weight, bits in zip(weights, reading.weight_bits, strict=True):
-        matrix = absorb(weight, transform).T
-        quantized = matrix if bits is None else _to_nearest(matrix, bits)
-        error += _relative_error(rounded @ quantized, x @ matrix)
+        exact = absorb(weight, transform)
+        nearest = exact if bits is None else _to_nearest(exact, bits)
+        error += _relative_error(_per_tap(rounded, nearest), _per_tap(x, exact))
     return error
+
+
+def _per_tap(
+    rows: Float[AnyArray, "rows C"], weights: Float[AnyArray, "taps groups Cg Og"]
+) -> Float[Array, "rows n"]:
+    """What every tap of a layer adds to its output channels."""
+    grouped = rows.reshape(rows.shape[0], weights.shape[1], -1)
+    return jnp.einsum("rgc,tgco->rtgo", grouped, weights).reshape(rows.shape[0], -1)
 
 
 def _relative_error(
@@ -165,13 +179,15 @@ def _relative_error(
     return jnp.sum(jnp.square(values - exact)) / jnp.maximum(spread, 1e-30)
 
 
-def _to_nearest(matrix: Float[AnyArray, "C n"], bits: int) -> Float[Array, "C n"]:
-    """Weights rounded to nearest, the range of a column from its least to its largest value."""
-    low = jnp.minimum(jnp.min(matrix, 0, keepdims=True), 0.0)
-    high = jnp.maximum(jnp.max(matrix, 0, keepdims=True), 0.0)
+def _to_nearest(
+    weights: Float[AnyArray, "taps groups Cg Og"], bits: int
+) -> Float[Array, "taps groups Cg Og"]:
+    """Weights rounded to nearest, the range of an output channel from its least to its largest."""
+    low = jnp.minimum(jnp.min(weights, (0, 2), keepdims=True), 0.0)
+    high = jnp.maximum(jnp.max(weights, (0, 2), keepdims=True), 0.0)
     scale = jnp.maximum(high - low, np.float32(1e-30)) / max_code(bits)
     zero_point = jnp.round(-low / scale)
-    return dequantize(quantize(matrix / scale, zero_point, bits), scale, zero_point)
+    return dequantize(quantize(weights / scale, zero_point, bits), scale, zero_point)
 
 
 def _observe(net: Network, values: Sequence[int], leaves: Mapping[int, Any]) -> list[_Sample]:
