@@ -133,7 +133,7 @@ def _candidates(
 def _error(
     rows: Float[np.ndarray, "rows C"],
     transform: ChannelTransform,
-    weights: tuple[Float[AnyArray, "taps groups Cg Og"], ...],
+    weights: tuple[Float[AnyArray, "_ _ _ _"], ...],
     reading: _Reading,
 ) -> float:
     """Sum of the relative squared errors of all that reads a tensor, given some of its rows and
@@ -149,7 +149,7 @@ def _rounded_error(
     x: Float[AnyArray, "rows C"],
     transform: ChannelTransform,
     quantizer: ActivationQuantizer,
-    weights: tuple[Float[AnyArray, "taps groups Cg Og"], ...],
+    weights: tuple[Float[AnyArray, "_ _ _ _"], ...],
     reading: _Reading,
 ) -> Float[Array, ""]:
     rounded = fake_quantize(x, quantizer, reading.bits)
