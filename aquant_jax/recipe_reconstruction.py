@@ -134,6 +134,18 @@ class Reconstruction:
         check_ranges(self, ("finetune_held_out",), lambda v: 0.0 < v < 1.0, "in (0, 1)")
 
     @property
+    def of_a_step(self) -> Reconstruction:
+        """What a step of a block depends on: what other stages alone read has its defaults."""
+        return dataclasses.replace(self, **_NOT_OF_A_STEP)
+
+    @property
     def whole_network_steps(self) -> int:
         """Steps of the whole-network stage."""
         return self.steps if self.finetune_steps is None else self.finetune_steps
+
+
+_NOT_OF_A_STEP = {
+    field.name: field.default
+    for field in dataclasses.fields(Reconstruction)
+    if field.name.startswith("finetune_") or field.name in ("border_tolerance", "init_samples")
+}

@@ -236,7 +236,7 @@ def test_sample_counts_that_are_no_multiple_of_the_batch():
     assert relative_error(quantized(X), apply(variables, X)) < 0.02
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_half_precision_networks(dtype):
     apply, variables = small_net()
     half = jax.tree.map(lambda a: jnp.asarray(a, dtype), variables)

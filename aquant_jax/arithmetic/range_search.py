@@ -24,6 +24,7 @@ BINS = 4096
 FULL_BITS = 6  # every zero point is tried up to this number of bits
 COARSE_ZEROS = 16
 NEAR_RANGES = 3
+CHUNK = 100  # candidates a call: those of every round and every sign run in one program
 
 
 # Score, fraction of the range and zero point of each row.
@@ -88,23 +89,41 @@ def _search(
       rounds: see `_candidates`.
       bits: 2 to 8.
     """
-    best = jnp.zeros((2, values.shape[0]), jnp.float32)
+    none, ones = np.zeros(len(values), np.float32), np.ones(len(values), np.float32)
+    operands = tuple(map(jnp.asarray, (values, mass, span)))
+    fraction, zero = none, none
     with jax.disable_jit(False):  # op by op, thousands of candidates take minutes
         for offsets in rounds:
-            best = _around(values, mass, span, best, offsets, bits)
-    return jnp.asarray(span) * best[0] / np.float32(max_code(bits)), best[1]
+            centre, best = (fraction, zero), (ones * np.inf, ones, none)
+            for start in range(0, len(offsets), CHUNK):
+                best = _around(operands, centre, best, _chunk(offsets, start), bits)
+            _, fraction, zero = best
+    return operands[2] * fraction / np.float32(max_code(bits)), jnp.asarray(zero)
+
+
+def _chunk(offsets: Float[np.ndarray, "m 2"], start: int) -> Float[np.ndarray, "_ 2"]:
+    """`CHUNK` of the offsets; the last one fills up the last chunk, and a repeat never wins."""
+    return offsets[np.minimum(np.arange(start, start + CHUNK), len(offsets) - 1)]
 
 
 @functools.partial(jax.jit, static_argnames="bits")
 def _around(
-    values: Float[Array, "rows n"],
-    mass: Float[Array, "#rows #n"],
-    span: Float[Array, "rows"],
-    centre: Float[Array, "2 rows"],
+    operands: tuple[Float[Array, "rows n"], Float[Array, "#rows #n"], Float[Array, "rows"]],
+    centre: tuple[Float[Array, "rows"], Float[Array, "rows"]],
+    best: _Scored,
     offsets: Float[Array, "candidates 2"],
     bits: int,
-) -> Float[Array, "2 rows"]:
-    """The best fraction and zero point of each row at `offsets` from its `centre`."""
+) -> _Scored:
+    """The `best` of each row so far, or what is better at `offsets` from its `centre`.
+
+    Args:
+      operands: values, mass and span, see `_search`.
+      centre: fraction and zero point.
+      best: score, fraction and zero point.
+      offsets: see `_candidates`.
+      bits: 2 to 8.
+    """
+    values, mass, span = operands
 
     def cost(fraction: Float[Array, "rows"], zero: Float[Array, "rows"]) -> Float[Array, "rows"]:
         scale = (span * fraction / max_code(bits))[:, None]
@@ -123,11 +142,7 @@ def _around(
         score = jnp.where(better, new_score, score)
         return (score, jnp.where(better, f, fraction), jnp.where(better, z, zero)), None
 
-    rows = values.shape[0]
-    ones = jnp.ones(rows, jnp.float32)
-    start = (ones * jnp.inf, ones, jnp.zeros_like(ones))
-    (_, fraction, zero), _ = jax.lax.scan(body, start, offsets)
-    return jnp.stack([fraction, zero])
+    return jax.lax.scan(body, best, offsets)[0]
 
 
 def search_weight_range(weight: Float[np.ndarray, "channels elements"], bits: int) -> WeightRange:

@@ -39,6 +39,17 @@ class Cache(NamedTuple):
         return (values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
+def _taken(cache: Cache, index: jax.Array, dtype: Any) -> jax.Array:
+    return cache.take(index, dtype)
+
+
+def take_now(cache: Cache, index: np.ndarray, dtype: Any) -> jax.Array:
+    """`Cache.take` in one program, not one for each of its operations."""
+    on_device = isinstance(cache.values, jax.Array)
+    return _taken(cache, index, dtype) if on_device else cache.take(index, dtype)
+
+
 def take(caches: Sequence[Cache], index: Any, dtypes: Sequence[Any]) -> list[jax.Array]:
     """The samples at `index` of every cache, in these dtypes."""
     return [cache.take(index, dtype) for cache, dtype in zip(caches, dtypes, strict=True)]

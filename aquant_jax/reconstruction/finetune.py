@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -140,15 +140,17 @@ class _Stage:
         self._ends = last.subgraph.outputs
         axes = inexact(last, self._ends, last.position_axes)
         loss = functools.partial(network_loss, learning.finetune_loss, axes)
-        keys = (net.recipe, tuple(ops), tuple(program.key for program in self.chain.programs))
+        keys = (self.finetuner.weights, *ops, *(program.key for program in self.chain.programs))
 
-        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-            return run.compiler.get(("finetune", function.__name__, *keys), lambda: function)
+        def compiled(function: Callable[..., Any], *more: Hashable) -> Callable[..., Any]:
+            name = ("finetune", function.__name__, *more, *keys)
+            return run.compiler.get(name, lambda: function)
 
-        self._parts, self._learned, self._update = map(
-            compiled, (self.finetuner.learned_parts, self.finetuner.learned, self.finetuner.update)
-        )
-        self._loss = run.compiler.get(("finetune loss", *keys), lambda: jax.value_and_grad(loss))
+        self._parts = compiled(self.finetuner.learned_parts)
+        self._learned = compiled(self.finetuner.learned)
+        self._update = compiled(self.finetuner.update, net.recipe)
+        key = ("finetune loss", learning.finetune_loss, *axes)
+        self._loss = run.compiler.get(key, lambda: jax.value_and_grad(loss))
         self._accumulate = learning.accumulate
         self._augment = None if run.augment is None else jax.jit(run.augment)
 

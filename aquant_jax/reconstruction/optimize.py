@@ -73,7 +73,9 @@ def optimize(
       ReconstructionError: the loss is not finite.
     """
     learning = recipe.reconstruction
-    trainer = Trainer(program, recipe, make_optimizer(program, learning), compiler.layer)
+    trainer = Trainer(
+        program, learning.of_a_step, make_optimizer(program, learning), compiler.layer
+    )
     params = start = initial_params(program, quantizers, learning)
     losses: list[jax.Array] = []
     curve = []
@@ -100,7 +102,7 @@ def _steps(
 ) -> Steps:  # fmt: skip
     """Every call: the steps that are done, the parameters, and the losses of the call's steps."""
     learning, key = trainer.learning, jax.random.key(seed)
-    name = ("step", trainer.program.key, trainer.recipe, quantizers.trained)
+    name = ("step", trainer.program.key, learning, quantizers.trained)
     advance = compiler.get(name, lambda: functools.partial(train_steps, trainer), donate_argnums=0)
     carry = (params, trainer.optimizer.init(params))
     drawn = _drawn(seed, data, learning)
@@ -122,7 +124,7 @@ def _accumulated_steps(
 ) -> Steps:  # fmt: skip
     """`_steps`, every one with the gradients of several parts of its batch added up."""
     learning, key = trainer.learning, jax.random.key(seed)
-    name = (trainer.program.key, trainer.recipe, quantizers.trained)
+    name = (trainer.program.key, learning, quantizers.trained)
     gradients_fn = compiler.get(
         ("gradients", *name), lambda: functools.partial(gradients_of, trainer)
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax.reconstruction.activation_cache import Cache
+from aquant_jax.reconstruction.activation_cache import Cache, take_now
 from aquant_jax.reconstruction.devices import read
 
 CLUSTERS = 16
@@ -130,7 +130,7 @@ def propagated_error(
     shape = floating[0].values.shape[1:]
     rows = np.arange(min(SAMPLES, samples, max(1, MOST_VALUES // math.prod(shape))))
     noised, exact = (
-        np.asarray(read(caches[0].take(rows, dtype))).ravel().view(np.float32)
+        np.asarray(read(take_now(caches[0], rows, dtype))).ravel().view(np.float32)
         for caches in (quantized, floating)
     )
     magnitude, error = np.abs(noised), noised - exact

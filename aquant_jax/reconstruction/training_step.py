@@ -18,7 +18,7 @@ from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.layers.fake_quant import Weights, per_channel
 from aquant_jax.layers.rematerialize import rematerialized
 from aquant_jax.plan.block_program import BlockProgram, forward, random_keep
-from aquant_jax.recipe import Recipe, Reconstruction
+from aquant_jax.recipe import Reconstruction
 from aquant_jax.reconstruction.activation_cache import Cache, take
 from aquant_jax.reconstruction.devices import take_batch
 from aquant_jax.reconstruction.loss import output_loss, rounding_loss
@@ -86,13 +86,9 @@ class Trainer(NamedTuple):
     """The static part of a step."""
 
     program: BlockProgram
-    recipe: Recipe
+    learning: Reconstruction
     optimizer: optax.GradientTransformation
     layer: Callable[..., jax.Array]
-
-    @property
-    def learning(self) -> Reconstruction:
-        return self.recipe.reconstruction
 
 
 def train_steps(

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -141,3 +142,9 @@ def test_results_are_float32(dtype):
     x = jnp.asarray(normal(rng_of(5), 3, 4), dtype)
     assert to_units(x, jnp.float32(2.0)).dtype == jnp.float32
     assert fake_quantize(x, state(0.5, 1), 4).dtype == jnp.float32
+
+
+def test_calls_are_checked_against_their_annotations_while_tests_run():
+    grid = np.zeros(3, np.float32)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        uniform.dequantize("codes", grid, grid)

@@ -31,8 +31,12 @@ def in_checkout(monkeypatch):
 def without_plots(request, monkeypatch):
     """A run of a test draws nothing, unless the test reads its plots (draws)."""
     if not request.node.get_closest_marker("draws"):
-        for module, name in ((plots, "run_plots"), (reports, "measure"), (reports, "write_report")):
-            monkeypatch.setattr(module, name, lambda *_: None)
+        draw_nothing(monkeypatch)
+
+
+def draw_nothing(patch):
+    for module, name in ((plots, "run_plots"), (reports, "measure"), (reports, "write_report")):
+        patch.setattr(module, name, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

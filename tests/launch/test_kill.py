@@ -25,17 +25,17 @@ MOMENTS = {
 }
 
 
-def kill_when(path, condition):
+def kill_when(path, condition, draws=True):
     """Starts a run and kills it; whether it was killed in time."""
-    process = start(path)
+    process = start(path, draws=draws)
     while process.is_alive() and not condition():
         time.sleep(0.0005)
     process.kill()
     return exit_code(process) == -signal.SIGKILL
 
 
-def finish(path):
-    assert exit_code(start(path)) == 0
+def finish(path, draws=True):
+    assert exit_code(start(path, draws=draws)) == 0
     return archive.read(path / "quantized")
 
 
@@ -57,11 +57,11 @@ def assert_same(one, two):
 def test_killed_in_the_middle_of_everything(tmp_path, uninterrupted):
     path = tmp_path / "run"
     for moment, name in MOMENTS.items():
-        assert kill_when(path, (path / name).exists), moment
+        assert kill_when(path, (path / name).exists, draws=False), moment
         assert not (path / "results.json").exists(), moment
         for block in (path / "blocks").glob("[0-9]*"):
             archive.check(block)
-    assert_same(finish(path), uninterrupted)
+    assert_same(finish(path, draws=False), uninterrupted)
 
 
 @pytest.mark.skipif(not KILLS, reason="takes half a minute a kill: AQUANT_KILLS=20")

@@ -88,7 +88,7 @@ class TestStep:
     @pytest.mark.parametrize("preset", ["adaround", "qdrop", "aquant"])
     def test_our_part_of_a_step_promotes_nothing(self, preset):
         program, quantizers, data, recipe = block_problem(preset, steps=1, granularity="block")
-        trainer = Trainer(program, recipe, optax.sgd(1e-3), run_layer)
+        trainer = Trainer(program, recipe.reconstruction, optax.sgd(1e-3), run_layer)
         params = initial_params(program, quantizers, recipe.reconstruction)
         carry = (params, trainer.optimizer.init(params))
         arguments = (jax.random.key(0), np.zeros(1, np.int32), np.arange(8, dtype=np.int32)[None])
@@ -265,7 +265,8 @@ def test_blocks_of_one_shape_share_their_compiled_step():
     _, compiler = alone()
     assert compiler.built["step"] == 3  # stem, one for the three blocks, head
     before = dict(compiler.built)
-    quantize(net=small_net(width=4, blocks=3), compiler=compiler, seed=1)
+    other = {"seed": 1, "finetune_lr": 1e-3, "init_samples": 32, "border_tolerance": 0.5}
+    quantize(net=small_net(width=4, blocks=3), compiler=compiler, **other)  # a step reads none
     assert compiler.built == before
 
 
