@@ -1,18 +1,14 @@
 """Strict promotion for our own code, the shared data folder, and one process's JAX settings."""
 
-import functools
 import gc
 import os
 import shutil
 import tempfile
-import types
-import zlib
 from importlib import metadata
 from pathlib import Path
 
 import jax
 import pytest
-from jax._src import compilation_cache
 from packaging.version import Version
 
 from tests.support import ir_contexts, typecheck
@@ -40,10 +36,6 @@ def pytest_configure(config):
     """Programs that several workers, or processes that tests start, compile are compiled once."""
     fast = config.getoption("fast_compile")
     jax.config.update("jax_disable_most_optimizations", fast)
-    # A program is kept for minutes. Without zstd, JAX compresses it five times as long as this.
-    compilation_cache.zlib = types.SimpleNamespace(
-        compress=functools.partial(zlib.compress, level=1), decompress=zlib.decompress
-    )
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     flags = [os.environ.get("XLA_FLAGS", ""), ONE_MODULE]
