@@ -41,6 +41,7 @@ class BlockProgram(NamedTuple):
       producers: the op that makes each of the graph's values.
       position_axes: the sequence axes of every output; see `valid_elements`.
       key: text that is equal for programs that compute the same function.
+      float_key: likewise, for what they compute in float.
     """
 
     subgraph: Subgraph
@@ -51,6 +52,7 @@ class BlockProgram(NamedTuple):
     producers: dict[int, Op]
     position_axes: tuple[tuple[int, ...], ...]
     key: str
+    float_key: str
 
     def dtypes(self, values: Sequence[Any]) -> list[Any]:
         """The dtypes of `values`."""
@@ -71,8 +73,10 @@ def make_block_program(
     nameless = [spec._replace(path="", tensor=spec.tensor and "") for spec in specs]
     wiring = [tensor_of.get(value) for op in subgraph.ops for value in op.reads]
     bits = [tensor.bits for tensor in tensors]
-    key = f"{signature(graph, subgraph)}\n{nameless}\n{bits}\n{wiring}\n{axes}"
-    return BlockProgram(subgraph, specs, tensors, tensor_of, graph.avals, producers, axes, key)
+    float_key = f"{signature(graph, subgraph)}\n{axes}"
+    key = f"{float_key}\n{nameless}\n{bits}\n{wiring}"
+    avals = graph.avals
+    return BlockProgram(subgraph, specs, tensors, tensor_of, avals, producers, axes, key, float_key)
 
 
 def valid_elements(

@@ -134,7 +134,8 @@ class Chain:
         self, name: str, program: BlockProgram, quantized: bool, function: Callable[..., Any]
     ) -> Callable[..., Any]:
         run = functools.partial(function, program, self._layer)
-        return self.compiler.get((name, program.key, quantized, self._again), lambda: run)
+        key = program.key if quantized else program.float_key
+        return self.compiler.get((name, key, self._again), lambda: run)
 
 
 def inexact(program: BlockProgram, ids: Sequence[Any], values: Sequence[Any]) -> list[Any]:

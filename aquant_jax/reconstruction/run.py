@@ -59,7 +59,7 @@ def run_batches(
 ) -> Iterator[tuple[np.ndarray, Sequence[jax.Array]]]:
     """Outputs of a block, batch by batch, with the indices of the samples."""
     function = run.compiler.get(
-        ("forward", program.key, activations is not None),
+        ("forward", program.float_key if activations is None else program.key),
         lambda: functools.partial(take_and_run, program, run.compiler.layer),
     )
     inputs = block_inputs(run, program, boundary)

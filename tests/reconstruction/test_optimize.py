@@ -270,6 +270,14 @@ def test_blocks_of_one_shape_share_their_compiled_step():
     assert compiler.built == before
 
 
+def test_networks_of_other_bits_share_what_runs_in_float():
+    compiler, built = CountingCompiler(), []
+    for bits in (2, 4):
+        quantize("nearest", weight_bits=bits, net=small_net(width=4, blocks=3), compiler=compiler)
+        built.append(compiler.built["forward"])
+    assert built[1] - built[0] == 1  # of the quantized blocks; the stem has 8 bits in both
+
+
 def test_shared_steps_do_not_mix_up_the_weights_of_blocks():
     """Quantized alone or with a shared compiler, a network gets the same codes."""
     quantize(net=small_net(seed=5, width=4, blocks=3))
