@@ -239,8 +239,18 @@ def test_eight_bits_are_close_to_float_in_integers_and_saved(build, tmp_path):
     np.testing.assert_array_equal(aq.restore(tmp_path / "saved")(X), found)
 
 
-@pytest.mark.parametrize("build", [recurrent, stacked_layers])
-@pytest.mark.parametrize("preset", [pytest.param("aquant", marks=pytest.mark.slow), "aquant_plus"])
+@pytest.mark.parametrize(
+    ("build", "preset"),
+    [
+        (stacked_layers, "aquant_plus"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (recurrent, "aquant_plus"), (recurrent, "aquant"), (stacked_layers, "aquant"),
+            )
+        ),
+    ],
+)  # fmt: skip
 def test_learning_is_better_than_nearest(build, preset):
     apply, variables, _ = build()
     expected = apply(variables, X)

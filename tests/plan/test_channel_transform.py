@@ -235,6 +235,7 @@ def test_onnxruntime_gives_the_same_outputs(tmp_path):
     np.testing.assert_allclose(onnx_runtimes.load(path)(x)[0], network(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow  # the fingerprint of a run has its recipe, whatever the transforms
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
     class Stop(aq.Observer):
         def on_block_end(self, report):

@@ -48,7 +48,7 @@ def drawn(key, channels, kind):
 
 @pytest.mark.parametrize("kind", ["shift_scale", "hadamard"])
 def test_the_float_network_stays_the_same(kind):
-    (apply, variables), x = inverted(), images(1)
+    (apply, variables), x = inverted(), images(1, 16)
     channels = tensors_of(apply, variables, x)
     assert channels == {"depthwise": 8, "project": 8, "pointwise": 8}
     transforms = {key: drawn(key, count, kind) for key, count in channels.items()}
@@ -58,7 +58,7 @@ def test_the_float_network_stays_the_same(kind):
 
 
 def test_channels_of_unequal_range_cost_no_accuracy():
-    (apply, variables), x = inverted(), images(1)
+    (apply, variables), x = inverted(), images(1, 16)
     errors = [
         relative_error(aq.quantize(apply, variables, x, chosen)(x), apply(variables, x))
         for chosen in (recipe(), SHIFT_SCALE)
@@ -67,7 +67,7 @@ def test_channels_of_unequal_range_cost_no_accuracy():
 
 
 def test_what_a_padded_convolution_reads_is_not_shifted_and_what_groups_read_not_rotated():
-    (apply, variables), x = inverted(), images(1)
+    (apply, variables), x = inverted(), images(1, 16)
     net = aq.prepare(apply, variables, x, SHIFT_SCALE)
     shifts = {key: bool(np.any(found.shift)) for key, found in net.transforms.items()}
     assert shifts == {"depthwise": False, "project": True, "pointwise": False}
