@@ -1,5 +1,7 @@
 """Exceptions that the library raises, the text of any exception in one line, and sizes."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 
@@ -35,6 +37,13 @@ def check_type(argument: str, value: Any, kind: type, wanted: str) -> None:
     """InputError unless an argument is of this type; `wanted` says what it must be."""
     if not isinstance(value, kind):
         raise InputError(f"{argument} is of type {type(value).__name__}; it must be {wanted}")
+
+
+def to_path(argument: str, value: Any) -> Path:
+    """The path of a file or folder; InputError if an argument is none."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise InputError(f"{argument} is of type {type(value).__name__}; it must be a path")
+    return Path(value)
 
 
 def install_command(extra: str) -> str:

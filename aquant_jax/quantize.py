@@ -15,10 +15,9 @@ from jax.sharding import Mesh
 from aquant_jax.arithmetic.border import AUTO
 from aquant_jax.deployment.assemble import assemble
 from aquant_jax.deployment.quantized import Quantized
-from aquant_jax.errors import InputError, check_type
+from aquant_jax.errors import InputError, check_type, to_path
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan import augmentation, checks
-from aquant_jax.plan.augmentation import Augment
 from aquant_jax.plan.network import Network
 from aquant_jax.plan.prepare import prepare
 from aquant_jax.recipe import Recipe
@@ -50,7 +49,7 @@ def quantize(
     seed: int = 0,
     observer: Observer | None = None,
     compiler: Compiler | None = None,
-    augment: Augment | None = None,
+    augment: augmentation.Augment | None = None,
     mesh: Mesh | None = None,
     memory_limit: int | None = None,
     resume: str | Path | None = None,
@@ -84,9 +83,8 @@ def quantize(
       observer: receives the progress. None shows a bar on a terminal and logs through absl
         elsewhere; ``aq.Observer()`` is silent.
       compiler: shares compiled steps between calls; ``Compiler(gpu_ops.backend())`` is faster.
-      augment: ``augment(key, batch) -> batch`` makes random inputs from a batch of calibration
-        samples, of the same shapes, for the whole-network stage; it needs no labels. None leaves
-        the samples as they are.
+      augment: ``augment(key, batch) -> batch`` makes random inputs of the same shapes from a batch
+        of samples, for the whole-network stage; it needs no labels. None leaves them as they are.
       mesh: devices to split the samples over, such as ``jax.make_mesh((4,), ("data",))``: those of
         the calibration set, of its caches and of every batch. Any number of devices draws the same
         batches; sums are added up in another order, so that codes may differ. Weights and optimizer
@@ -118,7 +116,8 @@ def quantize(
     shared = _Shared(
         apply, variables, calibration, recipe, mask, compiler, augment, mesh, memory_limit
     )
-    return _quantize(shared, {checks.check_count("seed", seed): resume}, observers, restart_from)[0]
+    folder = None if resume is None else to_path("resume", resume)
+    return _quantize(shared, {checks.check_count("seed", seed): folder}, observers, restart_from)[0]
 
 
 @jax.transfer_guard("allow")
@@ -132,7 +131,7 @@ def quantize_seeds(
     mask: str | None = None,
     observers: Sequence[Observer] | None = None,
     compiler: Compiler | None = None,
-    augment: Augment | None = None,
+    augment: augmentation.Augment | None = None,
     mesh: Mesh | None = None,
     memory_limit: int | None = None,
     resume: str | Path | None = None,
@@ -174,7 +173,8 @@ def quantize_seeds(
     shared = _Shared(
         apply, variables, calibration, recipe, mask, compiler, augment, mesh, memory_limit
     )
-    folders = {n: None if resume is None else Path(resume) / f"seed-{n}" for n in numbers}
+    parent = None if resume is None else to_path("resume", resume)
+    folders = {n: parent and parent / f"seed-{n}" for n in numbers}
     return _quantize(shared, folders, observers, restart_from)
 
 
@@ -187,14 +187,14 @@ class _Shared(NamedTuple):
     recipe: Recipe
     mask: str | None
     compiler: Compiler
-    augment: Augment | None
+    augment: augmentation.Augment | None
     mesh: Mesh | None
     memory_limit: int | None
 
 
 def _quantize(
     shared: _Shared,
-    folders: Mapping[int, str | Path | None],
+    folders: Mapping[int, Path | None],
     observers: Sequence[Observer] | None,
     restart_from: int | None,
 ) -> list[Quantized]:

@@ -192,6 +192,7 @@ def test_variables_that_the_caller_overwrites_afterwards():
         ({"observer": aq.Observer}, r"^observer is of type type; it must be an Observer, such as"),
         ({"compiler": aq.Compiler}, r"^compiler is of type type; it must be an aq.Compiler"),
         ({"restart_from": "1"}, r"^restart_from is '1'; it must be a whole number of 0 or more"),
+        ({"resume": 3}, r"^resume is of type int; it must be a path$"),
         ({"x": "photos"}, r"^calibration is 'photos', which is not an array$"),
         ({"x": {"text": np.array(["a"] * 16)}}, r"^calibration/text has dtype <U1, which is no"),
         ({"x": {"key": jax.random.key(0)}}, r"^calibration/key has dtype key<fry>, which is no"),
@@ -213,6 +214,10 @@ def test_what_is_not_an_argument_is_named(options, words):
             r"^net is of type Quantized; it must be what aq\.prepare returns",
         ),
         (lambda _: aq.save(X, "never"), r"^network is of type ndarray; it must be what aq\.quant"),
+        (lambda net: aq.save(net, None), r"^path is of type NoneType; it must be a path$"),
+        (lambda net: aq.report(net, 3), r"^path is of type int; it must be a path$"),
+        (lambda _: aq.restore(3), r"^path is of type int; it must be a path$"),
+        (lambda _: aq.Allocation.load(3), r"^path is of type int; it must be a path$"),
     ],
 )
 def test_what_is_no_part_of_the_library_is_named(function, words):

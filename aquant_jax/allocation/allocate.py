@@ -38,7 +38,7 @@ from aquant_jax.allocation.result import Allocation, Entry, FrontPoint
 from aquant_jax.allocation.solve import InfeasibleError, Problem, cheapest, least_error
 from aquant_jax.arithmetic.uniform import MAX_BITS
 from aquant_jax.deployment.quantized import Quantized
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, to_path
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan import checks
 from aquant_jax.plan.assign import make_plan
@@ -122,7 +122,8 @@ def allocate(
     problem = _problem(target, layers, latencies)
     limits = budget.limits(any(c.act_bits for layer in layers for c in layer.choices))
     check_limits(problem, layers, limits, functools.partial(_without_overrides, target, choices))
-    call = _Call(apply, variables, samples, recipe, choices, mask, steps, seed, compiler, resume)
+    folder = None if resume is None else to_path("resume", resume)
+    call = _Call(apply, variables, samples, recipe, choices, mask, steps, seed, compiler, folder)
     errors, pairs, measured = _measured(call, net, layers)
     problem = problem._replace(errors=errors, pairs=pairs)
     check_degradation(problem, budget)
@@ -142,7 +143,7 @@ class _Call(NamedTuple):
     steps: int
     seed: int
     compiler: Compiler
-    resume: str | Path | None
+    resume: Path | None
 
     @property
     def borders(self) -> bool:
@@ -155,7 +156,7 @@ class _Call(NamedTuple):
         A block learns behind the float network, as its layers are measured, and weights at a rate
         that makes up for the fewer steps.
         """
-        folder = self.resume and Path(self.resume) / "runs" / str(choice).replace(" ", "_")
+        folder = self.resume and self.resume / "runs" / str(choice).replace(" ", "_")
         recipe, learning = uniform(self.recipe, choice), self.recipe.reconstruction
         rate = learning.weight_lr * max(1.0, learning.steps / self.steps)
         recipe = recipe.replace(

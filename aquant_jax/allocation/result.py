@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from aquant_jax import recipe as recipes
 from aquant_jax.allocation.choices import Budget, Choice
-from aquant_jax.errors import InputError, reason
+from aquant_jax.errors import InputError, reason, to_path
 from aquant_jax.recipe import Override, Recipe, exactly
 from aquant_jax.storage.json_file import read_json, write_json
 from aquant_jax.storage.parsing import malformed
@@ -105,8 +105,9 @@ class Allocation:
             "front": [{**point._asdict(), "layers": _layers(point.layers)} for point in self.front],
             "table": [entry._asdict() for entry in self.table],
         }
+        path = to_path("path", path)
         try:
-            write_json(Path(path), content)
+            write_json(path, content)
         except OSError as error:
             raise InputError(f"{path} cannot be written: {reason(error)}") from error
 
@@ -117,7 +118,7 @@ class Allocation:
         Raises:
           InputError: the file is absent, or damaged, or holds bits that a recipe does not accept.
         """
-        path = Path(path)
+        path = to_path("path", path)
         try:
             content = read_json(path)
         except OSError as error:

@@ -31,7 +31,7 @@ from aquant_jax.deployment.stablehlo import (
     with_state,
 )
 from aquant_jax.deployment.states import stacks_of
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, to_path
 from aquant_jax.graph.ir import Unquantized
 from aquant_jax.layers.fake_quant import LayerSpec, LayerState, skeletons
 from aquant_jax.plan.coverage import coverage
@@ -108,12 +108,13 @@ def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
         anything but XLA (which `restore` would refuse), or returns a pytree of a user's class.
     """
     check_quantized(quantized)
+    path = to_path("path", path)
     program, stacks = quantized.program, list(map(stacks_of, quantized.states))
     if isinstance(program, Exported):
         exported = program.program
     else:
         exported = export_program(quantized, inputs)
-    check_program(Path(path), exported)
+    check_program(path, exported)
     program_bytes = serialize(exported)
     quantized = quantized.on_host()
     arrays, exponents = _encode(quantized)
@@ -130,7 +131,7 @@ def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
         **environment(),
     }
     files = {PROGRAM: zlib.compress(program_bytes, 9)}
-    archive.write(Path(path), arrays, jsonable(metadata), files, _packed_bits(quantized))
+    archive.write(path, arrays, jsonable(metadata), files, _packed_bits(quantized))
 
 
 @jax.transfer_guard("allow")
@@ -150,7 +151,7 @@ def restore(path: str | Path) -> Quantized:
       InputError: no such folder, a damaged or malformed file (named), another layout, or a program
         that calls anything but XLA, or the host or other devices.
     """
-    path = Path(path)
+    path = to_path("path", path)
     stored = archive.read(path)
     if PROGRAM not in stored.files:
         raise InputError(f"{path} is not a saved network: it has no {PROGRAM}")

@@ -47,10 +47,10 @@ def by_channel(op: Op, weight: Shaped[AnyArray, "..."]) -> Shaped[Array, "taps g
     """The weight operand of a layer in the layout of `im2col.convolve`; a dense layer has one tap
     and one group."""
     if op.layer.kind == "conv":
-        return grouped_kernel(spatial_kernel(op, weight), groups(op))
+        return jnp.asarray(grouped_kernel(spatial_kernel(op, weight), groups(op)))
     (axis,) = op.params["dimension_numbers"][0][1 - op.layer.x_position]
     rows = jnp.moveaxis(jnp.asarray(weight), axis, 0)
-    return rows.reshape(1, 1, rows.shape[0], -1)
+    return rows.reshape(1, 1, len(rows), -1)
 
 
 def from_channels(op: Op, weights: Shaped[AnyArray, "taps groups Cg Og"]) -> Shaped[Array, "..."]:

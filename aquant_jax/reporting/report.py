@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from aquant_jax.deployment.quantized import Quantized, check_quantized
-from aquant_jax.errors import InputError, reason
+from aquant_jax.errors import InputError, reason, to_path
 from aquant_jax.reporting.layers import layer_records
 from aquant_jax.reporting.page import page
 from aquant_jax.reporting.run import Run, describe
@@ -50,7 +50,7 @@ def report(
     run = Run(
         quantized.recipe.preset, jsonable(describe(quantized) | environment()), curves, layers
     )
-    write(Path(path), page([run], f"{run.name} {run.bits}"))
+    write(to_path("path", path), page([run], f"{run.name} {run.bits}"))
 
 
 def write(path: Path, text: str) -> None:
