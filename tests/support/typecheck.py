@@ -2,11 +2,10 @@
 
 import sys
 import types
-from collections.abc import Callable
 from typing import TypeVar
 
-import jaxtyping
 from beartype import beartype
+from jaxtyping import install_import_hook
 
 Checked = TypeVar("Checked", type, types.FunctionType)
 
@@ -27,28 +26,13 @@ def install() -> None:
     early = [name for name in CHECKED if name in sys.modules]
     if early:
         raise RuntimeError(f"imported before tests/conftest.py: {', '.join(early)}")
-    jaxtyping.install_import_hook(CHECKED, f"{__name__}.check")
-    jaxtyping.jaxtyped = unless_inside(jaxtyping.jaxtyped)  # the hook calls it by this name
+    install_import_hook(CHECKED, f"{__name__}.check")
 
 
 def check(found: Checked) -> Checked:
-    """A function or class that checks its annotations."""
-    return beartype(found)
+    """A function or class that checks its annotations.
 
-
-def unless_inside(jaxtyped: Callable) -> Callable:
-    """`jaxtyped` that leaves a function inside of another one as it is.
-
-    Its check would be compiled anew at every call of that one, and so would the wrapper around it.
+    A function inside of another one is left as it is: it would be compiled anew at every call of
+    that one, which took a twentieth of the tests' time.
     """
-
-    def decorator(*found, **options):
-        wrap = jaxtyped(*found, **options)
-        return wrap if found else lambda inner: inner if is_inside(inner) else wrap(inner)
-
-    return decorator
-
-
-def is_inside(found: Checked) -> bool:
-    """Whether a function or class of the packages is made by a function."""
-    return "<locals>" in found.__qualname__ and found.__module__.startswith(CHECKED)
+    return found if "<locals>" in found.__qualname__ else beartype(found)
