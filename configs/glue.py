@@ -4,7 +4,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from aquant_jax.recipe import TRANSFORMS as KINDS
 from configs import variants
 
 # All intermediate activations, as in Bondarenko et al. (2021); the first rule that finds a tensor
@@ -15,12 +14,11 @@ BLOCKS = {
     "layers": (),  # of the encoder, whole
     "sub-blocks": (r"layer_\d+/(query|key|value|out)/", r"layer_\d+/(up|down)/"),
 }
-TRANSFORMS = {"none": ()} | {kind: (kind,) for kind in KINDS}
 CHOICES = {
     "preset": variants.BERT_PRESETS,
     "blocks": tuple(BLOCKS),
     "sums": ("same", "8"),
-    "transforms": tuple(TRANSFORMS),
+    "transforms": tuple(variants.TRANSFORMS),
 }
 
 
@@ -62,7 +60,7 @@ def config(
     chosen.recipe = variants.recipe(
         variant,
         activations=ACTIVATIONS,
-        transforms=TRANSFORMS[variant.settings["transforms"]],
+        transforms=variants.TRANSFORMS[variant.settings["transforms"]],
         blocks=BLOCKS[blocks],
         overrides=overrides,
         **everywhere,

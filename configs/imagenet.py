@@ -34,7 +34,8 @@ def config(
             all networks, the taps of a channel share a border, as in the paper.
         **fields: of the recipe, where the network differs from the others.
     """
-    variant = variants.parse(argument, preset=variants.PRESETS, dataset=DATASETS)
+    choices = {"dataset": DATASETS, "transforms": tuple(variants.TRANSFORMS)}
+    variant = variants.parse(argument, preset=variants.PRESETS, **choices)
     chosen = ConfigDict()
     chosen.model = model
     chosen.weights = f"weights/{model}.safetensors"
@@ -49,5 +50,6 @@ def config(
     chosen.preset = variant.settings["preset"]
     if chosen.preset in ("aquant", "aquant_plus"):
         fields |= {"border_granularity": "mean", "border": "linear" if light else "quadratic"}
+    fields["transforms"] = variants.TRANSFORMS[variant.settings["transforms"]]
     chosen.recipe = variants.recipe(variant, steps=20_000, finetune_loss="kl", **fields)
     return chosen

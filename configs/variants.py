@@ -6,10 +6,12 @@ from ml_collections import ConfigDict
 
 import aquant_jax as aq
 from aquant_jax.errors import InputError
+from aquant_jax.recipe import TRANSFORMS as KINDS
 
 # The default of the configs first.
 PRESETS = ("aquant", "nearest", "adaround", "brecq", "qdrop", "aquant_plus")
 BERT_PRESETS = ("aquant_bert", "nearest", "adaround", "aquant_plus")
+TRANSFORMS = {"none": ()} | {kind: (kind,) for kind in KINDS}  # of channels
 _BITS = ((4, 4), (2, 4), (3, 3), (2, 2), (4, 2), (4, 6), (4, 8), (8, 8))
 BIT_WIDTHS: dict[str, tuple[int, int | None]] = {f"w{w}a{a}": (w, a) for w, a in _BITS}
 BIT_WIDTHS |= {f"w{w}a16": (w, None) for w in (2, 3, 4, 8)}  # weights only
