@@ -9,7 +9,7 @@ Command: python -m launch.quantize --config=configs/efficientnet_lite0.py:w4a4,p
              --data_dir=../shared/data --workdir=runs/lite0_w4a4 \
              --config.recipe.reconstruction.steps=100 --config.recipe.reconstruction.batch_size=16
 
-Variants: w8a8, w4a4, w2a4, w3a3, w2a2 (the default), preset=NAME, and
+Variants: w8a8, w4a4, w2a4, w3a3, w2a2 (the default), preset=NAME, transforms=shift_scale, and
 dataset=imagenet_val_1300 (the default: 1,300 validation images, calibrated on
 imagenet_sample_1000), imagenet2012 or imagenet_v2/matched-frequency. On the sample the numbers
 compare float with quantized; they are no "ImageNet accuracy". AQuant has linear borders, as for

@@ -2,7 +2,7 @@
 
 Paper:   none for this network.
 Float:   83.00% top-1 of the 1,300 validation images, resized to 240 x 240.
-Ours:    w4a4 by aquant_plus 77.15% (seed 0), 76.85% (seed 1).
+Ours:    w4a4 by aquant_plus 77.15% (seed 0), 76.85% (seed 1); w3a3 45.69% (seed 0).
 Cost:    62 min by that aquant_plus (CPU, one loaded core).
 Command: python -m launch.quantize --config=configs/efficientnet_lite1.py:w4a4,preset=aquant_plus \
              --data_dir=DIR --workdir=runs/lite1_w4a4 \

@@ -6,7 +6,7 @@ import functools
 import re
 import statistics
 
-from table_text import Json, Load, markdown, preset_of, score, spread
+from table_text import Json, Load, changed, markdown, preset_of, score, spread
 
 PRESETS = ("nearest", "adaround", "brecq", "qdrop", "aquant")
 BITS = ("w4a4", "w3a3", "w2a4", "w2a2")
@@ -182,9 +182,23 @@ def efficientnet(load: Load) -> str:
     """EfficientNet-Lite0 at two bit-widths."""
     eight = load("efficientnet_lite0_w8a8_qdrop")
     runs = [eight, *load("efficientnet_lite0_w4a4")["rows"].values()]
-    rows = [["float", "", "", f"{eight['float']['top1']:.2f}", f"{eight['float']['top5']:.2f}", ""]]
-    names = ["bits", "preset", "steps", "top-1 %", "top-5 %", "minutes"]
-    return markdown(names, [*rows, *map(_imagenet_row, runs)])
+    scores = [f"{eight['float'][name]:.2f}" for name in ("top1", "top5")]
+    rows = [["float", "", "", "", *scores, ""]]
+    names = ["bits", "preset", "steps", "of the stage: steps, held-out loss", "top-1 %", "top-5 %",
+             "minutes"]  # fmt: skip
+    for run in runs:
+        label, preset, steps, *rest = _imagenet_row(run)
+        named = ", ".join([preset, *changed(run)])
+        rows.append([label, named, steps, _stage(run), *rest])
+    return markdown(names, rows)
+
+
+def _stage(run: Json) -> str:
+    """Steps of the whole-network stage, and the loss on the held-out samples."""
+    stage = run.get("finetune")
+    if not stage:
+        return ""
+    return f"{stage['steps']}: {stage['start_error']:.2f} to {stage['final_error']:.2f}"
 
 
 def efficientnet_larger(load: Load) -> str:

@@ -73,3 +73,8 @@ def preset_of(run: Json) -> str:
     """The preset of a run, and the whole-network stage where it is not the preset's own."""
     stage = run.get("finetune") and run["preset"] != "aquant_plus"
     return f"{run['preset']} and the stage" if stage else run["preset"]
+
+
+def changed(run: Json) -> list[str]:
+    """What differs from the config of a network's images: channel transforms, augmentation."""
+    return [*run["recipe"].get("transforms", ()), *filter(None, [run.get("augment")])]
