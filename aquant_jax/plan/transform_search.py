@@ -120,8 +120,9 @@ def _candidates(
     """
     zeros, ones = np.zeros_like(sample.low), np.ones_like(sample.low)
     yield ChannelTransform(zeros, ones)
-    centre = (sample.high + sample.low) / 2 if shifts else zeros
-    radius = np.maximum(sample.high - centre, centre - sample.low)
+    centre, radius = (sample.high + sample.low) / 2, (sample.high - sample.low) / 2
+    if not shifts:
+        centre, radius = zeros, np.maximum(sample.high, -sample.low)
     largest, smallest = radius.max(), np.quantile(radius, SMALLEST)
     if "shift_scale" in kinds and smallest > 0:
         for threshold in np.geomspace(largest, smallest, THRESHOLDS, dtype=np.float32):
