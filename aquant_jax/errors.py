@@ -33,7 +33,7 @@ class ReconstructionError(RuntimeError):
     """
 
 
-def check_type(argument: str, value: Any, kind: type, wanted: str) -> None:
+def check_type(argument: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> None:
     """InputError unless an argument is of this type; `wanted` says what it must be."""
     if not isinstance(value, kind):
         raise InputError(f"{argument} is of type {type(value).__name__}; it must be {wanted}")
@@ -41,8 +41,7 @@ def check_type(argument: str, value: Any, kind: type, wanted: str) -> None:
 
 def to_path(argument: str, value: Any) -> Path:
     """The path of a file or folder; InputError if an argument is none."""
-    if not isinstance(value, (str, os.PathLike)):
-        raise InputError(f"{argument} is of type {type(value).__name__}; it must be a path")
+    check_type(argument, value, (str, os.PathLike), "a path")
     return Path(value)
 
 

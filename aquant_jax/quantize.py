@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from aquant_jax.arithmetic.border import AUTO
 from aquant_jax.deployment.assemble import assemble
 from aquant_jax.deployment.quantized import Quantized
-from aquant_jax.errors import InputError, check_type, to_path
+from aquant_jax.errors import InputError, check_type
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan import augmentation, checks
 from aquant_jax.plan.network import Network
@@ -116,8 +116,8 @@ def quantize(
     shared = _Shared(
         apply, variables, calibration, recipe, mask, compiler, augment, mesh, memory_limit
     )
-    folder = None if resume is None else to_path("resume", resume)
-    return _quantize(shared, {checks.check_count("seed", seed): folder}, observers, restart_from)[0]
+    folders = {checks.check_count("seed", seed): checks.check_resume(resume)}
+    return _quantize(shared, folders, observers, restart_from)[0]
 
 
 @jax.transfer_guard("allow")
@@ -173,7 +173,7 @@ def quantize_seeds(
     shared = _Shared(
         apply, variables, calibration, recipe, mask, compiler, augment, mesh, memory_limit
     )
-    parent = None if resume is None else to_path("resume", resume)
+    parent = checks.check_resume(resume)
     folders = {n: parent and parent / f"seed-{n}" for n in numbers}
     return _quantize(shared, folders, observers, restart_from)
 

@@ -38,7 +38,7 @@ from aquant_jax.allocation.result import Allocation, Entry, FrontPoint
 from aquant_jax.allocation.solve import InfeasibleError, Problem, cheapest, least_error
 from aquant_jax.arithmetic.uniform import MAX_BITS
 from aquant_jax.deployment.quantized import Quantized
-from aquant_jax.errors import InputError, to_path
+from aquant_jax.errors import InputError
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan import checks
 from aquant_jax.plan.assign import make_plan
@@ -109,7 +109,7 @@ def allocate(
       ReconstructionError: an error is not finite.
     """
     recipe, choices = recipe or aquant(), check_choices(choices)
-    compiler = compiler or Compiler()
+    compiler, folder = compiler or Compiler(), checks.check_resume(resume)
     checks.check_recipe(recipe)
     _check_call(budget, choices, steps)
     probing = uniform(recipe, _widest(choices)).replace(border=None)
@@ -122,7 +122,6 @@ def allocate(
     problem = _problem(target, layers, latencies)
     limits = budget.limits(any(c.act_bits for layer in layers for c in layer.choices))
     check_limits(problem, layers, limits, functools.partial(_without_overrides, target, choices))
-    folder = None if resume is None else to_path("resume", resume)
     call = _Call(apply, variables, samples, recipe, choices, mask, steps, seed, compiler, folder)
     errors, pairs, measured = _measured(call, net, layers)
     problem = problem._replace(errors=errors, pairs=pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -74,6 +75,16 @@ def spatial_kernel(op: Op, weight: Shaped[AnyArray, "..."]) -> Shaped[Array, "*k
     """The weight operand of a convolution with its spatial axes first."""
     out_axis, in_axis, *spatial = op.params["dimension_numbers"].rhs_spec
     return jnp.transpose(weight, (*spatial, in_axis, out_axis))
+
+
+def layer_kernel(op: Op, weight: Shaped[AnyArray, "..."]) -> Shaped[Array, "*kernel Cg O"]:
+    """The weight operand of a convolution, see `spatial_kernel`, or of a dense layer without batch
+    axes, which is a 1x1 convolution."""
+    if op.layer.kind == "conv":
+        return spatial_kernel(op, weight)
+    weight_axes = op.params["dimension_numbers"][0][1 - op.layer.x_position]
+    rows = jnp.transpose(weight, (*weight_axes, *op.layer.channel_axes))
+    return rows.reshape(1, 1, math.prod(rows.shape[: len(weight_axes)]), -1)
 
 
 def grouped_kernel(

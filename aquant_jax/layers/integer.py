@@ -23,7 +23,7 @@ from aquant_jax.layers.conv_layout import (
     grouped_kernel,
     insert,
     inserts,
-    spatial_kernel,
+    layer_kernel,
     to_images,
 )
 from aquant_jax.layers.epilogue import NO_EPILOGUE, Codes, Epilogue, Results, for_columns
@@ -174,13 +174,7 @@ def convolve_layer(
 def quantized_weights(op: Op, spec: LayerSpec, state: LayerState) -> QuantizedWeights:
     """The weights of a layer that is `in_integers`, in the form that a backend runs."""
     assert spec.weight_bits is not None
-    if op.layer.kind == "conv":
-        codes = spatial_kernel(op, state.codes)
-    else:
-        weight_axes = op.params["dimension_numbers"][0][1 - op.layer.x_position]
-        codes = jnp.transpose(state.codes, (*weight_axes, *op.layer.channel_axes))
-        inner = math.prod(codes.shape[: len(weight_axes)])
-        codes = codes.reshape(1, 1, inner, -1)
+    codes = layer_kernel(op, state.codes)
     return QuantizedWeights(codes, state.scale, state.zero_point, spec.weight_bits)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Bool
 
-from aquant_jax.errors import InputError, check_type
+from aquant_jax.errors import InputError, check_type, to_path
 from aquant_jax.graph.ir import Graph, path_names
 from aquant_jax.graph.partition import Block
 from aquant_jax.recipe import Recipe
@@ -44,6 +45,11 @@ def check_count(argument: str, value: Any) -> int:
     if number < 0:
         raise InputError(f"{argument} is {value!r}; it must be a whole number of 0 or more")
     return number
+
+
+def check_resume(resume: Any) -> Path | None:
+    """The folder of an argument `resume`, None for none; InputError if it is no path."""
+    return None if resume is None else to_path("resume", resume)
 
 
 def check_variables(variables: Any) -> Any:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Shaped
 
 from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.graph.ir import PRODUCTS, Op
-from aquant_jax.layers.conv_layout import conv_geometry, grouped_kernel, inserts, spatial_kernel
+from aquant_jax.layers.conv_layout import conv_geometry, grouped_kernel, inserts, layer_kernel
 
 
 def can_read(op: Op, rank: int) -> bool:
@@ -46,11 +46,7 @@ def groups(op: Op) -> int:
 def by_channel(op: Op, weight: Shaped[AnyArray, "..."]) -> Shaped[Array, "taps groups Cg Og"]:
     """The weight operand of a layer in the layout of `im2col.convolve`; a dense layer has one tap
     and one group."""
-    if op.layer.kind == "conv":
-        return jnp.asarray(grouped_kernel(spatial_kernel(op, weight), groups(op)))
-    (axis,) = op.params["dimension_numbers"][0][1 - op.layer.x_position]
-    rows = jnp.moveaxis(jnp.asarray(weight), axis, 0)
-    return rows.reshape(1, 1, len(rows), -1)
+    return jnp.asarray(grouped_kernel(layer_kernel(op, weight), groups(op)))
 
 
 def from_channels(op: Op, weights: Shaped[AnyArray, "taps groups Cg Og"]) -> Shaped[Array, "..."]:

@@ -39,9 +39,7 @@ class Cache(NamedTuple):
         return (values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _taken(cache: Cache, index: jax.Array, dtype: Any) -> jax.Array:
-    return cache.take(index, dtype)
+_taken = jax.jit(Cache.take, static_argnames="dtype")
 
 
 def take_now(cache: Cache, index: np.ndarray, dtype: Any) -> jax.Array:

@@ -14,23 +14,17 @@ from aquant_jax.errors import InputError, ReconstructionError
 from aquant_jax.graph.fold import fold
 from aquant_jax.graph.ir import INVERSE, TRANSFORM
 from aquant_jax.graph.trace import trace
-from aquant_jax.plan import transform_search
 from aquant_jax.plan.assign import make_plan
 from aquant_jax.plan.channel_transform import ChannelTransform, transformable, transformed
 from aquant_jax.plan.transform_search import hadamard
 from tests.graph.test_activation_rules import bert, recipe, short, tokens
 from tests.support.nets import conv, normal, rng_of
 
+pytestmark = pytest.mark.usefixtures("few_candidates")
+
 KINDS = ("shift_scale", "hadamard")
 SHIFT_SCALE = recipe(transforms=("shift_scale",))
 tiny_bert = functools.cache(lambda: bert(layers=1))
-
-
-@pytest.fixture(autouse=True)
-def few_candidates(monkeypatch):
-    """The search takes a second a tensor where XLA does not optimize."""
-    monkeypatch.setattr(transform_search, "THRESHOLDS", 4)
-    monkeypatch.setattr(transform_search, "ROWS", 256)
 
 
 def outliers(side="left"):

@@ -9,10 +9,11 @@ import gpu_ops
 from aquant_jax.plan.channel_transform import ChannelTransform, transformed
 from aquant_jax.plan.transform_search import hadamard
 from tests.graph.test_activation_rules import recipe
-from tests.plan.test_channel_transform import few_candidates, tensors_of
+from tests.plan.test_channel_transform import tensors_of
 from tests.support.nets import conv, images, normal, relative_error, rng_of
 
-assert few_candidates  # a fixture that is used here too
+pytestmark = pytest.mark.usefixtures("few_candidates")
+
 RANGES = np.where(np.arange(8) % 4 == 1, 40, 1).astype(np.float32)
 SHIFT_SCALE = recipe(transforms=("shift_scale",))
 
