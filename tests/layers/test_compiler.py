@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import aquant_jax as aq
 from aquant_jax.layers.backend import ReferenceBackend
 from aquant_jax.layers.compiler import Compiler
-from tests.support.nets import images, small_net
+from tests.support.nets import images, small_net, two_convolutions
 
 
 def test_a_function_is_built_once_a_key():
@@ -50,7 +50,7 @@ def test_quantizing_runs_on_the_operations_of_the_compilers_backend():
 
     recipe = aq.recipes.aquant(weight_bits=2, act_bits=2, border="constant", steps=1, batch_size=8)
     aq.quantize(
-        *small_net(), images(0, 8, size=5), recipe,
+        *two_convolutions(), images(0, 8), recipe,
         observer=aq.Observer(), compiler=Compiler(Counted()),
     )  # fmt: skip
     assert calls

@@ -1,5 +1,6 @@
 """Small networks that several test files quantize, with weights that are not all alike."""
 
+import functools
 import itertools
 
 import jax
@@ -70,6 +71,13 @@ def residual_net(seed=0, width=4, blocks=1, size=3):
 def small_net(**options):
     """With 2x2 kernels, whose learned borders compile in half the time."""
     return residual_net(**{"size": 2, **options})
+
+
+def two_convolutions(seed=0):
+    """The least whose second layer has a learned border."""
+    rng = rng_of(seed)
+    variables = [conv_bn_params(rng, 2, 2, 3, 3) for _ in range(2)]
+    return lambda params, x: functools.reduce(conv_bn, params, x), variables
 
 
 def images(seed, samples=32, size=6, channels=3):
