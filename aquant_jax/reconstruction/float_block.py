@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence, Set
 
 import jax
@@ -19,7 +20,7 @@ from aquant_jax.reconstruction.border_choice import (
     candidates,
 )
 from aquant_jax.reconstruction.observe_ranges import observe_ranges
-from aquant_jax.reconstruction.run import Run, run_batches
+from aquant_jax.reconstruction.run import Run, all_batches, run_batches
 from aquant_jax.reconstruction.weights import (
     WeightQuantizer,
     float_weights,
@@ -94,4 +95,5 @@ class FloatBlock:
         self, program: BlockProgram, samples: int
     ) -> Iterator[tuple[np.ndarray, Sequence[jax.Array]]]:
         weights = float_weights(program, self._run.net.folded)
-        return run_batches(self._run, program, weights, None, self.boundary, samples)
+        batches = all_batches(self._run.net)[: math.ceil(samples / self._run.net.batch)]
+        return run_batches(self._run, program, weights, None, self.boundary, batches)

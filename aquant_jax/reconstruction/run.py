@@ -55,7 +55,7 @@ def run_batches(
     weights: Sequence[Any],
     activations: Sequence[ActivationQuantizer] | None,
     boundary: tuple[Cache, ...],
-    samples: int,
+    batches: Sequence[np.ndarray],
 ) -> Iterator[tuple[np.ndarray, Sequence[jax.Array]]]:
     """Outputs of a block, batch by batch, with the indices of the samples."""
     function = run.compiler.get(
@@ -63,7 +63,6 @@ def run_batches(
         lambda: functools.partial(take_and_run, program, run.compiler.layer),
     )
     inputs = block_inputs(run, program, boundary)
-    batches = [batch_rows(run.net, start) for start in range(0, samples, run.net.batch)]
     loaded = load((inputs.boundary, inputs.model), batches)
     for rows, ((caches, model), index) in zip(batches, loaded, strict=True):
         batch = inputs._replace(boundary=caches, model=model)
@@ -86,15 +85,15 @@ def take_and_run(
     return forward(program, weights, activations, batch, layer=layer)
 
 
-def batch_rows(net: Network, start: int) -> np.ndarray:
-    """The samples of a batch; the last batch wraps around to the first sample."""
-    return np.arange(start, start + net.batch, dtype=np.int32) % net.samples
+def all_batches(net: Network) -> list[np.ndarray]:
+    """The calibration set in batches; the last one wraps around to the first sample."""
+    return batches_of(net, np.arange(net.samples, dtype=np.int32))
 
 
 def batches_of(net: Network, samples: np.ndarray) -> list[np.ndarray]:
     """`samples` in batches; the last one wraps around to the first of them."""
-    starts = range(0, len(samples), net.batch)
-    return [np.resize(np.roll(samples, -start), net.batch) for start in starts]
+    starts, batch = range(0, len(samples), net.batch), np.arange(net.batch)
+    return [samples[(start + batch) % len(samples)] for start in starts]
 
 
 def block_inputs(run: Run, program: BlockProgram, boundary: tuple[Cache, ...]) -> BlockInputs:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,9 @@ import numpy as np
 
 from aquant_jax.arithmetic.border import AUTO
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
-from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.layers.fake_quant import LayerState
 from aquant_jax.plan.block_program import BlockProgram
-from aquant_jax.plan.network import Network
-from aquant_jax.reconstruction.activation_cache import Cache, load, store, take
+from aquant_jax.reconstruction.activation_cache import Allocate, Cache, load, store, take
 from aquant_jax.reconstruction.block_store import BlockResult
 from aquant_jax.reconstruction.border_choice import Borders, Candidate
 from aquant_jax.reconstruction.devices import count, settled
@@ -28,12 +26,11 @@ from aquant_jax.reconstruction.optimize import Result, optimize
 from aquant_jax.reconstruction.report import BlockReport, propagated_error
 from aquant_jax.reconstruction.run import (
     Run,
-    batch_rows,
+    all_batches,
     batches_of,
     block_inputs,
     run_batches,
     split,
-    take_and_run,
 )
 from aquant_jax.reconstruction.training_step import CalibrationData, Quantizers
 from aquant_jax.reconstruction.weights import deployed_weights, nearest_layers
@@ -73,12 +70,13 @@ def quantize_block(run: Run, state: State, floating: FloatBlock) -> tuple[State,
       InputError: the block store is damaged or cannot be written.
     """
     result = run.block_store.read(state.index) if run.block_store else None
+    outputs: tuple[Cache, ...] = ()
     if result is None:
         run.observer.on_block_start(state.index, floating.block)
         if run.net.recipe.border == AUTO:
             result = _with_cheapest_border(run, state, floating)
         else:
-            result = _reconstruct(run, state, floating, floating.program)[0]
+            result, _, outputs = _reconstruct(run, state, floating, floating.program)
         if run.block_store:
             run.block_store.write(state.index, result)
     after = state._replace(
@@ -88,8 +86,8 @@ def quantize_block(run: Run, state: State, floating: FloatBlock) -> tuple[State,
         borders={**state.borders, **result.borders},
     )
     if after.index < len(run.net.blocks):
-        onward = floating.onward_with(result.borders)
-        after = after._replace(quantized=_forward_quantized(run, onward, after))
+        outputs = outputs or _forward_quantized(run, floating.onward_with(result.borders), after)
+        after = after._replace(quantized=outputs)
     return after, result
 
 
@@ -101,7 +99,7 @@ def _with_cheapest_border(run: Run, state: State, floating: FloatBlock) -> Block
 
     def learn(candidate: Candidate) -> tuple[BlockResult, float]:
         """The block with the border of a candidate, and its error on the samples held out."""
-        result, best = _reconstruct(run, state, floating, candidate.program)
+        result, best, _ = _reconstruct(run, state, floating, candidate.program)
         error = _error(run, candidate.program, best, data, held_out)
         tried.append((candidate.name, candidate.coefficients, error))
         return result._replace(borders=candidate.borders), error
@@ -120,26 +118,35 @@ def _with_cheapest_border(run: Run, state: State, floating: FloatBlock) -> Block
 
 def _reconstruct(
     run: Run, state: State, floating: FloatBlock, program: BlockProgram
-) -> tuple[BlockResult, Result]:
-    """Quantize one block by optimisation; use nearest rounding where that is not better."""
+) -> tuple[BlockResult, Result, tuple[Cache, ...]]:
+    """Quantize one block by optimisation; use nearest rounding where that is not better.
+
+    Returns:
+      What to report and keep, the same for the program of the block, and the boundary of the next
+      block. That is empty where another program computes it, or where nearest rounding was better.
+    """
     began = time.perf_counter()
     data = _calibration_data(run, state, floating)
     quantizers = _initial_quantizers(state, floating)
-    learning, batches = run.net.recipe.reconstruction, _whole_batches(run.net)
+    steps = run.net.recipe.reconstruction.steps
     curve = np.zeros((0, 2), np.float32)
     nearest = nearest_layers(program, quantizers.weights)
     best = start = Result(nearest, quantizers.activations, curve)
-    start_error = final_error = _error(run, program, start, data, batches)
-    if learning.steps:
+    is_read = program is floating.onward and floating.block is not run.net.blocks[-1]
+    allocate = run.memory.allocate(state.index) if is_read else None
+    start_error, outputs = _evaluate(run, program, start, data, None if steps else allocate)
+    final_error = start_error
+    if steps:
         best = _learn(run, state.index, program, quantizers, data)
-        curve, final_error = best.curve, _error(run, program, best, data, batches)
+        curve = best.curve
+        final_error, outputs = _evaluate(run, program, best, data, allocate)
     fell_back = not final_error <= start_error
     if fell_back:
-        best, final_error = start, start_error
+        best, final_error, outputs = start, start_error, ()
     learned = dict(zip((t.key for t in program.tensors), best.activations, strict=True))
     block = floating.block
     report = BlockReport(
-        state.index, block.name, block.layers, learning.steps, curve, start_error, final_error,
+        state.index, block.name, block.layers, steps, curve, start_error, final_error,
         fell_back, time.perf_counter() - began,
         propagated_error(state.quantized, floating.boundary, run.net.samples), devices=count(),
     )  # fmt: skip
@@ -148,7 +155,7 @@ def _reconstruct(
         {key: learned.get(key, quantizer) for key, quantizer in floating.fresh.items()},
         report,
     )
-    return result, best
+    return result, best, outputs
 
 
 def _initial_quantizers(state: State, floating: FloatBlock) -> Quantizers:
@@ -181,15 +188,31 @@ def _forward_quantized(run: Run, program: BlockProgram, state: State) -> tuple[C
     """Outputs of a block for all calibration samples, quantized."""
     weights = deployed_weights(program, [state.layers[spec.path] for spec in program.specs])
     activations = [state.activations[tensor.key] for tensor in program.tensors]
-    batches = run_batches(run, program, weights, activations, state.quantized, run.net.samples)
+    batches = all_batches(run.net)
+    produced = run_batches(run, program, weights, activations, state.quantized, batches)
     allocate = run.memory.allocate(state.index - 1)
-    return store((outputs for _, outputs in batches), run.net.samples, allocate)
+    return store((outputs for _, outputs in produced), run.net.samples, allocate)
 
 
-def _whole_batches(net: Network) -> list[np.ndarray]:
-    """The calibration set in batches, without the samples that fill none."""
-    starts = range(0, net.samples - net.batch + 1, net.batch)
-    return [batch_rows(net, start) for start in starts]
+def _evaluate(
+    run: Run,
+    program: BlockProgram,
+    result: Result,
+    data: CalibrationData,
+    allocate: Allocate | None,
+) -> tuple[float, tuple[Cache, ...]]:
+    """Loss of the deployed block, and its outputs for all calibration samples, in one pass.
+
+    The samples that fill no batch have no part in the loss. Without `allocate` no outputs are kept.
+    """
+    net = run.net
+    whole = net.samples // net.batch
+    if allocate is None:
+        return _error(run, program, result, data, all_batches(net)[:whole]), ()
+    losses: list[jax.Array] = []
+    outputs = _outputs(run, program, result, data, all_batches(net), losses)
+    caches = store(outputs, net.samples, allocate)
+    return _mean(losses[:whole]), caches
 
 
 def _error(
@@ -200,29 +223,45 @@ def _error(
     batches: Sequence[np.ndarray],
 ) -> float:
     """Loss of the deployed block on `batches` of the calibration set."""
-    # Bound outside `error`: a shared compiler must not keep `run` and its caches alive.
-    power, layer = run.net.recipe.reconstruction.loss_power, run.compiler.layer
+    losses: list[jax.Array] = []
+    for _ in _outputs(run, program, result, data, batches, losses):
+        pass
+    return _mean(losses)
+
+
+def _mean(losses: Sequence[jax.Array]) -> float:
+    return float(np.mean([float(loss) for loss in losses]))
+
+
+def _outputs(
+    run: Run,
+    program: BlockProgram,
+    result: Result,
+    data: CalibrationData,
+    batches: Sequence[np.ndarray],
+    losses: list[jax.Array],
+) -> Iterator[Sequence[jax.Array]]:
+    """Outputs of the deployed block, batch by batch; adds the loss of each to `losses`."""
+    # Bound outside `loss`: a shared compiler must not keep `run` and its caches alive.
+    power = run.net.recipe.reconstruction.loss_power
 
     def build() -> Callable[..., jax.Array]:
-        def error(
+        def loss(
             index: jax.Array,
             valid_mask: jax.Array | None,
             targets: tuple[Cache, ...],
-            *args: Any,
+            outputs: Sequence[jax.Array],
         ) -> jax.Array:
             wanted = take(targets, index, program.dtypes(program.subgraph.outputs))
-            outputs = take_and_run(program, layer, index, *args)
             mask = None if valid_mask is None else valid_mask[index]
             return output_loss(program, outputs, wanted, power, mask)
 
-        return error
+        return loss
 
-    function = run.compiler.get(("error", program.key, power), build)
+    function = run.compiler.get(("loss", program.float_key, power), build)
     weights = deployed_weights(program, result.layers)
-    losses = []
-    samples = data.valid_mask, data.targets, data.quantized, data.model_inputs
-    for (mask, targets, boundary, model), index in load(samples, batches):
-        inputs = BlockInputs(boundary, model, data.constants)
-        loss = function(index, mask, targets, weights, result.activations, inputs)
-        losses.append(settled(loss))
-    return float(np.mean([float(loss) for loss in losses]))
+    produced = run_batches(run, program, weights, result.activations, data.quantized, batches)
+    samples = load((data.valid_mask, data.targets), batches)
+    for (_, outputs), ((mask, targets), index) in zip(produced, samples, strict=True):
+        losses.append(settled(function(index, mask, targets, outputs)))
+        yield outputs
