@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from aquant_jax.arithmetic.array_types import AnyArray
+from aquant_jax.arithmetic.broadcast import spread
 
 NEAREST = 0.5
 # Above 2^23 every float32 is an integer.
@@ -173,8 +174,9 @@ def fake_quantize(
     Returns:
       float32, of the shape of `x`.
     """
-    codes = quantize(to_units(x, 1.0 / state.step_size), state.zero_point, bits, border)
-    return dequantize(codes, state.step_size, state.zero_point)
+    step, inverse = spread(state.step_size, x.shape), spread(1.0 / state.step_size, x.shape)
+    codes = quantize(to_units(x, inverse), state.zero_point, bits, border)
+    return dequantize(codes, step, state.zero_point)
 
 
 def scale_gradient(

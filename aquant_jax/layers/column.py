@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.arithmetic.border import CoefficientRows, Coefficients
+from aquant_jax.arithmetic.broadcast import channel_sums
 
 
 class Rounding(NamedTuple):
@@ -83,10 +84,3 @@ def _scale_backward(
 
 
 _scale.defvjp(_scale_forward, _scale_backward)
-
-
-def channel_sums(values: Float[AnyArray, "... C"]) -> Float[Array, "C"]:
-    """Sum over all axes but the last, as a matmul: XLA on CPU would fuse a long chain of
-    element-wise work into the sum and run it serially."""
-    flat = values.reshape(-1, values.shape[-1])
-    return (jnp.ones((1, flat.shape[0]), flat.dtype) @ flat)[0]

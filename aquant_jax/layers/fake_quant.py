@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Inexact, Shaped, UInt8
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.arithmetic.border import Coefficients
+from aquant_jax.arithmetic.broadcast import spread
 from aquant_jax.arithmetic.uniform import (
     ActivationQuantizer,
     dequantize,
@@ -260,17 +261,19 @@ def quantize_elements(
     axes = op.layer.column_axes
     if op.layer.kind == "conv":
         axes = (op.params["dimension_numbers"].lhs_spec[1],)
-    shape = [1] * x.ndim
-    for axis in axes:
-        shape[axis] = x.shape[axis]
     order = tuple(int(i) for i in np.argsort(axes))
     sizes = [x.shape[axis] for axis in axes]
-    shaped = {
-        name: jnp.transpose(c[0].reshape(sizes), order).reshape(1, *shape)
-        for name, c in border.items()
-    }
-    u = to_units(x, 1.0 / quantizer.step_size)
-    (bound,) = borders.borders(spec.border, spec.phi, False, shaped, [u])
+
+    def shaped(values: Float32[AnyArray, "C"]) -> Float32[Array, "..."]:
+        """One value a channel, to broadcast on `x`."""
+        if tuple(axes) == (x.ndim - 1,):
+            return spread(values, x.shape)
+        others = [axis for axis in range(x.ndim) if axis not in axes]
+        return jnp.expand_dims(jnp.transpose(values.reshape(sizes), order), others)
+
+    u = to_units(x, spread(1.0 / quantizer.step_size, x.shape))
+    rows = {name: [shaped(c[0])] for name, c in border.items()}
+    (bound,) = borders.borders(spec.border, spec.phi, False, rows, [u])
     return fake_quantize(x, quantizer, spec.act_bits, bound)
 
 

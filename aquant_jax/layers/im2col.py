@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float32
 
 from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.arithmetic.border import Coefficients
+from aquant_jax.arithmetic.broadcast import channel_sums
 from aquant_jax.arithmetic.uniform import ActivationQuantizer, dequantize, quantize, to_units
-from aquant_jax.layers.column import Rounding, channel_sums, contract
+from aquant_jax.layers.column import Rounding, contract
 from aquant_jax.layers.conv_geometry import ConvGeometry
 from aquant_jax.layers.im2col_gradient import Pullback, pin
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.border import Coefficients
+from aquant_jax.arithmetic.broadcast import channel_sums
 from aquant_jax.arithmetic.uniform import (
     ActivationQuantizer,
     clip_codes,
@@ -21,7 +22,7 @@ from aquant_jax.arithmetic.uniform import (
     max_code,
     to_units,
 )
-from aquant_jax.layers.column import Rounding, channel_sums, contract
+from aquant_jax.layers.column import Rounding, contract
 from aquant_jax.layers.conv_geometry import ConvGeometry
 
 

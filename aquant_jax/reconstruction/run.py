@@ -58,9 +58,9 @@ def run_batches(
     batches: Sequence[np.ndarray],
 ) -> Iterator[tuple[np.ndarray, Sequence[jax.Array]]]:
     """Outputs of a block, batch by batch, with the indices of the samples."""
+    key = ("float", program.float_key) if activations is None else ("forward", program.key)
     function = run.compiler.get(
-        ("forward", program.float_key if activations is None else program.key),
-        lambda: functools.partial(take_and_run, program, run.compiler.layer),
+        key, lambda: functools.partial(take_and_run, program, run.compiler.layer)
     )
     inputs = block_inputs(run, program, boundary)
     loaded = load((inputs.boundary, inputs.model), batches)

@@ -38,7 +38,7 @@ from launch.lib.hlo import collectives
 from launch.lib.scaling_workload import NETWORKS, Workload
 
 DEVICES = "JAX_NUM_CPU_DEVICES"
-STEP, FORWARD, ERROR = "step", "forward", "error"  # how `Compiler.get` names programs
+STEP, FORWARD = "step", "forward"  # how `Compiler.get` names programs
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -145,7 +145,7 @@ class Recorder(aq.Compiler):
         compiled, figures = self._compiled[key]
         if key[0] == STEP and self.block not in (same := self.steps.setdefault(key, [])):
             same.append(self.block)
-        name = f"{key[0]} float" if key[0] == FORWARD and not key[2] else key[0]
+        name = key[0]
         self.programs[self.block, name] = figures
         start, cpu = time.perf_counter(), time.process_time()
         result = jax.block_until_ready(compiled(*arguments))
@@ -168,13 +168,12 @@ def analysis(compiled: Any) -> dict[str, Any]:
 
 
 class BlockTimes(aq.Observer):
-    """Seconds of every block: of its reconstruction, and of its hand-over to the next."""
+    """Seconds of every block, and what it hands on."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.names: list[str] = []
         self.outputs: list[list[tuple[int, ...]]] = []
-        self.reconstruction: list[float] = []
-        self.hand_over: list[float] = []
+        self.seconds: list[float] = []
         self._recorder = recorder
         recorder.calls.clear()
 
@@ -192,22 +191,21 @@ class BlockTimes(aq.Observer):
         """See `Observer`."""
         self._recorder.block = index
         self.names.append(block.name)
-        self._began = time.perf_counter()
 
     def on_block_end(self, report: Any) -> None:
         """See `Observer`."""
-        self.reconstruction.append(report.seconds)
-        self.hand_over.append(time.perf_counter() - self._began - report.seconds)
+        self.seconds.append(report.seconds)
 
 
 def _block(
     recorder: Recorder, observer: BlockTimes, index: int, mesh: Mesh | None
 ) -> dict[str, Any]:
-    """The figures of a block. `rest` is the range search, the writing of targets, and Python."""
+    """The figures of a block. The hand-over is the second pass of the quantized block, in which its
+    error is measured too. `rest` is the range search, the caches, and Python."""
     programs = {name: figures for (i, name), figures in recorder.programs.items() if i == index}
     calls = {name: spent for (i, name), spent in recorder.calls.items() if i == index}
     wall = {name: sum(seconds for seconds, _ in spent) for name, spent in calls.items()}
-    inside = sum(seconds for name, seconds in wall.items() if name != FORWARD)
+    passes = [seconds for seconds, _ in calls[FORWARD]]
     last = index == observer.count - 1
     return {
         "name": observer.names[index],
@@ -215,10 +213,10 @@ def _block(
             "seconds": timing.summary([seconds for seconds, _ in calls[STEP]]),
             "cpu": statistics.median(cpu for _, cpu in calls[STEP]),
         },
-        "forward": programs.get(FORWARD),
+        "forward": programs[FORWARD],
         "write": None if last else written(observer.outputs[index], mesh),
-        "hand_over_seconds": observer.hand_over[index],
-        "rest_seconds": observer.reconstruction[index] - inside,
+        "hand_over_seconds": 0.0 if last else sum(passes[len(passes) // 2 :]),
+        "rest_seconds": observer.seconds[index] - sum(wall.values()),
     }  # fmt: skip
 
 

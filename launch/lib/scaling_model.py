@@ -19,7 +19,7 @@ FLOAT, CACHED = 4, 2  # bytes of a value, and of one in a cache
 ASSEMBLY = 3  # passes over a batch in memory: its rows, and what an all-reduce reads and writes
 REDUCES = 2  # collectives of a step: XLA combines those of the batch, and those of the gradients
 REDUCES_A_LAYER = 3  # over the axis `model`: input, output, and gradient of the input
-FORWARDS = 4  # over the calibration set, a block: targets, hand-over, error before and after
+FORWARDS = 3  # over the calibration set, a block: targets, error before, and after with hand-over
 PASSES = 3  # a step is about three forward passes
 
 

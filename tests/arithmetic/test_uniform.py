@@ -128,6 +128,10 @@ def test_gradients_are_those_of_lsq():
     np.testing.assert_allclose(dstep, np.where(inside, q - 3 - u, q - 3), atol=1e-5)
     np.testing.assert_allclose(dx, inside, atol=1e-6)
     assert 0 < inside.sum() < len(x)
+    dy = normal(rng_of(5), 25, 4, 3)
+    whole, passed = jax.vjp(one, grid.step_size, x.reshape(dy.shape))[1](dy)
+    np.testing.assert_allclose(whole, dy.ravel() @ dstep, rtol=1e-5)
+    np.testing.assert_allclose(passed, dy * inside.reshape(dy.shape), atol=1e-6)
 
 
 def test_gradient_scale():

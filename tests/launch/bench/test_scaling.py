@@ -32,7 +32,10 @@ def test_measurements_and_model_meet(monkeypatch, tmp_path, capsys):
         assert block["step"]["flops"] > 0
         assert block["step"]["collectives"] == {}
         assert block["step"]["seconds"]["median"] > 0
-    assert row["blocks"][-1]["forward"] is None  # nothing reads the last block's outputs
+        assert block["forward"]["flops"] > 0
+        assert block["hand_over_seconds"] + block["rest_seconds"] > 0
+    last = row["blocks"][-1]
+    assert (last["write"], last["hand_over_seconds"]) == (None, 0)  # nothing reads its outputs
 
     like = scaling_model.Target(TINY, scaling_model.recipes.brecq(4, None), Schedule(samples=64),
                                 "small_decoder")  # fmt: skip
