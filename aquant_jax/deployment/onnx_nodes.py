@@ -16,9 +16,9 @@ def rewrite_nodes(model: Any) -> None:
     """Rewrites max-pools and clips, and drops what nothing reads; the model computes the same.
 
     jax2onnx 0.17 pools over all four axes of an image, as spatial ones; onnxruntime knows three.
-    The maximum and the minimum of a tensor and a number become Relu and Clip, which runtimes fuse
-    with the convolution before them. The maximum with the lowest float32 goes: it keeps XLA from
-    fusing (`uniform.product`).
+    The maximum and the minimum of a float tensor and a number become Relu and Clip, which runtimes
+    fuse with the convolution before them. The maximum with the lowest float32 goes: it keeps XLA
+    from fusing (`uniform.product`).
     """
     _max_pools(model.graph)
     _clips(model.graph)
@@ -67,10 +67,10 @@ def _max_pools(graph: Any) -> None:
 def _clips(graph: Any) -> None:
     from onnx import helper, numpy_helper
 
-    numbers = {
-        value.name: numpy_helper.to_array(value)
-        for value in graph.initializer if len(value.dims) == 0
-    }  # fmt: skip
+    scalars = [value for value in graph.initializer if len(value.dims) == 0]
+    numbers = {value.name: numpy_helper.to_array(value) for value in scalars}
+    # Runtimes have no Relu of integers.
+    numbers = {name: n for name, n in numbers.items() if n.dtype.kind not in "iu"}
     outputs = {value.name for value in graph.output}
     readers = collections.Counter(name for node in graph.node for name in node.input)
     same: dict[str, str] = {}
