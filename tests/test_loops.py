@@ -90,9 +90,12 @@ def map_branch_and_counted_loop():
 @pattern
 def loops_in_loops():
     def apply(v, x):
-        def layer(xs, k):  # a recurrent network a layer
+        def layer(xs, weight_and_key):  # a recurrent network a layer
+            k, key = weight_and_key
+            noise = 0.1 * jax.random.normal(key, (8,))
+
             def step(h, t):
-                h = jnp.tanh(t + h @ k)
+                h = jnp.tanh(t + noise + h @ k)
                 return h, h
 
             return lax.scan(step, jnp.zeros(xs.shape[1:]), xs)[1], None
@@ -100,11 +103,12 @@ def loops_in_loops():
         def step(h, t):  # layers at each time step
             return lax.scan(lambda h, k: (jnp.tanh(h @ k), None), h + t, v["deep"])[0], None
 
-        xs = lax.scan(layer, jnp.swapaxes(x, 0, 1), v["k"])[0]
+        xs = lax.scan(layer, jnp.swapaxes(x, 0, 1), (v["k"], v["keys"]))[0]
         return lax.scan(step, jnp.zeros(xs.shape[1:]), xs)[0] @ v["head"]
 
     paths = ["k[0]", "k[1]", "deep[0]", "deep[1]", "head"]
-    return Pattern(apply, weights(k=(2, 8, 8), deep=(2, 8, 8), head=(8, 5)), paths)
+    variables = weights(k=(2, 8, 8), deep=(2, 8, 8), head=(8, 5))
+    return Pattern(apply, variables | {"keys": jax.random.split(jax.random.key(0), 2)}, paths)
 
 
 @pattern
@@ -113,14 +117,15 @@ def counters_keys_and_a_reversed_loop():
         def step(carry, t):
             h, i, key = carry
             h = jnp.tanh(t @ v["u"] + h @ v["k"]) * jnp.where(i % 2 == 0, 1.0, 0.5)
+            h = jnp.where(jax.random.bernoulli(key, 0.9, (1, 8)), h, 0.0)
             return (h, i + 1, key), h
 
-        start = (jnp.zeros((x.shape[0], 8)), 0, jax.random.key(0))
+        start = (jnp.zeros((x.shape[0], 8)), 0, v["key"])
         (h, _, _), hs = lax.scan(step, start, jnp.swapaxes(x, 0, 1), reverse=True)
         return h @ v["head"] + hs.mean(0) @ v["head"]
 
-    shapes = {"u": (8, 8), "k": (8, 8), "head": (8, 5)}
-    return Pattern(apply, weights(**shapes), ["u", "k", "head", "head#2"])
+    variables = weights(u=(8, 8), k=(8, 8), head=(8, 5)) | {"key": jax.random.key(0)}
+    return Pattern(apply, variables, ["u", "k", "head", "head#2"])
 
 
 @pattern

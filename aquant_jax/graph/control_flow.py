@@ -249,7 +249,7 @@ def _slice(trace: Flattener, value: Atom, step: int) -> Atom:
     """The slice of a stacked value that a step reads."""
     assert isinstance(value, int)
     kind, aval = trace.kind(value), trace.avals[value]
-    if kind.static:
+    if kind.static and not jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):  # no key is a constant
         return trace.slice_of(value, step)
     return _call(trace, lambda a: lax.index_in_dim(a, step, keepdims=False), [value], [aval])
 

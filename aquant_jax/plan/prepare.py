@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.arithmetic.border import check_start
@@ -59,6 +60,7 @@ def prepare(
     checks.check_calibration(calibration, recipe)
     variables = checks.check_variables(variables)
     checks.check_not_traced()
+    apply, variables = _with_key_data(apply, variables)
     net = _prepare(apply, variables, calibration, recipe, mask)
     warn_if_samples_mix(net, calibration)
     if not recipe.transforms:
@@ -70,6 +72,29 @@ def prepare(
     apply = transformed(apply, recipe, transforms)
     net = _prepare(apply, variables, calibration, recipe, mask)
     return net._replace(transforms=transforms)
+
+
+def _with_key_data(apply: Callable[..., Any], variables: Any) -> tuple[Callable[..., Any], Any]:
+    """The function of variables whose random keys are given as numbers, which can be saved, and
+    these variables."""
+    leaves, treedef = jax.tree.flatten(variables)
+    keys = {i: jax.random.key_impl(leaf) for i, leaf in enumerate(leaves) if _is_key(leaf)}
+    if not keys:
+        return apply, variables
+
+    def of_numbers(variables: Any, x: Any) -> Any:
+        given = jax.tree.leaves(variables)
+        for i, kind in keys.items():
+            given[i] = jax.random.wrap_key_data(given[i], impl=kind)
+        return apply(treedef.unflatten(given), x)
+
+    for i in keys:
+        leaves[i] = jax.random.key_data(leaves[i])
+    return of_numbers, treedef.unflatten(leaves)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
 
 
 def _prepare(
