@@ -74,6 +74,12 @@ def primitives(eqn: jex.JaxprEqn) -> frozenset[str]:
     return frozenset().union(*inner) if inner else frozenset({eqn.primitive.name})
 
 
+def nested(eqn: jex.JaxprEqn) -> frozenset[str]:
+    """Names of the primitives inside an equation, at any depth."""
+    inner = [e for jaxpr in _inner_jaxprs(eqn) for e in jaxpr.eqns]
+    return frozenset(e.primitive.name for e in inner).union(*map(nested, inner))
+
+
 def function_of(eqn: jex.JaxprEqn, template: jex.Jaxpr) -> Callable[..., list[Any]]:
     """The equation as a function of its operands; a closed jaxpr keeps its custom gradients.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from aquant_jax.errors import InputError
 from aquant_jax.graph.control_flow import Kind, flatten_control_flow
-from aquant_jax.graph.equations import called, function_of, is_transform, primitives
+from aquant_jax.graph.equations import called, function_of, is_transform, nested, primitives
 from aquant_jax.graph.experts import Selections, without_selections
 from aquant_jax.graph.ir import (
     PAD_WITH_VALUE,
@@ -266,7 +266,7 @@ class _Flattener:
         """Notes an op with weights that no layer stands for, and what of them the input selects."""
         name, ids = op.name, [i for i in op.inputs if isinstance(i, int)]
         weights = [i for i in ids if self.static_of.get(i) and len(self.avals[i].shape) > 1]
-        reason = opaque(name, primitives(eqn))
+        reason = opaque(name, nested(eqn))
         if reason is not None and weights:
             largest = max(weights, key=lambda i: self.avals[i].size)
             self.unquantized.append(Unquantized(self._name(largest), name, reason))

@@ -18,6 +18,7 @@ _WHY = {
     "pure_callback": "it calls Python",
     "io_callback": "it calls Python",
 }
+_SEEN_THROUGH = {"scan", "cond"}
 _OPAQUE = {
     *PRODUCTS,
     "pallas_call",
@@ -70,8 +71,10 @@ def opaque(name: str, inside: frozenset[str]) -> str | None:
 
     Args:
       name: its primitive.
-      inside: the primitives inside it.
+      inside: the primitives inside it, at any depth.
     """
+    if name in _SEEN_THROUGH and not inside & _WHY.keys():
+        return None  # a trace flattens those in which a product has a weight
     multiplies = bool(_OPAQUE & {name, *inside}) and name not in PRODUCTS
     return _WHY.get(name, "no layer can stand for it") if multiplies else None
 

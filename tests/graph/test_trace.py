@@ -222,13 +222,14 @@ def test_an_unknown_number_of_steps_leaves_a_loop_float():
 
 
 def test_ops_that_no_layer_stands_for_are_named():
-    variables = kernels(mixed=(3, 2, 10), rows=(2, 4), head=(5, 2))
+    variables = kernels(mixed=(3, 2, 10), rows=(2, 4), head=(5, 2), decay=(4, 4))
 
     def apply(v, x):
+        state = lax.scan(lambda h, t: (h * v["decay"], h @ t), x[:4], x)[1]  # no weighted op
         chosen = jnp.argmax(x[:, :3], axis=1)
         mixed = v["mixed"][chosen].reshape(-1, 4, 5)
         rows = lax.ragged_dot(v["rows"], jnp.stack([x[:4], x[2:]]), jnp.array([1, 1]))
-        return (jnp.einsum("bi,bio->bo", x, mixed) + rows.sum()) @ v["head"]
+        return (jnp.einsum("bi,bio->bo", x + state, mixed) + rows.sum()) @ v["head"]
 
     graph = trace(apply, variables, normal(rng_of(1), 6, 4))
     assert [layer.path for layer in graph.layers] == ["head"]
