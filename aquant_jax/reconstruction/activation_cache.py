@@ -11,10 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax.reconstruction.devices import empty, read, split_batch, split_samples, write
+from aquant_jax.reconstruction.devices import (
+    empty,
+    read,
+    several_processes,
+    split_batch,
+    split_samples,
+    write,
+)
 from aquant_jax.storage.mapped_array import MappedArray
 
-HEADROOM = 2.0**12  # the first batch's maximum maps here; float16 ends at 65,504
+HEADROOM = 2.0**12  # the first batch's maximum maps here
+LARGEST = 65504.0  # of float16
+LEAST_EXPONENT = -126  # of a power of two that is a normal float32
 Allocate = Callable[[int, tuple[int, ...], Any], Any]
 
 
@@ -109,8 +118,7 @@ def store(
       batches: of samples; those of the last batch beyond `samples` are dropped.
       samples: how many there are.
       allocate: ``allocate(samples, shape, dtype)`` makes the array of a cache. By default it is
-        where the values are: on a GPU, none of them passes through the host but the first batch,
-        for its maximum.
+        where the values are: on a GPU, none of them passes through the host but their maxima.
 
     Raises:
       InputError: see `MappedArray`.
@@ -119,14 +127,17 @@ def store(
     scales: list[np.float32] = []
     position = 0
     for batch in batches:
+        tops = [_top(value) for value in batch]
         if not arrays:
-            scales = [_scale(value) for value in batch]
+            scales = list(map(_scale, tops))
             arrays = [allocate(samples, v.shape[1:], _stored_dtype(v)) for v in batch]
         count = min(len(batch[0]), samples - position)
-        arrays = [
-            _written(array, value if count == len(value) else value[:count], scale, position)
-            for array, value, scale in zip(arrays, batch, scales, strict=True)
-        ]
+        for i, (value, top) in enumerate(zip(batch, tops, strict=True)):
+            if top > LARGEST * scales[i]:
+                before, scales[i] = scales[i], max(scales[i], _scale(top))
+                arrays[i] = _rescaled(arrays[i], before / scales[i], position)
+            part = value if count == len(value) else value[:count]
+            arrays[i] = _written(arrays[i], part, scales[i], position)
         position += count
     pairs = zip(arrays, scales, strict=True)
     return tuple(Cache(array, jnp.asarray(scale)) for array, scale in pairs)
@@ -141,6 +152,21 @@ def _written(array: Any, value: jax.Array, scale: np.float32, position: int) -> 
     return array
 
 
+def _rescaled(array: Any, factor: np.float32, end: int) -> Any:
+    """`array`, whose samples before `end` are written, times a power of two."""
+    if isinstance(array, jax.Array):
+        return _multiply(array, factor)
+    for sample in range(end):
+        rows = slice(sample, sample + 1)
+        array[rows] = (array[rows].astype(np.float32) * factor).astype(array.dtype)
+    return array
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _multiply(array: jax.Array, factor: jax.Array) -> jax.Array:
+    return (array.astype(jnp.float32) * factor).astype(array.dtype)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(array: jax.Array, value: jax.Array, scale: jax.Array, position: int) -> jax.Array:
     return write(array, _encode(value, scale), position)
@@ -151,16 +177,30 @@ def _encode(value: jax.Array, scale: jax.Array) -> jax.Array:
     """A value in the form that is stored."""
     if _stored_dtype(value) != np.float16:
         return value
-    return jnp.clip(value.astype(jnp.float32) / scale, -65504.0, 65504.0).astype(jnp.float16)
+    return jnp.clip(value.astype(jnp.float32) / scale, -LARGEST, LARGEST).astype(jnp.float16)
 
 
 def _stored_dtype(value: Any) -> Any:
     return np.float16 if value.dtype == np.float32 else value.dtype
 
 
-def _scale(value: Any) -> np.float32:
-    if value.dtype != np.float32:
+def _top(value: Any) -> float:
+    """The largest magnitude of float32 values; NaN for others, which need no scale."""
+    if value.dtype != np.float32 or not value.size:
+        return np.nan
+    if jax.default_backend() != "cpu" or several_processes():
+        value = _largest(value)
+    return float(np.max(np.abs(read(value))))  # on a CPU nothing is moved, nor compiled
+
+
+@jax.jit
+def _largest(value: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(value))
+
+
+def _scale(top: float) -> np.float32:
+    """The power of two of values with this largest magnitude; of zeros, the least."""
+    if not np.isfinite(top):
         return np.float32(1.0)
-    top = float(np.max(np.abs(read(value)), initial=0.0))
-    finite = 0 < top < np.inf
-    return np.float32(2.0 ** np.ceil(np.log2(top / HEADROOM)) if finite else 1.0)
+    exponent = np.ceil(np.log2(top / HEADROOM)) if top else LEAST_EXPONENT
+    return np.float32(2.0 ** max(exponent, LEAST_EXPONENT))
