@@ -24,6 +24,8 @@ BINS = 4096
 FULL_BITS = 6  # every zero point is tried up to this number of bits
 COARSE_ZEROS = 16
 NEAR_RANGES = 3
+PLAIN_EXPONENT = 30  # of ranges that are searched as they are
+LARGEST_EXPONENT = 126  # of a factor that is a normal float32, as its inverse is
 CHUNK = 100  # candidates a call: those of every round and every sign run in one program
 
 
@@ -90,7 +92,9 @@ def _search(
       bits: 2 to 8.
     """
     none, ones = np.zeros(len(values), np.float32), np.ones(len(values), np.float32)
-    operands = tuple(map(jnp.asarray, (values, mass, span)))
+    lift = _lift(span)
+    lifted = (values, span) if (lift == 1).all() else (values * lift[:, None], span * lift)
+    operands = tuple(map(jnp.asarray, (lifted[0], mass, lifted[1])))
     fraction, zero = none, none
     with jax.disable_jit(False):  # op by op, thousands of candidates take minutes
         for offsets in rounds:
@@ -98,7 +102,13 @@ def _search(
             for start in range(0, len(offsets), CHUNK):
                 best = _around(operands, centre, best, _chunk(offsets, start), bits)
             _, fraction, zero = best
-    return operands[2] * fraction / np.float32(max_code(bits)), jnp.asarray(zero)
+    return jnp.asarray(span) * fraction / np.float32(max_code(bits)), jnp.asarray(zero)
+
+
+def _lift(span: Float[np.ndarray, "rows"]) -> Float[np.ndarray, "rows"]:
+    """A power of two for each range, so that its errors to the power of 2.4 are float32 numbers."""
+    exponent = np.clip(np.floor(np.log2(span)), -LARGEST_EXPONENT, LARGEST_EXPONENT)
+    return np.where(np.abs(exponent) < PLAIN_EXPONENT, 1.0, np.exp2(-exponent)).astype(np.float32)
 
 
 def _chunk(offsets: Float[np.ndarray, "m 2"], start: int) -> Float[np.ndarray, "_ 2"]:

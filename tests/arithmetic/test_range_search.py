@@ -20,7 +20,8 @@ def brute_force(values, bits):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_weight_grid_is_the_brute_force_optimum_of_every_channel(bits):
-    weight = normal(rng_of(bits), 5, 40) * np.array([[0.01], [1.0], [30.0], [1.0], [1.0]], "f")
+    factors = np.array([0.01, 1e-20, 30.0, 1.0, 1.0, 1e20], np.float32)
+    weight = normal(rng_of(bits), 6, 40) * factors[:, None]
     weight[3], weight[4] = np.abs(weight[3]), -np.abs(weight[4])
     scale, zero = map(np.asarray, search_weight_range(weight, bits))
     for row, s, z in zip(weight.astype(np.float64), scale, zero, strict=True):
@@ -69,13 +70,14 @@ def test_tensor_state_is_as_good_as_brute_force_on_the_values(bits, sign):
     assert float(state.zero_point) == expected.get(sign, round(float(state.zero_point)))
 
 
-def test_tensor_state_ignores_the_shape_and_follows_the_scale():
+@pytest.mark.parametrize("factor", [4.0, 1e-20, 1e20])
+def test_tensor_state_ignores_the_shape_and_follows_the_scale(factor):
     values = np.maximum(normal(rng_of(4), 4000), 0)
     one, two = (
         search_activation_range(values, 4),
-        search_activation_range(4.0 * values.reshape(40, 100), 4),
+        search_activation_range(factor * values.reshape(40, 100), 4),
     )
-    assert float(two.step_size) == pytest.approx(4.0 * float(one.step_size), rel=1e-5)
+    assert float(two.step_size) == pytest.approx(factor * float(one.step_size), rel=1e-5, abs=0)
 
 
 def test_a_constant_zero_tensor_has_a_positive_step_size():
