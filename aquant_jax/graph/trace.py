@@ -32,7 +32,7 @@ from aquant_jax.graph.ir import (
     path_names,
 )
 from aquant_jax.graph.shards import SHARD_MAP, unsharded
-from aquant_jax.graph.weighted_ops import layer_of, opaque
+from aquant_jax.graph.weighted_ops import SPARSE, layer_of, opaque
 
 MOST_SHOWN = 8  # shapes in a message
 
@@ -265,10 +265,12 @@ class _Flattener:
     def _note(self, eqn: jex.JaxprEqn, op: Op) -> Op:
         """Notes an op with weights that no layer stands for, and what of them the input selects."""
         name, ids = op.name, [i for i in op.inputs if isinstance(i, int)]
-        weights = [i for i in ids if self.static_of.get(i) and len(self.avals[i].shape) > 1]
+        axes = 1 if name in SPARSE else 2  # of a weight, at least
+        weights = [i for i in ids if self.static_of.get(i) and len(self.avals[i].shape) >= axes]
         reason = opaque(name, nested(eqn))
         if reason is not None and weights:
-            largest = max(weights, key=lambda i: self.avals[i].size)
+            floats = [i for i in weights if jnp.issubdtype(self.avals[i].dtype, jnp.inexact)]
+            largest = max(floats or weights, key=lambda i: self.avals[i].size)
             self.unquantized.append(Unquantized(self._name(largest), name, reason))
         chosen = self.selected.largest(op)
         if name in PRODUCTS and chosen is not None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from aquant_jax.graph.ir import PRODUCTS, RAGGED, Layer, Unquantized
 
 CONVOLUTION = "conv_general_dilated"
+SPARSE = ("bcoo_dot_general", "bcsr_dot_general")  # their weights are vectors
 _WHY = {
     "while": "the number of its steps is not known",
     "shard_map": "it runs on several devices",
@@ -17,6 +18,7 @@ _WHY = {
     "ffi_call": "it is a custom call",
     "pure_callback": "it calls Python",
     "io_callback": "it calls Python",
+    **dict.fromkeys(SPARSE, "its weight is sparse"),
 }
 _SEEN_THROUGH = {"scan", "cond"}
 _OPAQUE = {
@@ -24,6 +26,7 @@ _OPAQUE = {
     "pallas_call",
     "ffi_call",
     "pure_callback",
+    *SPARSE,
 }
 
 

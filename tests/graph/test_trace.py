@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import sparse
 
 import aquant_jax as aq
 from aquant_jax.errors import InputError
@@ -223,8 +224,12 @@ def test_an_unknown_number_of_steps_leaves_a_loop_float():
 
 def test_ops_that_no_layer_stands_for_are_named():
     variables = kernels(mixed=(3, 2, 10), rows=(2, 4), head=(5, 2), decay=(4, 4))
+    dense = kernels(sparse=(4, 4))["sparse"]
+    variables["coo"] = sparse.BCOO.fromdense(dense)
+    variables["csr"] = sparse.BCSR.fromdense(dense)
 
     def apply(v, x):
+        x = (v["csr"] @ (x @ v["coo"]).T).T
         state = lax.scan(lambda h, t: (h * v["decay"], h @ t), x[:4], x)[1]  # no weighted op
         chosen = jnp.argmax(x[:, :3], axis=1)
         mixed = v["mixed"][chosen].reshape(-1, 4, 5)
@@ -237,6 +242,8 @@ def test_ops_that_no_layer_stands_for_are_named():
     assert found == {
         "mixed": "the input selects its weights",
         "rows": "the weight is its left operand",
+        "coo/0": "its weight is sparse",
+        "csr/0": "its weight is sparse",
     }
 
 
