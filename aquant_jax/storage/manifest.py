@@ -55,6 +55,7 @@ def listed(path: Path) -> dict[str, str]:
     """
     manifest = path / MANIFEST
     try:
+        manifest.lstat()  # first, since a wrong folder may hold anything
         _files(path)  # refuses links, devices and FIFOs before any of them is opened
         text = manifest.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, RecursionError) as error:

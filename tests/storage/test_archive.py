@@ -73,6 +73,7 @@ def test_missing_and_foreign_files_are_told(folder):
     with pytest.raises(InputError, match=r"saved/program is missing"):
         archive.read(folder)
     (folder / archive.MANIFEST).unlink()
+    (folder / "link").symlink_to("elsewhere")  # as any other folder may have
     with pytest.raises(InputError, match=r"saved is not a checkpoint: manifest\.json"):
         archive.read(folder)
 
