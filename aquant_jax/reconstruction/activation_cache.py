@@ -126,8 +126,7 @@ def store(
     arrays: list[Any] = []
     scales: list[np.float32] = []
     position = 0
-    for batch in batches:
-        tops = [_top(value) for value in batch]
+    for batch, tops in _with_tops(batches):
         if not arrays:
             scales = list(map(_scale, tops))
             arrays = [allocate(samples, v.shape[1:], _stored_dtype(v)) for v in batch]
@@ -184,13 +183,34 @@ def _stored_dtype(value: Any) -> Any:
     return np.float16 if value.dtype == np.float32 else value.dtype
 
 
-def _top(value: Any) -> float:
-    """The largest magnitude of float32 values; NaN for others, which need no scale."""
+def _with_tops(
+    batches: Iterable[Sequence[Any]],
+) -> Iterator[tuple[Sequence[Any], list[float]]]:
+    """Every batch and its largest magnitudes, which are read while the next batch is computed."""
+    ahead: list[tuple[Sequence[Any], list[Any]]] = []
+    for batch in batches:
+        ahead.append((batch, list(map(_reduced, batch))))
+        if len(ahead) > 1:
+            before, values = ahead.pop(0)
+            yield before, list(map(_top, values))
+    for before, values in ahead:
+        yield before, list(map(_top, values))
+
+
+def _reduced(value: Any) -> Any:
+    """Values, or their largest magnitude where they lie elsewhere; None for what needs no scale."""
     if value.dtype != np.float32 or not value.size:
+        return None
+    moves = jax.default_backend() != "cpu" or several_processes()
+    return _largest(value) if moves else value
+
+
+def _top(value: Any) -> float:
+    """The largest magnitude; NaN for what needs no scale."""
+    if value is None:
         return np.nan
-    if jax.default_backend() != "cpu" or several_processes():
-        value = _largest(value)
-    return float(np.max(np.abs(read(value))))  # on a CPU nothing is moved, nor compiled
+    values = read(value)
+    return float(np.maximum(values.max(), -values.min()))
 
 
 @jax.jit
