@@ -32,7 +32,7 @@ def spread(values: Float[AnyArray, "..."], shape: tuple[Any, ...]) -> Float[Arra
     >>> jax.grad(lambda c: spread(c, (4, 3, 2)).sum())(jnp.ones(2))
     Array([12., 12.], dtype=float32)
     """
-    return _spread(jnp.broadcast_to(values, shape[-1:]), shape) if shape else values
+    return _spread(jnp.broadcast_to(values, shape[-1:]), shape) if shape else jnp.asarray(values)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -14,7 +14,7 @@ from aquant_jax.reconstruction.devices import read
 
 CLUSTERS = 16
 SAMPLES = 256  # of the propagated error, as long as they have no more values than
-MOST_VALUES = 2**22
+MOST_VALUES = 2**20
 
 
 class BlockReport(NamedTuple):
