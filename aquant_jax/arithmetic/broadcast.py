@@ -7,6 +7,7 @@ nothing into a matmul.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,28 @@ def channel_sums(values: Float[AnyArray, "... C"]) -> Float[Array, "C"]:
     if jax.default_backend() != "cpu":
         return jnp.sum(flat, 0)
     return (jnp.ones((1, flat.shape[0]), flat.dtype) @ flat)[0]
+
+
+def differentiated(function: Callable[..., jax.Array], *operands: Any) -> jax.Array:
+    """``function(*operands, plain)``, and for its gradient ``function(*operands, spread)``.
+
+    The results are equal. Where nothing is differentiated, in what is deployed and exported, there
+    is no broadcast.
+
+    Args:
+      function: of the operands and of a function like `spread`.
+      operands: pytrees of arrays, the only ones that `function` differentiates.
+    """
+
+    @jax.custom_vjp
+    def plain(*operands: Any) -> jax.Array:
+        return function(*operands, lambda values, shape: values)
+
+    def forward(*operands: Any) -> tuple[jax.Array, Callable[..., Any]]:
+        return jax.vjp(lambda *given: function(*given, spread), *operands)
+
+    plain.defvjp(forward, lambda pull, dy: pull(dy))
+    return plain(*operands)
 
 
 def spread(values: Float[AnyArray, "..."], shape: tuple[Any, ...]) -> Float[Array, "..."]:

@@ -7,7 +7,8 @@ that a constant border of 0.5 and rounding to nearest agree on ties too.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from aquant_jax.arithmetic.array_types import AnyArray
-from aquant_jax.arithmetic.broadcast import spread
+from aquant_jax.arithmetic.broadcast import differentiated
 
 NEAREST = 0.5
 # Above 2^23 every float32 is an integer.
@@ -174,9 +175,18 @@ def fake_quantize(
     Returns:
       float32, of the shape of `x`.
     """
-    step, inverse = spread(state.step_size, x.shape), spread(1.0 / state.step_size, x.shape)
-    codes = quantize(to_units(x, inverse), state.zero_point, bits, border)
-    return dequantize(codes, step, state.zero_point)
+
+    def run(
+        x: Float[AnyArray, "*shape"],
+        state: ActivationQuantizer,
+        border: Float[ArrayLike, "..."],
+        spread: Callable[..., Any],
+    ) -> Float[Array, "*shape"]:
+        u = to_units(x, spread(1.0 / state.step_size, x.shape))
+        codes = quantize(u, state.zero_point, bits, border)
+        return dequantize(codes, spread(state.step_size, x.shape), state.zero_point)
+
+    return differentiated(run, x, state, border)
 
 
 def scale_gradient(

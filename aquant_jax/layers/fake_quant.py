@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Inexact, Shaped, UInt8
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.arithmetic.border import Coefficients
-from aquant_jax.arithmetic.broadcast import spread
+from aquant_jax.arithmetic.broadcast import differentiated
 from aquant_jax.arithmetic.uniform import (
     ActivationQuantizer,
     dequantize,
@@ -263,18 +263,26 @@ def quantize_elements(
         axes = (op.params["dimension_numbers"].lhs_spec[1],)
     order = tuple(int(i) for i in np.argsort(axes))
     sizes = [x.shape[axis] for axis in axes]
+    others = [axis for axis in range(x.ndim) if axis not in axes]
 
-    def shaped(values: Float32[AnyArray, "C"]) -> Float32[Array, "..."]:
+    def spread_out(row: Float32[AnyArray, "C"], spread: Callable[..., Any]) -> Any:
         """One value a channel, to broadcast on `x`."""
         if tuple(axes) == (x.ndim - 1,):
-            return spread(values, x.shape)
-        others = [axis for axis in range(x.ndim) if axis not in axes]
-        return jnp.expand_dims(jnp.transpose(values.reshape(sizes), order), others)
+            return spread(row, x.shape)
+        return jnp.expand_dims(jnp.transpose(row.reshape(sizes), order), others)
 
-    u = to_units(x, spread(1.0 / quantizer.step_size, x.shape))
-    rows = {name: [shaped(c[0])] for name, c in border.items()}
-    (bound,) = borders.borders(spec.border, spec.phi, False, rows, [u])
-    return fake_quantize(x, quantizer, spec.act_bits, bound)
+    def run(
+        x: Float[AnyArray, "*shape"],
+        quantizer: ActivationQuantizer,
+        border: Coefficients,
+        spread: Callable[..., Any],
+    ) -> Float32[Array, "*shape"]:
+        u = to_units(x, spread(1.0 / quantizer.step_size, x.shape))
+        rows = {name: spread_out(c[0], spread)[None] for name, c in border.items()}
+        (bound,) = borders.borders(spec.border, spec.phi, False, rows, [u])
+        return fake_quantize(x, quantizer, spec.act_bits, bound)
+
+    return differentiated(run, x, quantizer, border)
 
 
 def needs_columns(op: Op, spec: LayerSpec) -> bool:
