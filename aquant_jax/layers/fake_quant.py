@@ -256,7 +256,7 @@ def quantize_elements(
     border: Coefficients,
 ) -> Float32[Array, "*shape"]:
     """Quantize and dequantize `x` itself: every element has one border, whatever tap reads it."""
-    if not spec.border:
+    if not (name := spec.border):
         return fake_quantize(x, quantizer, spec.act_bits)
     axes = op.layer.column_axes
     if op.layer.kind == "conv":
@@ -278,8 +278,8 @@ def quantize_elements(
         spread: Callable[..., Any],
     ) -> Float32[Array, "*shape"]:
         u = to_units(x, spread(1.0 / quantizer.step_size, x.shape))
-        rows = {name: spread_out(c[0], spread)[None] for name, c in border.items()}
-        (bound,) = borders.borders(spec.border, spec.phi, False, rows, [u])
+        rows = {key: spread_out(c[0], spread)[None] for key, c in border.items()}
+        (bound,) = borders.borders(name, spec.phi, False, rows, [u])
         return fake_quantize(x, quantizer, spec.act_bits, bound)
 
     return differentiated(run, x, quantizer, border)
