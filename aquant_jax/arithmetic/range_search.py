@@ -93,8 +93,7 @@ def _search(
     """
     none, ones = np.zeros(len(values), np.float32), np.ones(len(values), np.float32)
     lift = _lift(span)
-    lifted = (values, span) if (lift == 1).all() else (values * lift[:, None], span * lift)
-    operands = tuple(map(jnp.asarray, (lifted[0], mass, lifted[1])))
+    operands = tuple(map(jnp.asarray, (values * lift[:, None], mass, span * lift)))
     fraction, zero = none, none
     with jax.disable_jit(False):  # op by op, thousands of candidates take minutes
         for offsets in rounds:

@@ -67,10 +67,9 @@ def _max_pools(graph: Any) -> None:
 def _clips(graph: Any) -> None:
     from onnx import helper, numpy_helper
 
-    scalars = [value for value in graph.initializer if len(value.dims) == 0]
-    numbers = {value.name: numpy_helper.to_array(value) for value in scalars}
+    scalars = {v.name: numpy_helper.to_array(v) for v in graph.initializer if len(v.dims) == 0}
     # Runtimes have no Relu of integers.
-    numbers = {name: n for name, n in numbers.items() if n.dtype.kind not in "iu"}
+    numbers = {name: scalar for name, scalar in scalars.items() if scalar.dtype.kind not in "iu"}
     outputs = {value.name for value in graph.output}
     readers = collections.Counter(name for node in graph.node for name in node.input)
     same: dict[str, str] = {}
