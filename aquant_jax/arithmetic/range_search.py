@@ -26,6 +26,7 @@ COARSE_ZEROS = 16
 NEAR_RANGES = 3
 PLAIN_EXPONENT = 30  # of ranges that are searched as they are
 LARGEST_EXPONENT = 126  # of a factor that is a normal float32, as its inverse is
+SMALLEST = np.finfo(np.float32).tiny  # scale: XLA reads smaller numbers as zero
 CHUNK = 100  # candidates a call: those of every round and every sign run in one program
 
 
@@ -101,7 +102,8 @@ def _search(
             for start in range(0, len(offsets), CHUNK):
                 best = _around(operands, centre, best, _chunk(offsets, start), bits)
             _, fraction, zero = best
-    return jnp.asarray(span) * fraction / np.float32(max_code(bits)), jnp.asarray(zero)
+    scale = jnp.asarray(span) * fraction / np.float32(max_code(bits))
+    return jnp.maximum(scale, SMALLEST), jnp.asarray(zero)
 
 
 def _lift(span: Float[np.ndarray, "rows"]) -> Float[np.ndarray, "rows"]:
@@ -190,7 +192,9 @@ def search_activation_range(
     low, high = min(low, 0.0), max(high, 0.0)
     if high == low:
         return ActivationQuantizer(jnp.float32(1.0), jnp.float32(0.0))
-    index = np.minimum(((flat - low) * (BINS / (high - low))).astype(np.int32), BINS - 1)
+    lift = float(_lift(np.array([high - low]))[0])
+    lifted = (flat - low) * np.float32(lift)
+    index = np.minimum((lifted * (BINS / ((high - low) * lift))).astype(np.int32), BINS - 1)
     count = np.bincount(index, minlength=BINS)
     total = np.bincount(index, weights=flat, minlength=BINS)
     used = count > 0

@@ -85,3 +85,16 @@ def test_a_constant_zero_tensor_has_a_positive_step_size():
     assert (state.step_size, state.zero_point) == (1.0, 0.0)
     positive = search_activation_range(np.full((3, 4), 2.5, np.float32), 2)
     assert float(positive.step_size) > 0
+
+
+@pytest.mark.parametrize("factor", [1e-36, 1e-37])
+def test_numbers_near_the_smallest_of_float32_are_rounded_to_a_step_that_xla_can_read(factor):
+    smallest = np.finfo(np.float32).tiny
+    values = np.float32(factor) * normal(rng_of(0), 3, 64)
+    scale, zero = map(np.asarray, search_weight_range(values, 8))
+    assert (scale >= smallest).all()
+    codes = np.clip(np.ceil(values / scale[:, None] - 0.5) + zero[:, None], 0, 255)
+    rounded = scale[:, None] * (codes - zero[:, None])
+    assert abs(rounded - values).max() <= max(smallest, np.ptp(values) / 255)
+    step, _ = search_activation_range(values, 8)
+    assert smallest <= step <= max(smallest, np.ptp(values) / 255)
