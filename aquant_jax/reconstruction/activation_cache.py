@@ -23,8 +23,10 @@ from aquant_jax.storage.mapped_array import MappedArray
 
 HEADROOM = 2.0**12  # the first batch's maximum maps here
 LARGEST = 65504.0  # of float16
+WIDE = 2.0**24  # a first batch with a larger maximum, such as a mask of -1e9, stays float32
 LEAST_EXPONENT = -126  # of a power of two that is a normal float32
 Allocate = Callable[[int, tuple[int, ...], Any], Any]
+OnInfinite = Callable[[int, np.ndarray, int], None]
 
 
 class Cache(NamedTuple):
@@ -32,8 +34,8 @@ class Cache(NamedTuple):
 
     Attributes:
       values: ``[N, ...]``, or a few samples more on several devices; float32 is stored as float16
-        times a power of two, which is exact for codes; anything else as it came. It lies on the
-        device, in the memory of the host, or in a file; see `load`.
+        times a power of two, which is exact for codes and infinity; anything else as it came. It
+        lies on the device, in the memory of the host, or in a file; see `load`.
       scale: that power of two.
     """
 
@@ -110,7 +112,10 @@ def _is_elsewhere(leaf: Any) -> bool:
 
 
 def store(
-    batches: Iterable[Sequence[Any]], samples: int, allocate: Allocate = empty
+    batches: Iterable[Sequence[Any]],
+    samples: int,
+    allocate: Allocate = empty,
+    on_infinite: OnInfinite | None = None,
 ) -> tuple[Cache, ...]:
     """Caches of the values that come in `batches` of samples, first axis first.
 
@@ -119,6 +124,8 @@ def store(
       samples: how many there are.
       allocate: ``allocate(samples, shape, dtype)`` makes the array of a cache. By default it is
         where the values are: on a GPU, none of them passes through the host but their maxima.
+      on_infinite: ``on_infinite(i, values, position)`` gets a batch of value `i`, the first of
+        whose samples is number `position`, where it holds NaN or infinity.
 
     Raises:
       InputError: see `MappedArray`.
@@ -127,13 +134,20 @@ def store(
     scales: list[np.float32] = []
     position = 0
     for batch, tops in _with_tops(batches):
+        for i in np.flatnonzero(~np.isfinite(tops)):
+            values = np.asarray(read(batch[i]))
+            tops[i] = float(np.abs(values).max(where=np.isfinite(values), initial=0))
+            if on_infinite is not None:
+                on_infinite(i, values, position)
         if not arrays:
-            scales = list(map(_scale, tops))
-            arrays = [allocate(samples, v.shape[1:], _stored_dtype(v)) for v in batch]
+            dtypes = [_stored_dtype(value, top) for value, top in zip(batch, tops, strict=True)]
+            parts = list(zip(batch, dtypes, tops, strict=True))
+            arrays = [allocate(samples, value.shape[1:], dtype) for value, dtype, _ in parts]
+            scales = [_scale(t) if dtype != v.dtype else np.float32(1.0) for v, dtype, t in parts]
         count = min(len(batch[0]), samples - position)
         for i, (value, top) in enumerate(zip(batch, tops, strict=True)):
-            if top > LARGEST * scales[i]:
-                before, scales[i] = scales[i], max(scales[i], _scale(top))
+            if arrays[i].dtype != value.dtype and top > LARGEST * float(scales[i]):
+                before, scales[i] = scales[i], _scale(top)
                 arrays[i] = _rescaled(arrays[i], before / scales[i], position)
             part = value if count == len(value) else value[:count]
             arrays[i] = _written(arrays[i], part, scales[i], position)
@@ -147,7 +161,7 @@ def _written(array: Any, value: jax.Array, scale: np.float32, position: int) -> 
     if isinstance(array, jax.Array):
         return _write(array, value, scale, position)
     rows = slice(position, position + len(value))
-    array[rows] = np.asarray(_encode(value, scale))
+    array[rows] = np.asarray(_encode(value, scale, array.dtype))
     return array
 
 
@@ -168,19 +182,17 @@ def _multiply(array: jax.Array, factor: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(array: jax.Array, value: jax.Array, scale: jax.Array, position: int) -> jax.Array:
-    return write(array, _encode(value, scale), position)
+    return write(array, _encode(value, scale, array.dtype), position)
 
 
-@jax.jit
-def _encode(value: jax.Array, scale: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="dtype")
+def _encode(value: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     """A value in the form that is stored."""
-    if _stored_dtype(value) != np.float16:
-        return value
-    return jnp.clip(value.astype(jnp.float32) / scale, -LARGEST, LARGEST).astype(jnp.float16)
+    return value if value.dtype == dtype else (value.astype(jnp.float32) / scale).astype(dtype)
 
 
-def _stored_dtype(value: Any) -> Any:
-    return np.float16 if value.dtype == np.float32 else value.dtype
+def _stored_dtype(value: Any, top: float) -> Any:
+    return np.float16 if value.dtype == np.float32 and top <= WIDE else value.dtype
 
 
 def _with_tops(
@@ -198,17 +210,17 @@ def _with_tops(
 
 
 def _reduced(value: Any) -> Any:
-    """Values, or their largest magnitude where they lie elsewhere; None for what needs no scale."""
-    if value.dtype != np.float32 or not value.size:
+    """Values, or their largest magnitude where that is cheaper to read; None for no floats."""
+    if not jnp.issubdtype(value.dtype, jnp.floating) or not value.size:
         return None
     moves = jax.default_backend() != "cpu" or several_processes()
-    return _largest(value) if moves else value
+    return _largest(value) if moves or value.dtype != np.float32 else value
 
 
 def _top(value: Any) -> float:
-    """The largest magnitude; NaN for what needs no scale."""
+    """The largest magnitude; zero for what has none."""
     if value is None:
-        return np.nan
+        return 0.0
     values = read(value)
     return float(np.maximum(values.max(), -values.min()))
 
@@ -220,7 +232,5 @@ def _largest(value: jax.Array) -> jax.Array:
 
 def _scale(top: float) -> np.float32:
     """The power of two of values with this largest magnitude; of zeros, the least."""
-    if not np.isfinite(top):
-        return np.float32(1.0)
     exponent = np.ceil(np.log2(top / HEADROOM)) if top else LEAST_EXPONENT
     return np.float32(2.0 ** max(exponent, LEAST_EXPONENT))

@@ -15,6 +15,7 @@ from aquant_jax.recipe import Reconstruction
 
 SMALLEST_SQUARE = 1e-12  # of outputs that are all zero
 LEAST_LOGIT = -1e9  # of a class at padding
+MASK = 1e8  # a magnitude from here on, the same in both networks, is that of a mask
 
 
 def output_loss(
@@ -38,8 +39,8 @@ def output_loss(
     for output, target, positions in zip(outputs, targets, program.position_axes, strict=True):
         if not jnp.issubdtype(output.dtype, jnp.inexact):
             continue
-        dtype = np.promote_types(output.dtype, np.float32)
-        error = jnp.abs(output.astype(dtype) - target.astype(dtype)).astype(jnp.float32)
+        output, target = _without_masks(output, target)
+        error = jnp.abs(output - target).astype(jnp.float32)
         axes = [axis for axis in op.layer.output_axes if axis < output.ndim]
         channels = np.prod([output.shape[axis] for axis in axes or [output.ndim - 1]])
         powers = error**2 if power == 2.0 else error**power
@@ -48,6 +49,16 @@ def output_loss(
             valid = valid_elements(valid_mask, positions, output.ndim)
         total = total + jnp.mean(powers, where=valid) * np.float32(channels)
     return total
+
+
+def _without_masks(
+    output: jax.Array, target: jax.Array, fill: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Both in float32 or wider, with `fill` where both are masked: the same huge number."""
+    dtype = np.promote_types(output.dtype, np.float32)
+    masked = (jnp.abs(target) > MASK) & (output == target)
+    output, target = (jnp.where(masked, fill, value.astype(dtype)) for value in (output, target))
+    return output, target
 
 
 def rounding_loss(
@@ -85,16 +96,16 @@ def network_loss(
         if kind == "kl":
             total = total + _divergence(output, target, valid)
         else:
-            dtype = np.promote_types(output.dtype, np.float32)
-            error = jnp.abs(output.astype(dtype) - target.astype(dtype)) ** 2
-            size = jnp.mean(jnp.abs(target.astype(dtype)) ** 2, where=valid)
+            output, target = _without_masks(output, target)
+            error = jnp.abs(output - target) ** 2
+            size = jnp.mean(jnp.abs(target) ** 2, where=valid)
             total = total + jnp.mean(error, where=valid) / jnp.maximum(size, SMALLEST_SQUARE)
     return total
 
 
 def _divergence(output: jax.Array, target: jax.Array, valid: AnyArray | None) -> jax.Array:
     """Mean KL divergence of the classes of `output` from those of `target`."""
-    logits, wanted = output.astype(jnp.float32), target.astype(jnp.float32)
+    logits, wanted = _without_masks(output, target, LEAST_LOGIT)
     rows = None
     if valid is not None:
         valid = jnp.broadcast_to(valid, output.shape)

@@ -122,7 +122,7 @@ def propagated_error(
 ) -> np.ndarray:
     """``[16, 4]`` for `BlockReport`, from some of the `samples` of a block's first input (Fig. 2).
 
-    The real and the imaginary part of a complex value count as two values.
+    The real and the imaginary part of a complex value count as two values. Infinities do not count.
     """
     if not quantized:
         return np.zeros((0, 4), np.float32)
@@ -133,8 +133,10 @@ def propagated_error(
         np.asarray(read(take_now(caches[0], rows, dtype))).ravel().view(np.float32)
         for caches in (quantized, floating)
     )
+    finite = np.isfinite(noised) & np.isfinite(exact)
+    noised, exact = noised[finite], exact[finite]
     magnitude, error = np.abs(noised), noised - exact
-    edges = np.linspace(0.0, magnitude.max(), CLUSTERS + 1)[1:-1]
+    edges = np.linspace(0.0, magnitude.max(initial=0.0), CLUSTERS + 1)[1:-1]
     cluster = np.digitize(magnitude, edges)
     rows = []
     for c in range(CLUSTERS):

@@ -26,7 +26,7 @@ def test_two_bytes_a_value_and_close_to_it():
 
 
 @pytest.mark.parametrize("top", [3, 15, 255])
-@pytest.mark.parametrize("step", [1.0, 0.25, 2.0**-20, 2.0**20])
+@pytest.mark.parametrize("step", [1.0, 0.25, 2.0**-20, 2.0**16])
 def test_codes_are_exact(top, step):
     codes = (rng_of(top).integers(0, top + 1, (16, 50)) * step).astype(np.float32)
     (cache,) = store(batches(codes), 16)
@@ -50,12 +50,18 @@ def test_a_later_batch_may_be_far_larger_than_the_first(factor, first, place, tm
     np.testing.assert_allclose(found, values, rtol=1e-3)
 
 
-def test_infinity_stays_finite():
-    values = np.ones((8, 3), np.float32)
+def test_infinity_is_kept_and_scales_nothing():
+    values = 3e5 * np.ones((8, 3), np.float32)
     values[4:, 0] = -np.inf  # a mask
     (cache,) = store(batches(values), 8)
-    found = np.asarray(cache.take(np.arange(8), jnp.float32))
-    np.testing.assert_array_equal(found, np.maximum(values, -65504.0))
+    np.testing.assert_allclose(cache.take(np.arange(8), jnp.float32), values, rtol=1e-3)
+
+
+def test_a_mask_of_huge_numbers_takes_no_bits_from_what_is_beside_it():
+    values = normal(rng_of(0), 8, 3)
+    values[:, 0] = np.finfo(np.float32).min
+    (cache,) = store(batches(values), 8)
+    np.testing.assert_array_equal(cache.take(np.arange(8), jnp.float32), values)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32, jnp.bool_])
