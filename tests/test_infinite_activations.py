@@ -47,3 +47,21 @@ def test_the_loss_of_a_network_and_its_gradient_are_those_of_the_logits(kind, fi
     wanted = jax.value_and_grad(loss)(output, np.float32(0.0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
                  jax.value_and_grad(masked)(output), wanted)  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_block_that_is_not_finite_in_float_is_named_with_its_sample(bad, dtype):
+    _, (first, second, _) = mlp()
+    x = normal(rng_of(1), 64, 6)
+    x[40] = 100.0
+
+    def apply(variables, x):
+        hidden = x.astype(dtype) @ variables["a"]
+        odd = jnp.where(x[:, :1] == 100.0, dtype(bad), hidden)
+        return jax.nn.softmax(odd) @ variables["b"]
+
+    variables = jax.tree.map(lambda w: w.astype(dtype), {"a": first["w"], "b": second["w"]})
+    recipe = aq.recipes.nearest(8, None, blocks=("a", "b"), init_samples=8)
+    with pytest.raises(aq.ReconstructionError, match=r"^a: .* NaN or infinity .* sample 40, in"):
+        aq.quantize(apply, variables, x, recipe, observer=aq.Observer())

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.errors import ReconstructionError
 from aquant_jax.graph.partition import Block
 from aquant_jax.plan.block_program import BlockProgram, make_block_program
 from aquant_jax.reconstruction.activation_cache import Cache, store
@@ -89,7 +90,24 @@ class FloatBlock:
         """Outputs of a program for all calibration samples."""
         samples, index = self._run.net.samples, self._run.net.blocks.index(self.block)
         batches = (outputs for _, outputs in self._batches(program, samples))
-        return store(batches, samples, self._run.memory.allocate(index))
+        check = functools.partial(self._check, program.subgraph.outputs)
+        return store(batches, samples, self._run.memory.allocate(index), check)
+
+    def _check(self, ids: Sequence[int], i: int, values: np.ndarray, position: int) -> None:
+        """ReconstructionError where values hold NaN, or infinity that is no mask.
+
+        A mask is minus infinity; an output of the network may have the other infinity too.
+        """
+        wrong = np.isnan(values)
+        if ids[i] not in self._run.net.graph.outputs:
+            wrong |= np.isposinf(values)
+        if wrong.any():
+            sample = position + int(np.argmax(wrong.reshape(len(values), -1).any(axis=1)))
+            raise ReconstructionError(
+                f"{self.block.name}: the float network itself computes NaN or infinity here, first "
+                f"for calibration sample {sample % self._run.net.samples}, in "
+                f"{values.dtype}{list(values.shape[1:])}"
+            )
 
     def _batches(
         self, program: BlockProgram, samples: int
