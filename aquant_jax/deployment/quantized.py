@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -79,10 +80,12 @@ class Traced(NamedTuple):
           layer: runs one layer where the network has no backend; has the arguments of
             `run_deployed_layer`.
         """
-        graph = fold(self.graph(quantized, jax.tree.unflatten(self.treedef, self.shapes), x))
-        plan = make_plan(graph, quantized.recipe)
-        parts = stacked.split(graph, plan, rolled=layer is run_deployed_layer)
-        _check_same(quantized, [program for part in parts for program in part.programs])
+        variables = jax.tree.unflatten(self.treedef, self.shapes)
+        with _dtypes_named(x, self.inputs):
+            graph = fold(self.graph(quantized, variables, x))
+            plan = make_plan(graph, quantized.recipe)
+            parts = stacked.split(graph, plan, rolled=layer is run_deployed_layer)
+            _check_same(quantized, [program for part in parts for program in part.programs])
         values = dict(zip(graph.inputs, jax.tree.leaves(x), strict=True)) | graph.constants
         values |= {i: quantized.constants.get(path) for i, path in graph.variables.items()}
 
@@ -216,6 +219,23 @@ def traced(
 def _shapes(tree: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, tuple(jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in leaves)
+
+
+@contextlib.contextmanager
+def _dtypes_named(x: Any, calibrated: Any) -> Iterator[None]:
+    """Adds the dtypes of the input, if they are not the calibrated ones, to an InputError."""
+    try:
+        yield
+    except InputError as error:
+        given, wanted = (
+            ", ".join(str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree))
+            for tree in (x, calibrated)
+        )
+        if given == wanted:
+            raise
+        raise InputError(
+            f"{error}; the input is of {given}, and the network was calibrated on {wanted}"
+        ) from error
 
 
 def _check_same(quantized: Quantized, programs: Sequence[BlockProgram]) -> None:

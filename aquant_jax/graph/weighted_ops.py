@@ -50,8 +50,10 @@ def layer_of(
     """
     shapes = [tuple(aval.shape) for aval in avals[:2]]
     shape = shapes[side]
-    if whole := [a.dtype for a in avals[:2] if not jnp.issubdtype(a.dtype, jnp.inexact)]:
-        return Unquantized(path, primitive, f"it multiplies {whole[0]} values")
+    dtypes = [aval.dtype for aval in avals[:2]]
+    if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
+        found = " and ".join(dict.fromkeys(map(str, dtypes)))
+        return Unquantized(path, primitive, f"it multiplies {found} values")
     if primitive == CONVOLUTION:
         if (reason := _obstacle(params, side)) is not None:
             return Unquantized(path, primitive, reason)

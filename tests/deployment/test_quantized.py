@@ -116,3 +116,14 @@ def test_the_float_weights_are_not_kept():
     kernels = sum(np.size(layer.codes) for layer in q.layers.values())
     floats = sum(leaf.size for leaf in jax.tree.leaves(q) if leaf.dtype == jnp.float32)
     assert floats < kernels
+
+
+def test_an_input_of_another_dtype_that_the_network_does_not_take_is_named():
+    def apply(v, x):
+        dot = functools.partial(jax.lax.dot, preferred_element_type=jnp.float32)
+        return dot(dot(x, v["a"]), v["b"])
+
+    recipe, x = aq.recipes.nearest(8, 8), np.eye(4, dtype=np.float32)
+    network = aq.quantize(apply, {"a": x, "b": x}, x, recipe, observer=aq.Observer())
+    with pytest.raises(aq.InputError, match="is of int32, and the network was calibrated on float32"):
+        network(x.astype(np.int32))

@@ -300,6 +300,11 @@ def of_integers(v, x):
     return conv(x.astype(jnp.int8), (9 * v["odd"]).astype(jnp.int8)).astype(jnp.float32)
 
 
+def of_a_byte_image(v, x):
+    numbers = ((3,), (0,)), ((), ())
+    return lax.dot_general(x.astype(jnp.int8), v["odd"][0, 0], numbers, None, jnp.float32)
+
+
 def of_selected_integers(v, x):
     x = x.astype(jnp.int32)
     chosen = (9 * v["odd"]).astype(jnp.int32)[x[:, 0, 0, 0]]
@@ -308,6 +313,7 @@ def of_selected_integers(v, x):
 
 ODD = [
     (of_integers, (3, 3, 3, 4), X, "it multiplies int8 values"),
+    (of_a_byte_image, (3, 3, 3, 4), X, "it multiplies int8 and float32 values"),
     (of_selected_integers, (5, 3, 4), X, "the input selects its weights"),
     (in_batch_groups, (3, 3, 3, 4), X, "batch_group_count is 2, supported is 1"),
     (
