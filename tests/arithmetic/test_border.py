@@ -1,3 +1,5 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 import aquant_jax as aq
 from aquant_jax import register_border
 from aquant_jax.arithmetic import border as borders
+from aquant_jax.arithmetic.border_start import check_start
 from aquant_jax.arithmetic.uniform import quantize, to_units
 from aquant_jax.errors import InputError
 from tests.support import numpy_reference as reference
@@ -309,8 +312,13 @@ def test_the_clamp_passes_gradients_up_to_its_ends(p, slope):
             lambda shape, half: {"b": jnp.full(shape[1:], half)}, lambda c, u: c["b"] + 0 * u,
             r"init\(\(4, 2\), 0\.5\) gives 'b' the shape \(2,\); it must be \(4, 2\)$",
         ),
+        (lambda shape, half: 3, lambda c, u: u, r"init fails: 'int' object is not iterable$"),
+        (
+            lambda shape, half: {"b": jnp.full(shape, half)}, lambda c, u: c["a"],
+            "apply fails: 'a'$",
+        ),
     ],
-    ids=["another constant", "some u", "one tap", "shape"],
+    ids=["another constant", "some u", "one tap", "shape", "init fails", "apply fails"],
 )  # fmt: skip
 def test_a_border_that_does_not_start_at_half_is_an_error_at_its_first_use(init, apply, words):
     variables = {"kernel": np.eye(4, dtype=np.float32), "head": np.eye(4, dtype=np.float32)}
@@ -323,3 +331,30 @@ def test_a_border_that_does_not_start_at_half_is_an_error_at_its_first_use(init,
             )
     finally:
         del borders.BORDERS["off"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"name": 3}, "name is of type int; it must be the name of a border"),
+        ({"name": ""}, "name is empty; it must be the name of a border"),
+        ({"init": None}, "init is of type NoneType; it must be a function"),
+        ({"apply": {}}, "apply is of type dict; it must be a function"),
+        ({"powers": ["b0"]}, "powers is of type list; it must be a dict"),
+        ({"powers": {"b0": -1}}, "powers has 'b0': -1; it must have a whole number"),
+        ({"needs_taps": "no"}, "needs_taps is of type str; it must be True or False"),
+    ],
+)
+def test_an_argument_of_a_registration_that_cannot_be_used_is_named(changed, words):
+    linear = borders.get("linear")
+    arguments = {"name": "unused", "init": linear.init, "apply": linear.apply} | changed
+    before = dict(borders.BORDERS)
+    with pytest.raises(InputError, match=f"^{words}"):
+        inspect.unwrap(register_border)(**arguments)  # without the check of tests/support
+    assert before == borders.BORDERS
+
+
+def test_a_power_of_no_coefficient_is_an_error_at_the_first_use(monkeypatch):
+    monkeypatch.setitem(borders.BORDERS, "odd", borders.get("linear")._replace(powers={"c": 1}))
+    with pytest.raises(InputError, match="^border 'odd': powers names 'c'; init gives b0, b1$"):
+        check_start("odd", "identity")
