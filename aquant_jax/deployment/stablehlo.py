@@ -59,6 +59,19 @@ class Exported:
         samples = count_samples(self.inputs)
         return samples if isinstance(samples, int) else None
 
+    @functools.cached_property
+    def _call(self) -> Callable:
+        """The program, which `jax.vmap` runs once for every element."""
+        call = jax.custom_jvp(jax.custom_batching.sequential_vmap(self.program.call))
+
+        @call.defjvp
+        def _(*_: Any) -> Any:
+            raise InputError(
+                "a restored network has no gradient: differentiate the one that aq.quantize returns"
+            )
+
+        return call
+
     def check_signature(self) -> None:
         """Raises an error of JAX unless the code of the program has the arguments it declares."""
         if self.program.nr_devices == 1:  # the context of several devices is only known in a call
@@ -72,7 +85,7 @@ class Exported:
                 f"a restored network runs the program that it was saved with, "
                 f"not {quantized.backend}: choose the backend where it is exported"
             )
-        run = functools.partial(self.program.call, state_of(quantized))
+        run = functools.partial(self._call, state_of(quantized))
         try:
             return in_batches(run, x, count_samples(self.inputs))
         except ValueError as error:

@@ -329,3 +329,14 @@ def test_every_array_has_a_role():
     assert (codes.part, codes.packed_bits, codes.whole) == ("codes", 4, False)
     zero_point = roles["[1]['head/kernel'].zero_point"]
     assert (zero_point.part, zero_point.packed_bits, zero_point.whole) == ("quantizers", None, True)
+
+
+def test_a_restored_network_runs_under_vmap_and_says_that_it_has_no_gradient(tmp_path):
+    recipe, x = aq.recipes.nearest(8, 8), normal(rng_of(0), 6, 4)
+    one = aq.quantize(lambda v, x: x @ v["w"], {"w": x.T @ x}, x, recipe, observer=aq.Observer())
+    aq.save(one, tmp_path / "saved")
+    two = aq.restore(tmp_path / "saved")
+    found = jax.vmap(two)(x.reshape(3, 2, 4)).reshape(6, 4)
+    np.testing.assert_allclose(found, one(x), rtol=1e-5)
+    with pytest.raises(InputError, match="^a restored network has no gradient"):
+        jax.grad(lambda x: two(x).sum())(x)
