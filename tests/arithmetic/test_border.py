@@ -356,5 +356,5 @@ def test_an_argument_of_a_registration_that_cannot_be_used_is_named(changed, wor
 
 def test_a_power_of_no_coefficient_is_an_error_at_the_first_use(monkeypatch):
     monkeypatch.setitem(borders.BORDERS, "odd", borders.get("linear")._replace(powers={"c": 1}))
-    with pytest.raises(InputError, match="^border 'odd': powers names 'c'; init gives b0, b1$"):
+    with pytest.raises(InputError, match=r"^border 'odd': powers names 'c'; init gives b0, b1$"):
         check_start("odd", "identity")

@@ -338,5 +338,5 @@ def test_a_restored_network_runs_under_vmap_and_says_that_it_has_no_gradient(tmp
     two = aq.restore(tmp_path / "saved")
     found = jax.vmap(two)(x.reshape(3, 2, 4)).reshape(6, 4)
     np.testing.assert_allclose(found, one(x), rtol=1e-5)
-    with pytest.raises(InputError, match="^a restored network has no gradient"):
+    with pytest.raises(InputError, match=r"^a restored network has no gradient"):
         jax.grad(lambda x: two(x).sum())(x)

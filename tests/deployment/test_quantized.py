@@ -125,5 +125,5 @@ def test_an_input_of_another_dtype_that_the_network_does_not_take_is_named():
 
     recipe, x = aq.recipes.nearest(8, 8), np.eye(4, dtype=np.float32)
     network = aq.quantize(apply, {"a": x, "b": x}, x, recipe, observer=aq.Observer())
-    with pytest.raises(aq.InputError, match="is of int32, and the network was calibrated on float32"):
+    with pytest.raises(aq.InputError, match="is of int32, and the network was"):
         network(x.astype(np.int32))
