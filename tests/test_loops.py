@@ -353,3 +353,29 @@ def test_a_while_loop_stays_float():
     quantized = aq.quantize(apply, variables, X, aq.recipes.nearest(8, 8, batch_size=BATCH))
     assert list(quantized.layers) == ["head"]
     assert relative_error(quantized(X), apply(variables, X)) < 0.02
+
+
+@pytest.mark.parametrize("samples", [3, 6, 7])
+def test_a_map_in_batches_takes_any_number_of_samples_whatever_the_rest(samples):
+    variables, x = weights(a=(8, 8), head=(8, 4)), X[:, 0]
+
+    def apply(v, x):
+        return lax.map(lambda x: jnp.tanh(x @ v["a"]) @ v["head"], x, batch_size=3)
+
+    recipe = aq.recipes.nearest(8, 8, batch_size=BATCH)
+    network = aq.quantize(apply, variables, x, recipe, observer=aq.Observer(), compiler=COMPILER)
+    assert relative_error(network(x[:samples]), apply(variables, x[:samples])) < 0.02
+
+
+@pytest.mark.parametrize("out", [lambda y: y.mean(0), lambda y: np.ones(4, np.float32)])
+def test_a_map_in_batches_beside_an_output_of_no_sample_is_refused(out):
+    variables, x = weights(a=(8, 8), head=(8, 4)), X[:, 0]
+
+    def apply(v, x):
+        y = lax.map(lambda x: x @ v["a"], x, batch_size=3)
+        return y @ v["head"], out(y)
+
+    recipe = aq.recipes.nearest(8, 8, batch_size=BATCH)
+    network = aq.quantize(apply, variables, x, recipe, observer=aq.Observer(), compiler=COMPILER)
+    with pytest.raises(aq.InputError, match="has other layers"):
+        network(x[:6])

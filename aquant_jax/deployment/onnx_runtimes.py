@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from aquant_jax.deployment.stablehlo import in_batches
 from aquant_jax.errors import InputError, install_command, reason
+from aquant_jax.plan.network import in_batches
 
 ONNXRUNTIME, OPENVINO = RUNTIMES = "onnxruntime", "openvino"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -28,8 +29,13 @@ from aquant_jax.layers.fake_quant import LayerSpec, LayerState
 from aquant_jax.layers.integer import run_deployed_layer
 from aquant_jax.plan.assign import make_plan
 from aquant_jax.plan.block_program import BlockProgram, forward
+from aquant_jax.plan.network import batch_shapes, batch_size, count_samples, in_batches
 from aquant_jax.recipe import Recipe
 from aquant_jax.reconstruction.report import History
+
+
+class _OtherLayersError(InputError):
+    """A network computes something else for a batch than for those it was calibrated on."""
 
 
 class Program(Protocol):
@@ -74,12 +80,30 @@ class Traced(NamedTuple):
     ) -> Any:
         """Outputs, by the network's backend.
 
+        Where the network has other layers for this number of samples, as the rest of a
+        `jax.lax.map` with a `batch_size` has, it runs in batches of the number it was calibrated
+        with.
+
         Args:
           quantized: the network.
           x: a batch of inputs.
           layer: runs one layer where the network has no backend; has the arguments of
             `run_deployed_layer`.
         """
+        run = functools.partial(self._run, quantized, layer)
+        samples, size = count_samples(x), batch_size(quantized.recipe, count_samples(self.inputs))
+        try:
+            return run(x)
+        except _OtherLayersError:
+            if not isinstance(samples, int) or samples in (0, size):
+                raise
+            outputs = jax.tree.leaves(jax.eval_shape(run, batch_shapes(x, size)))
+            sampled = self.targets is None or len(self.targets) == len(outputs)
+            if not sampled or any(out.shape[:1] != (size,) for out in outputs):
+                raise
+            return in_batches(run, x, size)
+
+    def _run(self, quantized: Quantized, layer: Callable[..., jax.Array], x: Any) -> Any:
         variables = jax.tree.unflatten(self.treedef, self.shapes)
         with _dtypes_named(x, self.inputs):
             graph = fold(self.graph(quantized, variables, x))
@@ -233,7 +257,7 @@ def _dtypes_named(x: Any, calibrated: Any) -> Iterator[None]:
         )
         if given == wanted:
             raise
-        raise InputError(
+        raise type(error)(
             f"{error}; the input is of {given}, and the network was calibrated on {wanted}"
         ) from error
 
@@ -244,7 +268,7 @@ def _check_same(quantized: Quantized, programs: Sequence[BlockProgram]) -> None:
     names |= {tensor.key for program in programs for tensor in program.tensors}
     differ = names ^ (quantized.layers.keys() | quantized.activations.keys())
     if differ:
-        raise InputError(
+        raise _OtherLayersError(
             f"for inputs of this shape the network has other layers or activations to quantize "
             f"than for those it was calibrated on: {', '.join(sorted(differ)[:5])}"
         )

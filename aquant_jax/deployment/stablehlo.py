@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import export
 from jax.interpreters import mlir
 
 from aquant_jax.deployment.quantized import Quantized, Traced, check_quantized
 from aquant_jax.errors import InputError, reason
-from aquant_jax.plan.network import batch_shapes, count_samples, take_samples
+from aquant_jax.plan.network import batch_shapes, count_samples, in_batches
 from aquant_jax.storage import archive
 from aquant_jax.storage.parsing import malformed, printable
 
@@ -133,22 +131,6 @@ def batches_of(shapes: Any, size: int) -> tuple[Any, Any]:
     """Inputs of these shapes for a symbolic number of samples, and for at most `size`."""
     symbol = export.symbolic_shape("samples")[0]
     return batch_shapes(shapes, symbol), batch_shapes(shapes, min(count_samples(shapes), size))
-
-
-def in_batches(run: Callable, x: Any, size: Any) -> Any:
-    """Outputs for any number of samples of a function that takes `size` at a time.
-
-    The last batch is filled up with the first samples. A `size` that is not an integer (symbolic)
-    takes any number.
-    """
-    if not isinstance(size, int):
-        return run(x)
-    count = count_samples(x)
-    if not count:
-        raise ValueError(f"an empty batch; the program takes {size} samples at a time")
-    rows = [np.arange(start, start + size) % count for start in range(0, count, size)]
-    outputs = [run(jax.tree.map(functools.partial(take_samples, index=i), x)) for i in rows]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *outputs)
 
 
 def self_contained(quantized: Quantized, inputs: Any = None, **options: Any) -> export.Exported:

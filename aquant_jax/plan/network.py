@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -78,3 +79,25 @@ def count_samples(inputs: Any) -> Any:
 def take_samples(leaf: Any, index: Any) -> Any:
     """The samples of an input at `index`; a scalar belongs to all of them."""
     return leaf[index] if np.ndim(leaf) else leaf
+
+
+def in_batches(run: Callable, x: Any, size: Any) -> Any:
+    """Outputs for any number of samples of a function that takes `size` at a time.
+
+    The last batch is filled up with the first samples. A `size` that is not an integer (symbolic)
+    takes any number.
+    """
+    if not isinstance(size, int):
+        return run(x)
+    count = count_samples(x)
+    if not count:
+        raise ValueError(f"an empty batch; the program takes {size} samples at a time")
+    rows = [np.arange(start, start + size) % count for start in range(0, count, size)]
+    outputs = [run(jax.tree.map(functools.partial(take_samples, index=i), x)) for i in rows]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *outputs)
+
+
+def batch_size(recipe: Recipe, samples: int) -> int:
+    """The number of samples that a program runs at once, of a calibration set of so many."""
+    learning = recipe.reconstruction
+    return min(learning.batch_size // learning.accumulate, samples)

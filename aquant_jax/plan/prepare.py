@@ -22,7 +22,7 @@ from aquant_jax.plan.assign import make_plan
 from aquant_jax.plan.channel_transform import transformed
 from aquant_jax.plan.hints import check_apply, trace_with_hint
 from aquant_jax.plan.independence import find_mixing, warn_if_samples_mix
-from aquant_jax.plan.network import Network, batch_shapes, count_samples
+from aquant_jax.plan.network import Network, batch_shapes, batch_size, count_samples
 from aquant_jax.plan.transform_search import find_transforms
 from aquant_jax.recipe import Recipe
 
@@ -102,8 +102,7 @@ def _prepare(
 ) -> Network:
     """The network of an inference function, whose arguments are checked."""
     samples = count_samples(calibration)
-    learning = recipe.reconstruction
-    batch = min(learning.batch_size // learning.accumulate, samples)
+    batch = batch_size(recipe, samples)
     unfolded = trace_with_hint(apply, variables, calibration, batch)
     other = _of_more_samples(apply, variables, calibration, unfolded)
     sampled, targets = sample_first(unfolded, other), find_targets(unfolded, other)
