@@ -15,6 +15,7 @@ from aquant_jax.graph.ir import ALIASES, SHAPE_ONLY, Atom, Layer, Op
 SELECTS = {"gather", "dynamic_slice"}
 VIEWS = SHAPE_ONLY | {"broadcast_in_dim", "convert_element_type"}
 DOT = "dot_general"
+FOR_EVERY_SAMPLE = "the input selects it for every sample, as jax.vmap of a cond does"
 
 Axes = tuple[int | None, ...]  # for each axis of a value, that of the stack; None for no axis of it
 Avals = Mapping[int, Any]  # shape and dtype of every value
@@ -27,11 +28,13 @@ class Selection(NamedTuple):
       stack: value id of the stack, which depends on no input.
       axes: of the stack, by axis of the value; None where they are not known.
       ops: the one that selects, and the views behind it.
+      reason: why a product with it stays float, where it is no layer.
     """
 
     stack: int
     axes: Axes | None
     ops: tuple[Op, ...]
+    reason: str = "the input selects its weights"
 
     @property
     def others(self) -> tuple[Atom, ...]:
@@ -57,10 +60,10 @@ class Selections:
         self.avals = avals
         self.of: dict[int, Selection] = {}
 
-    def largest(self, op: Op) -> int | None:
-        """The largest stack of which the op reads a selection; None for none."""
-        stacks = [self.of[i].stack for i in op.reads if i in self.of]
-        return max(stacks, key=lambda i: self.avals[i].size, default=None)
+    def largest(self, op: Op) -> Selection | None:
+        """What the op reads of the largest stack that is selected of; None for none."""
+        read = [self.of[i] for i in op.reads if i in self.of]
+        return max(read, key=lambda found: self.avals[found.stack].size, default=None)
 
     def multiplied(self, op: Op) -> Op | None:
         """A product with a selection, of the largest stack, as a weighted op without a path; None
@@ -71,17 +74,19 @@ class Selections:
         side = max(found, key=lambda side: self.avals[found[side].stack].size)
         return _multiplied(op, side, found[side], self.avals)
 
-    def follow(self, op: Op, weights: Sequence[int]) -> None:
-        """Notes what an op, which reads these weights, selects, or passes on."""
+    def follow(self, op: Op, weights: Sequence[int], variables: int) -> None:
+        """Notes what an op, which reads `weights` of so many variables, selects, or passes on."""
         source, out = op.inputs[0], op.outputs[0]
         if op.name in SELECTS and source in weights:
             self.of[out] = _select(op, self.avals)
         elif op.name == "select_n" and weights:
             self.of[out] = Selection(weights[0], None, ())
+            if variables == 1:
+                self.of[out] = self.of[out]._replace(reason=FOR_EVERY_SAMPLE)
         elif op.name in VIEWS | ALIASES and isinstance(source, int) and source in self.of:
             selection = self.of[source]
             axes = None if selection.axes is None else _view(op, selection.axes, self.avals)
-            self.of[out] = Selection(selection.stack, axes, (*selection.ops, op))
+            self.of[out] = selection._replace(axes=axes, ops=(*selection.ops, op))
 
 
 def _select(op: Op, avals: Avals) -> Selection:

@@ -274,9 +274,9 @@ class _Flattener:
             self.unquantized.append(Unquantized(self._name(largest), name, reason))
         chosen = self.selected.largest(op)
         if name in PRODUCTS and chosen is not None:
-            reason = "the input selects its weights"
-            self.unquantized.append(Unquantized(self._name(chosen), name, reason))
-        self.selected.follow(op, weights)
+            self.unquantized.append(Unquantized(self._name(chosen.stack), name, chosen.reason))
+        variables = set().union(*(self.static_of[i] for i in weights))
+        self.selected.follow(op, weights, len(variables))
         return op
 
     def _path(self, weight: int) -> str:

@@ -81,7 +81,11 @@ def opaque(name: str, inside: frozenset[str]) -> str | None:
     if name in _SEEN_THROUGH and not inside & _WHY.keys():
         return None  # a trace flattens those in which a product has a weight
     multiplies = bool(_OPAQUE & {name, *inside}) and name not in PRODUCTS
-    return _WHY.get(name, "no layer can stand for it") if multiplies else None
+    if not multiplies:
+        return None
+    inner = next((held for held in _WHY if held in inside), None)
+    vague = f"it holds a {inner}: {_WHY[inner]}" if inner else "no layer can stand for it"
+    return _WHY.get(name, vague)
 
 
 def _obstacle(params: Mapping[str, Any], side: int) -> str | None:

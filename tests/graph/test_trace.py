@@ -311,7 +311,29 @@ def of_selected_integers(v, x):
     return jnp.einsum("nabi,nio->nabo", x, chosen).astype(jnp.float32)
 
 
+def of_branches_for_every_sample(v, x):
+    def of_one(x):
+        return lax.cond(x[0, 0, 0] > 0, lambda: x @ v["odd"], lambda: x)
+
+    return jax.vmap(of_one)(x)
+
+
+def of_a_loop_in_a_loop(v, x):
+    def step(x, _):
+        return lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ v["odd"], x), None
+
+    return lax.scan(step, x, None, length=2)[0]
+
+
 ODD = [
+    (
+        of_branches_for_every_sample, (3, 3), X,
+        "the input selects it for every sample, as jax.vmap of a cond does",
+    ),
+    (
+        of_a_loop_in_a_loop, (3, 3), X,
+        "it holds a while: the number of its steps is not known",
+    ),
     (of_integers, (3, 3, 3, 4), X, "it multiplies int8 values"),
     (of_a_byte_image, (3, 3, 3, 4), X, "it multiplies int8 and float32 values"),
     (of_selected_integers, (5, 3, 4), X, "the input selects its weights"),
