@@ -11,7 +11,9 @@ Example:
 
 import dataclasses
 import hashlib
+import math
 import multiprocessing
+import shutil
 import sys
 import tempfile
 import time
@@ -25,6 +27,7 @@ from absl import flags
 import aquant_jax as aq
 import gpu_ops
 from aquant_jax import models
+from aquant_jax.errors import InputError, byte_size
 from aquant_jax.storage.environment import environment
 from launch.bench import timing
 from launch.lib import command_line, memory_limits, process
@@ -75,8 +78,18 @@ def measure(workload: Workload, limit: int | None) -> dict[str, Any]:
 
 
 def write_images(workload: Workload, path: Path) -> None:
-    """Writes random images in the format of `numpy.load`."""
+    """Writes random images in the format of `numpy.load`.
+
+    Raises:
+        InputError: they do not fit on the disk.
+    """
     shape = (workload.samples, workload.size, workload.size, CHANNELS)
+    size, free = math.prod(shape) * np.float32().nbytes, shutil.disk_usage(path.parent).free
+    if size > free:
+        raise InputError(
+            f"--samples={workload.samples} --size={workload.size}: the images take "
+            f"{byte_size(size)}; {path.parent} has {byte_size(free)}"
+        )
     images = np.lib.format.open_memmap(path, "w+", np.float32, shape)
     rng = np.random.default_rng(0)
     for start in range(0, workload.samples, CHUNK):

@@ -89,6 +89,8 @@ def _outcome(error: BaseException) -> tuple[int, str]:
         return USER_ERROR_EXIT_CODE, str(error)
     if isinstance(error, ReconstructionError):
         return FAILED_EXIT_CODE, str(error)
+    if isinstance(error, MemoryError):
+        return USER_ERROR_EXIT_CODE, f"not enough memory: {reason(error)}"
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED_EXIT_CODE, "interrupted; the same command goes on where it can resume"
     if isinstance(error, BrokenPipeError):

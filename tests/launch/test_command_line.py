@@ -89,6 +89,7 @@ def test_exit_codes(capsys):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
+        (MemoryError("Unable to allocate 1 PiB"), 2, "not enough memory: Unable to allocate 1 PiB"),
         (ZeroDivisionError("a\nb"), 1, "ZeroDivisionError: a (--traceback shows where)"),
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on where it can resume"),
         (FileNotFoundError(2, "No such file or directory", "a/b"), 2,

@@ -20,3 +20,8 @@ def test_with_and_without_a_limit(monkeypatch, tmp_path, capsys):
     assert (limited["limit"], free["limit"]) == (100 * 2**30, None)
     assert report["same"]
     assert limited["peak"] > 2**20
+
+
+def test_images_that_do_not_fit_on_the_disk_are_an_error_of_one_line(capsys):
+    assert memory.main(["memory", "--model=digits_cnn", f"--samples={10**21}"]) == 2
+    assert "--samples=1000000000000000000000 --size=224: the images take" in capsys.readouterr().err
