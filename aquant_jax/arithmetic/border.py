@@ -159,7 +159,8 @@ def _check_arguments(name: Any, init: Any, apply: Any, powers: Any, needs_taps: 
     if not name:
         raise InputError("name is empty; it must be the name of a border")
     for argument, value in (("init", init), ("apply", apply)):
-        check_type(argument, value, Callable, "a function")
+        if not callable(value):
+            raise InputError(f"{argument} is of type {type(value).__name__}; it must be a function")
     check_type("powers", powers, Mapping, "a dict of the power of u by coefficient")
     for key, power in powers.items():
         if not isinstance(key, str) or type(power) is not int or power < 0:

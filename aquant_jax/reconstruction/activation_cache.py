@@ -134,7 +134,7 @@ def store(
     scales: list[np.float32] = []
     position = 0
     for batch, tops in _with_tops(batches):
-        for i in np.flatnonzero(~np.isfinite(tops)):
+        for i in np.flatnonzero(~np.isfinite(tops)).tolist():
             values = np.asarray(read(batch[i]))
             tops[i] = float(np.abs(values).max(where=np.isfinite(values), initial=0))
             if on_infinite is not None:

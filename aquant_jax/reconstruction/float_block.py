@@ -11,6 +11,7 @@ import numpy as np
 
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.errors import ReconstructionError
+from aquant_jax.graph.ir import Atom
 from aquant_jax.graph.partition import Block
 from aquant_jax.plan.block_program import BlockProgram, make_block_program
 from aquant_jax.reconstruction.activation_cache import Cache, store
@@ -93,7 +94,7 @@ class FloatBlock:
         check = functools.partial(self._check, program.subgraph.outputs)
         return store(batches, samples, self._run.memory.allocate(index), check)
 
-    def _check(self, ids: Sequence[int], i: int, values: np.ndarray, position: int) -> None:
+    def _check(self, ids: Sequence[Atom], i: int, values: np.ndarray, position: int) -> None:
         """ReconstructionError where values hold NaN, or infinity that is no mask.
 
         A mask is minus infinity; an output of the network may have the other infinity too.
