@@ -14,7 +14,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from aquant_jax.graph.equations import closed_jaxpr, inner_jaxpr, scan_parts
+from aquant_jax.graph.equations import ClosedJaxpr, closed_jaxpr, inner_jaxpr, scan_parts
 from aquant_jax.graph.experts import SELECTS, VIEWS
 from aquant_jax.graph.ir import (
     LOOP_CARRY,
@@ -63,7 +63,7 @@ class Flattener(Protocol):
         """The id of a new value."""
         ...
 
-    def flatten(self, closed: jex.ClosedJaxpr, inputs: Sequence[Atom]) -> list[Atom]:
+    def flatten(self, closed: ClosedJaxpr, inputs: Sequence[Atom]) -> list[Atom]:
         """Appends the equations of a jaxpr, and returns the atoms of its outputs."""
         ...
 

@@ -9,14 +9,17 @@ import jax.extend.core as jex
 
 from aquant_jax.graph.ir import INVERSE, PRODUCTS, TRANSFORM
 
+# From JAX 0.11 on, this is `Jaxpr`, and the types of JAX do not export the old name.
+ClosedJaxpr = jex.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
+
 _INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"}
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 INLINED_CALLS = _INLINED | _CUSTOM
 
 
-def closed_jaxpr(jaxpr: Any) -> jex.ClosedJaxpr:
+def closed_jaxpr(jaxpr: Any) -> ClosedJaxpr:
     """`jaxpr` as a closed one."""
-    return jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jex.ClosedJaxpr(jaxpr, ())
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
 
 def scan_parts(eqn: jex.JaxprEqn, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -29,13 +32,13 @@ def scan_parts(eqn: jex.JaxprEqn, values: Sequence[Any]) -> tuple[list[Any], lis
     return list(values[:consts]), list(values[consts:end]), list(values[end:])
 
 
-def inner_jaxpr(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
+def inner_jaxpr(eqn: jex.JaxprEqn) -> ClosedJaxpr | None:
     """The jaxpr that a call, or a loop of one body, runs; None for any other equation."""
     keys = ("jaxpr", "call_jaxpr", "fun_jaxpr")
     return next((closed_jaxpr(eqn.params[key]) for key in keys if key in eqn.params), None)
 
 
-def called(eqn: jex.JaxprEqn, custom_gradients: bool) -> jex.ClosedJaxpr | None:
+def called(eqn: jex.JaxprEqn, custom_gradients: bool) -> ClosedJaxpr | None:
     """The closed jaxpr that an equation calls, or None where the call is not inlined."""
     name = eqn.primitive.name
     inner = inner_jaxpr(eqn) if name in INLINED_CALLS else None
@@ -62,7 +65,7 @@ def _inner_jaxprs(eqn: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
     """The jaxprs in the parameters of an equation."""
     for value in eqn.params.values():
         for item in value if isinstance(value, tuple | list) else [value]:
-            if isinstance(item, jex.ClosedJaxpr):
+            if isinstance(item, ClosedJaxpr):
                 yield item.jaxpr
             elif isinstance(item, jex.Jaxpr):
                 yield item
@@ -96,5 +99,5 @@ def function_of(eqn: jex.JaxprEqn, template: jex.Jaxpr) -> Callable[..., list[An
         constvars=[], invars=variables, outvars=list(eqn.outvars), eqns=[eqn],
         effects=eqn.effects, debug_info=info,
     )  # fmt: skip
-    function = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
+    function = jex.jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))
     return lambda *operands: function(*(operands[i] for i in first))

@@ -16,13 +16,19 @@ import jax.extend.core as jex
 import numpy as np
 from jax import lax
 
-from aquant_jax.graph.equations import INLINED_CALLS, closed_jaxpr, function_of, inner_jaxpr
+from aquant_jax.graph.equations import (
+    INLINED_CALLS,
+    ClosedJaxpr,
+    closed_jaxpr,
+    function_of,
+    inner_jaxpr,
+)
 
 SHARD_MAP = "shard_map"
 _TO_VARYING = {"pvary", "pcast"}  # these change a type alone
 
 
-def unsharded(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
+def unsharded(eqn: jex.JaxprEqn) -> ClosedJaxpr | None:
     """The program of one device; None where `vmap` cannot stand for the devices.
 
     Args:
@@ -89,7 +95,7 @@ def _join(array: Any, axes: Sequence[tuple[str, ...]], sizes: Mapping[str, int])
     return lax.reshape(lax.transpose(array, order), shape)
 
 
-def _evaluate(closed: jex.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
+def _evaluate(closed: ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
     """The outputs of a body under `vmap`, which knows no types of varying values."""
     jaxpr = closed.jaxpr
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *arguments), strict=True))
@@ -117,9 +123,9 @@ def _retraced(value: Any) -> Any:
     """A parameter of an equation, in whose jaxprs no type varies."""
     if type(value) in (tuple, list):
         return type(value)(map(_retraced, value))
-    if not isinstance(value, jex.ClosedJaxpr | jex.Jaxpr):
+    if not isinstance(value, ClosedJaxpr | jex.Jaxpr):
         return value
     closed = closed_jaxpr(value)
     shapes = map(_shape_of, closed.jaxpr.invars)
     traced = jax.make_jaxpr(lambda *arguments: _evaluate(closed, arguments))(*shapes)
-    return traced if isinstance(value, jex.ClosedJaxpr) else traced.jaxpr
+    return traced if isinstance(value, ClosedJaxpr) else traced.jaxpr

@@ -15,7 +15,14 @@ import numpy as np
 
 from aquant_jax.errors import InputError
 from aquant_jax.graph.control_flow import Kind, flatten_control_flow
-from aquant_jax.graph.equations import called, function_of, is_transform, nested, primitives
+from aquant_jax.graph.equations import (
+    ClosedJaxpr,
+    called,
+    function_of,
+    is_transform,
+    nested,
+    primitives,
+)
 from aquant_jax.graph.experts import Selections, without_selections
 from aquant_jax.graph.ir import (
     PAD_WITH_VALUE,
@@ -65,7 +72,7 @@ def trace(apply: Callable[..., Any], variables: Any, x: Any, trainable: bool = T
 class _Flattener:
     """Inlines calls, numbers the values and finds the weighted ops."""
 
-    def __init__(self, closed: jex.ClosedJaxpr, variables: Any, tree: Any, trainable: bool) -> None:
+    def __init__(self, closed: ClosedJaxpr, variables: Any, tree: Any, trainable: bool) -> None:
         self.closed, self.tree, self.trainable = closed, tree, trainable
         self.names = path_names(variables)
         self.avals: dict[int, Any] = {}
@@ -124,7 +131,7 @@ class _Flattener:
         self.avals[len(self.avals)] = aval
         return len(self.avals) - 1
 
-    def flatten(self, closed: jex.ClosedJaxpr, inputs: Sequence[Atom]) -> list[Atom]:
+    def flatten(self, closed: ClosedJaxpr, inputs: Sequence[Atom]) -> list[Atom]:
         """Appends the equations of a jaxpr, whose calls are inlined.
 
         Args:
@@ -221,10 +228,8 @@ class _Flattener:
         op = Op(name, params, call, inputs, outputs, layer, primitives(eqn), *place)
         if dynamic and layer is None:
             op = self._experts(op) or self._note(eqn, op)
-        of_weight = bool(op.layer or made_of - self.closed_over) or any(
-            i in self.weight_dependent for i in ids
-        )
-        self.append(op, dynamic, of_weight)
+        of_weight = op.layer or made_of - self.closed_over or self.weight_dependent & {*ids}
+        self.append(op, dynamic, bool(of_weight))
         return list(outputs)
 
     def _scalar(self, value: Atom) -> Any:

@@ -65,20 +65,20 @@ def contract(
 @jax.custom_vjp
 def _scale(
     column: Float[AnyArray, "*rows C"], factors: Float[AnyArray, "C"]
-) -> Float[AnyArray, "*rows C"]:
+) -> Float[Array, "*rows C"]:
     """``column * factors`` over the last axis."""
-    return column * jnp.expand_dims(factors, range(column.ndim - 1))
+    return jnp.multiply(column, jnp.expand_dims(factors, range(column.ndim - 1)))
 
 
 def _scale_forward(
     column: Float[AnyArray, "*rows C"], factors: Float[AnyArray, "C"]
-) -> tuple[Float[AnyArray, "*rows C"], tuple[Float[AnyArray, "*rows C"], Float[AnyArray, "C"]]]:
+) -> tuple[Float[Array, "*rows C"], tuple[Float[AnyArray, "*rows C"], Float[AnyArray, "C"]]]:
     return _scale(column, factors), (column, factors)
 
 
 def _scale_backward(
     saved: tuple[Float[AnyArray, "*rows C"], Float[AnyArray, "C"]], dy: Float[AnyArray, "*rows C"]
-) -> tuple[Float[AnyArray, "*rows C"], Float[Array, "C"]]:
+) -> tuple[Float[Array, "*rows C"], Float[Array, "C"]]:
     column, factors = saved
     return _scale(dy, factors), channel_sums(column * dy)
 
