@@ -215,7 +215,7 @@ class Rounded(NamedTuple):
 def nearest(net: Network, calibration: Any) -> Rounded:
     """The network rounded to nearest, with ranges by MSE search, as its plan has the bits."""
     program = make_block_program(net.graph, net.plan, (), net.graph.target_outputs)
-    layers = nearest_layers(program, make_weight_quantizers(program, net.folded))
+    layers = nearest_layers(program, make_weight_quantizers(program, net.folded, {}))
     weights = deployed_weights(program, layers)
     paths = [spec.path for spec in program.specs]
     return Rounded(dict(zip(paths, weights, strict=True)), _observe(net, program, calibration))

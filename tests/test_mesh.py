@@ -52,6 +52,13 @@ def test_the_same_devices_give_the_same_bits(found):
 
 
 @pytest.mark.parametrize("mesh", ["4x1", "2x2"])
+def test_every_device_searches_scales_of_its_share_of_the_channels(found, mesh):
+    """Of 4 and of 6; one row is the histogram of an activation."""
+    assert found["one"]["rows"] == [[1, 1], [4, 4], [6, 6]]
+    assert found[mesh]["rows"] == [[1, 1], [4, 1], [8, 2]]
+
+
+@pytest.mark.parametrize("mesh", ["4x1", "2x2"])
 def test_a_step_gathers_no_cache(found, mesh):
     assert found[mesh]["gathered"] == []
     assert found[mesh]["reduced"] > 0

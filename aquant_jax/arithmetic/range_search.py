@@ -7,6 +7,7 @@ points: all of them up to 6 bits; from 7 bits, sixteen of them and then those ar
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,8 @@ LARGEST_EXPONENT = 126  # of a factor that is a normal float32, as its inverse i
 SMALLEST = np.finfo(np.float32).tiny  # scale: XLA reads smaller numbers as zero
 CHUNK = 100  # candidates a call: those of every round and every sign run in one program
 
+
+Place = Callable[[np.ndarray], Array]
 
 # Score, fraction of the range and zero point of each row.
 _Scored = tuple[Float[Array, "rows"], Float[Array, "rows"], Float[Array, "rows"]]
@@ -82,6 +85,7 @@ def _search(
     span: Float[np.ndarray, "rows"],
     rounds: list[Float[np.ndarray, "_ 2"]],
     bits: int,
+    place: Place = jnp.asarray,
 ) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
     """Best scale and zero point of each row.
 
@@ -91,19 +95,26 @@ def _search(
       span: range of each row.
       rounds: see `_candidates`.
       bits: 2 to 8.
+      place: see `search_weight_range`.
     """
-    none, ones = np.zeros(len(values), np.float32), np.ones(len(values), np.float32)
     lift = _lift(span)
-    operands = tuple(map(jnp.asarray, (values * lift[:, None], mass, span * lift)))
+    operands = place(values * lift[:, None]), mass, place(span * lift)
+    none, ones, worst = (place(np.full(len(values), x, np.float32)) for x in (0, 1, np.inf))
     fraction, zero = none, none
     with jax.disable_jit(False):  # op by op, thousands of candidates take minutes
         for offsets in rounds:
-            centre, best = (fraction, zero), (ones * np.inf, ones, none)
+            centre, best = (fraction, zero), (worst, ones, none)
             for start in range(0, len(offsets), CHUNK):
                 best = _around(operands, centre, best, _chunk(offsets, start), bits)
             _, fraction, zero = best
-    scale = jnp.asarray(span) * fraction / np.float32(max_code(bits))
-    return jnp.maximum(scale, SMALLEST), jnp.asarray(zero)
+        return _scale(place(span), fraction, np.float32(max_code(bits))), zero
+
+
+@jax.jit
+def _scale(
+    span: Float[Array, "rows"], fraction: Float[Array, "rows"], top: Float[ArrayLike, ""]
+) -> Float[Array, "rows"]:
+    return jnp.maximum(span * fraction / top, SMALLEST)
 
 
 def _lift(span: Float[np.ndarray, "rows"]) -> Float[np.ndarray, "rows"]:
@@ -156,18 +167,22 @@ def _around(
     return jax.lax.scan(body, best, offsets)[0]
 
 
-def search_weight_range(weight: Float[np.ndarray, "channels elements"], bits: int) -> WeightRange:
+def search_weight_range(
+    weight: Float[np.ndarray, "channels elements"], bits: int, place: Place = jnp.asarray
+) -> WeightRange:
     """Scale and zero point of every output channel.
 
     Args:
       weight: float32, one row per output channel.
       bits: 2 to 8.
+      place: puts an array on devices. It may split the rows and repeat them to fill up; the results
+        have as many, on the same devices.
     """
     low = np.minimum(weight.min(axis=1), 0.0)
     high = np.maximum(weight.max(axis=1), 0.0)
     span = np.where(high > low, high - low, 1.0).astype(np.float32)
     rounds = _candidates(low, high, bits)
-    scale, zero = _search(weight, np.ones((1, 1), np.float32), span, rounds, bits)
+    scale, zero = _search(weight, np.ones((1, 1), np.float32), span, rounds, bits, place)
     return WeightRange(scale, zero)
 
 

@@ -160,6 +160,14 @@ def split_samples(leaf: Any) -> jax.Array:
     return put(samples, _sharding(NAMES[DATA]))
 
 
+def split_rows(values: np.ndarray) -> jax.Array:
+    """An array, its rows split over all devices, whatever their axis, and repeated to fill them."""
+    if not _devices(DATA):
+        return jnp.asarray(values)
+    rows = count() * math.ceil(len(values) / count())
+    return put(np.resize(values, (rows, *values.shape[1:])), _sharding(get_mesh().axis_names))
+
+
 def split_batch(values: jax.Array) -> jax.Array:
     """The samples of a batch, split over the devices if they divide them."""
     devices = _devices(DATA)
@@ -214,5 +222,5 @@ def _filled_up(samples: int) -> int:
     return _devices(DATA) * math.ceil(samples / _devices(DATA))
 
 
-def _sharding(*axes: str | None) -> NamedSharding:
+def _sharding(*axes: str | Sequence[str] | None) -> NamedSharding:
     return NamedSharding(get_mesh(), PartitionSpec(*axes))

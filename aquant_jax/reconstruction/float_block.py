@@ -77,7 +77,9 @@ class FloatBlock:
     @functools.cached_property
     def weights(self) -> tuple[WeightQuantizer, ...]:
         """The quantizers of the weights, with searched scales."""
-        return make_weight_quantizers(self.program, self._run.net.folded)
+        return make_weight_quantizers(
+            self.program, self._run.net.folded, self._run.compiler.weight_ranges
+        )
 
     @functools.cached_property
     def fresh(self) -> dict[str, ActivationQuantizer]:

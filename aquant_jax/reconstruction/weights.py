@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.adaround import hard_codes, init_alpha, nearest_codes
@@ -23,7 +25,10 @@ from aquant_jax.layers.fake_quant import (
     weight_rows,
 )
 from aquant_jax.plan.block_program import BlockProgram
-from aquant_jax.reconstruction.devices import split_channels
+from aquant_jax.reconstruction.devices import count, read, split_channels, split_rows
+
+# Scales and zero points of a weight, by what they depend on.
+Ranges = dict[Hashable, list[np.ndarray]]
 
 
 class WeightQuantizer(NamedTuple):
@@ -42,19 +47,34 @@ class WeightQuantizer(NamedTuple):
 
 
 def make_weight_quantizers(
-    program: BlockProgram, folded: Mapping[str, Folded]
+    program: BlockProgram, folded: Mapping[str, Folded], known: Ranges
 ) -> tuple[WeightQuantizer, ...]:
-    """Weight quantizers of a block's layers by MSE search, from the `folded` weights by path."""
+    """Weight quantizers of a block's layers by MSE search.
+
+    Args:
+      program: of the block.
+      folded: weights by path.
+      known: scales that were searched before, of any network; new ones are added.
+    """
     quantizers = []
     for op, spec in zip(program.subgraph.weighted, program.specs, strict=True):
         weight, bias = folded[spec.path]
         scales = (None, None)
         if spec.weight_bits is not None:
-            scales = search_weight_range(
-                weight_rows(op, weight, spec.weight_group), spec.weight_bits
-            )
+            rows = weight_rows(op, weight, spec.weight_group)
+            scales = map(jnp.asarray, _scales(rows, spec.weight_bits, known))
         quantizers.append(WeightQuantizer(_on_devices(op, weight), jnp.asarray(bias), *scales))
     return tuple(quantizers)
+
+
+def _scales(rows: np.ndarray, bits: int, known: Ranges) -> list[np.ndarray]:
+    """Scale and zero point of each row."""
+    key = hashlib.sha256(rows.tobytes()).digest(), rows.shape, bits, count()
+    if key not in known:
+        known[key] = [
+            read(part)[: len(rows)] for part in search_weight_range(rows, bits, split_rows)
+        ]
+    return known[key]
 
 
 def nearest_layers(

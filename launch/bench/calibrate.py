@@ -117,7 +117,7 @@ def range_search(
     observe_ranges(net, [everything], run_float)
     jax.clear_caches()
     start = time.perf_counter()
-    jax.block_until_ready(make_weight_quantizers(everything, net.folded))
+    jax.block_until_ready(make_weight_quantizers(everything, net.folded, {}))
     jax.block_until_ready(observe_ranges(net, [everything], run_float))
     return time.perf_counter() - start
 
@@ -175,7 +175,7 @@ def _quantized_step(net: Network, backend: Backend) -> Callable[[], float]:
     targets = _caches(net, program.subgraph.outputs)
     values = np.abs(np.random.default_rng(2).normal(size=10_000))
     quantizers = Quantizers(
-        make_weight_quantizers(program, net.folded),
+        make_weight_quantizers(program, net.folded, {}),
         tuple(search_activation_range(values, tensor.bits) for tensor in program.tensors),
         (True,) * len(program.tensors),
     )

@@ -29,7 +29,7 @@ def block(granularity="mean", preset="aquant"):
         recipe = recipe.replace(border_granularity=granularity, border="quadratic", phi="clamp")
     net = aq.prepare(apply, variables, images(0, 8, size=5), recipe)
     program = make_block_program(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
-    quantizers = make_weight_quantizers(program, net.folded)
+    quantizers = make_weight_quantizers(program, net.folded, {})
     assert constant_inputs(net.graph, program.subgraph, variables) == []
     return program, quantizers
 

@@ -74,7 +74,7 @@ def block_problem(preset="qdrop", samples=16, **fields):
     data = CalibrationData(*caches, np.arange(samples))
     start = ActivationQuantizer(jnp.float32(0.3), jnp.float32(0.0))
     tensors = len(program.tensors)
-    weights = make_weight_quantizers(program, net.folded)
+    weights = make_weight_quantizers(program, net.folded, {})
     quantizers = Quantizers(weights, (start,) * tensors, (True,) * tensors)
     return program, quantizers, data, recipe
 

@@ -34,7 +34,7 @@ def problem():
     target = np.maximum(rng.normal(size=shape), 0).astype(np.float32)
     caches = [store([[value]], SAMPLES) for value in (noised, floating, target)]
     activations = tuple(search_activation_range(floating, t.bits) for t in program.tensors)
-    weights = make_weight_quantizers(program, net.folded)
+    weights = make_weight_quantizers(program, net.folded, {})
     quantizers = Quantizers(weights, activations, (True, True))
     return program, quantizers, CalibrationData(*caches, np.arange(SAMPLES)), recipe
 

@@ -1,8 +1,10 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import aquant_jax as aq
+from aquant_jax.arithmetic.range_search import search_weight_range
 from aquant_jax.layers.fake_quant import per_channel
 from aquant_jax.plan.block_program import make_block_program
 from aquant_jax.reconstruction.weights import (
@@ -15,7 +17,7 @@ from aquant_jax.reconstruction.weights import (
     nearest_layers,
 )
 from tests.support import numpy_reference as reference
-from tests.support.nets import images, residual_net
+from tests.support.nets import images, mlp, normal, residual_net, rng_of
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def problem():
     recipe = aq.recipes.aquant(3, 3, batch_size=8, overrides=overrides)
     net = aq.prepare(apply, variables, images(0, 8), recipe)
     program = make_block_program(net.graph, net.plan, net.blocks[1].start, net.blocks[1].targets)
-    return net, program, make_weight_quantizers(program, net.folded)
+    return net, program, make_weight_quantizers(program, net.folded, {})
 
 
 def test_a_float_layer_has_no_grid(problem):
@@ -34,6 +36,33 @@ def test_a_float_layer_has_no_grid(problem):
     assert floating.scale is None
     assert alpha_of(program.subgraph.weighted[1], floating) is None
     np.testing.assert_array_equal(floating.weight, net.folded["block_1/conv2/kernel"].weight)
+
+
+def test_scales_are_searched_once_for_presets_that_share_a_compiler(monkeypatch):
+    searched = []
+
+    def counted(rows, bits, place):
+        searched.append(bits)
+        return search_weight_range(rows, bits, place)
+
+    monkeypatch.setattr("aquant_jax.reconstruction.weights.search_weight_range", counted)
+    (apply, variables), x, compiler = mlp(), normal(rng_of(1), 8, 6), aq.Compiler()
+
+    def scales(variables, bits=3, compiler=compiler):
+        recipe = aq.recipes.nearest(bits, 3, batch_size=8)
+        network = aq.quantize(apply, variables, x, recipe, compiler=compiler)
+        return [np.asarray(layer.scale) for layer in network.layers.values()]
+
+    first = scales(variables)
+    assert len(searched) == 3
+    np.testing.assert_equal(scales(variables), first)
+    assert len(searched) == 3
+    # Other weights, and other bits of the layer in the middle, are searched for.
+    doubled = scales(jax.tree.map(lambda leaf: 2 * leaf, variables))
+    np.testing.assert_allclose(np.concatenate(doubled), 2 * np.concatenate(first), rtol=1e-6)
+    scales(variables, bits=2)
+    assert searched[3:] == [8, 3, 8, 2]
+    np.testing.assert_equal(scales(variables, compiler=aq.Compiler()), first)
 
 
 def test_nearest_layers_hold_nearest_codes(problem):

@@ -11,6 +11,7 @@ import numpy as np
 
 import aquant_jax as aq
 import gpu_ops
+from aquant_jax.arithmetic import range_search
 from aquant_jax.reconstruction import optimize
 from tests.support import ir_contexts
 from tests.support.nets import conv, images, normal, rng_of
@@ -100,21 +101,28 @@ def quantized(mesh, compiler=None, recipe=RECIPE):
 def main():
     optimize.LOG_EVERY = 1
     drawn, draw = [], optimize.draw_batches
+    rows, search = set(), range_search._around
 
     def recorded(*arguments):
         drawn.append(draw(*arguments))
         return drawn[-1]
 
-    optimize.draw_batches = recorded
+    def searched(operands, *arguments):
+        rows.add((len(operands[0]), len(operands[0].addressable_shards[0].data)))
+        return search(operands, *arguments)
+
+    optimize.draw_batches, range_search._around = recorded, searched
     ir_contexts.share()
-    found = {"one": quantized(None)}
+    found = {"one": quantized(None) | {"rows": sorted(rows)}}
     for data, model in ((1, 1), (4, 1), (2, 2)):
         spy, drawn[:] = Spy(), []
+        rows.clear()
         mesh = jax.make_mesh((data, model), ("data", "model"))
         result = quantized(mesh, spy)
         result |= {"gathered": spy.gathered, "reduced": spy.reduced}
         result |= {"shares": spy.shares, "caches": spy.caches, "images": spy.images}
-        found[f"{data}x{model}"] = result | {"batches": digest(drawn)}
+        result |= {"batches": digest(drawn), "rows": sorted(rows)}
+        found[f"{data}x{model}"] = result
         if (data, model) == (4, 1):
             found["again"] = quantized(mesh, spy)
     for name, mesh in (("one", None), ("4x1", jax.make_mesh((4,), ("data",)))):
