@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ HEADROOM = 2.0**12  # the first batch's maximum maps here
 LARGEST = 65504.0  # of float16
 WIDE = 2.0**24  # a first batch with a larger maximum, such as a mask of -1e9, stays float32
 LEAST_EXPONENT = -126  # of a power of two that is a normal float32
+Item = TypeVar("Item")
 Allocate = Callable[[int, tuple[int, ...], Any], Any]
 OnInfinite = Callable[[int, np.ndarray, int], None]
 
@@ -195,18 +196,23 @@ def _stored_dtype(value: Any, top: float) -> Any:
     return np.float16 if value.dtype == np.float32 and top <= WIDE else value.dtype
 
 
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Each item when the next one is there: arrays of the next are computed beside the caller."""
+    held: list[Item] = []
+    for item in items:
+        held.append(item)
+        if len(held) > 1:
+            yield held.pop(0)
+    yield from held
+
+
 def _with_tops(
     batches: Iterable[Sequence[Any]],
 ) -> Iterator[tuple[Sequence[Any], list[float]]]:
     """Every batch and its largest magnitudes, which are read while the next batch is computed."""
-    ahead: list[tuple[Sequence[Any], list[Any]]] = []
-    for batch in batches:
-        ahead.append((batch, list(map(_reduced, batch))))
-        if len(ahead) > 1:
-            before, values = ahead.pop(0)
-            yield before, list(map(_top, values))
-    for before, values in ahead:
-        yield before, list(map(_top, values))
+    reduced = ((batch, list(map(_reduced, batch))) for batch in batches)
+    for batch, values in one_ahead(reduced):
+        yield batch, list(map(_top, values))
 
 
 def _reduced(value: Any) -> Any:

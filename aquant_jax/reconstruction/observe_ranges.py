@@ -14,6 +14,7 @@ from aquant_jax.errors import ReconstructionError
 from aquant_jax.graph.subgraph import source_tensor
 from aquant_jax.plan.block_program import BlockProgram, make_block_program, valid_elements
 from aquant_jax.plan.network import Network
+from aquant_jax.reconstruction.activation_cache import one_ahead
 from aquant_jax.reconstruction.devices import read
 
 MOST_ELEMENTS = 2**23  # of a tensor, in a histogram of 2^12 bins
@@ -59,7 +60,7 @@ def observe_ranges(
     made_by = probe.producers
     steps = [made_by[value].steps if value in made_by else 1 for value in values]
     found = [_Elements(total * count) for total, count in zip(totals, steps, strict=True)]
-    for rows, outputs in run_float(probe):
+    for rows, outputs in one_ahead(run_float(probe)):
         for elements, value, axes in zip(found, outputs, probe.position_axes, strict=True):
             elements.add(_valid_values(net, rows, value, axes))
     quantizers = {}

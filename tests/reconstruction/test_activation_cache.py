@@ -4,7 +4,7 @@ import pytest
 
 import aquant_jax as aq
 from aquant_jax.plan.checks import cache_bytes
-from aquant_jax.reconstruction.activation_cache import store
+from aquant_jax.reconstruction.activation_cache import one_ahead, store
 from aquant_jax.reconstruction.devices import empty
 from aquant_jax.storage.mapped_array import MappedArray
 from tests.support.nets import images, normal, residual_net, rng_of
@@ -102,3 +102,16 @@ def test_stored_values_are_rounded_as_numpy_rounds_them():
     (cache,) = store(batches(values), 10)
     scaled = values / np.float32(cache.scale)
     np.testing.assert_array_equal(cache.values, scaled.astype(np.float16))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_an_item_waits_until_the_next_one_is_made(count):
+    made = []
+
+    def items():
+        for item in range(count):
+            made.append(item)
+            yield item
+
+    found = [(item, len(made)) for item in one_ahead(items())]
+    assert found == [(item, min(item + 2, count)) for item in range(count)]

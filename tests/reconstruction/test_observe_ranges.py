@@ -66,7 +66,7 @@ def test_a_single_value_that_is_not_a_number_is_told(monkeypatch):
 
     x = np.clip(X, -2.0, 2.0)
     x[300, 2] = 5.0
-    with pytest.raises(aq.ReconstructionError, match=r"^1/w: its float input holds NaN or infin"):
+    with pytest.raises(aq.ReconstructionError, match=r"^0: the float network .* sample 300,"):
         aq.quantize(
             broken, variables, x, aq.recipes.nearest(4, 4, init_samples=512), observer=aq.Observer()
         )
