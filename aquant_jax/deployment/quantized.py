@@ -80,9 +80,8 @@ class Traced(NamedTuple):
     ) -> Any:
         """Outputs, by the network's backend.
 
-        Where the network has other layers for this number of samples, as the rest of a
-        `jax.lax.map` with a `batch_size` has, it runs in batches of the number it was calibrated
-        with.
+        Where a loop has other layers for this number of samples, as the rest of a `jax.lax.map`
+        with a `batch_size` has, the network runs in batches of the number it was calibrated with.
 
         Args:
           quantized: the network.
@@ -95,13 +94,19 @@ class Traced(NamedTuple):
         try:
             return run(x)
         except _OtherLayersError:
-            if not isinstance(samples, int) or samples in (0, size):
+            known = isinstance(samples, int) and samples not in (0, size)
+            if not known or not self._has_loop(quantized, size):
                 raise
             outputs = jax.tree.leaves(jax.eval_shape(run, batch_shapes(x, size)))
             sampled = self.targets is None or len(self.targets) == len(outputs)
             if not sampled or any(out.shape[:1] != (size,) for out in outputs):
                 raise
             return in_batches(run, x, size)
+
+    def _has_loop(self, quantized: Quantized, size: int) -> bool:
+        variables = jax.tree.unflatten(self.treedef, self.shapes)
+        graph = self.graph(quantized, variables, batch_shapes(self.inputs, size))
+        return any(op.loop or op.iteration for op in graph.ops)
 
     def _run(self, quantized: Quantized, layer: Callable[..., jax.Array], x: Any) -> Any:
         variables = jax.tree.unflatten(self.treedef, self.shapes)

@@ -93,21 +93,22 @@ def test_a_seed_below_zero_is_an_error():
 
 @pytest.mark.user_model
 @pytest.mark.parametrize(
-    ("preset", "broken", "words"),
+    ("preset", "broken"),
     [
-        ("nearest", lambda h: jnp.log(-1 - h), "b: its float input holds NaN or infinity"),
-        ("qdrop", lambda h: jnp.log(-1 - h), "a: the reconstruction loss is nan"),
-        ("qdrop", lambda h: jnp.exp(1e3 * h), "a: the reconstruction loss is"),
+        ("nearest", lambda h: jnp.log(-1 - h)),
+        ("qdrop", lambda h: jnp.log(-1 - h)),
+        ("qdrop", lambda h: jnp.exp(1e3 * h)),
     ],
     ids=["nearest", "nan", "inf"],
 )
-def test_a_network_that_is_not_finite_inside_is_named(preset, broken, words):
+def test_a_network_that_is_not_finite_inside_is_named(preset, broken):
     def apply(v, x):
         return broken(jax.nn.relu(x @ v["a"])) @ v["b"]
 
     variables = {"a": normal(rng_of(0), 3, 4), "b": normal(rng_of(1), 4, 2)}
     steps = {} if preset == "nearest" else {"steps": 1}
     recipe = getattr(aq.recipes, preset)(2, 2, batch_size=8, **steps)
+    words = r"^a: the float network itself computes NaN or infinity here, first for .* sample \d"
     with pytest.raises(aq.ReconstructionError, match=words):
         quantize(variables, normal(rng_of(2), 8, 3), recipe, (apply, None))
 
