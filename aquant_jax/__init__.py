@@ -6,6 +6,7 @@ import aquant_jax.requirements  # noqa: F401  first: it tells old versions in on
 from aquant_jax import recipe as recipes
 from aquant_jax.allocation.allocate import allocate
 from aquant_jax.allocation.choices import Budget, Choice
+from aquant_jax.allocation.latency import layer_latencies
 from aquant_jax.allocation.result import Allocation
 from aquant_jax.arithmetic.border import register as register_border
 from aquant_jax.deployment.checkpoint import restore, save, summary
@@ -52,6 +53,7 @@ __all__ = [
     "TerminalObserver",
     "allocate",
     "describe",
+    "layer_latencies",
     "prepare",
     "quantize",
     "quantize_seeds",

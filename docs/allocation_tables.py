@@ -23,8 +23,17 @@ def runs(load: Load) -> str:
 
 
 def front(load: Load) -> str:
-    """The ten allocations of a front, their real degradation, and the rank correlation of both."""
-    measured = load("resnet20_allocation")["front"]
+    """The ten allocations of a front, rounded to nearest; see `_front`."""
+    return _front(load("resnet20_allocation")["front"])
+
+
+def front_learned(load: Load) -> str:
+    """The ten allocations of a front, learned; see `_front`."""
+    return _front(load("resnet20_allocation")["front_learned"])
+
+
+def _front(measured: Json) -> str:
+    """Points, their real degradation, and the rank correlation of both."""
     lines = [
         [
             f"{point['costs']['weight_bits']:.2f}", f"{point['costs']['act_bits']:.2f}",

@@ -11,10 +11,8 @@ Example:
         --workdir=runs/allocation
 """
 
-import itertools
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,10 @@ from aquant_jax.allocation.measure import FILE as MEASURED
 from aquant_jax.errors import InputError
 from aquant_jax.storage.environment import environment
 from aquant_jax.storage.json_file import write_json
-from launch.lib import command_line, experiment, plots
+from launch.lib import choice_flags, command_line, experiment, plots
 from launch.lib.run_directory import IDENTITY, RESULTS
 
 ALLOCATION, FRONT = "allocation.json", "front.png"
-FLOAT_BITS = 16
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -40,12 +37,11 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("budget", None, "NAME=VALUE; required", flag_values=values)
     command_line.define_path(values, "data_dir", "~", "holds tensorflow_datasets/ and weights/")
     flags.DEFINE_integer("seed", 0, "of the calibration draw", 0, flag_values=values)
-    flags.DEFINE_list("weight_bits", "2,3,4", "to choose from", flag_values=values)
-    flags.DEFINE_list("act_bits", "2,3,4", "to choose from", flag_values=values)
-    text = "to choose from, name:granularity, with --steps; the recipe's if empty"
-    flags.DEFINE_list("borders", "", text, flag_values=values)
+    choice_flags.define_flags(values)
     text = "of a block, before errors are measured; 0 rounds to nearest"
     flags.DEFINE_integer("steps", 0, text, 0, flag_values=values)
+    text = "of launch.bench.layers, for a budget of latency; times this device if not given"
+    command_line.define_path(values, "latencies", None, text)
     text = "of which the cheapest within a degradation has least"
     flags.DEFINE_string("cost", "bytes", text, flag_values=values)
     flags.mark_flags_as_required(["config", "workdir", "budget"], flag_values=values)
@@ -58,7 +54,8 @@ def main(argv: list[str]) -> None:
     config = command_line.load_config(values.config, overrides)
     recipe = experiment.recipe_of(config)
     budget = parse_budget(values.budget, values.cost)
-    choices = parse_choices(values.weight_bits, values.act_bits, values.borders)
+    choices = choice_flags.parse_choices(values.weight_bits, values.act_bits, values.borders)
+    latencies = choice_flags.read_latencies(values.latencies)
     folder = Path(values.workdir)
     check_workdir(folder)
     plots.require_matplotlib()
@@ -71,7 +68,7 @@ def main(argv: list[str]) -> None:
     allocation = aq.allocate(
         apply, variables, calibration, budget, choices,
         recipe=recipe, mask=config.get("mask"), steps=values.steps, seed=values.seed,
-        compiler=aq.Compiler(gpu_ops.backend()), resume=folder,
+        compiler=aq.Compiler(gpu_ops.backend()), latencies=latencies, resume=folder,
     )  # fmt: skip
     seconds = time.monotonic() - start
     plots.front(allocation, folder / FRONT)
@@ -116,43 +113,6 @@ def parse_budget(text: str, cost: str) -> aq.Budget:
     except TypeError as error:
         known = "bytes, average_bits, bit_operations, latency, coefficients, degradation"
         raise InputError(f"budget {text!r}: unknown name {name!r}; there are {known}") from error
-
-
-def parse_choices(
-    weight_bits: Sequence[str], act_bits: Sequence[str], borders: Sequence[str]
-) -> list[aq.Choice]:
-    """All choices of these bits and borders.
-
-    >>> [str(choice) for choice in parse_choices(["4", "16"], ["4", "16"], [])]
-    ['w4a4', 'w4a16', 'float']
-
-    Raises:
-        InputError: bits that are no number, or out of range; an unknown border.
-    """
-    weights, acts = (list(map(_bits, bits)) for bits in (weight_bits, act_bits))
-    kinds: list[Any] = [_border(border) for border in borders] or [()]
-    found = []
-    for weight, act in itertools.product(weights, acts):
-        if weight is None:
-            found.append(aq.Choice())
-        else:
-            found += [aq.Choice(weight, act, *(kind if act else ())) for kind in kinds]
-    return list(dict.fromkeys(found))
-
-
-def _border(text: str) -> list[str]:
-    kind = text.split(":")
-    if len(kind) > 2 or "" in kind:
-        raise InputError(f"border {text!r} must be a name or name:granularity")
-    return kind
-
-
-def _bits(text: str) -> int | None:
-    try:
-        bits = int(text)
-    except ValueError as error:
-        raise InputError(f"bits {text!r} are no whole number; give a list such as 2,3,4") from error
-    return None if bits == FLOAT_BITS else bits
 
 
 if __name__ == "__main__":

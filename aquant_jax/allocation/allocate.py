@@ -28,15 +28,16 @@ from aquant_jax.allocation.layer_choices import (
     uniform,
 )
 from aquant_jax.allocation.measure import Meter, measure, open_measurements
+from aquant_jax.allocation.networks import prepare_networks
 from aquant_jax.allocation.origins import (
     origins_of,
     round_learned,
     round_nearest,
     uniform_choices,
 )
+from aquant_jax.allocation.repair import repaired
 from aquant_jax.allocation.result import Allocation, Entry, FrontPoint
 from aquant_jax.allocation.solve import InfeasibleError, Problem, cheapest, least_error
-from aquant_jax.arithmetic.uniform import MAX_BITS
 from aquant_jax.deployment.quantized import Quantized
 from aquant_jax.errors import InputError
 from aquant_jax.layers.compiler import Compiler
@@ -46,7 +47,6 @@ from aquant_jax.plan.network import Network
 from aquant_jax.quantize import quantize
 from aquant_jax.recipe import Recipe, aquant
 from aquant_jax.reconstruction.fingerprint import fingerprint
-from aquant_jax.sensitivity import probed
 
 FRONT_POINTS = 10
 FLOAT_INPUTS = 0.999  # of the elements of a block's input, while it is learned
@@ -88,14 +88,15 @@ def allocate(
       choices: what a layer may have; readers of one tensor choose the same ``act_bits``.
       recipe: that the allocation extends; None takes ``recipes.aquant()``. The layers that it fixes
         (first and last ones, overrides) keep their bits, and count in the budget. Its
-        ``finetune_loss`` says how the outputs are compared.
+        ``finetune_loss`` says how the outputs are compared. If it learns, blocks repair part of the
+        errors before them, which count less for it.
       steps: 0 measures layers that are rounded to nearest. Otherwise the network is first
         reconstructed at as many uniform choices as there are bits, with so many steps a block, on
         the same samples, and layers are measured as these runs left them. Borders are learned in
         them where choices name borders, which only this tells apart.
       seed, compiler: of these runs.
-      latencies: milliseconds of every layer by weight path and ``str(choice)``, for a budget of
-        latency; None measures them on this device.
+      latencies: milliseconds of every layer at every choice, as `layer_latencies` gives them, for a
+        budget of latency; None measures them on this device.
       resume: folder that keeps every measurement; the same call measures only what is missing.
 
     Returns:
@@ -110,12 +111,10 @@ def allocate(
     """
     recipe, choices = recipe or aquant(), check_choices(choices)
     compiler, folder = compiler or Compiler(), checks.check_resume(resume)
-    checks.check_recipe(recipe)
     _check_call(budget, choices, steps)
-    probing = uniform(recipe, _widest(choices)).replace(border=None)
-    net, samples = probed(apply, variables, calibration, probing, mask)
-    target = net._replace(recipe=recipe, plan=make_plan(net.graph, recipe))
-    layers = layer_choices(net.graph, recipe, choices)
+    net, target, samples, layers = prepare_networks(
+        apply, variables, calibration, choices, recipe, mask
+    )
     base = base_recipe(recipe, layers)
     if budget.counted == "latency" and latencies is None:
         latencies = time_layers(target, layers, compiler.backend)
@@ -186,12 +185,9 @@ def _measured(
     with open_measurements(call.resume, identity) as measurements:
         blocks = [block.layers for block in net.blocks]
         errors, pairs = measure(measurements, meter, layers, blocks)
+        if call.recipe.reconstruction.steps:
+            errors, pairs = repaired(errors, pairs, layers, blocks)
         return errors, pairs, measurements.measured
-
-
-def _widest(choices: Sequence[Choice]) -> Choice:
-    """A choice with which every tensor that some choice quantizes is quantized."""
-    return Choice(MAX_BITS, MAX_BITS if any(choice.act_bits for choice in choices) else None)
 
 
 def _check_call(budget: Any, choices: Sequence[Choice], steps: Any) -> None:

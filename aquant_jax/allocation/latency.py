@@ -3,44 +3,83 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aquant_jax.allocation.choices import Choice
+from aquant_jax.allocation.choices import Choice, check_choices
 from aquant_jax.allocation.layer_choices import LayerChoices, uniform
+from aquant_jax.allocation.networks import prepare_networks
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.deployment.integer_program import run_integers
 from aquant_jax.graph.ir import Op
 from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.layers.backend import Backend
+from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan.assign import make_plan
 from aquant_jax.plan.block_program import BlockProgram, make_block_program
 from aquant_jax.plan.network import Network
-from aquant_jax.reconstruction.weights import make_weight_quantizers, nearest_layers
+from aquant_jax.recipe import Recipe, aquant
+from aquant_jax.reconstruction.weights import Ranges, make_weight_quantizers, nearest_layers
 
 ROUNDS, SECONDS = 5, 0.02  # the fastest of some rounds, each of some time
+
+
+@jax.transfer_guard("allow")
+def layer_latencies(
+    apply: Callable,
+    variables: Any,
+    calibration: Any,
+    choices: Sequence[Choice],
+    *,
+    recipe: Recipe | None = None,
+    mask: str | None = None,
+    compiler: Compiler | None = None,
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of every layer on this device, for `allocate` on any other.
+
+    >>> import numpy as np
+    >>> import aquant_jax as aq
+    >>> apply = lambda variables, x: (x @ variables["a"]) @ variables["b"]
+    >>> variables = {name: np.eye(4, dtype=np.float32) for name in "ab"}
+    >>> found = aq.layer_latencies(apply, variables, np.eye(4, dtype=np.float32), [aq.Choice(4, 4)])
+    >>> {path: list(times) for path, times in found.items()}
+    {'a': ['w8a16'], 'b': ['w8a8']}
+
+    Args:
+      apply, variables, calibration, mask: see `quantize`; of the calibration set, the shapes count.
+      choices, recipe: see `allocate`.
+      compiler: whose backend runs the layers.
+
+    Returns:
+      Of one sample, by weight path and ``str(choice)``. Each layer runs alone, deployed, from a
+      float input; layers that compute the same are timed once.
+
+    Raises:
+      InputError: see `quantize`; no choice.
+    """
+    net = prepare_networks(
+        apply, variables, calibration, check_choices(choices), recipe or aquant(), mask
+    )
+    return time_layers(net.target, net.layers, (compiler or Compiler()).backend)
 
 
 def time_layers(
     net: Network, layers: Sequence[LayerChoices], backend: Backend
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of one sample, by weight path and ``str(choice)``.
-
-    Each layer runs alone, deployed, from a float input; layers that compute the same are timed
-    once.
-    """
+    """See `layer_latencies`."""
     ops = {op.layer.path: op for op in net.graph.ops if op.layer is not None}
     timed: dict[str, float] = {}
+    ranges: Ranges = {}
     found: dict[str, dict[str, float]] = {}
     for layer in layers:
         for choice in layer.choices:
             program = _alone(net, ops[layer.path], choice)
             if program.key not in timed:
-                timed[program.key] = _milliseconds(net, program, backend)
+                timed[program.key] = _milliseconds(net, program, backend, ranges)
             found.setdefault(layer.path, {})[str(choice)] = timed[program.key]
     return found
 
@@ -54,8 +93,8 @@ def _alone(net: Network, op: Op, choice: Choice) -> BlockProgram:
     return make_block_program(net.graph, plan, op.reads, op.outputs)
 
 
-def _milliseconds(net: Network, program: BlockProgram, backend: Backend) -> float:
-    layers = nearest_layers(program, make_weight_quantizers(program, net.folded))
+def _milliseconds(net: Network, program: BlockProgram, backend: Backend, ranges: Ranges) -> float:
+    layers = nearest_layers(program, make_weight_quantizers(program, net.folded, ranges))
     quantizer = ActivationQuantizer(jnp.float32(0.1), jnp.float32(0.0))
     activations = [quantizer for _ in program.tensors]
     rng = np.random.default_rng(0)

@@ -10,13 +10,14 @@ import pytest
 
 import aquant_jax as aq
 from aquant_jax.allocation.measure import FILE
+from aquant_jax.allocation.repair import LEFT
 from aquant_jax.deployment.checkpoint import sizes
 from tests.support.nets import images, mlp, normal, residual_net, rng_of
 
 X = images(0, 16, size=5)
 NET = residual_net()
 CHOICES = [aq.Choice(w, a) for w in (2, 3, 4) for a in (2, 3, 4)]
-RECIPE = aq.recipes.qdrop(3, 3, finetune_loss="kl")
+RECIPE = aq.recipes.qdrop(3, 3, steps=0, finetune_loss="kl")
 FREE = ("block_1/conv1/kernel", "block_1/conv2/kernel")
 
 
@@ -148,6 +149,18 @@ def test_float_and_weights_only_layers(tmp_path):
         assert all((borders[path] == "quadratic") == (act is not None)
                    for path, (_, act) in bits.items())  # fmt: skip
         assert found.costs["bytes"] == sizes(quantized).packed
+
+
+def test_blocks_that_learn_repair_the_errors_before_them():
+    """Four blocks, of which the recipe fixes the first and the last."""
+    net, x = mlp(sizes=(6, 8, 8, 8, 4)), normal(rng_of(1), 16, 6)
+    errors = []
+    for steps in (0, 100):
+        recipe = aq.recipes.qdrop(3, 3, steps=steps)
+        found = allocate(aq.Budget(average_bits=3), None, CHOICES, recipe, net, x)
+        errors.append({(e.path, e.choice): e.error for e in found.table})
+    assert errors[1]["1/w", "w2a3"] == pytest.approx(LEFT ** (2 / 3) * errors[0]["1/w", "w2a3"])
+    assert errors[1]["2/w", "w2a3"] == pytest.approx(LEFT ** (1 / 3) * errors[0]["2/w", "w2a3"])
 
 
 def two_readers():

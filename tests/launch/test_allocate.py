@@ -6,7 +6,10 @@ import pytest
 
 import aquant_jax as aq
 from launch import allocate, quantize
+from launch.bench import layers
 from tests.launch.conftest import DIGITS, SMALL
+
+NEAREST = f"{DIGITS},preset=nearest"
 
 
 def run(folder, *argv):
@@ -31,7 +34,7 @@ def test_an_allocation_is_written_once_and_quantized(tmp_path, capsys):
     assert "\n0 errors measured" in capsys.readouterr().out
 
     flag, workdir = f"--allocation={tmp_path / 'a.json'}", f"--workdir={tmp_path / 'q'}"
-    assert quantize.main(["quantize", DIGITS, *SMALL, workdir, flag]) == 0
+    assert quantize.main(["quantize", NEAREST, *SMALL, workdir, flag]) == 0
     layers = json.loads((tmp_path / "a.json").read_text())["layers"]
     identity = json.loads((tmp_path / "q" / "run.json").read_text())
     stored = identity["config"]["recipe"]["overrides"]
@@ -42,8 +45,35 @@ def test_an_allocation_is_written_once_and_quantized(tmp_path, capsys):
     assert [point["name"] for point in found["pareto"]] == [*map(str, range(10)), "this"]
     # Another allocation is another run.
     flag = f"--allocation={folder / 'allocation.json'}"
-    assert quantize.main(["quantize", DIGITS, *SMALL, workdir, flag]) == 2
+    assert quantize.main(["quantize", NEAREST, *SMALL, workdir, flag]) == 2
     assert "holds another run, which differs in config.recipe.overrides" in capsys.readouterr().err
+
+
+def test_latencies_of_another_device(tmp_path, capsys):
+    """One layer costs all the time at 3 bits."""
+    bits, out = ("--weight_bits=2,3", "--act_bits=3"), tmp_path / "latencies.json"
+    argv = [flag for flag in SMALL if "steps" not in flag]
+    assert layers.main(["layers", DIGITS, *argv, *bits, f"--out={out}"]) == 0
+    table = json.loads(out.read_text())
+    assert all(time > 0 for times in table["latencies"].values() for time in times.values())
+    free = [path for path, times in table["latencies"].items() if set(times) == {"w2a3", "w3a3"}]
+    assert len(free) > 1
+    for path, times in table["latencies"].items():
+        table["latencies"][path] = dict.fromkeys(times, 0.25)
+    table["latencies"][free[0]]["w3a3"] = 100
+    out.write_text(json.dumps(table))
+    folder, flag = tmp_path / "a", f"--latencies={out}"
+    assert run(folder, "--budget=latency=50", *bits, flag) == 0
+    found = json.loads((folder / "allocation.json").read_text())
+    assert found["layers"][free[0]]["weight_bits"] == 2
+    assert found["costs"]["latency"] == 0.25 * len(table["latencies"])
+
+    table["latencies"][free[0]]["w3a3"] = "fast"
+    out.write_text(json.dumps(table))
+    assert run(tmp_path / "b", "--budget=latency=50", *bits, flag) == 2
+    assert f"{out} holds no milliseconds of layers by choice" in capsys.readouterr().err
+    assert run(tmp_path / "b", "--budget=latency=50", *bits, "--latencies=absent.json") == 2
+    assert "--latencies=absent.json cannot be read: No such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Flags of the choices of an allocation, and the table of latencies of another device."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+import aquant_jax as aq
+from aquant_jax.errors import InputError, reason
+from aquant_jax.storage.json_file import read_json
+
+FLOAT_BITS = 16
+LATENCIES = "latencies"
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags --weight_bits, --act_bits and --borders."""
+    flags.DEFINE_list("weight_bits", "2,3,4", "to choose from", flag_values=values)
+    flags.DEFINE_list("act_bits", "2,3,4", "to choose from", flag_values=values)
+    text = "to choose from, name:granularity; the recipe's if empty"
+    flags.DEFINE_list("borders", "", text, flag_values=values)
+
+
+def read_latencies(path: str | None) -> dict[str, dict[str, float]] | None:
+    """The milliseconds in a file of ``launch.bench.layers``, by weight path and choice.
+
+    Raises:
+        InputError: the file cannot be read, or holds no such table.
+    """
+    if path is None:
+        return None
+    try:
+        content = read_json(Path(path))
+    except OSError as error:
+        raise InputError(f"--latencies={path} cannot be read: {reason(error)}") from error
+    found = content.get(LATENCIES) if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not all(map(_are_times, found.values())):
+        raise InputError(f"--latencies={path} holds no milliseconds of layers by choice")
+    return found
+
+
+def _are_times(found: Any) -> bool:
+    return isinstance(found, dict) and all(
+        isinstance(time, int | float) and 0 <= time < math.inf for time in found.values()
+    )
+
+
+def parse_choices(
+    weight_bits: Sequence[str], act_bits: Sequence[str], borders: Sequence[str]
+) -> list[aq.Choice]:
+    """All choices of these bits and borders.
+
+    >>> [str(choice) for choice in parse_choices(["4", "16"], ["4", "16"], [])]
+    ['w4a4', 'w4a16', 'float']
+
+    Raises:
+        InputError: bits that are no number, or out of range; an unknown border.
+    """
+    weights, acts = (list(map(_bits, bits)) for bits in (weight_bits, act_bits))
+    kinds: list[Any] = [_border(border) for border in borders] or [()]
+    found = []
+    for weight, act in itertools.product(weights, acts):
+        if weight is None:
+            found.append(aq.Choice())
+        else:
+            found += [aq.Choice(weight, act, *(kind if act else ())) for kind in kinds]
+    return list(dict.fromkeys(found))
+
+
+def _border(text: str) -> list[str]:
+    kind = text.split(":")
+    if len(kind) > 2 or "" in kind:
+        raise InputError(f"border {text!r} must be a name or name:granularity")
+    return kind
+
+
+def _bits(text: str) -> int | None:
+    try:
+        bits = int(text)
+    except ValueError as error:
+        raise InputError(f"bits {text!r} are no whole number; give a list such as 2,3,4") from error
+    return None if bits == FLOAT_BITS else bits
