@@ -272,3 +272,15 @@ def glue(load: Load) -> str:
         rows.append([*head, f"{score(first, 'float'):.2f}", *cells])
     names = [f"{bits} {name}" for bits, name in columns]
     return markdown(["task", "metric", "samples", "float", *names], rows)
+
+
+def glue_transforms(load: Load) -> str:
+    """Fine-tuned MiniLM with shifted and scaled channels, of the tasks that were run."""
+    presets = ("adaround", "aquant_bert", "aquant_bert and the stage")
+    rows = []
+    for task, found in load("glue_minilm_transforms")["tasks"].items():
+        runs = sorted(found["runs"], key=lambda run: run["seed"])
+        cells = [spread([score(r) for r in runs if preset_of(r) == preset]) for preset in presets]
+        head = [task, runs[0]["metric"], f"{runs[0]['test_samples']:,}"]
+        rows.append([*head, f"{score(runs[0], 'float'):.2f}", *cells])
+    return markdown(["task", "metric", "samples", "float", *presets], rows)
