@@ -54,9 +54,13 @@ def assert_same(one, two):
         np.testing.assert_array_equal(array, two.arrays[name], err_msg=name)
 
 
-def test_killed_in_the_middle_of_everything(tmp_path, uninterrupted):
+@pytest.mark.parametrize(
+    "moments", [["writing the network"], pytest.param([*MOMENTS], marks=pytest.mark.slow)]
+)
+def test_killed_in_the_middle_of_everything(tmp_path, uninterrupted, moments):
     path = tmp_path / "run"
-    for moment, name in MOMENTS.items():
+    for moment in moments:
+        name = MOMENTS[moment]
         assert kill_when(path, (path / name).exists, draws=False), moment
         assert not (path / "results.json").exists(), moment
         for block in (path / "blocks").glob("[0-9]*"):

@@ -49,7 +49,8 @@ SHORT = {
         r"4 of 4 weighted ops quantized.*Keras +float.*Conv_7.*predicted degradation.*report\.html",
     ),
 }
-SLOW = ("deploy", "gpu_kernel", "your_model")  # each of their steps has tests of its own
+# Each of their steps has tests of its own.
+SLOW = ("bert_glue", "deploy", "gpu_kernel", "your_model")
 SAME = "# The rest of this cell is the same in all notebooks."
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"

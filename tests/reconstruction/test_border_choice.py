@@ -8,7 +8,7 @@ import pytest
 
 import aquant_jax as aq
 import gpu_ops
-from tests.support.nets import assert_same_network, images, normal, residual_net, rng_of
+from tests.support.nets import assert_same_network, images, normal, rng_of, small_net
 from tests.support.observers import Recorder
 
 X = images(0, 24, size=5)
@@ -17,7 +17,7 @@ AUTO = aq.recipes.aquant(3, 3, steps=4, batch_size=8, border="auto")
 
 
 def quantize(recipe, observer=None, **more):
-    apply, variables = residual_net()
+    apply, variables = small_net()
     observer = observer or aq.Observer()
     return aq.quantize(apply, variables, X, recipe, observer=observer, compiler=COMPILER, **more)
 
