@@ -22,6 +22,14 @@ def runs(load: Load) -> str:
     return markdown(["bits", "bytes", "top-1 %"], lines, right=1)
 
 
+def stsb(load: Load) -> str:
+    """MiniLM on STS-B by aquant_bert with allocations of the averages of uniform W4A4."""
+    rows: dict[str, list[float]] = {}
+    for run in load("stsb_minilm_allocation")["runs"]:
+        rows.setdefault(run["bits"], []).append(score(run))
+    return markdown(["bits", "Pearson, %"], [[bits, spread(found)] for bits, found in rows.items()])
+
+
 def front(load: Load) -> str:
     """The ten allocations of a front, rounded to nearest; see `_front`."""
     return _front(load("resnet20_allocation")["front"])

@@ -40,6 +40,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "border-auto": accuracy_tables.border_auto,
     "allocation": allocation_tables.runs,
     "allocation-front": allocation_tables.front,
+    "allocation-stsb": allocation_tables.stsb,
     "allocation-front-learned": allocation_tables.front_learned,
     "models": models_table.models,
     "model-sizes": models_table.sizes,

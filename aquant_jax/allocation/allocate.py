@@ -35,7 +35,7 @@ from aquant_jax.allocation.origins import (
     round_nearest,
     uniform_choices,
 )
-from aquant_jax.allocation.repair import repaired
+from aquant_jax.allocation.repair import learns_blocks, repaired
 from aquant_jax.allocation.result import Allocation, Entry, FrontPoint
 from aquant_jax.allocation.solve import InfeasibleError, Problem, cheapest, least_error
 from aquant_jax.deployment.quantized import Quantized
@@ -88,8 +88,8 @@ def allocate(
       choices: what a layer may have; readers of one tensor choose the same ``act_bits``.
       recipe: that the allocation extends; None takes ``recipes.aquant()``. The layers that it fixes
         (first and last ones, overrides) keep their bits, and count in the budget. Its
-        ``finetune_loss`` says how the outputs are compared. If it learns, blocks repair part of the
-        errors before them, which count less for it.
+        ``finetune_loss`` says how the outputs are compared. If it learns whole blocks, these repair
+        part of the errors before them, which count less for it.
       steps: 0 measures layers that are rounded to nearest. Otherwise the network is first
         reconstructed at as many uniform choices as there are bits, with so many steps a block, on
         the same samples, and layers are measured as these runs left them. Borders are learned in
@@ -185,7 +185,7 @@ def _measured(
     with open_measurements(call.resume, identity) as measurements:
         blocks = [block.layers for block in net.blocks]
         errors, pairs = measure(measurements, meter, layers, blocks)
-        if call.recipe.reconstruction.steps:
+        if learns_blocks(call.recipe):
             errors, pairs = repaired(errors, pairs, layers, blocks)
         return errors, pairs, measurements.measured
 

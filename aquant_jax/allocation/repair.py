@@ -4,6 +4,9 @@ A block learns to give the float network's output from the quantized input that 
 measured behind a float network, where nothing repairs them, and so overstate the first layers of a
 network that learns. With d blocks behind a layer, of the most that any layer has, its error counts
 ``LEFT ** (d / most)``.
+
+Where single layers learn (``granularity="layer"``), errors go past them along skip connections,
+which are part of no layer, and count in full.
 """
 
 from __future__ import annotations
@@ -13,11 +16,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from aquant_jax.allocation.layer_choices import LayerChoices
+from aquant_jax.recipe import Recipe
 
 LEFT = 0.4  # of an error in the first block, where all the others learn; docs/results.md
 
 Errors = list[np.ndarray]
 Pairs = dict[tuple[int, int], np.ndarray]
+
+
+def learns_blocks(recipe: Recipe) -> bool:
+    """Whether the recipe learns whole blocks, skip connections included."""
+    return bool(recipe.reconstruction.steps) and recipe.granularity == "block"
 
 
 def repaired(

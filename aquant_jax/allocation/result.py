@@ -22,7 +22,7 @@ class Entry(NamedTuple):
       path: of the layer's weight.
       choice: in words, such as "w3a4"; an input in float has 16 bits there.
       error: predicted output error of the network with this layer quantized alone: the measured
-        one, and of it what the blocks behind leave, where they learn.
+        one, and of it what the blocks behind leave, where whole blocks learn.
       costs: by name: "bytes", "weight_bits" and "act_bits" (its share of the averages),
         "bit_operations", "coefficients" and, where it was asked for, "latency".
       chosen: whether the allocation has it.

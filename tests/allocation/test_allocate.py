@@ -155,12 +155,13 @@ def test_blocks_that_learn_repair_the_errors_before_them():
     """Four blocks, of which the recipe fixes the first and the last."""
     net, x = mlp(sizes=(6, 8, 8, 8, 4)), normal(rng_of(1), 16, 6)
     errors = []
-    for steps in (0, 100):
-        recipe = aq.recipes.qdrop(3, 3, steps=steps)
+    for steps, granularity in ((0, "block"), (100, "block"), (100, "layer")):
+        recipe = aq.recipes.qdrop(3, 3, steps=steps, granularity=granularity)
         found = allocate(aq.Budget(average_bits=3), None, CHOICES, recipe, net, x)
         errors.append({(e.path, e.choice): e.error for e in found.table})
     assert errors[1]["1/w", "w2a3"] == pytest.approx(LEFT ** (2 / 3) * errors[0]["1/w", "w2a3"])
     assert errors[1]["2/w", "w2a3"] == pytest.approx(LEFT ** (1 / 3) * errors[0]["2/w", "w2a3"])
+    assert errors[2] == pytest.approx(errors[0])
 
 
 def two_readers():
