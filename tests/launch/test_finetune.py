@@ -149,6 +149,7 @@ def test_the_checkpoint_is_quantized_by_its_config(run, tmp_path):
 
 
 @OPTAX
+@pytest.mark.slow
 def test_a_regression_runs(argv, tmp_path):
     assert finetune.main(argv("--epochs=1", task="stsb")) == 0
     score = json.loads((tmp_path / "run" / "results.json").read_text())["score"]
