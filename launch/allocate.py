@@ -24,7 +24,7 @@ from aquant_jax.allocation.measure import FILE as MEASURED
 from aquant_jax.errors import InputError
 from aquant_jax.storage.environment import environment
 from aquant_jax.storage.json_file import write_json
-from launch.lib import choice_flags, command_line, experiment, plots
+from launch.lib import allocation_inputs, command_line, experiment, plots
 from launch.lib.run_directory import IDENTITY, RESULTS
 
 ALLOCATION, FRONT = "allocation.json", "front.png"
@@ -37,7 +37,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("budget", None, "NAME=VALUE; required", flag_values=values)
     command_line.define_path(values, "data_dir", "~", "holds tensorflow_datasets/ and weights/")
     flags.DEFINE_integer("seed", 0, "of the calibration draw", 0, flag_values=values)
-    choice_flags.define_flags(values)
+    allocation_inputs.define_flags(values)
     text = "of a block, before errors are measured; 0 rounds to nearest"
     flags.DEFINE_integer("steps", 0, text, 0, flag_values=values)
     text = "of launch.bench.layers, for a budget of latency; times this device if not given"
@@ -54,16 +54,14 @@ def main(argv: list[str]) -> None:
     config = command_line.load_config(values.config, overrides)
     recipe = experiment.recipe_of(config)
     budget = parse_budget(values.budget, values.cost)
-    choices = choice_flags.parse_choices(values.weight_bits, values.act_bits, values.borders)
-    latencies = choice_flags.read_latencies(values.latencies)
+    choices = allocation_inputs.parse_choices(values.weight_bits, values.act_bits, values.borders)
+    latencies = allocation_inputs.read_latencies(values.latencies)
     folder = Path(values.workdir)
     check_workdir(folder)
     plots.require_matplotlib()
-    dataset, source = experiment.open_data(config, values.data_dir)
-    apply, variables, check = experiment.create(config, values.data_dir, dataset)
-    corrupt = experiment.on_corrupt(config, [])
-    calibration = source.calibration(config.calibration_size, values.seed, corrupt).inputs
-    check(calibration)
+    apply, variables, calibration = allocation_inputs.open_network(
+        config, values.data_dir, values.seed
+    )
     start = time.monotonic()
     allocation = aq.allocate(
         apply, variables, calibration, budget, choices,

@@ -24,7 +24,7 @@ from aquant_jax.reconstruction.finetune_checks import check_logits
 from aquant_jax.reconstruction.loss import network_loss
 from aquant_jax.sensitivity import Probe, Rounded, rounding_to
 from aquant_jax.storage.folder_lock import hold
-from aquant_jax.storage.json_file import differences, jsonable, read_json, write_json
+from aquant_jax.storage.json_file import differences, holds_numbers, jsonable, read_json, write_json
 
 FILE = "sensitivity.json"
 PAIR_POINTS = 3  # choices at which the interaction of two layers is measured
@@ -54,7 +54,7 @@ class Measurements:
             return
         stored = read_json(self._path)
         found = stored.get("errors") if isinstance(stored, dict) else None
-        if not isinstance(found, dict) or not all(map(_are_errors, found.values())):
+        if not isinstance(found, dict) or not all(map(holds_numbers, found.values())):
             raise InputError(f"{self._path} is damaged: it holds no errors of layers by choice")
         if changed := differences(stored.get("call"), self._call):
             raise InputError(
@@ -79,12 +79,6 @@ class Measurements:
             write_json(self._path, {"call": self._call, "errors": self._errors})
         except OSError as error:
             raise InputError(f"{self._path} cannot be written: {reason(error)}") from error
-
-
-def _are_errors(found: Any) -> bool:
-    return isinstance(found, dict) and all(
-        isinstance(error, int | float) and math.isfinite(error) for error in found.values()
-    )
 
 
 @contextlib.contextmanager

@@ -30,7 +30,6 @@ LARGEST_EXPONENT = 126  # of a factor that is a normal float32, as its inverse i
 SMALLEST = np.finfo(np.float32).tiny  # scale: XLA reads smaller numbers as zero
 CHUNK = 100  # candidates a call: those of every round and every sign run in one program
 
-
 Place = Callable[[np.ndarray], Array]
 
 # Score, fraction of the range and zero point of each row.

@@ -80,9 +80,8 @@ class Selections:
         if op.name in SELECTS and source in weights:
             self.of[out] = _select(op, self.avals)
         elif op.name == "select_n" and weights:
-            self.of[out] = Selection(weights[0], None, ())
-            if variables == 1:
-                self.of[out] = self.of[out]._replace(reason=FOR_EVERY_SAMPLE)
+            found = Selection(weights[0], None, ())
+            self.of[out] = found._replace(reason=FOR_EVERY_SAMPLE) if variables == 1 else found
         elif op.name in VIEWS | ALIASES and isinstance(source, int) and source in self.of:
             selection = self.of[source]
             axes = None if selection.axes is None else _view(op, selection.axes, self.avals)

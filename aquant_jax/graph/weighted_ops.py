@@ -83,9 +83,10 @@ def opaque(name: str, inside: frozenset[str]) -> str | None:
     multiplies = bool(_OPAQUE & {name, *inside}) and name not in PRODUCTS
     if not multiplies:
         return None
+    if name in _WHY:
+        return _WHY[name]
     inner = next((held for held in _WHY if held in inside), None)
-    vague = f"it holds a {inner}: {_WHY[inner]}" if inner else "no layer can stand for it"
-    return _WHY.get(name, vague)
+    return f"it holds a {inner}: {_WHY[inner]}" if inner else "no layer can stand for it"
 
 
 def _obstacle(params: Mapping[str, Any], side: int) -> str | None:

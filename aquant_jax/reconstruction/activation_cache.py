@@ -141,10 +141,10 @@ def store(
             if on_infinite is not None:
                 on_infinite(i, values, position)
         if not arrays:
-            dtypes = [_stored_dtype(value, top) for value, top in zip(batch, tops, strict=True)]
-            parts = list(zip(batch, dtypes, tops, strict=True))
-            arrays = [allocate(samples, value.shape[1:], dtype) for value, dtype, _ in parts]
-            scales = [_scale(t) if dtype != v.dtype else np.float32(1.0) for v, dtype, t in parts]
+            for value, top in zip(batch, tops, strict=True):
+                dtype = _stored_dtype(value, top)
+                arrays.append(allocate(samples, value.shape[1:], dtype))
+                scales.append(np.float32(1.0) if dtype == value.dtype else _scale(top))
         count = min(len(batch[0]), samples - position)
         for i, (value, top) in enumerate(zip(batch, tops, strict=True)):
             if arrays[i].dtype != value.dtype and top > LARGEST * float(scales[i]):

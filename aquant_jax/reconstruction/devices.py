@@ -149,23 +149,22 @@ def empty(samples: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """An array of `samples` or a few more, so that the devices have as many each."""
     if not _devices(DATA):
         return jnp.empty((samples, *shape), dtype)
-    return jnp.zeros((_filled_up(samples), *shape), dtype, device=_sharding(NAMES[DATA]))
+    rows = _filled_up(samples, _devices(DATA))
+    return jnp.zeros((rows, *shape), dtype, device=_sharding(NAMES[DATA]))
 
 
 def split_samples(leaf: Any) -> jax.Array:
     """A leaf of the calibration set, its samples split as those of `empty`; a scalar is whole."""
     if not _devices(DATA) or not np.ndim(leaf):
         return jnp.asarray(leaf)
-    samples = np.resize(leaf, (_filled_up(len(leaf)), *leaf.shape[1:]))
-    return put(samples, _sharding(NAMES[DATA]))
+    return _split(leaf, _devices(DATA), NAMES[DATA])
 
 
 def split_rows(values: np.ndarray) -> jax.Array:
     """An array, its rows split over all devices, whatever their axis, and repeated to fill them."""
     if not _devices(DATA):
         return jnp.asarray(values)
-    rows = count() * math.ceil(len(values) / count())
-    return put(np.resize(values, (rows, *values.shape[1:])), _sharding(get_mesh().axis_names))
+    return _split(values, count(), get_mesh().axis_names)
 
 
 def split_batch(values: jax.Array) -> jax.Array:
@@ -217,9 +216,15 @@ def _devices(axis: str) -> int:
     return dict(get_abstract_mesh().shape).get(NAMES[axis], 0)
 
 
-def _filled_up(samples: int) -> int:
-    """The least number from `samples` on that the devices divide."""
-    return _devices(DATA) * math.ceil(samples / _devices(DATA))
+def _split(values: Any, devices: int, axes: str | Sequence[str]) -> jax.Array:
+    """An array, its rows split over the devices of these axes, and repeated to fill them."""
+    rows = np.resize(values, (_filled_up(len(values), devices), *values.shape[1:]))
+    return put(rows, _sharding(axes))
+
+
+def _filled_up(rows: int, devices: int) -> int:
+    """The least number from `rows` on that the devices divide."""
+    return devices * math.ceil(rows / devices)
 
 
 def _sharding(*axes: str | Sequence[str] | None) -> NamedSharding:

@@ -69,7 +69,7 @@ def make_weight_quantizers(
 
 def _scales(rows: np.ndarray, bits: int, known: Ranges) -> list[np.ndarray]:
     """Scale and zero point of each row."""
-    key = hashlib.sha256(rows.tobytes()).digest(), rows.shape, bits, count()
+    key = hashlib.sha256(rows.data).digest(), rows.shape, bits, count()
     if key not in known:
         known[key] = [
             read(part)[: len(rows)] for part in search_weight_range(rows, bits, split_rows)

@@ -47,6 +47,13 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not JSON: {error}") from error
 
 
+def holds_numbers(found: Any) -> bool:
+    """Whether what was read is finite numbers by name."""
+    return isinstance(found, dict) and all(
+        isinstance(number, int | float) and math.isfinite(number) for number in found.values()
+    )
+
+
 def jsonable(value: Any) -> Any:
     """The value with NumPy values as plain ones, and NaN and infinity, which JSON lacks, as None.
 

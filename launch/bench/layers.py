@@ -17,14 +17,14 @@ import aquant_jax as aq
 import gpu_ops
 from aquant_jax.storage.environment import environment
 from launch.bench import timing
-from launch.lib import choice_flags, command_line, experiment
+from launch.lib import allocation_inputs, command_line, experiment
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this program."""
     flags.DEFINE_string("config", None, "file.py:variant; required", flag_values=values)
     command_line.define_path(values, "data_dir", "~", "holds tensorflow_datasets/ and weights/")
-    choice_flags.define_flags(values)
+    allocation_inputs.define_flags(values)
     timing.define_out(values)
     flags.mark_flag_as_required("config", flag_values=values)
 
@@ -34,22 +34,16 @@ def main(argv: list[str]) -> None:
     """Measures and reports."""
     values, overrides = command_line.parse(argv, define_flags, __doc__)
     config = command_line.load_config(values.config, overrides)
-    recipe, choices = (
-        experiment.recipe_of(config),
-        choice_flags.parse_choices(values.weight_bits, values.act_bits, values.borders),
-    )
-    dataset, source = experiment.open_data(config, values.data_dir)
-    apply, variables, check = experiment.create(config, values.data_dir, dataset)
-    corrupt = experiment.on_corrupt(config, [])
-    calibration = source.calibration(config.calibration_size, 0, corrupt).inputs
-    check(calibration)
+    recipe = experiment.recipe_of(config)
+    choices = allocation_inputs.parse_choices(values.weight_bits, values.act_bits, values.borders)
+    apply, variables, calibration = allocation_inputs.open_network(config, values.data_dir, 0)
     latencies = aq.layer_latencies(
         apply, variables, calibration, choices,
         recipe=recipe, mask=config.get("mask"), compiler=aq.Compiler(gpu_ops.backend()),
     )  # fmt: skip
     timing.report({
         "benchmark": "layers", "config": values.config, "choices": list(map(str, choices)),
-        choice_flags.LATENCIES: latencies, **environment(),
+        allocation_inputs.LATENCIES: latencies, **environment(),
     }, values.out)  # fmt: skip
 
 

@@ -1,8 +1,7 @@
-"""Flags of the choices of an allocation, and the table of latencies of another device."""
+"""What launch.allocate and launch.bench.layers share: flags, the network, the latencies."""
 
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,9 @@ from absl import flags
 
 import aquant_jax as aq
 from aquant_jax.errors import InputError, reason
-from aquant_jax.storage.json_file import read_json
+from aquant_jax.storage.json_file import holds_numbers, read_json
+from launch.lib import experiment
+from launch.lib.command_line import Config
 
 FLOAT_BITS = 16
 LATENCIES = "latencies"
@@ -20,8 +21,23 @@ def define_flags(values: flags.FlagValues) -> None:
     """The flags --weight_bits, --act_bits and --borders."""
     flags.DEFINE_list("weight_bits", "2,3,4", "to choose from", flag_values=values)
     flags.DEFINE_list("act_bits", "2,3,4", "to choose from", flag_values=values)
-    text = "to choose from, name:granularity; the recipe's if empty"
+    text = "to choose from, name:granularity; launch.allocate needs --steps; the recipe's if empty"
     flags.DEFINE_list("borders", "", text, flag_values=values)
+
+
+def open_network(config: Config, data_dir: str, seed: int) -> tuple[Callable, Any, Any]:
+    """The network's inference function, its variables, and the inputs of the calibration set.
+
+    Raises:
+        InputError: see `experiment.open_data` and `experiment.create`; the network does not take
+            the inputs.
+    """
+    dataset, source = experiment.open_data(config, data_dir)
+    apply, variables, check = experiment.create(config, data_dir, dataset)
+    corrupt = experiment.on_corrupt(config, [])
+    calibration = source.calibration(config.calibration_size, seed, corrupt).inputs
+    check(calibration)
+    return apply, variables, calibration
 
 
 def read_latencies(path: str | None) -> dict[str, dict[str, float]] | None:
@@ -43,9 +59,7 @@ def read_latencies(path: str | None) -> dict[str, dict[str, float]] | None:
 
 
 def _are_times(found: Any) -> bool:
-    return isinstance(found, dict) and all(
-        isinstance(time, int | float) and 0 <= time < math.inf for time in found.values()
-    )
+    return holds_numbers(found) and all(time >= 0 for time in found.values())
 
 
 def parse_choices(
