@@ -13,13 +13,15 @@ both x wherever these are whole, for p of either sign.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from aquant_jax.allocation.costs import Costs
 
 SLACK = 1e-9  # relative, of a limit: averages are sums of floats
+SMALL, LEAST_UNIT = 0.01, 1e-9  # of a minimum, and of a unit beside the largest coefficient
+FAR = 1000.0  # times a limit: as far out of reach as anything beyond it
 
 
 class InfeasibleError(ValueError):
@@ -85,7 +87,7 @@ def _solve(
     most: float | None,
 ) -> list[int]:
     from scipy import sparse
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.optimize import Bounds, LinearConstraint
 
     columns = _columns(problem, bool(pairs) or most is not None)
     rows = [*_choose_one(problem, columns), *_products(problem, columns)]
@@ -100,15 +102,28 @@ def _solve(
         cost[columns.pairs[pair] : columns.pairs[pair] + part.size] = part.ravel()
     whole = np.zeros(columns.count)
     whole[: sum(map(len, problem.errors))] = 1
-    result = milp(
-        cost / max(np.abs(cost).max(), 1e-30), integrality=whole, bounds=Bounds(0, 1),
-        constraints=LinearConstraint(matrix, *np.array([row[1:] for row in rows]).T),
-        options={"mip_rel_gap": 1e-6},
-    )  # fmt: skip
-    if result.x is None:
-        raise InfeasibleError(result.message)
+    constraints = LinearConstraint(matrix, *np.array([row[1:] for row in rows]).T)
+    found = _minimum(cost, integrality=whole, bounds=Bounds(0, 1), constraints=constraints)
     starts = zip(columns.layers, problem.errors, strict=True)
-    return [int(np.argmax(result.x[start : start + len(part)])) for start, part in starts]
+    return [int(np.argmax(found[start : start + len(part)])) for start, part in starts]
+
+
+def _minimum(cost: np.ndarray, **program: Any) -> np.ndarray:
+    """The variables at the minimum of a mixed-integer program.
+
+    HiGHS stops within 1e-6 of the least, in the unit of the cost: a least that is small beside the
+    coefficients becomes the unit of another run.
+    """
+    from scipy.optimize import milp
+
+    largest = unit = max(float(np.abs(cost).max()), 1e-30)
+    while True:
+        result = milp(cost / unit, **program, options={"mip_rel_gap": 1e-6})
+        if result.x is None:
+            raise InfeasibleError(result.message)
+        if abs(result.fun) > SMALL or unit == LEAST_UNIT * largest:
+            return result.x
+        unit = max(unit * abs(result.fun), LEAST_UNIT * largest)
 
 
 Row = tuple[list[tuple[int, float]], float, float]  # entries (column, value), lower, upper bound
@@ -148,16 +163,14 @@ def _same_bits(problem: Problem, columns: _Columns) -> Iterator[Row]:
 def _within(
     problem: Problem, columns: _Columns, limits: Mapping[str, float], most: float | None
 ) -> Iterator[Row]:
-    """Each limit, in thousandths of itself, so that the tolerance of the solver is relative."""
     for name, limit in limits.items():
         rest = limit * (1 + SLACK) - problem.costs.fixed[name]
-        unit = max(abs(rest), 1e-30) / 1000
         row = [
-            (start + c, float(cost) / unit)
+            (start + c, min(float(cost), FAR * rest) if rest > 0 else float(cost > 0))
             for start, costs in zip(columns.layers, problem.costs.layers[name], strict=True)
             for c, cost in enumerate(costs)
         ]
-        yield row, -np.inf, rest / unit
+        yield _at_most(row, rest)
     if most is None:
         return
     alone = [
@@ -170,5 +183,11 @@ def _within(
         for pair, part in problem.pairs.items()
         for c, value in enumerate(part.ravel())
     ]
-    unit = max(most, 1e-30) / 1000
-    yield [(column, value / unit) for column, value in (*alone, *both)], -np.inf, 1000 * (1 + SLACK)
+    yield _at_most([*alone, *both], most * (1 + SLACK))
+
+
+def _at_most(row: list[tuple[int, float]], bound: float) -> Row:
+    """In thousandths of the bound, so that the tolerance of the solver is relative."""
+    largest = max(abs(value) for _, value in row)
+    unit = max(abs(bound), LEAST_UNIT * largest, 1e-30) / 1000
+    return [(column, value / unit) for column, value in row], -np.inf, bound / unit

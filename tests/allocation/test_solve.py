@@ -58,3 +58,27 @@ def test_the_solver_finds_the_best_of_all_allocations(seed):
 def test_limits_that_nothing_keeps_are_told():
     with pytest.raises(InfeasibleError):
         least_error(make_problem(0), {"a": 4.0})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_least_error_far_below_the_largest_is_the_best(seed):
+    """Errors of eight decades, of which a generous limit allows small ones everywhere."""
+    rng = np.random.default_rng(seed)
+    errors = [10.0 ** rng.uniform(-4, 1) * 100.0 ** -np.arange(4.0) for _ in range(6)]
+    sizes = rng.integers(10, 99, 6)
+    costs = Costs({"a": [n * np.arange(2.0, 6.0) for n in sizes]}, {"a": 0.0})
+    problem, limit = Problem(errors, {}, costs, []), 4.8 * float(sizes.sum())
+    every = itertools.product(range(4), repeat=6)
+    best = min(problem.degradation(c) for c in every if costs.total("a", c) <= limit)
+    assert problem.degradation(least_error(problem, {"a": limit})) == pytest.approx(best, rel=1e-4)
+
+
+def test_limits_of_nothing_and_costs_out_of_reach():
+    errors, far = [np.array([0.0, 0.5]), np.array([1.0, 0.5])], 1e30
+    costs = Costs({"a": [np.array([4.0, 0.0]), np.array([0.0, far])]}, {"a": 0.0})
+    problem = Problem(errors, {}, costs, [])
+    assert least_error(problem, {"a": 0.0}) == [1, 0]
+    assert least_error(problem, {"a": 4.0}) == [0, 0]
+    assert least_error(problem, {"a": 2 * far}) == [0, 1]
+    free = problem._replace(errors=[np.array([0.0, 0.5]), np.array([0.0, 0.5])])
+    assert cheapest(free, {"a": 1.0}, 0.0) == [0, 0]
