@@ -90,10 +90,16 @@ def sensitivity(
 
 
 def probed(
-    apply: Callable, variables: Any, calibration: Any, recipe: Recipe, mask: str | None = None
+    apply: Callable,
+    variables: Any,
+    calibration: Any,
+    recipe: Recipe,
+    mask: str | None = None,
+    batch: int | None = None,
 ) -> tuple[Network, Any]:
-    """The network whose output errors are measured, and its first ``init_samples`` samples, which
-    it runs at once.
+    """The network whose output errors are measured, and its first ``init_samples`` samples.
+
+    It runs `batch` of them at once, or all.
 
     Raises:
       InputError: see `quantize`.
@@ -102,7 +108,7 @@ def probed(
     checks.check_calibration(calibration, recipe.replace(steps=0))
     samples = min(count_samples(calibration), recipe.reconstruction.init_samples)
     calibration = jax.tree.map(lambda leaf: take_samples(leaf, slice(samples)), calibration)
-    recipe = recipe.replace(batch_size=samples, accumulate=1, steps=0)
+    recipe = recipe.replace(batch_size=batch or samples, accumulate=1, steps=0)
     return prepare(apply, variables, calibration, recipe, mask), calibration
 
 

@@ -12,16 +12,23 @@ import jax
 import numpy as np
 
 from aquant_jax.allocation.choices import Budget, Choice, check_choices
-from aquant_jax.allocation.costs import Latencies, count_costs, rule_tensors
+from aquant_jax.allocation.costs import (
+    Latencies,
+    check_latencies,
+    count_costs,
+    rule_tensors,
+    ruled_inputs,
+)
 from aquant_jax.allocation.feasible import (
     check_degradation,
     check_limits,
     extremes,
     weights_of,
 )
-from aquant_jax.allocation.latency import time_layers
+from aquant_jax.allocation.latency import layer_latencies
 from aquant_jax.allocation.layer_choices import (
     LayerChoices,
+    Recipes,
     base_recipe,
     chosen_overrides,
     layer_choices,
@@ -112,12 +119,16 @@ def allocate(
     recipe, choices = recipe or aquant(), check_choices(choices)
     compiler, folder = compiler or Compiler(), checks.check_resume(resume)
     _check_call(budget, choices, steps)
+    if latencies is not None:
+        check_latencies(latencies)
     net, target, samples, layers = prepare_networks(
         apply, variables, calibration, choices, recipe, mask
     )
-    base = base_recipe(recipe, layers)
+    base = base_recipe(recipe, choices, layers)
     if budget.counted == "latency" and latencies is None:
-        latencies = time_layers(target, layers, compiler.backend)
+        latencies = layer_latencies(
+            apply, variables, samples, choices, recipe=recipe, mask=mask, compiler=compiler
+        )
     problem = _problem(target, layers, latencies)
     limits = budget.limits(any(c.act_bits for layer in layers for c in layer.choices))
     check_limits(problem, layers, limits, functools.partial(_without_overrides, target, choices))
@@ -125,8 +136,8 @@ def allocate(
     errors, pairs, measured = _measured(call, net, layers)
     problem = problem._replace(errors=errors, pairs=pairs)
     check_degradation(problem, budget)
-    result = _Result(problem, layers, recipe, tuple(rule_tensors(target)))
-    return result.allocation(base, budget, limits, measured)
+    recipes = Recipes(recipe, base, tuple(rule_tensors(target)), ruled_inputs(target))
+    return _Result(problem, layers, recipes).allocation(budget, limits, measured)
 
 
 class _Call(NamedTuple):
@@ -181,7 +192,8 @@ def _measured(
     meter = Meter(net, samples, layers, functools.partial(origins_of, table), rounded)
     identity = fingerprint(net, samples, call.seed, call.compiler, None) | {"steps": call.steps}
     if call.steps:
-        identity["reconstructed"] = call.recipe.to_dict()
+        runs = {str(run) for origins in table.values() for run in origins.weights.values()}
+        identity["reconstructed"] = {"recipe": call.recipe.to_dict(), "runs": sorted(runs)}
     with open_measurements(call.resume, identity) as measurements:
         blocks = [block.layers for block in net.blocks]
         errors, pairs = measure(measurements, meter, layers, blocks)
@@ -231,12 +243,9 @@ class _Result(NamedTuple):
 
     problem: Problem
     layers: Sequence[LayerChoices]
-    recipe: Recipe
-    rules: tuple[str, ...]
+    recipes: Recipes
 
-    def allocation(
-        self, base: Recipe, budget: Budget, limits: Mapping[str, float], measured: int
-    ) -> Allocation:
+    def allocation(self, budget: Budget, limits: Mapping[str, float], measured: int) -> Allocation:
         """The allocation under a budget.
 
         Raises:
@@ -252,7 +261,7 @@ class _Result(NamedTuple):
         point = self._point(chosen)
         front = self._front(tuple(limits or weights_of(budget.cost)))
         return Allocation(
-            base, point.layers, budget, point.degradation, point.costs, front,
+            self.recipes.base, point.layers, budget, point.degradation, point.costs, front,
             self._table(chosen), measured,
         )  # fmt: skip
 
@@ -276,7 +285,7 @@ class _Result(NamedTuple):
         costs = {name: self.problem.costs.total(name, chosen) for name in self.problem.costs.layers}
         pairs = zip(self.layers, chosen, strict=True)
         choices = [layer.choices[index] for layer, index in pairs]
-        overrides = chosen_overrides(self.recipe, self.layers, choices, self.rules)
+        overrides = chosen_overrides(self.recipes, self.layers, choices)
         return FrontPoint(self.problem.degradation(chosen), costs, overrides)
 
     def _table(self, chosen: Sequence[int]) -> tuple[Entry, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, check_type
 
 COSTS = ("bytes", "average_bits", "bit_operations", "latency", "coefficients")
 LIMITS = (*COSTS, "degradation")  # the fields of a budget of which exactly one is set
@@ -44,6 +44,8 @@ class Choice:
                 raise InputError(
                     f"choice: {name} is {bits!r}; it must be a whole number of 2 to 8, or None"
                 )
+            if bits is not None:  # one of NumPy would overflow
+                object.__setattr__(self, name, int(bits))
         if self.weight_bits is None and self.act_bits is not None:
             raise InputError(
                 f"choice: act_bits is {self.act_bits} with float weights; a layer of float weights "
@@ -124,8 +126,8 @@ class Budget:
             value = tuple(value)
             object.__setattr__(self, given[0], value)
         pair = given[0] == "average_bits" and isinstance(value, tuple) and len(value) == 2
-        if not all(map(_positive, value if pair else (value,))):
-            wanted = "a positive number" + (" or a pair of them" * (given[0] == "average_bits"))
+        if not all(map(is_amount, value if pair else (value,))):
+            wanted = "a number of 0 or more" + (" or a pair of them" * (given[0] == "average_bits"))
             raise InputError(f"budget: {given[0]} is {value!r}; it must be {wanted}")
 
     @property
@@ -156,7 +158,8 @@ class Budget:
         return dict.fromkeys(names, float(value))
 
 
-def _positive(value: Any) -> bool:
+def is_amount(value: Any) -> bool:
+    """Whether a value is a finite number of 0 or more."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return number and 0 <= float(value) < math.inf
 
@@ -167,7 +170,8 @@ def check_choices(choices: Any) -> tuple[Choice, ...]:
     Raises:
       InputError: there are none, or one is no `Choice`.
     """
-    if not isinstance(choices, Sequence) or not len(choices):
+    check_type("choices", choices, Sequence, "a list of aq.Choice")
+    if not choices:
         raise InputError(f"choices are {choices!r}; there must be one or more aq.Choice")
     for choice in choices:
         if not isinstance(choice, Choice):

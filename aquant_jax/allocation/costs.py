@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from aquant_jax.allocation.choices import Choice
+from aquant_jax.allocation.choices import Choice, is_amount
 from aquant_jax.allocation.layer_choices import LayerChoices
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.packing import packed_size
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, check_type
+from aquant_jax.graph.activation_rules import match_rules
 from aquant_jax.graph.ir import Op
 from aquant_jax.graph.subgraph import constant_inputs, extract_subgraph, source_tensor
 from aquant_jax.layers.fake_quant import border_shape
@@ -95,26 +95,38 @@ def count_costs(
     return Costs(costs | averages.layers, fixed | averages.fixed)
 
 
+def check_latencies(latencies: Any, name: str = "latencies") -> None:
+    """InputError unless they are numbers of 0 or more, by weight path and choice."""
+    check_type(name, latencies, Mapping, "a table as layer_latencies gives it")
+    for path, times in latencies.items():
+        check_type(f"{name}: {path}", times, Mapping, "milliseconds by choice")
+        for choice, time in times.items():
+            if not is_amount(time):
+                raise InputError(
+                    f"{name}: {path} at {choice!r} is {time!r}; it must be a number of 0 or more"
+                )
+
+
 def _shape(net: Network, op: Op) -> _Shape:
     layer, folded, avals = op.layer, net.folded[op.layer.path], net.graph.avals
     weights = math.prod(layer.weight_shape)
     channels = math.prod(layer.weight_shape[axis] for axis in layer.channel_axes)
     group = net.plan.layers[layer.path].weight_group
-    source = avals[source_tensor(net.graph.producers(), op.x)]
+    source = source_tensor(net.graph.producers(), op.x)
     return _Shape(
         weights=weights,
         grids=channels * (weights // channels // group if group else 1),
         weight_bytes=np.asarray(folded.weight).nbytes,
         bias_bytes=np.asarray(folded.bias).nbytes,
-        inputs=_elements(source) * op.steps,
-        float_bits=8 * source.dtype.itemsize,
-        products=_elements(avals[op.outputs[0]]) * op.steps * weights // channels,
+        inputs=_elements(net, source) * op.steps,
+        float_bits=8 * avals[source].dtype.itemsize,
+        products=_elements(net, op.outputs[0]) * op.steps * weights // channels,
     )
 
 
-def _elements(aval: jax.ShapeDtypeStruct) -> int:
-    """Of one sample."""
-    return math.prod(aval.shape[1:])
+def _elements(net: Network, value: int) -> int:
+    """Of one sample, whose axis may be any, or merged with others."""
+    return -(-math.prod(net.graph.avals[value].shape) // net.batch)
 
 
 def _bits(shape: _Shape, choice: Choice) -> tuple[int, int]:
@@ -164,6 +176,13 @@ def rule_tensors(net: Network) -> dict[str, int]:
     return {tensor.key: i for i, tensor in net.plan.tensors.items() if tensor.key not in read}
 
 
+def ruled_inputs(net: Network) -> dict[str, str]:
+    """By the tensor that layers read, the key of the rule that matches it."""
+    matches = match_rules(net.graph, net.recipe.activations)
+    found = {net.plan.tensors[i].key: key for i, key in matches if i in net.plan.tensors}
+    return {tensor: key for tensor, key in found.items() if tensor != key}
+
+
 def _averages(net: Network, layers: Sequence[LayerChoices], shapes: Mapping[str, _Shape]) -> Costs:
     """Average bits of the weights and of the activations that count, see `choices.Budget`."""
     weights = {a.path: 0 if a.weights_exempt else shapes[a.path].weights for a in layers}
@@ -171,12 +190,12 @@ def _averages(net: Network, layers: Sequence[LayerChoices], shapes: Mapping[str,
         a.path: shapes[a.path].inputs if a.owner and not a.input_exempt else 0 for a in layers
     }
     rules = rule_tensors(net)
-    ruled = sum(_elements(net.graph.avals[value]) for value in rules.values())
+    ruled = sum(_elements(net, value) for value in rules.values())
     totals = {
         "weight_bits": max(sum(weights.values()), 1),
         "act_bits": max(sum(inputs.values()) + ruled, 1),
     }
-    bits = sum(_elements(net.graph.avals[i]) * net.plan.tensors[i].bits for i in rules.values())
+    bits = sum(_elements(net, i) * net.plan.tensors[i].bits for i in rules.values())
     shares = {
         name: [
             np.array([_bits(shapes[a.path], c)[side] * counts[a.path] for c in a.choices], float)

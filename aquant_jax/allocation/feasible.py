@@ -41,9 +41,10 @@ def check_limits(
       InputError: a limit is below the least, of which overrides may be the cause, or above the
         most.
     """
+    ends = {name: extremes(problem, name) for name in limits}
     for name, limit in limits.items():
-        least, most = extremes(problem, name)
-        if limit > most * (1 + SLACK):
+        least, most = ends[name]
+        if all(bound > ends[other][1] * (1 + SLACK) for other, bound in limits.items()):
             raise InputError(
                 f"budget: {name} {limit:,.10g} is above the most, {most:,.10g}; the least is "
                 f"{least:,.10g}; any choice keeps to it, so no budget is needed"

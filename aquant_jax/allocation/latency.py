@@ -61,36 +61,36 @@ def layer_latencies(
     Raises:
       InputError: see `quantize`; no choice.
     """
-    net = prepare_networks(
-        apply, variables, calibration, check_choices(choices), recipe or aquant(), mask
-    )
-    return time_layers(net.target, net.layers, (compiler or Compiler()).backend)
+    choices, backend = check_choices(choices), (compiler or Compiler()).backend
+    net = prepare_networks(apply, variables, calibration, choices, recipe or aquant(), mask, 1)
+    return _time_layers(net.target, net.layers, backend)
 
 
-def time_layers(
+def _time_layers(
     net: Network, layers: Sequence[LayerChoices], backend: Backend
 ) -> dict[str, dict[str, float]]:
-    """See `layer_latencies`."""
     ops = {op.layer.path: op for op in net.graph.ops if op.layer is not None}
     timed: dict[str, float] = {}
     ranges: Ranges = {}
     found: dict[str, dict[str, float]] = {}
     for layer in layers:
         for choice in layer.choices:
-            program = _alone(net, ops[layer.path], choice)
+            op = ops[layer.path]
+            program = _alone(net, op, choice)
             if program.key not in timed:
                 timed[program.key] = _milliseconds(net, program, backend, ranges)
-            found.setdefault(layer.path, {})[str(choice)] = timed[program.key]
+            found.setdefault(layer.path, {})[str(choice)] = op.steps * timed[program.key]
     return found
 
 
 def _alone(net: Network, op: Op, choice: Choice) -> BlockProgram:
-    """The program of one layer at a choice."""
+    """The program of one layer at a choice: in a rolled loop, of one step."""
     plan = make_plan(net.graph, uniform(net.recipe, choice))
     if choice.weight_bits is None:
         floats = plan.layers[op.layer.path]._replace(weight_bits=None, tensor=None, border=None)
         plan = plan._replace(layers=plan.layers | {op.layer.path: floats}, tensors={})
-    return make_block_program(net.graph, plan, op.reads, op.outputs)
+    ops = tuple(one._replace(loop=None) if one is op else one for one in net.graph.ops)
+    return make_block_program(net.graph._replace(ops=ops), plan, op.reads, op.outputs)
 
 
 def _milliseconds(net: Network, program: BlockProgram, backend: Backend, ranges: Ranges) -> float:
@@ -98,7 +98,7 @@ def _milliseconds(net: Network, program: BlockProgram, backend: Backend, ranges:
     quantizer = ActivationQuantizer(jnp.float32(0.1), jnp.float32(0.0))
     activations = [quantizer for _ in program.tensors]
     rng = np.random.default_rng(0)
-    boundary = [_sample(rng, program.avals[i]) for i in program.subgraph.boundary_inputs]
+    boundary = [_values(rng, program.avals[i]) for i in program.subgraph.boundary_inputs]
     run = jax.jit(
         lambda layers, boundary: run_integers(
             program, layers, activations, BlockInputs(boundary), backend
@@ -115,7 +115,5 @@ def _milliseconds(net: Network, program: BlockProgram, backend: Backend, ranges:
     return 1000 * float(best)
 
 
-def _sample(rng: np.random.Generator, aval: Any) -> jax.Array:
-    """A batch of one sample."""
-    values = np.abs(rng.normal(size=(1, *aval.shape[1:])))
-    return jnp.asarray(values, aval.dtype)
+def _values(rng: np.random.Generator, aval: Any) -> jax.Array:
+    return jnp.asarray(np.abs(rng.normal(size=aval.shape)), aval.dtype)

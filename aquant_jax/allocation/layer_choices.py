@@ -119,16 +119,18 @@ def _own(
     return tuple(dict.fromkeys(own))
 
 
-def base_recipe(recipe: Recipe, layers: Sequence[LayerChoices]) -> Recipe:
+def base_recipe(
+    recipe: Recipe, choices: Sequence[Choice], layers: Sequence[LayerChoices]
+) -> Recipe:
     """The recipe that the overrides of an allocation extend.
 
-    Only a recipe without bits for activations has quantized layers with a float input: where a
-    layer may choose one, overrides give the bits to the others.
+    Only a recipe without bits for activations has quantized layers with a float input: where no
+    choice has such bits, or a layer may choose a float input, overrides give them to the others.
 
     Raises:
       InputError: there is such a layer, and the recipe tries several borders.
     """
-    weights_only = any(
+    weights_only = not any(choice.act_bits for choice in choices) or any(
         layer.tensor and not layer.input_fixed and choice.weight_bits and not choice.act_bits
         for layer in layers for choice in layer.choices
     )  # fmt: skip
@@ -139,26 +141,44 @@ def base_recipe(recipe: Recipe, layers: Sequence[LayerChoices]) -> Recipe:
     return dataclasses.replace(recipe, act_bits=None, border=None)
 
 
+class Recipes(NamedTuple):
+    """What the overrides of an allocation depend on besides the choices.
+
+    Attributes:
+      given: the user's recipe.
+      base: see `base_recipe`.
+      rules: keys of the quantized activations that no layer reads.
+      ruled: by the tensor that layers read, the key of the rule that matches it.
+    """
+
+    given: Recipe
+    base: Recipe
+    rules: tuple[str, ...]
+    ruled: dict[str, str]
+
+
 def chosen_overrides(
-    recipe: Recipe, layers: Sequence[LayerChoices], chosen: Sequence[Choice], rules: Sequence[str]
+    recipes: Recipes, layers: Sequence[LayerChoices], chosen: Sequence[Choice]
 ) -> dict[str, Override]:
-    """The overrides of an allocation that extend `base_recipe`, by layer.
+    """The overrides of an allocation that extend `base_recipe`, by layer or activation.
 
     Args:
-      recipe: the user's.
+      recipes: of the allocation.
       layers: of the network.
       chosen: by each of them.
-      rules: keys of the quantized activations that no layer reads.
     """
-    explicit = base_recipe(recipe, layers).act_bits is None
+    explicit = recipes.base.act_bits is None
     overrides = {}
     for layer, choice in zip(layers, chosen, strict=True):
         override = _override(layer, choice, explicit)
         if override != Override(override.pattern):
             overrides[layer.path] = override
-    if explicit and recipe.act_bits is not None:
-        for key in rules:
-            overrides[key] = Override(exactly(key), act_bits=recipe.act_bits)
+        key = recipes.ruled.get(layer.tensor or "")
+        if key and choice.act_bits is None:  # which the rule would round
+            overrides[key] = Override(exactly(key), keep_float=True)
+    if explicit and recipes.given.act_bits is not None:
+        for key in recipes.rules:
+            overrides[key] = Override(exactly(key), act_bits=recipes.given.act_bits)
     return overrides
 
 

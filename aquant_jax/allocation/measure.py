@@ -52,7 +52,10 @@ class Measurements:
         self.measured = 0
         if self._path is None or not self._path.exists():
             return
-        stored = read_json(self._path)
+        try:
+            stored = read_json(self._path)
+        except OSError as error:
+            raise InputError(f"{self._path} cannot be read: {reason(error)}") from error
         found = stored.get("errors") if isinstance(stored, dict) else None
         if not isinstance(found, dict) or not all(map(holds_numbers, found.values())):
             raise InputError(f"{self._path} is damaged: it holds no errors of layers by choice")

@@ -38,11 +38,15 @@ def prepare_networks(
     choices: Sequence[Choice],
     recipe: Recipe,
     mask: str | None,
+    batch: int | None = None,
 ) -> Networks:
-    """The networks of `allocate`, which has the arguments and the errors."""
+    """The networks of `allocate`, which has the arguments and the errors.
+
+    They run `batch` samples at once, or all of them.
+    """
     checks.check_recipe(recipe)
     widest = Choice(MAX_BITS, MAX_BITS if any(choice.act_bits for choice in choices) else None)
     probing = uniform(recipe, widest).replace(border=None)
-    probe, samples = probed(apply, variables, calibration, probing, mask)
+    probe, samples = probed(apply, variables, calibration, probing, mask, batch)
     target = probe._replace(recipe=recipe, plan=make_plan(probe.graph, recipe))
     return Networks(probe, target, samples, layer_choices(probe.graph, recipe, choices))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aquant_jax import recipe as recipes
-from aquant_jax.allocation.choices import Budget, Choice
+from aquant_jax.allocation.choices import Budget, Choice, is_amount
 from aquant_jax.errors import InputError, reason, to_path
 from aquant_jax.recipe import Override, Recipe, exactly
 from aquant_jax.storage.json_file import read_json, write_json
@@ -131,11 +131,11 @@ class Allocation:
                 recipes.Recipe(**base).replace(**learning),
                 _overrides(content["layers"]),
                 Budget(**content["budget"]),
-                float(content["degradation"]),
+                _number(content["degradation"]),
                 _numbers(content["costs"]),
                 tuple(
                     FrontPoint(
-                        float(point["degradation"]),
+                        _number(point["degradation"]),
                         _numbers(point["costs"]),
                         _overrides(point["layers"]),
                     )
@@ -143,7 +143,7 @@ class Allocation:
                 ),
                 tuple(Entry(**entry) for entry in content["table"]),
             )
-            found.recipe  # noqa: B018  # bits out of range end the call here
+            _ = found.recipe, str(found)  # bits out of range, or a table of other things
         return found
 
     def __str__(self) -> str:
@@ -152,7 +152,7 @@ class Allocation:
         for entry in self.table:
             if not entry.chosen:
                 continue
-            choice = _choice(entry, self.layers.get(entry.path))
+            choice = _choice(entry, self.layers.get(entry.path), self.base)
             same = alone.get((entry.path, choice))
             error, size = (f"{same.error:.3g}", f"{same.costs['bytes']:,.0f}") if same else ("", "")
             lines.append(f"{entry.path:40s} {choice:24s} {error:>12s} {size:>10s}".rstrip())
@@ -161,7 +161,7 @@ class Allocation:
         return "\n".join(lines)
 
 
-def _choice(entry: Entry, override: Override | None) -> str:
+def _choice(entry: Entry, override: Override | None, base: Recipe) -> str:
     """The choice of a layer in words, as its override has it now."""
     if override is None:
         return entry.choice
@@ -169,8 +169,8 @@ def _choice(entry: Entry, override: Override | None) -> str:
         return str(Choice())
     bits, *_ = entry.choice.split()
     weights, _, acts = bits.removeprefix("w").partition("a")
-    if bits == "float":
-        return entry.choice
+    if bits == str(Choice()):  # edited since
+        weights, acts = str(base.weight_bits), str(base.act_bits or 16)
     kind = filter(None, (override.border, override.border_granularity))
     label = f"w{override.weight_bits or weights}a{override.act_bits or acts}"
     return " ".join([label, *kind])
@@ -196,4 +196,10 @@ def _overrides(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Override]:
 
 
 def _numbers(costs: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in costs.items()}
+    return {name: _number(value) for name, value in costs.items()}
+
+
+def _number(value: Any) -> float:
+    if not is_amount(value):
+        raise InputError(f"{value!r} must be a number of 0 or more")
+    return float(value)

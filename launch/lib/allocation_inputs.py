@@ -8,8 +8,9 @@ from typing import Any
 from absl import flags
 
 import aquant_jax as aq
+from aquant_jax.allocation.costs import check_latencies
 from aquant_jax.errors import InputError, reason
-from aquant_jax.storage.json_file import holds_numbers, read_json
+from aquant_jax.storage.json_file import read_json
 from launch.lib import experiment
 from launch.lib.command_line import Config
 
@@ -52,14 +53,10 @@ def read_latencies(path: str | None) -> dict[str, dict[str, float]] | None:
         content = read_json(Path(path))
     except OSError as error:
         raise InputError(f"--latencies={path} cannot be read: {reason(error)}") from error
-    found = content.get(LATENCIES) if isinstance(content, dict) else None
-    if not isinstance(found, dict) or not all(map(_are_times, found.values())):
+    if not isinstance(content, dict) or LATENCIES not in content:
         raise InputError(f"--latencies={path} holds no milliseconds of layers by choice")
-    return found
-
-
-def _are_times(found: Any) -> bool:
-    return holds_numbers(found) and all(time >= 0 for time in found.values())
+    check_latencies(content[LATENCIES], f"--latencies={path}")
+    return content[LATENCIES]
 
 
 def parse_choices(

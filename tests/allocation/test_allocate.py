@@ -1,5 +1,6 @@
 """``allocate`` on small networks, with layers rounded to nearest."""
 
+import itertools
 import json
 import math
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 import aquant_jax as aq
+from aquant_jax.allocation.costs import count_costs
 from aquant_jax.allocation.measure import FILE
+from aquant_jax.allocation.networks import prepare_networks
 from aquant_jax.allocation.repair import LEFT
 from aquant_jax.deployment.checkpoint import sizes
 from tests.support.nets import images, mlp, normal, residual_net, rng_of
@@ -100,6 +103,9 @@ def test_a_second_call_measures_nothing_and_a_torn_off_one_the_rest(folder, tmp_
         (tmp_path / FILE).write_text(json.dumps(stored))
         with pytest.raises(aq.InputError, match=r"sensitivity.json is damaged: it holds no errors"):
             allocate(aq.Budget(average_bits=3), tmp_path)
+    (tmp_path / "b" / FILE).mkdir(parents=True)
+    with pytest.raises(aq.InputError, match=r"sensitivity.json cannot be read: Is a directory"):
+        allocate(aq.Budget(average_bits=3), tmp_path / "b")
 
 
 def test_the_front_falls_from_the_least_to_the_most(folder):
@@ -129,10 +135,18 @@ def test_saved_edited_and_quantized(folder, tmp_path):
     edited = aq.Allocation.load(tmp_path / "a.json")
     assert "w7a6" in str(edited)
     assert {s.path: s.weight_bits for s in rounded(edited.recipe).summary()}[FREE[0]] == 7
-    content["layers"][FREE[0]] = {"weight_bits": 9}
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    with pytest.raises(aq.InputError, match=r"a.json is malformed: .*weight_bits is 9"):
-        aq.Allocation.load(tmp_path / "a.json")
+    floats = [entry | {"choice": "float"} for entry in content["table"] if entry["chosen"]]
+    (tmp_path / "a.json").write_text(json.dumps(content | {"table": floats}))
+    assert "w7a6" in str(aq.Allocation.load(tmp_path / "a.json"))
+    for wrong, message in (
+        ({"layers": {FREE[0]: {"weight_bits": 9}}}, "weight_bits is 9"),
+        ({"table": [floats[0] | {"error": None}]}, "TypeError"),
+        ({"degradation": math.nan}, "nan must be a number of 0 or more"),
+        ({"costs": {"bytes": -1}}, "-1 must be a number of 0 or more"),
+    ):
+        (tmp_path / "a.json").write_text(json.dumps(content | wrong))
+        with pytest.raises(aq.InputError, match=rf"a.json is malformed: .*{message}"):
+            aq.Allocation.load(tmp_path / "a.json")
 
 
 def test_float_and_weights_only_layers(tmp_path):
@@ -149,6 +163,27 @@ def test_float_and_weights_only_layers(tmp_path):
         assert all((borders[path] == "quadratic") == (act is not None)
                    for path, (_, act) in bits.items())  # fmt: skip
         assert found.costs["bytes"] == sizes(quantized).packed
+
+
+def test_weights_alone_leave_every_input_in_float():
+    net, x = mlp(sizes=(6, 8, 8, 8, 4)), normal(rng_of(1), 16, 6)
+    choices, recipe = [aq.Choice(2), aq.Choice(4)], aq.recipes.aquant(3, 3)
+    found = allocate(aq.Budget(average_bits=3), None, choices, recipe, net, x)
+    quantized = rounded(found.recipe, net, x)
+    bits = [(s.weight_bits, s.act_bits) for s in quantized.summary()]
+    assert bits in ([(8, None), *pair, (8, None)] for pair in itertools.permutations(
+        [(2, None), (4, None)]))  # fmt: skip
+    assert found.costs["bytes"] == sizes(quantized).packed
+
+
+def test_a_float_input_is_float_where_a_rule_would_round_it():
+    """The stem's activation is read by conv1, and by the sum."""
+    choices, recipe = [aq.Choice(2, 2), aq.Choice()], RECIPE.replace(activations=("activation",))
+    found = allocate(aq.Budget(average_bits=10), None, choices, recipe)
+    quantized = rounded(found.recipe_of(found.front[-1]))
+    assert {spec.path for spec in quantized.specs if spec.tensor} == {"head/kernel"}
+    assert not any(key.startswith("stem") for key in quantized.activations)
+    assert found.front[-1].costs["bytes"] == sizes(quantized).packed
 
 
 def test_blocks_that_learn_repair_the_errors_before_them():
@@ -199,6 +234,12 @@ def test_borders_are_told_apart_by_a_short_reconstruction(tmp_path):
     assert found.costs["coefficients"] == count <= 30
     assert found.costs["bytes"] == sizes(quantized).packed
     assert allocate(aq.Budget(coefficients=48), tmp_path, choices, steps=2, **options).measured == 0
+    assert allocate(aq.Budget(coefficients=0), tmp_path, choices, steps=2, **options).costs[
+        "coefficients"] == 0  # fmt: skip
+    with pytest.raises(aq.InputError, match=r"another call, which differs in reconstructed\.runs"):
+        allocate(
+            aq.Budget(coefficients=30), tmp_path, [*choices, aq.Choice(4, 4)], steps=2, **options
+        )
 
 
 def test_latency_comes_from_a_table_or_from_this_device():
@@ -210,15 +251,55 @@ def test_latency_comes_from_a_table_or_from_this_device():
     with pytest.raises(aq.InputError, match=r"latencies lack 1/w at 'w2a2'"):
         allocate(aq.Budget(latency=5), None, choices, recipe, mlp(), x, latencies={
             "0/w": {"w8a16": 1.0}, "1/w": {}})  # fmt: skip
+    for wrong, message in (
+        (float("nan"), "1/w at 'w2a2' is nan; it must be a number of 0 or more"),
+        (-1, "1/w at 'w2a2' is -1"),
+        ("fast", "1/w at 'w2a2' is 'fast'"),
+    ):
+        bad = table | {"1/w": {"w2a2": wrong, "w4a4": 4.0}}
+        with pytest.raises(aq.InputError, match=message):
+            allocate(aq.Budget(latency=5), None, choices, recipe, mlp(), x, latencies=bad)
+    for wrong, message in (([1], "latencies is of type list"), ({"1/w": 1}, "1/w is of type int")):
+        with pytest.raises(aq.InputError, match=message):
+            allocate(aq.Budget(latency=5), None, choices, recipe, mlp(), x, latencies=wrong)
     with pytest.raises(aq.InputError, match=r"latency 1,000,000,000 is above the most"):
         allocate(aq.Budget(latency=1e9), None, choices, recipe, mlp(), x)
+
+
+def test_samples_may_stand_on_any_axis():
+    """Rows of all samples, samples last, and a rolled loop: costs and times are of one sample."""
+    weights = {name: normal(rng_of(i), 6, 6) for i, name in enumerate("abc")}
+    x, choices = normal(rng_of(3), 8, 5, 6), [aq.Choice(2, 2), aq.Choice(4, 4)]
+
+    def rows(v, x):
+        return (x.reshape(-1, 6) @ v["a"] @ v["b"] @ v["c"]).reshape(x.shape)
+
+    def last(v, x):
+        h = jnp.einsum("ij,jtb->itb", v["b"], jnp.einsum("ij,btj->itb", v["a"], x))
+        return jnp.einsum("ij,jtb->bti", v["c"], h)
+
+    def loop(v, x):
+        def step(h, row):
+            return ((row @ v["a"] + h) @ v["b"],) * 2
+
+        return jax.lax.scan(step, jnp.zeros((x.shape[0], 6)), jnp.swapaxes(x, 0, 1))[0] @ v["c"]
+
+    recipe = aq.recipes.nearest(2, 2, first_weight_bits=None)
+    for apply, steps in ((rows, 5), (last, 5), (loop, 1)):
+        net = prepare_networks(apply, weights, x, choices, recipe, None)
+        costs = count_costs(net.target, net.layers).layers["bit_operations"]
+        found = {layer.path: cost[0] for layer, cost in zip(net.layers, costs, strict=True)}
+        ones = {"a": 5 * 2 * 32, "b": 5 * 2 * 2, "c": steps * 8 * 8}
+        assert found == {path: 36 * count for path, count in ones.items()}
+        times = aq.layer_latencies(apply, weights, x, choices[:1], recipe=recipe)
+        assert all(time > 0 for layer in times.values() for time in layer.values())
 
 
 def test_bad_budgets_and_choices_are_named(folder):
     for fields, message in (
         ({}, "nothing given; exactly one of bytes, average_bits"),
         ({"bytes": 1, "latency": 2}, "bytes and latency given"),
-        ({"bytes": -1}, "bytes is -1; it must be a positive number"),
+        ({"bytes": -1}, "bytes is -1; it must be a number of 0 or more"),
         ({"average_bits": (3, 3, 3)}, "or a pair"),
         ({"degradation": 1, "cost": "size"}, "cost is 'size'; known: bytes"),
     ):
@@ -234,6 +315,10 @@ def test_bad_budgets_and_choices_are_named(folder):
         with pytest.raises(aq.InputError, match=message):
             aq.Choice(**fields)
     budget = aq.Budget(bytes=300)
+    # Bits of NumPy would overflow in the costs.
+    assert type(aq.Choice(np.int8(4), np.int64(4)).weight_bits) is int
+    with pytest.raises(aq.InputError, match=r"choices is of type set; it must be a list of"):
+        allocate(budget, folder, set(CHOICES))
     with pytest.raises(aq.InputError, match=r"choices are \[\]; there must be one or more"):
         allocate(budget, folder, [])
     with pytest.raises(aq.InputError, match=r"budget is 3; it must be an aq\.Budget"):
@@ -245,6 +330,8 @@ def test_budgets_out_of_reach_name_the_least_and_the_most(folder):
         allocate(aq.Budget(bytes=10), folder)
     with pytest.raises(aq.InputError, match=r"weight_bits 5 is above the most, 4; .* no budget is"):
         allocate(aq.Budget(average_bits=5), folder)
+    few = allocate(aq.Budget(average_bits=3), folder, [aq.Choice(w, 2) for w in (2, 3, 4)])
+    assert few.costs["weight_bits"] <= 3
     with pytest.raises(
         aq.InputError, match=r"degradation 9 is above the most; it is .* fewest bytes, .* no budget"
     ):

@@ -71,6 +71,9 @@ def test_latencies_of_another_device(tmp_path, capsys):
     table["latencies"][free[0]]["w3a3"] = "fast"
     out.write_text(json.dumps(table))
     assert run(tmp_path / "b", "--budget=latency=50", *bits, flag) == 2
+    assert f"{out}: {free[0]} at 'w3a3' is 'fast'; it must be a number" in capsys.readouterr().err
+    out.write_text("[]")
+    assert run(tmp_path / "b", "--budget=latency=50", *bits, flag) == 2
     assert f"{out} holds no milliseconds of layers by choice" in capsys.readouterr().err
     assert run(tmp_path / "b", "--budget=latency=50", *bits, "--latencies=absent.json") == 2
     assert "--latencies=absent.json cannot be read: No such file" in capsys.readouterr().err
