@@ -78,6 +78,7 @@ def test_limits_of_nothing_and_costs_out_of_reach():
     costs = Costs({"a": [np.array([4.0, 0.0]), np.array([0.0, far])]}, {"a": 0.0})
     problem = Problem(errors, {}, costs, [])
     assert least_error(problem, {"a": 0.0}) == [1, 0]
+    assert least_error(problem, {"a": 3.0}) == [1, 0]
     assert least_error(problem, {"a": 4.0}) == [0, 0]
     assert least_error(problem, {"a": 2 * far}) == [0, 1]
     free = problem._replace(errors=[np.array([0.0, 0.5]), np.array([0.0, 0.5])])
