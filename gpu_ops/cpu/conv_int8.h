@@ -19,7 +19,7 @@
 namespace gpu_ops {
 
 constexpr int64_t kPanelBytes = 1 << 17;
-constexpr int64_t kSlack = 32;  // bytes behind codes that may be read, or written before others are
+constexpr int64_t kPanelPixels = 48;  // most of a panel, whose sums stay in the first-level cache
 
 // A tensor of codes of the result's shape.
 struct CodeGrid {
@@ -109,13 +109,13 @@ struct TaskScratch {
   ColumnScratch pixel;
 
   explicit TaskScratch(const Int8Convolution& job, int64_t rows)
-      : units(job.RowElement() == sizeof(float) ? RowElements(job, rows) : 0),
+      : units(job.RowElement() == sizeof(float) ? RowElements(job, rows) + kSlack : 0),
         codes(job.RowElement() == sizeof(float) ? 0 : RowElements(job, rows) + kSlack),
         panel(job.RowsAreColumns() || job.Depthwise() ? 0 : Pixels(job) * PanelRow(job) + kSlack),
         column(job.per_element && !job.Depthwise() ? job.Window().Column() + kSlack : 0),
         sums(job.Depthwise() ? 0 : Pixels(job) * kSlice),
         code_sums(job.Depthwise() || job.weight_bits < 8 ? 0 : Pixels(job)),
-        line(job.Depthwise() ? job.outputs : kSlice),
+        line(job.Depthwise() ? job.outputs : 0),
         pixel(job.columns) {}
 
   static int64_t PanelRow(const Int8Convolution& job) {
@@ -123,8 +123,7 @@ struct TaskScratch {
   }
   // Of a panel.
   static int64_t Pixels(const Int8Convolution& job) {
-    return std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(PanelRow(job), 1), 24,
-                               std::max<int64_t>(job.Window().Pixels(), 24));
+    return std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(PanelRow(job), 1), 24, kPanelPixels);
   }
   static int64_t RowElements(const Int8Convolution& job, int64_t rows) {
     return job.columns.InputRows(rows) * job.columns.Line();

@@ -11,39 +11,34 @@ namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// The results of a run of outputs of one pixel, from their sums in `y`, which it changes.
-BORDER_INLINE void Finish(const Results& r, int64_t pixel, int64_t outputs, int64_t first,
-                          int64_t count, float* y) {
-  const int64_t at = pixel * outputs + first;
-  const float *scale = r.scale + first, low = r.low, high = r.high;
-  EACH(o, count) {
-    const float product = Mul(y[o], scale[o]);
-    y[o] = product < kLowest ? kLowest : product;
-  }
-  if (const float* bias = r.bias) EACH(o, count) y[o] = Add(y[o], bias[first + o]);
-  if (const float* residual = r.residual) EACH(o, count) y[o] = Add(y[o], residual[at + o]);
-  if (const uint8_t* codes = r.residual_codes) {
-    const Grid grid = r.residual_grid;
-    EACH(o, count) y[o] = Add(y[o], Dequantize(static_cast<float>(codes[at + o]), grid));
-  }
-  EACH(o, count) y[o] = Clip(y[o], low, high);
-  if (r.values != nullptr) std::copy_n(y, count, r.values + at);
+// The results of one output of a pixel, or of `kWide` from it on, from their sums.
+template <typename Value>
+BORDER_INLINE void Finish(const Results& r, int64_t pixel, int64_t outputs, int64_t o,
+                          const Value& sum) {
+  const int64_t at = pixel * outputs + o;
+  Value y = Most(kLowest, Mul(sum, Load<Value>(r.scale + o)));
+  if (r.bias != nullptr) y = Add(y, Load<Value>(r.bias + o));
+  if (r.residual != nullptr) y = Add(y, Load<Value>(r.residual + at));
+  if (r.residual_codes != nullptr)
+    y = Add(y, Dequantize(Load<Value>(r.residual_codes + at), r.residual_grid));
+  y = Clip(y, r.low, r.high);
+  if (r.values != nullptr) std::memcpy(r.values + at, &y, sizeof y);
   for (const CodeGrid& tensor : r.codes) {
-    const Grid grid = tensor.grid;
-    const Phi phi = tensor.phi;
-    const float* b = tensor.coefficients + first;
-    uint8_t* to = tensor.codes + at;
-    EACH(o, count) {
-      const float u = ToUnits(y[o], grid.inv_step);
-      const float border = ApplyPhi(phi, Polynomial(2, b + o, outputs, u));
-      Store(grid, 0.0f, Code(u, border, grid), to + o);
-    }
+    const float* b = tensor.coefficients + o;
+    const auto coefficient = [=](int power) INLINED_LAMBDA {
+      return Load<Value>(b + power * outputs);
+    };
+    const Value u = ToUnits(y, tensor.grid.inv_step);
+    const Value border = ApplyPhi(tensor.phi, Horner(2, coefficient, u));
+    Store(tensor.grid, 0.0f, Code(u, border, tensor.grid), tensor.codes + at);
   }
 }
 
 // All of a pixel's outputs.
-VECTORISED void FinishPixel(const Results& r, int64_t pixel, int64_t outputs, float* y) {
-  Finish(r, pixel, outputs, 0, outputs, y);
+VECTORISED void FinishPixel(const Results& r, int64_t pixel, int64_t outputs, const float* y) {
+  EachValue(outputs, [&](int64_t o, auto value) INLINED_LAMBDA {
+    Finish(r, pixel, outputs, o, Load<decltype(value)>(y + o));
+  });
 }
 
 // The rows of the input, as codes with one border a channel. `T` is uint8_t, or float for codes less
@@ -52,23 +47,21 @@ template <int degree, typename In, typename T>
 BORDER_INLINE void FillCodes(const ColumnJob& job, const In* image, int64_t first, int64_t rows,
                              T padding, T* to) {
   const Geometry& g = job.g;
+  // Of few channels, the coefficients of several pixels make a vector.
+  const int64_t size = g.width * g.channels;
+  const int64_t period = (g.channels < kWide ? kWide : 1) * g.channels;
+  std::vector<float> repeated((degree + 1) * period);
+  for (int64_t i = 0; i < static_cast<int64_t>(repeated.size()); ++i)
+    repeated[i] = job.border.coefficients[i / period * g.channels + i % g.channels];
+  const float* own = repeated.data();
   const Grid grid = job.grid;
   const Phi phi = job.border.phi;
   FillRows(job, image, first, rows, padding, to, [=](const In* from, T* out) INLINED_LAMBDA {
-    if (degree < 0) {
-      EACH(i, g.width * g.channels) {
-        const float u = ToUnits(ToFloat(from[i]), grid.inv_step);
-        Store(grid, 0.0f, Code(u, kNearest, grid), out + i);
-      }
-      return;
-    }
-    const float* at = job.border.coefficients;
-    for (int64_t x = 0; x < g.width; ++x, from += g.channels, out += g.channels)
-      EACH(c, g.channels) {
-        const float u = ToUnits(ToFloat(from[c]), grid.inv_step);
-        const float border = ApplyPhi(phi, Polynomial(degree, at + c, g.channels, u));
-        Store(grid, 0.0f, Code(u, border, grid), out + c);
-      }
+    for (int64_t left = size; left > 0; left -= period, from += period, out += period)
+      EachValue(std::min(period, left), [=](int64_t i, auto value) INLINED_LAMBDA {
+        const auto u = ToUnits(Load<decltype(value)>(from + i), grid.inv_step);
+        Store(grid, 0.0f, OwnCode<degree>(grid, phi, u, own + i, period), out + i);
+      });
   });
 }
 
@@ -81,12 +74,6 @@ BORDER_INLINE void CopyCodes(const ColumnJob& job, const uint8_t* image, int64_t
   FillRows(job, image, first, rows, padding, to, [=](const uint8_t* from, T* out) INLINED_LAMBDA {
     EACH(i, size) out[i] = static_cast<T>(from[i] - less);
   });
-}
-
-// Copies whole vectors, up to kSlack bytes more than `size`: calls of memcpy take longer than short
-// runs of taps do.
-BORDER_INLINE void CopyRun(const uint8_t* from, int64_t size, uint8_t* to) {
-  for (int64_t i = 0; i < size; i += kSlack) std::memcpy(to + i, from + i, kSlack);
 }
 
 // One pixel's codes by group, each group's filled up to whole quads; `from` finds a run of taps whose
@@ -109,7 +96,7 @@ BORDER_INLINE void FillPanel(const Int8Convolution& job, int64_t first, int64_t 
                              TaskScratch& s) {
   const Geometry& g = job.Window();
   const int64_t width = g.Out(1), line = job.columns.Line(), size = TaskScratch::PanelRow(job);
-  const int64_t run = g.groups == 1 && g.dilation[1] == 1 ? g.kernel[1] : 1;
+  const int64_t run = g.groups == 1 ? job.columns.TapRun() : 1;
   uint8_t* panel = s.panel.data();
   for (int64_t p = first; p < first + count; ++p, panel += size) {
     const int64_t at = p / width * g.stride[0] * line + p % width * g.stride[1] * g.channels;
@@ -155,12 +142,16 @@ VECTORISED void FinishSlice(const Int8Convolution& job, const PackedWeights& w, 
   const int64_t size = std::min(w.Count(slice), outer - first);
   const int32_t* constant = w.constant.data() + group * w.width + first;
   const int32_t* factor = w.factor.data() + group * w.width + first;
-  float* y = s.line.data();
+  const bool whole = w.ones.empty();
   for (int64_t i = 0; i < count; ++i) {
     const int32_t* sums = s.sums.data() + i * kSlice;
-    const int32_t codes = w.ones.empty() ? 0 : s.code_sums[i];
-    EACH(o, size) y[o] = static_cast<float>(sums[o] + constant[o] + factor[o] * codes);
-    Finish(job.results, pixel + i, job.outputs, group * outer + first, size, y);
+    const int32_t codes = whole ? 0 : s.code_sums[i];
+    EachValue(size, [&](int64_t o, auto value) INLINED_LAMBDA {
+      using Value = decltype(value);
+      auto sum = LoadIntegers<Value>(sums + o) + LoadIntegers<Value>(constant + o);
+      if (!whole) sum += LoadIntegers<Value>(factor + o) * codes;
+      Finish(job.results, pixel + i, job.outputs, group * outer + first + o, ToFloats(sum));
+    });
   }
 }
 

@@ -21,7 +21,7 @@ struct BlockScratch {
       : units(Units(job)), pixel(job), column(Grouped(job) * element) {}
 
   static int64_t Units(const ColumnJob& job) {
-    return job.InputRows(job.BlockRows(sizeof(float))) * job.Line();
+    return job.InputRows(job.BlockRows(sizeof(float))) * job.Line() + kSlack;
   }
   static int64_t Grouped(const ColumnJob& job) { return job.g.groups == 1 ? 0 : job.g.Column(); }
   static int64_t Bytes(const ColumnJob& job, size_t element) {
