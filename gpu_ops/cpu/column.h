@@ -206,19 +206,20 @@ BORDER_INLINE void FillUnits(const ColumnJob& job, const In* image, int64_t firs
   });
 }
 
-// The border that the taps of `kWide` channels share, from the first of them on.
-template <int degree>
-BORDER_INLINE void SharedBorder(const ColumnJob& job, const float* u, const ColumnScratch& s,
-                                int64_t channel, float* border) {
+// The sum over the taps of the border polynomials of a channel, or of `kWide` from it on; `u` is the
+// first tap.
+template <int degree, typename Value>
+BORDER_INLINE Value TapSum(const ColumnJob& job, const float* u, const ColumnScratch& s,
+                           int64_t channel) {
   const int64_t power = job.g.Column();
   const float* at = job.border.coefficients + channel;
-  Wide sum{};
+  Value sum = 0.0f;
   for (size_t t = 0; t < s.taps.size(); ++t, at += job.g.channels) {
-    const auto b = [=](int k) { return Load<Wide>(at + k * power); };
-    const Wide own = Horner(degree, b, Load<Wide>(u + s.taps[t] + channel));
+    const auto b = [=](int k) INLINED_LAMBDA { return Load<Value>(at + k * power); };
+    const Value own = Horner(degree, b, Load<Value>(u + s.taps[t] + channel));
     sum = t == 0 ? own : Add(sum, own);
   }
-  std::memcpy(border + channel, &sum, sizeof sum);
+  return sum;
 }
 
 // Codes of a run of elements, with a border each.
@@ -254,9 +255,9 @@ BORDER_INLINE void OwnCodes(const ColumnJob& job, const float* u, const float* a
 }
 
 // The mean over the taps, summed already, as a border.
-BORDER_INLINE void Share(const ColumnJob& job, float* border) {
-  const float share = 1.0f / static_cast<float>(job.g.Taps());
-  EACH(c, job.g.channels) border[c] = ApplyPhi(job.border.phi, Mul(border[c], share));
+template <typename Value>
+BORDER_INLINE Value Shared(const ColumnJob& job, const Value& sum) {
+  return ApplyPhi(job.border.phi, Mul(sum, 1.0f / static_cast<float>(job.g.Taps())));
 }
 
 // One pixel's column in the order (tap, channel); `u` is its first tap. Tap by tap.
@@ -267,10 +268,10 @@ BORDER_INLINE void WideColumn(const ColumnJob& job, const float* u, ColumnScratc
   float* border = s.border.data();
   const bool shared = degree >= 0 && job.border.shared_across_taps;
   if (shared) {
-    // The last vector may overlap the one before.
-    for (int64_t c = 0; c < channels; c += kWide)
-      SharedBorder<degree>(job, u, s, std::min(c, channels - kWide), border);
-    Share(job, border);
+    EachValue(channels, [&](int64_t c, auto value) INLINED_LAMBDA {
+      value = Shared(job, TapSum<degree, decltype(value)>(job, u, s, c));
+      std::memcpy(border + c, &value, sizeof value);
+    });
   }
   for (int64_t t = 0; t < taps; ++t, out += channels)
     if (shared)
@@ -296,12 +297,8 @@ BORDER_INLINE void NarrowColumn(const ColumnJob& job, const float* u, ColumnScra
   for (int64_t c = 0; c < channels; ++c) {
     float sum = border[c];
     for (int64_t i = c + channels; i < size; i += channels) sum = Add(sum, border[i]);
-    border[c] = sum;
-  }
-  Share(job, border);
-  for (int64_t c = 0; c < channels; ++c) {
-    const float shared = border[c];
-    for (int64_t i = c + channels; i < size; i += channels) border[i] = shared;
+    const float shared = Shared(job, sum);
+    for (int64_t i = c; i < size; i += channels) border[i] = shared;
   }
   Codes(job, column, border, size, out);
 }

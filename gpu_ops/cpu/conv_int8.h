@@ -102,10 +102,9 @@ void PackDepthwise(const Int8Convolution& job, PackedWeights& to);
 
 // Memory of one task.
 struct TaskScratch {
-  std::vector<float> units;
-  std::vector<uint8_t> codes, panel, column;
-  std::vector<int32_t> sums, code_sums;
-  std::vector<float> line;
+  Scratch<float> units;
+  Scratch<uint8_t> codes, panel, column;
+  Scratch<int32_t> sums, code_sums;
   ColumnScratch pixel;
 
   explicit TaskScratch(const Int8Convolution& job, int64_t rows)
@@ -115,7 +114,6 @@ struct TaskScratch {
         column(job.per_element && !job.Depthwise() ? job.Window().Column() + kSlack : 0),
         sums(job.Depthwise() ? 0 : Pixels(job) * kSlice),
         code_sums(job.Depthwise() || job.weight_bits < 8 ? 0 : Pixels(job)),
-        line(job.Depthwise() ? job.outputs : 0),
         pixel(job.columns) {}
 
   static int64_t PanelRow(const Int8Convolution& job) {
@@ -132,7 +130,7 @@ struct TaskScratch {
     const int64_t pixels = Pixels(job);
     return RowElements(job, rows) * job.RowElement() + pixels * PanelRow(job) +
            pixels * (kSlice + 1) * sizeof(int32_t) + job.Window().Column() +
-           (job.outputs + kSlice) * sizeof(float) + ColumnScratch::Bytes(job.Window());
+           ColumnScratch::Bytes(job.Window());
   }
 };
 

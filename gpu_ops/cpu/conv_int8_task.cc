@@ -11,34 +11,49 @@ namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// The results of one output of a pixel, or of `kWide` from it on, from their sums.
+// Where in a tensor of results the outputs of some pixels lie, from `first` on.
+struct Place {
+  int64_t pixel, count, outputs, first;
+
+  int64_t At(int64_t i) const { return (pixel + i) * outputs + first; }
+};
+
+// The codes of one output of some pixels, or of `kWide`, from their values.
 template <typename Value>
-BORDER_INLINE void Finish(const Results& r, int64_t pixel, int64_t outputs, int64_t o,
-                          const Value& sum) {
-  const int64_t at = pixel * outputs + o;
-  Value y = Most(kLowest, Mul(sum, Load<Value>(r.scale + o)));
-  if (r.bias != nullptr) y = Add(y, Load<Value>(r.bias + o));
-  if (r.residual != nullptr) y = Add(y, Load<Value>(r.residual + at));
-  if (r.residual_codes != nullptr)
-    y = Add(y, Dequantize(Load<Value>(r.residual_codes + at), r.residual_grid));
-  y = Clip(y, r.low, r.high);
-  if (r.values != nullptr) std::memcpy(r.values + at, &y, sizeof y);
-  for (const CodeGrid& tensor : r.codes) {
-    const float* b = tensor.coefficients + o;
-    const auto coefficient = [=](int power) INLINED_LAMBDA {
-      return Load<Value>(b + power * outputs);
-    };
-    const Value u = ToUnits(y, tensor.grid.inv_step);
-    const Value border = ApplyPhi(tensor.phi, Horner(2, coefficient, u));
-    Store(tensor.grid, 0.0f, Code(u, border, tensor.grid), tensor.codes + at);
+BORDER_INLINE void Requantize(const CodeGrid& tensor, const Place& to, const Value* y) {
+  const float* b = tensor.coefficients + to.first;
+  const Value b0 = Load<Value>(b), b1 = Load<Value>(b + to.outputs),
+              b2 = Load<Value>(b + 2 * to.outputs);
+  const Grid grid = tensor.grid;
+  const Phi phi = tensor.phi;
+  uint8_t* codes = tensor.codes;
+  for (int64_t i = 0; i < to.count; ++i) {
+    const Value u = ToUnits(y[i], grid.inv_step);
+    const Value border = Add(Mul(Add(Mul(b2, u), b1), u), b0);
+    Store(grid, 0.0f, Code(u, ApplyPhi(phi, border), grid), codes + to.At(i));
   }
 }
 
-// All of a pixel's outputs.
-VECTORISED void FinishPixel(const Results& r, int64_t pixel, int64_t outputs, const float* y) {
-  EachValue(outputs, [&](int64_t o, auto value) INLINED_LAMBDA {
-    Finish(r, pixel, outputs, o, Load<decltype(value)>(y + o));
-  });
+// The results of one output of some pixels, or of `kWide`; `sum` gives the sum of a pixel.
+template <typename Value, typename Sum>
+BORDER_INLINE void Finish(const Results& r, const Place& to, Sum sum) {
+  const Value none = 0.0f, scale = Load<Value>(r.scale + to.first);
+  const Value bias = r.bias == nullptr ? none : Load<Value>(r.bias + to.first);
+  const float *residual = r.residual, low = r.low, high = r.high;
+  const uint8_t* codes = r.residual_codes;
+  const Grid grid = r.residual_grid;
+  const bool biased = r.bias != nullptr;
+  float* values = r.values;
+  Value y[kPanelPixels];
+  for (int64_t i = 0; i < to.count; ++i) {
+    Value value = Most(kLowest, Mul(sum(i), scale));
+    if (biased) value = Add(value, bias);
+    if (residual != nullptr) value = Add(value, Load<Value>(residual + to.At(i)));
+    if (codes != nullptr) value = Add(value, Dequantize(Load<Value>(codes + to.At(i)), grid));
+    y[i] = Clip(value, low, high);
+    if (values != nullptr) std::memcpy(values + to.At(i), y + i, sizeof(Value));
+  }
+  for (const CodeGrid& tensor : r.codes) Requantize(tensor, to, y);
 }
 
 // The rows of the input, as codes with one border a channel. `T` is uint8_t, or float for codes less
@@ -121,7 +136,7 @@ inline void SumCodes(const PackedWeights& w, DotFunction dot, const uint8_t* pan
                      int64_t count, TaskScratch& s) {
   const int64_t quads = static_cast<int64_t>(w.ones.size()) / (kLane * kQuad);
   dot(panel, row, count, w.ones.data(), quads, kLane, s.sums.data());
-  for (int64_t i = 0; i < count; ++i) s.code_sums[i] = s.sums[i * kSlice];
+  for (int64_t i = 0; i < count; ++i) s.code_sums.data()[i] = s.sums.data()[i * kSlice];
 }
 
 // Calls `run` with the degree of a border function as a constant.
@@ -140,19 +155,20 @@ VECTORISED void FinishSlice(const Int8Convolution& job, const PackedWeights& w, 
                             int64_t slice, int64_t pixel, int64_t count, TaskScratch& s) {
   const int64_t outer = job.Outer(), first = w.First(slice);
   const int64_t size = std::min(w.Count(slice), outer - first);
-  const int32_t* constant = w.constant.data() + group * w.width + first;
-  const int32_t* factor = w.factor.data() + group * w.width + first;
+  const int32_t* constants = w.constant.data() + group * w.width + first;
+  const int32_t* factors = w.factor.data() + group * w.width + first;
   const bool whole = w.ones.empty();
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t* sums = s.sums.data() + i * kSlice;
-    const int32_t codes = whole ? 0 : s.code_sums[i];
-    EachValue(size, [&](int64_t o, auto value) INLINED_LAMBDA {
-      using Value = decltype(value);
-      auto sum = LoadIntegers<Value>(sums + o) + LoadIntegers<Value>(constant + o);
-      if (!whole) sum += LoadIntegers<Value>(factor + o) * codes;
-      Finish(job.results, pixel + i, job.outputs, group * outer + first + o, ToFloats(sum));
+  EachValue(size, [&](int64_t o, auto value) INLINED_LAMBDA {
+    using Value = decltype(value);
+    const int32_t *sums = s.sums.data() + o, *codes = s.code_sums.data();
+    const auto constant = LoadIntegers<Value>(constants + o);
+    const auto factor = LoadIntegers<Value>(factors + o);
+    const Place to{pixel, count, job.outputs, group * outer + first + o};
+    Finish<Value>(job.results, to, [=](int64_t i) INLINED_LAMBDA {
+      const auto sum = LoadIntegers<Value>(sums + i * kSlice) + constant;
+      return ToFloats(whole ? sum : sum + factor * codes[i]);
     });
-  }
+  });
 }
 
 template <int degree>
@@ -178,57 +194,50 @@ BORDER_INLINE void Multiply(const Int8Convolution& job, const PackedWeights& w, 
   }
 }
 
-// The border that a pixel's taps share, of every channel; `u` is the first tap.
-template <int degree>
-BORDER_INLINE void SharedBorders(const ColumnJob& job, const float* u, ColumnScratch& s) {
-  const int64_t channels = job.g.channels, power = job.g.Column();
-  float* border = s.border.data();
-  for (int64_t t = 0; t < job.g.Taps(); ++t) {
-    const float *at = job.border.coefficients + t * channels, *from = u + s.taps[t];
-    EACH(c, channels) {
-      const float own = Polynomial(degree, at + c, power, from[c]);
-      border[c] = t == 0 ? own : Add(border[c], own);
+// The sum over a pixel's taps of codes times weights, of a channel or of `kWide`; `u` is the first
+// tap.
+template <int degree, typename Value>
+BORDER_INLINE Value DepthwiseSum(const Int8Convolution& job, const float* weights, const float* u,
+                                 const ColumnScratch& s, int64_t channel) {
+  const ColumnJob& columns = job.columns;
+  const int64_t channels = columns.g.channels, power = columns.g.Column();
+  const Border& border = columns.border;
+  const bool shares = job.per_element && border.shared_across_taps;
+  const Value shared =
+      shares ? Shared(columns, TapSum<degree, Value>(columns, u, s, channel)) : Value(0.0f);
+  Value sum = 0.0f;
+  for (int64_t t = 0; t < columns.g.Taps(); ++t) {
+    const int64_t at = t * channels + channel;
+    Value x = Load<Value>(u + s.taps[t] + channel);
+    if (job.per_element) {
+      const float* b = border.coefficients + at;
+      const Value code = shares ? Code(x, shared, columns.grid)
+                                : OwnCode<degree>(columns.grid, border.phi, x, b, power);
+      x = Sub(code, columns.grid.zero);
     }
+    sum = Add(sum, Mul(x, Load<Value>(weights + at)));
   }
-  Share(job, border);
+  return sum;
 }
 
-// One tap of a pixel times its weights, added to `y`.
-template <int degree>
-BORDER_INLINE void AddTap(const Int8Convolution& job, int64_t tap, const float* from,
-                          const float* weight, const float* shared, float* y) {
-  const int64_t channels = job.Window().channels, power = job.Window().Column();
-  const Grid grid = job.columns.grid;
-  const Phi phi = job.columns.border.phi;
-  const float* b = job.columns.border.coefficients + tap * channels;
-  if (!job.per_element)
-    EACH(c, channels) y[c] += from[c] * weight[c];
-  else if (shared != nullptr)
-    EACH(c, channels) y[c] += (Code(from[c], shared[c], grid) - grid.zero) * weight[c];
-  else
-    EACH(c, channels) {
-      const float border = ApplyPhi(phi, Polynomial(degree, b + c, power, from[c]));
-      y[c] += (Code(from[c], border, grid) - grid.zero) * weight[c];
-    }
-}
-
-// Tap by tap, in float32.
+// Some pixels at a time, in float32.
 template <int degree>
 BORDER_INLINE void MultiplyDepthwise(const Int8Convolution& job, const PackedWeights& w,
                                      const Task& task, TaskScratch& s) {
   const Geometry& g = job.Window();
-  const int64_t width = g.Out(1), line = job.columns.Line(), channels = g.channels;
-  const bool shares = job.per_element && job.columns.border.shared_across_taps;
-  const float* shared = shares ? s.pixel.border.data() : nullptr;
-  float* y = s.line.data();
-  for (int64_t p = 0; p < task.rows * width; ++p) {
-    const float* u =
-        s.units.data() + p / width * g.stride[0] * line + p % width * g.stride[1] * channels;
-    if (shares) SharedBorders<degree>(job.columns, u, s.pixel);
-    std::fill_n(y, channels, 0.0f);
-    for (int64_t t = 0; t < g.Taps(); ++t)
-      AddTap<degree>(job, t, u + s.pixel.taps[t], w.depthwise.data() + t * channels, shared, y);
-    FinishPixel(job.results, (task.n * g.Out(0) + task.first) * width + p, channels, y);
+  const int64_t width = g.Out(1), line = job.columns.Line(), pixels = task.rows * width;
+  for (int64_t p = 0; p < pixels; p += kPanelPixels) {
+    const int64_t count = std::min(kPanelPixels, pixels - p);
+    const float* u[kPanelPixels];
+    for (int64_t i = 0; i < count; ++i)
+      u[i] = s.units.data() + (p + i) / width * g.stride[0] * line +
+             (p + i) % width * g.stride[1] * g.channels;
+    EachValue(g.channels, [&](int64_t c, auto value) INLINED_LAMBDA {
+      const Place to{(task.n * g.Out(0) + task.first) * width + p, count, job.outputs, c};
+      Finish<decltype(value)>(job.results, to, [&](int64_t i) INLINED_LAMBDA {
+        return DepthwiseSum<degree, decltype(value)>(job, w.depthwise.data(), u[i], s.pixel, c);
+      });
+    });
   }
 }
 

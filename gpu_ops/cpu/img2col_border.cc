@@ -13,9 +13,9 @@ namespace {
 
 // Memory of one task: the units of its rows, a pixel's, and a column before it is grouped.
 struct BlockScratch {
-  std::vector<float> units;
+  Scratch<float> units;
   ColumnScratch pixel;
-  std::vector<char> column;
+  Scratch<char> column;
 
   BlockScratch(const ColumnJob& job, size_t element)
       : units(Units(job)), pixel(job), column(Grouped(job) * element) {}
