@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "border_math.h"
@@ -16,20 +17,117 @@ namespace gpu_ops {
 
 constexpr int64_t kBlockBytes = 1 << 17;  // of the rows that a task reads
 constexpr int64_t kWide = 16;             // channels that fill a vector
+constexpr int64_t kSlack = 32;  // bytes behind elements that may be read, or written before others are
 
-// That many floats in registers, which a loop over an array would store after every tap.
+// That many floats in registers, which a loop over an array would store after every operation.
 struct Wide {
   typedef float Lanes __attribute__((vector_size(kWide * sizeof(float))));
+  typedef int32_t Integers __attribute__((vector_size(kWide * sizeof(int32_t))));
+  typedef int16_t Halves __attribute__((vector_size(kWide * sizeof(int16_t))));
+  typedef uint8_t Bytes __attribute__((vector_size(kWide)));
   Lanes lanes;
 
-  friend BORDER_INLINE Wide Mul(const Wide& a, const Wide& b) { return {a.lanes * b.lanes}; }
-  friend BORDER_INLINE Wide Add(const Wide& a, const Wide& b) { return {a.lanes + b.lanes}; }
+  Wide() = default;
+  BORDER_INLINE Wide(float each) {
+#ifdef __clang__
+    lanes = each - Lanes{};
+#else  // that GCC 12 would fill lane by lane
+    Lanes first{};
+    first[0] = each;
+    lanes = __builtin_shuffle(first, Integers{});
+#endif
+  }
+  BORDER_INLINE explicit Wide(const Lanes& each) : lanes(each) {}
+  BORDER_INLINE explicit Wide(const Integers& each) : lanes(__builtin_convertvector(each, Lanes)) {}
+
+  friend BORDER_INLINE Wide Mul(const Wide& a, const Wide& b) { return Wide(a.lanes * b.lanes); }
+  friend BORDER_INLINE Wide Add(const Wide& a, const Wide& b) { return Wide(a.lanes + b.lanes); }
+  friend BORDER_INLINE Wide Sub(const Wide& a, const Wide& b) { return Wide(a.lanes - b.lanes); }
+  friend BORDER_INLINE Wide Least(const Wide& a, const Wide& b) {
+    return Wide(a.lanes < b.lanes ? a.lanes : b.lanes);
+  }
+  friend BORDER_INLINE Wide Most(const Wide& a, const Wide& b) {
+    return Wide(a.lanes > b.lanes ? a.lanes : b.lanes);
+  }
+  friend BORDER_INLINE Wide Ceil(Wide a) {
+    for (int64_t i = 0; i < kWide; ++i) a.lanes[i] = ceilf(a.lanes[i]);
+    return a;
+  }
 };
 
-BORDER_INLINE Wide Load(const float* from) {
-  Wide value;
+// From memory to registers, and back. Bytes change their size step by step: at once, GCC 12 takes
+// them one by one.
+template <typename Value>
+BORDER_INLINE Value Load(const float* from) {
+  Value value;
   std::memcpy(&value, from, sizeof value);
   return value;
+}
+template <typename Value>
+BORDER_INLINE Value Load(const uint8_t* from) {
+  if constexpr (std::is_same_v<Value, Wide>) {
+    Wide::Bytes bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    const auto halves = __builtin_convertvector(bytes, Wide::Halves);
+    return Wide(__builtin_convertvector(halves, Wide::Integers));
+  } else {
+    return static_cast<Value>(*from);
+  }
+}
+
+template <typename Value>
+BORDER_INLINE Value Load(const uint16_t* bfloat16) {
+  if constexpr (std::is_same_v<Value, Wide>) {
+    Wide::Halves halves;
+    std::memcpy(&halves, bfloat16, sizeof halves);
+    const Wide::Integers bits = __builtin_convertvector(halves, Wide::Integers) << 16;
+    Wide value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  } else {
+    return ToFloat(*bfloat16);
+  }
+}
+
+template <typename Value>
+BORDER_INLINE auto LoadIntegers(const int32_t* from) {
+  std::conditional_t<std::is_same_v<Value, Wide>, Wide::Integers, int32_t> value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+BORDER_INLINE Wide ToFloats(const Wide::Integers& value) { return Wide(value); }
+BORDER_INLINE float ToFloats(int32_t value) { return static_cast<float>(value); }
+
+template <typename Out>
+BORDER_INLINE void Store(const Grid& grid, float shift, const Wide& code, Out* to) {
+  if constexpr (std::is_same_v<Out, float>) {
+    const Wide value = Dequantize(code, grid);
+    std::memcpy(to, &value, sizeof value);
+  } else {
+    const auto whole = __builtin_convertvector(Sub(code, shift).lanes, Wide::Integers);
+    const auto halves = __builtin_convertvector(whole, Wide::Halves);
+    const auto bytes = __builtin_convertvector(halves, Wide::Bytes);
+    std::memcpy(to, &bytes, sizeof bytes);
+  }
+}
+
+// Calls `each(i, value)` for a run of `count` elements: with a Wide for `kWide` from i on, where the
+// last may overlap the one before, or, where they are too few, with a float for each.
+template <typename Each>
+BORDER_INLINE void EachValue(int64_t count, Each each) {
+  if (count < kWide)
+    for (int64_t i = 0; i < count; ++i) each(i, 0.0f);
+  else
+    for (int64_t i = 0; i < count; i += kWide) each(std::min(i, count - kWide), Wide());
+}
+
+// Copies whole vectors, up to kSlack bytes more than `size` elements: calls of memcpy take longer
+// than short runs of taps do.
+template <typename T>
+BORDER_INLINE void CopyRun(const T* from, int64_t size, T* to) {
+  constexpr int64_t kStep = kSlack / sizeof(T);
+  for (int64_t i = 0; i < size; i += kStep) std::memcpy(to + i, from + i, kSlack);
 }
 
 // The columns of a convolution. Codes are stored less `shift`.
@@ -49,6 +147,8 @@ struct ColumnJob {
   }
   // Rows of the padded input that `rows` rows of the result read.
   int64_t InputRows(int64_t rows) const { return (rows - 1) * g.stride[0] + g.Span(0); }
+  // Taps whose channels follow each other.
+  int64_t TapRun() const { return g.dilation[1] == 1 ? g.kernel[1] : 1; }
   // Where a tap's channels start, from those of its pixel's first tap.
   int64_t TapOffset(int64_t i, int64_t j) const {
     return i * g.dilation[0] * Line() + j * g.dilation[1] * g.channels;
@@ -67,7 +167,9 @@ struct ColumnScratch {
       for (int64_t j = 0; j < columns.g.kernel[1]; ++j) taps.push_back(columns.TapOffset(i, j));
   }
 
-  static int64_t Gathered(const Geometry& g) { return g.channels < kWide ? g.Column() : 0; }
+  static int64_t Gathered(const Geometry& g) {
+    return g.channels < kWide ? g.Column() + kSlack / int64_t{sizeof(float)} : 0;
+  }
   static int64_t Bytes(const Geometry& g) {
     return (g.Column() + Gathered(g)) * sizeof(float) + g.Taps() * sizeof(int64_t);
   }
@@ -104,19 +206,20 @@ BORDER_INLINE void FillUnits(const ColumnJob& job, const In* image, int64_t firs
   });
 }
 
-// The border that the taps of `kWide` channels share, from the first of them on.
-template <int degree>
-BORDER_INLINE void SharedBorder(const ColumnJob& job, const float* u, const ColumnScratch& s,
-                                int64_t channel, float* border) {
+// The sum over the taps of the border polynomials of a channel, or of `kWide` from it on; `u` is the
+// first tap.
+template <int degree, typename Value>
+BORDER_INLINE Value TapSum(const ColumnJob& job, const float* u, const ColumnScratch& s,
+                           int64_t channel) {
   const int64_t power = job.g.Column();
   const float* at = job.border.coefficients + channel;
-  Wide sum{};
+  Value sum = 0.0f;
   for (size_t t = 0; t < s.taps.size(); ++t, at += job.g.channels) {
-    const auto b = [=](int k) { return Load(at + k * power); };
-    const Wide own = Horner(degree, b, Load(u + s.taps[t] + channel));
+    const auto b = [=](int k) INLINED_LAMBDA { return Load<Value>(at + k * power); };
+    const Value own = Horner(degree, b, Load<Value>(u + s.taps[t] + channel));
     sum = t == 0 ? own : Add(sum, own);
   }
-  std::memcpy(border + channel, &sum, sizeof sum);
+  return sum;
 }
 
 // Codes of a run of elements, with a border each.
@@ -124,9 +227,19 @@ template <typename Out>
 BORDER_INLINE void Codes(const ColumnJob& job, const float* u, const float* border, int64_t size,
                          Out* out) {
   // Copies, as a store to int8 could change anything that is not.
-  const Grid grid = job.grid;
-  const float shift = job.shift;
-  EACH(i, size) Store(grid, shift, Code(u[i], border[i], grid), out + i);
+  EachValue(size, [=, grid = job.grid, shift = job.shift](int64_t i, auto value) INLINED_LAMBDA {
+    using Value = decltype(value);
+    Store(grid, shift, Code(Load<Value>(u + i), Load<Value>(border + i), grid), out + i);
+  });
+}
+
+// The code of an element, or of `kWide`, with its own border, whose coefficients start at `at`.
+template <int degree, typename Value>
+BORDER_INLINE Value OwnCode(const Grid& grid, Phi phi, const Value& u, const float* at,
+                            int64_t power) {
+  if (degree < 0) return Code(u, Value(kNearest), grid);
+  const auto b = [=](int k) INLINED_LAMBDA { return Load<Value>(at + k * power); };
+  return Code(u, ApplyPhi(phi, Horner(degree, b, u)), grid);
 }
 
 // Codes of a run of elements, each with its own border; `power` is the distance of a coefficient to
@@ -134,19 +247,17 @@ BORDER_INLINE void Codes(const ColumnJob& job, const float* u, const float* bord
 template <int degree, typename Out>
 BORDER_INLINE void OwnCodes(const ColumnJob& job, const float* u, const float* at, int64_t power,
                             int64_t size, Out* out) {
-  const Phi phi = degree < 0 ? Phi::kIdentity : job.border.phi;
-  const Grid grid = job.grid;
-  const float shift = job.shift;
-  EACH(i, size) {
-    const float border = ApplyPhi(phi, Polynomial(degree, at + i, power, u[i]));
-    Store(grid, shift, Code(u[i], border, grid), out + i);
-  }
+  const Phi phi = job.border.phi;
+  EachValue(size, [=, grid = job.grid, shift = job.shift](int64_t i, auto value) INLINED_LAMBDA {
+    const auto units = Load<decltype(value)>(u + i);
+    Store(grid, shift, OwnCode<degree>(grid, phi, units, at + i, power), out + i);
+  });
 }
 
 // The mean over the taps, summed already, as a border.
-BORDER_INLINE void Share(const ColumnJob& job, float* border) {
-  const float share = 1.0f / static_cast<float>(job.g.Taps());
-  EACH(c, job.g.channels) border[c] = ApplyPhi(job.border.phi, Mul(border[c], share));
+template <typename Value>
+BORDER_INLINE Value Shared(const ColumnJob& job, const Value& sum) {
+  return ApplyPhi(job.border.phi, Mul(sum, 1.0f / static_cast<float>(job.g.Taps())));
 }
 
 // One pixel's column in the order (tap, channel); `u` is its first tap. Tap by tap.
@@ -157,10 +268,10 @@ BORDER_INLINE void WideColumn(const ColumnJob& job, const float* u, ColumnScratc
   float* border = s.border.data();
   const bool shared = degree >= 0 && job.border.shared_across_taps;
   if (shared) {
-    // The last vector may overlap the one before.
-    for (int64_t c = 0; c < channels; c += kWide)
-      SharedBorder<degree>(job, u, s, std::min(c, channels - kWide), border);
-    Share(job, border);
+    EachValue(channels, [&](int64_t c, auto value) INLINED_LAMBDA {
+      value = Shared(job, TapSum<degree, decltype(value)>(job, u, s, c));
+      std::memcpy(border + c, &value, sizeof value);
+    });
   }
   for (int64_t t = 0; t < taps; ++t, out += channels)
     if (shared)
@@ -169,14 +280,16 @@ BORDER_INLINE void WideColumn(const ColumnJob& job, const float* u, ColumnScratc
       OwnCodes<degree>(job, u + s.taps[t], at + t * channels, power, channels, out);
 }
 
-// The same where the channels are too few for a vector: all taps are gathered first.
+// The same where the channels are too few for a vector: all taps are gathered first. Up to kSlack
+// bytes behind the units are read.
 template <int degree, typename Out>
 BORDER_INLINE void NarrowColumn(const ColumnJob& job, const float* u, ColumnScratch& s, Out* out) {
   const int64_t channels = job.g.channels, size = job.g.Column();
   const float* at = job.border.coefficients;
   float* column = s.gathered.data();
-  for (size_t t = 0; t < s.taps.size(); ++t)
-    for (int64_t c = 0; c < channels; ++c) column[t * channels + c] = u[s.taps[t] + c];
+  const int64_t run = job.TapRun();
+  for (int64_t t = 0; t < job.g.Taps(); t += run)
+    CopyRun(u + s.taps[t], run * channels, column + t * channels);
   if (degree < 0 || !job.border.shared_across_taps)
     return OwnCodes<degree>(job, column, at, size, size, out);
   float* border = s.border.data();
@@ -184,12 +297,8 @@ BORDER_INLINE void NarrowColumn(const ColumnJob& job, const float* u, ColumnScra
   for (int64_t c = 0; c < channels; ++c) {
     float sum = border[c];
     for (int64_t i = c + channels; i < size; i += channels) sum = Add(sum, border[i]);
-    border[c] = sum;
-  }
-  Share(job, border);
-  for (int64_t c = 0; c < channels; ++c) {
-    const float shared = border[c];
-    for (int64_t i = c + channels; i < size; i += channels) border[i] = shared;
+    const float shared = Shared(job, sum);
+    for (int64_t i = c; i < size; i += channels) border[i] = shared;
   }
   Codes(job, column, border, size, out);
 }

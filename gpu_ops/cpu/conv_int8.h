@@ -19,7 +19,7 @@
 namespace gpu_ops {
 
 constexpr int64_t kPanelBytes = 1 << 17;
-constexpr int64_t kSlack = 32;  // bytes behind codes that may be read, or written before others are
+constexpr int64_t kPanelPixels = 48;  // most of a panel, whose sums stay in the first-level cache
 
 // A tensor of codes of the result's shape.
 struct CodeGrid {
@@ -102,20 +102,18 @@ void PackDepthwise(const Int8Convolution& job, PackedWeights& to);
 
 // Memory of one task.
 struct TaskScratch {
-  std::vector<float> units;
-  std::vector<uint8_t> codes, panel, column;
-  std::vector<int32_t> sums, code_sums;
-  std::vector<float> line;
+  Scratch<float> units;
+  Scratch<uint8_t> codes, panel, column;
+  Scratch<int32_t> sums, code_sums;
   ColumnScratch pixel;
 
   explicit TaskScratch(const Int8Convolution& job, int64_t rows)
-      : units(job.RowElement() == sizeof(float) ? RowElements(job, rows) : 0),
+      : units(job.RowElement() == sizeof(float) ? RowElements(job, rows) + kSlack : 0),
         codes(job.RowElement() == sizeof(float) ? 0 : RowElements(job, rows) + kSlack),
         panel(job.RowsAreColumns() || job.Depthwise() ? 0 : Pixels(job) * PanelRow(job) + kSlack),
         column(job.per_element && !job.Depthwise() ? job.Window().Column() + kSlack : 0),
         sums(job.Depthwise() ? 0 : Pixels(job) * kSlice),
         code_sums(job.Depthwise() || job.weight_bits < 8 ? 0 : Pixels(job)),
-        line(job.Depthwise() ? job.outputs : kSlice),
         pixel(job.columns) {}
 
   static int64_t PanelRow(const Int8Convolution& job) {
@@ -123,8 +121,7 @@ struct TaskScratch {
   }
   // Of a panel.
   static int64_t Pixels(const Int8Convolution& job) {
-    return std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(PanelRow(job), 1), 24,
-                               std::max<int64_t>(job.Window().Pixels(), 24));
+    return std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(PanelRow(job), 1), 24, kPanelPixels);
   }
   static int64_t RowElements(const Int8Convolution& job, int64_t rows) {
     return job.columns.InputRows(rows) * job.columns.Line();
@@ -133,7 +130,7 @@ struct TaskScratch {
     const int64_t pixels = Pixels(job);
     return RowElements(job, rows) * job.RowElement() + pixels * PanelRow(job) +
            pixels * (kSlice + 1) * sizeof(int32_t) + job.Window().Column() +
-           (job.outputs + kSlice) * sizeof(float) + ColumnScratch::Bytes(job.Window());
+           ColumnScratch::Bytes(job.Window());
   }
 };
 

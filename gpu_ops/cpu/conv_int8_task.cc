@@ -11,39 +11,49 @@ namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// The results of a run of outputs of one pixel, from their sums in `y`, which it changes.
-BORDER_INLINE void Finish(const Results& r, int64_t pixel, int64_t outputs, int64_t first,
-                          int64_t count, float* y) {
-  const int64_t at = pixel * outputs + first;
-  const float *scale = r.scale + first, low = r.low, high = r.high;
-  EACH(o, count) {
-    const float product = Mul(y[o], scale[o]);
-    y[o] = product < kLowest ? kLowest : product;
-  }
-  if (const float* bias = r.bias) EACH(o, count) y[o] = Add(y[o], bias[first + o]);
-  if (const float* residual = r.residual) EACH(o, count) y[o] = Add(y[o], residual[at + o]);
-  if (const uint8_t* codes = r.residual_codes) {
-    const Grid grid = r.residual_grid;
-    EACH(o, count) y[o] = Add(y[o], Dequantize(static_cast<float>(codes[at + o]), grid));
-  }
-  EACH(o, count) y[o] = Clip(y[o], low, high);
-  if (r.values != nullptr) std::copy_n(y, count, r.values + at);
-  for (const CodeGrid& tensor : r.codes) {
-    const Grid grid = tensor.grid;
-    const Phi phi = tensor.phi;
-    const float* b = tensor.coefficients + first;
-    uint8_t* to = tensor.codes + at;
-    EACH(o, count) {
-      const float u = ToUnits(y[o], grid.inv_step);
-      const float border = ApplyPhi(phi, Polynomial(2, b + o, outputs, u));
-      Store(grid, 0.0f, Code(u, border, grid), to + o);
-    }
+// Where in a tensor of results the outputs of some pixels lie, from `first` on.
+struct Place {
+  int64_t pixel, count, outputs, first;
+
+  int64_t At(int64_t i) const { return (pixel + i) * outputs + first; }
+};
+
+// The codes of one output of some pixels, or of `kWide`, from their values.
+template <typename Value>
+BORDER_INLINE void Requantize(const CodeGrid& tensor, const Place& to, const Value* y) {
+  const float* b = tensor.coefficients + to.first;
+  const Value b0 = Load<Value>(b), b1 = Load<Value>(b + to.outputs),
+              b2 = Load<Value>(b + 2 * to.outputs);
+  const Grid grid = tensor.grid;
+  const Phi phi = tensor.phi;
+  uint8_t* codes = tensor.codes;
+  for (int64_t i = 0; i < to.count; ++i) {
+    const Value u = ToUnits(y[i], grid.inv_step);
+    const Value border = Add(Mul(Add(Mul(b2, u), b1), u), b0);
+    Store(grid, 0.0f, Code(u, ApplyPhi(phi, border), grid), codes + to.At(i));
   }
 }
 
-// All of a pixel's outputs.
-VECTORISED void FinishPixel(const Results& r, int64_t pixel, int64_t outputs, float* y) {
-  Finish(r, pixel, outputs, 0, outputs, y);
+// The results of one output of some pixels, or of `kWide`; `sum` gives the sum of a pixel.
+template <typename Value, typename Sum>
+BORDER_INLINE void Finish(const Results& r, const Place& to, Sum sum) {
+  const Value none = 0.0f, scale = Load<Value>(r.scale + to.first);
+  const Value bias = r.bias == nullptr ? none : Load<Value>(r.bias + to.first);
+  const float *residual = r.residual, low = r.low, high = r.high;
+  const uint8_t* codes = r.residual_codes;
+  const Grid grid = r.residual_grid;
+  const bool biased = r.bias != nullptr;
+  float* values = r.values;
+  Value y[kPanelPixels];
+  for (int64_t i = 0; i < to.count; ++i) {
+    Value value = Most(kLowest, Mul(sum(i), scale));
+    if (biased) value = Add(value, bias);
+    if (residual != nullptr) value = Add(value, Load<Value>(residual + to.At(i)));
+    if (codes != nullptr) value = Add(value, Dequantize(Load<Value>(codes + to.At(i)), grid));
+    y[i] = Clip(value, low, high);
+    if (values != nullptr) std::memcpy(values + to.At(i), y + i, sizeof(Value));
+  }
+  for (const CodeGrid& tensor : r.codes) Requantize(tensor, to, y);
 }
 
 // The rows of the input, as codes with one border a channel. `T` is uint8_t, or float for codes less
@@ -52,23 +62,21 @@ template <int degree, typename In, typename T>
 BORDER_INLINE void FillCodes(const ColumnJob& job, const In* image, int64_t first, int64_t rows,
                              T padding, T* to) {
   const Geometry& g = job.g;
+  // Of few channels, the coefficients of several pixels make a vector.
+  const int64_t size = g.width * g.channels;
+  const int64_t period = (g.channels < kWide ? kWide : 1) * g.channels;
+  std::vector<float> repeated((degree + 1) * period);
+  for (int64_t i = 0; i < static_cast<int64_t>(repeated.size()); ++i)
+    repeated[i] = job.border.coefficients[i / period * g.channels + i % g.channels];
+  const float* own = repeated.data();
   const Grid grid = job.grid;
   const Phi phi = job.border.phi;
   FillRows(job, image, first, rows, padding, to, [=](const In* from, T* out) INLINED_LAMBDA {
-    if (degree < 0) {
-      EACH(i, g.width * g.channels) {
-        const float u = ToUnits(ToFloat(from[i]), grid.inv_step);
-        Store(grid, 0.0f, Code(u, kNearest, grid), out + i);
-      }
-      return;
-    }
-    const float* at = job.border.coefficients;
-    for (int64_t x = 0; x < g.width; ++x, from += g.channels, out += g.channels)
-      EACH(c, g.channels) {
-        const float u = ToUnits(ToFloat(from[c]), grid.inv_step);
-        const float border = ApplyPhi(phi, Polynomial(degree, at + c, g.channels, u));
-        Store(grid, 0.0f, Code(u, border, grid), out + c);
-      }
+    for (int64_t left = size; left > 0; left -= period, from += period, out += period)
+      EachValue(std::min(period, left), [=](int64_t i, auto value) INLINED_LAMBDA {
+        const auto u = ToUnits(Load<decltype(value)>(from + i), grid.inv_step);
+        Store(grid, 0.0f, OwnCode<degree>(grid, phi, u, own + i, period), out + i);
+      });
   });
 }
 
@@ -81,12 +89,6 @@ BORDER_INLINE void CopyCodes(const ColumnJob& job, const uint8_t* image, int64_t
   FillRows(job, image, first, rows, padding, to, [=](const uint8_t* from, T* out) INLINED_LAMBDA {
     EACH(i, size) out[i] = static_cast<T>(from[i] - less);
   });
-}
-
-// Copies whole vectors, up to kSlack bytes more than `size`: calls of memcpy take longer than short
-// runs of taps do.
-BORDER_INLINE void CopyRun(const uint8_t* from, int64_t size, uint8_t* to) {
-  for (int64_t i = 0; i < size; i += kSlack) std::memcpy(to + i, from + i, kSlack);
 }
 
 // One pixel's codes by group, each group's filled up to whole quads; `from` finds a run of taps whose
@@ -109,7 +111,7 @@ BORDER_INLINE void FillPanel(const Int8Convolution& job, int64_t first, int64_t 
                              TaskScratch& s) {
   const Geometry& g = job.Window();
   const int64_t width = g.Out(1), line = job.columns.Line(), size = TaskScratch::PanelRow(job);
-  const int64_t run = g.groups == 1 && g.dilation[1] == 1 ? g.kernel[1] : 1;
+  const int64_t run = g.groups == 1 ? job.columns.TapRun() : 1;
   uint8_t* panel = s.panel.data();
   for (int64_t p = first; p < first + count; ++p, panel += size) {
     const int64_t at = p / width * g.stride[0] * line + p % width * g.stride[1] * g.channels;
@@ -134,7 +136,7 @@ inline void SumCodes(const PackedWeights& w, DotFunction dot, const uint8_t* pan
                      int64_t count, TaskScratch& s) {
   const int64_t quads = static_cast<int64_t>(w.ones.size()) / (kLane * kQuad);
   dot(panel, row, count, w.ones.data(), quads, kLane, s.sums.data());
-  for (int64_t i = 0; i < count; ++i) s.code_sums[i] = s.sums[i * kSlice];
+  for (int64_t i = 0; i < count; ++i) s.code_sums.data()[i] = s.sums.data()[i * kSlice];
 }
 
 // Calls `run` with the degree of a border function as a constant.
@@ -153,15 +155,20 @@ VECTORISED void FinishSlice(const Int8Convolution& job, const PackedWeights& w, 
                             int64_t slice, int64_t pixel, int64_t count, TaskScratch& s) {
   const int64_t outer = job.Outer(), first = w.First(slice);
   const int64_t size = std::min(w.Count(slice), outer - first);
-  const int32_t* constant = w.constant.data() + group * w.width + first;
-  const int32_t* factor = w.factor.data() + group * w.width + first;
-  float* y = s.line.data();
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t* sums = s.sums.data() + i * kSlice;
-    const int32_t codes = w.ones.empty() ? 0 : s.code_sums[i];
-    EACH(o, size) y[o] = static_cast<float>(sums[o] + constant[o] + factor[o] * codes);
-    Finish(job.results, pixel + i, job.outputs, group * outer + first, size, y);
-  }
+  const int32_t* constants = w.constant.data() + group * w.width + first;
+  const int32_t* factors = w.factor.data() + group * w.width + first;
+  const bool whole = w.ones.empty();
+  EachValue(size, [&](int64_t o, auto value) INLINED_LAMBDA {
+    using Value = decltype(value);
+    const int32_t *sums = s.sums.data() + o, *codes = s.code_sums.data();
+    const auto constant = LoadIntegers<Value>(constants + o);
+    const auto factor = LoadIntegers<Value>(factors + o);
+    const Place to{pixel, count, job.outputs, group * outer + first + o};
+    Finish<Value>(job.results, to, [=](int64_t i) INLINED_LAMBDA {
+      const auto sum = LoadIntegers<Value>(sums + i * kSlice) + constant;
+      return ToFloats(whole ? sum : sum + factor * codes[i]);
+    });
+  });
 }
 
 template <int degree>
@@ -187,57 +194,50 @@ BORDER_INLINE void Multiply(const Int8Convolution& job, const PackedWeights& w, 
   }
 }
 
-// The border that a pixel's taps share, of every channel; `u` is the first tap.
-template <int degree>
-BORDER_INLINE void SharedBorders(const ColumnJob& job, const float* u, ColumnScratch& s) {
-  const int64_t channels = job.g.channels, power = job.g.Column();
-  float* border = s.border.data();
-  for (int64_t t = 0; t < job.g.Taps(); ++t) {
-    const float *at = job.border.coefficients + t * channels, *from = u + s.taps[t];
-    EACH(c, channels) {
-      const float own = Polynomial(degree, at + c, power, from[c]);
-      border[c] = t == 0 ? own : Add(border[c], own);
+// The sum over a pixel's taps of codes times weights, of a channel or of `kWide`; `u` is the first
+// tap.
+template <int degree, typename Value>
+BORDER_INLINE Value DepthwiseSum(const Int8Convolution& job, const float* weights, const float* u,
+                                 const ColumnScratch& s, int64_t channel) {
+  const ColumnJob& columns = job.columns;
+  const int64_t channels = columns.g.channels, power = columns.g.Column();
+  const Border& border = columns.border;
+  const bool shares = job.per_element && border.shared_across_taps;
+  const Value shared =
+      shares ? Shared(columns, TapSum<degree, Value>(columns, u, s, channel)) : Value(0.0f);
+  Value sum = 0.0f;
+  for (int64_t t = 0; t < columns.g.Taps(); ++t) {
+    const int64_t at = t * channels + channel;
+    Value x = Load<Value>(u + s.taps[t] + channel);
+    if (job.per_element) {
+      const float* b = border.coefficients + at;
+      const Value code = shares ? Code(x, shared, columns.grid)
+                                : OwnCode<degree>(columns.grid, border.phi, x, b, power);
+      x = Sub(code, columns.grid.zero);
     }
+    sum = Add(sum, Mul(x, Load<Value>(weights + at)));
   }
-  Share(job, border);
+  return sum;
 }
 
-// One tap of a pixel times its weights, added to `y`.
-template <int degree>
-BORDER_INLINE void AddTap(const Int8Convolution& job, int64_t tap, const float* from,
-                          const float* weight, const float* shared, float* y) {
-  const int64_t channels = job.Window().channels, power = job.Window().Column();
-  const Grid grid = job.columns.grid;
-  const Phi phi = job.columns.border.phi;
-  const float* b = job.columns.border.coefficients + tap * channels;
-  if (!job.per_element)
-    EACH(c, channels) y[c] += from[c] * weight[c];
-  else if (shared != nullptr)
-    EACH(c, channels) y[c] += (Code(from[c], shared[c], grid) - grid.zero) * weight[c];
-  else
-    EACH(c, channels) {
-      const float border = ApplyPhi(phi, Polynomial(degree, b + c, power, from[c]));
-      y[c] += (Code(from[c], border, grid) - grid.zero) * weight[c];
-    }
-}
-
-// Tap by tap, in float32.
+// Some pixels at a time, in float32.
 template <int degree>
 BORDER_INLINE void MultiplyDepthwise(const Int8Convolution& job, const PackedWeights& w,
                                      const Task& task, TaskScratch& s) {
   const Geometry& g = job.Window();
-  const int64_t width = g.Out(1), line = job.columns.Line(), channels = g.channels;
-  const bool shares = job.per_element && job.columns.border.shared_across_taps;
-  const float* shared = shares ? s.pixel.border.data() : nullptr;
-  float* y = s.line.data();
-  for (int64_t p = 0; p < task.rows * width; ++p) {
-    const float* u =
-        s.units.data() + p / width * g.stride[0] * line + p % width * g.stride[1] * channels;
-    if (shares) SharedBorders<degree>(job.columns, u, s.pixel);
-    std::fill_n(y, channels, 0.0f);
-    for (int64_t t = 0; t < g.Taps(); ++t)
-      AddTap<degree>(job, t, u + s.pixel.taps[t], w.depthwise.data() + t * channels, shared, y);
-    FinishPixel(job.results, (task.n * g.Out(0) + task.first) * width + p, channels, y);
+  const int64_t width = g.Out(1), line = job.columns.Line(), pixels = task.rows * width;
+  for (int64_t p = 0; p < pixels; p += kPanelPixels) {
+    const int64_t count = std::min(kPanelPixels, pixels - p);
+    const float* u[kPanelPixels];
+    for (int64_t i = 0; i < count; ++i)
+      u[i] = s.units.data() + (p + i) / width * g.stride[0] * line +
+             (p + i) % width * g.stride[1] * g.channels;
+    EachValue(g.channels, [&](int64_t c, auto value) INLINED_LAMBDA {
+      const Place to{(task.n * g.Out(0) + task.first) * width + p, count, job.outputs, c};
+      Finish<decltype(value)>(job.results, to, [&](int64_t i) INLINED_LAMBDA {
+        return DepthwiseSum<degree, decltype(value)>(job, w.depthwise.data(), u[i], s.pixel, c);
+      });
+    });
   }
 }
 

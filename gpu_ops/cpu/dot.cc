@@ -35,6 +35,13 @@ void DotPlain(const uint8_t* codes, int64_t row, int64_t rows, const int8_t* wei
 
 #define UNROLLED(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); ++i)
 
+// The tile of the rows that are left, fewer than `ROWS`.
+#define REST(COUNT, NAME, ROWS)                                                              \
+  case COUNT:                                                                                \
+    Tile##NAME<COUNT < ROWS ? COUNT : 1, kVectors>(codes + i * row, row, weights, quads,     \
+                                                   outputs, sums + i * kSlice);              \
+    break;
+
 // Defines Dot`NAME`, of tiles of at most `ROWS` rows and `VECTORS` vectors of VECTOR.
 #define DOT_TILES(NAME, TARGET, VECTOR, ROWS, VECTORS)                                            \
   template <int kRows, int kVectors>                                                              \
@@ -67,12 +74,13 @@ void DotPlain(const uint8_t* codes, int64_t row, int64_t rows, const int8_t* wei
     for (; i + ROWS <= rows; i += ROWS)                                                           \
       Tile##NAME<ROWS, kVectors>(codes + i * row, row, weights, quads, outputs,                   \
                                  sums + i * kSlice);                                              \
-    if (i + 2 < rows && ROWS > 3) {                                                               \
-      Tile##NAME<3, kVectors>(codes + i * row, row, weights, quads, outputs, sums + i * kSlice);  \
-      i += 3;                                                                                     \
+    switch (rows - i) {                                                                           \
+      REST(5, NAME, ROWS)                                                                         \
+      REST(4, NAME, ROWS)                                                                         \
+      REST(3, NAME, ROWS)                                                                         \
+      REST(2, NAME, ROWS)                                                                         \
+      REST(1, NAME, ROWS)                                                                         \
     }                                                                                             \
-    for (; i < rows; ++i)                                                                         \
-      Tile##NAME<1, kVectors>(codes + i * row, row, weights, quads, outputs, sums + i * kSlice);  \
   }                                                                                               \
                                                                                                   \
   TARGET void Dot##NAME(const uint8_t* codes, int64_t row, int64_t rows, const int8_t* weights,   \

@@ -13,15 +13,15 @@ namespace {
 
 // Memory of one task: the units of its rows, a pixel's, and a column before it is grouped.
 struct BlockScratch {
-  std::vector<float> units;
+  Scratch<float> units;
   ColumnScratch pixel;
-  std::vector<char> column;
+  Scratch<char> column;
 
   BlockScratch(const ColumnJob& job, size_t element)
       : units(Units(job)), pixel(job), column(Grouped(job) * element) {}
 
   static int64_t Units(const ColumnJob& job) {
-    return job.InputRows(job.BlockRows(sizeof(float))) * job.Line();
+    return job.InputRows(job.BlockRows(sizeof(float))) * job.Line() + kSlack;
   }
   static int64_t Grouped(const ColumnJob& job) { return job.g.groups == 1 ? 0 : job.g.Column(); }
   static int64_t Bytes(const ColumnJob& job, size_t element) {

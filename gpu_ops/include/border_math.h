@@ -56,6 +56,11 @@ BORDER_INLINE float Reciprocal(float a) {
 #endif
 }
 
+// The second where either is not a number, as the instructions of x86 have it.
+BORDER_INLINE float Least(float a, float b) { return a < b ? a : b; }
+BORDER_INLINE float Most(float a, float b) { return a > b ? a : b; }
+BORDER_INLINE float Ceil(float a) { return ceilf(a); }
+
 // How the polynomial becomes the border.
 enum class Phi { kIdentity = 0, kClamp = 1, kClampStraightThrough = 2 };
 
@@ -80,18 +85,21 @@ BORDER_INLINE Grid MakeGrid(float step, float zero, int64_t bits) {
   return {step, Reciprocal(step), zero, static_cast<float>((1 << bits) - 1)};
 }
 
+// The arithmetic below is that of a `Value`, which is a float or a vector of them.
+
 // Not-a-number stays not-a-number.
-BORDER_INLINE float Clip(float v, float low, float high) {
-  const float above = v < low ? low : v;
-  return above > high ? high : above;
+template <typename Value>
+BORDER_INLINE Value Clip(const Value& v, float low, float high) {
+  return Least(high, Most(low, v));
 }
 
 // u: the activation in units of the step size.
-BORDER_INLINE float ToUnits(float x, float inv_step) {
+template <typename Value>
+BORDER_INLINE Value ToUnits(const Value& x, float inv_step) {
   return Clip(Mul(x, inv_step), -kMaxUnits, kMaxUnits);
 }
 
-// The polynomial of one element, or of a vector of them; `b` gives the coefficient of a power.
+// The polynomial; `b` gives the coefficient of a power.
 template <typename Value, typename Coefficient>
 BORDER_INLINE Value Horner(int degree, Coefficient b, const Value& u) {
   if (degree == 2) return Add(Mul(Add(Mul(b(2), u), b(1)), u), b(0));
@@ -113,7 +121,8 @@ BORDER_INLINE float PolynomialSlope(int degree, const float* at, int64_t size, f
 
 // Both functions of phi choose bounds, not values: a branch on values keeps a compiler from
 // vectorising the loop over channels around it.
-BORDER_INLINE float ApplyPhi(Phi phi, float p) {
+template <typename Value>
+BORDER_INLINE Value ApplyPhi(Phi phi, const Value& p) {
   const bool clamps = phi != Phi::kIdentity;
   return Clip(p, clamps ? 0.0f : -kInfinity, clamps ? kBelowOne : kInfinity);
 }
@@ -126,18 +135,19 @@ BORDER_INLINE float PhiSlope(Phi phi, float p) {
 }
 
 // The code before it is clipped to [0, top].
-BORDER_INLINE float RawCode(float u, float border, const Grid& grid) {
-  return Add(ceilf(Sub(u, border)), grid.zero);
+template <typename Value>
+BORDER_INLINE Value RawCode(const Value& u, const Value& border, const Grid& grid) {
+  return Add(Ceil(Sub(u, border)), grid.zero);
 }
 
 // The code that is deployed; where u or the border is not a number it is 0.
-BORDER_INLINE float Code(float u, float border, const Grid& grid) {
-  const float raw = RawCode(u, border, grid);
-  const float code = raw > 0.0f ? raw : 0.0f;
-  return code < grid.top ? code : grid.top;
+template <typename Value>
+BORDER_INLINE Value Code(const Value& u, const Value& border, const Grid& grid) {
+  return Least(Most(RawCode(u, border, grid), 0.0f), grid.top);
 }
 
-BORDER_INLINE float Dequantize(float code, const Grid& grid) {
+template <typename Value>
+BORDER_INLINE Value Dequantize(const Value& code, const Grid& grid) {
   return Mul(grid.step, Sub(code, grid.zero));
 }
 

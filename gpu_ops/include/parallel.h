@@ -43,6 +43,17 @@ inline void WillWrite(void* data, size_t bytes) {
 #endif
 }
 
+// Memory of a task, which is not cleared.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : values_(count > 0 ? new T[count] : nullptr) {}
+  T* data() const { return values_.get(); }
+
+ private:
+  std::unique_ptr<T[]> values_;
+};
+
 // Runs task(0) ... task(count - 1) on the pool and on the calling thread. The caller takes tasks
 // until none is left, so that a busy pool cannot block it. Where a task throws, the tasks that have
 // not started are skipped, and the caller throws std::bad_alloc after all have ended: nothing but
