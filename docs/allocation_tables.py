@@ -12,22 +12,35 @@ SCORES = (("held_kl_2000", 3), ("test_kl", 3), ("top1", 2))  # and digits
 
 def runs(load: Load) -> str:
     """ResNet-20 by aquant with uniform bits, and with an allocation of the same average."""
-    rows: dict[str, list[Json]] = {}
-    for run in load("resnet20_allocation")["runs"]:
-        rows.setdefault(run["bits"], []).append(run)
     lines = [
         [bits, f"{of[0]['packed_bytes']:,}", spread([score(run) for run in of])]
-        for bits, of in rows.items()
+        for bits, of in _by_bits(load("resnet20_allocation")).items()
     ]
     return markdown(["bits", "bytes", "top-1 %"], lines, right=1)
 
 
 def stsb(load: Load) -> str:
-    """MiniLM on STS-B by aquant_bert with allocations of the averages of uniform W4A4."""
-    rows: dict[str, list[float]] = {}
-    for run in load("stsb_minilm_allocation")["runs"]:
-        rows.setdefault(run["bits"], []).append(score(run))
-    return markdown(["bits", "Pearson, %"], [[bits, spread(found)] for bits, found in rows.items()])
+    """MiniLM on STS-B by aquant_bert with uniform bits, and with allocations."""
+    rows = _by_bits(load("stsb_minilm_allocation"))
+    lines = [[bits, spread([score(run) for run in of])] for bits, of in rows.items()]
+    return markdown(["bits", "Pearson, %"], lines)
+
+
+def lite0(load: Load) -> str:
+    """EfficientNet-Lite0 by aquant with uniform bits, and with an allocation of their average."""
+    lines = [
+        [bits, *(spread([run["quantized"][name] for run in of]) for name in ("top1", "top5"))]
+        for bits, of in _by_bits(load("efficientnet_lite0_allocation")).items()
+    ]
+    return markdown(["bits", "top-1 %", "top-5 %"], lines)
+
+
+def _by_bits(measured: Json) -> dict[str, list[Json]]:
+    """The runs of each allocation, seed by seed."""
+    rows: dict[str, list[Json]] = {}
+    for run in measured["runs"]:
+        rows.setdefault(run["bits"], []).append(run)
+    return rows
 
 
 def front(load: Load) -> str:

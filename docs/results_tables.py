@@ -41,6 +41,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "allocation": allocation_tables.runs,
     "allocation-front": allocation_tables.front,
     "allocation-stsb": allocation_tables.stsb,
+    "allocation-lite0": allocation_tables.lite0,
     "allocation-front-learned": allocation_tables.front_learned,
     "models": models_table.models,
     "model-sizes": models_table.sizes,
