@@ -4,9 +4,10 @@
 // A task is a block of rows of one image's result. The rows of the input that it reads are made
 // once, with their padding: units where every column element has its own border, codes where an
 // activation has one code whatever tap reads it, and the input itself where that is codes already.
-// The columns of `kPanelBytes` at a time are then multiplied slice by slice of the outputs, and a
-// slice's sums are scaled, added to, clipped and stored as floats, as codes, or as both. A depthwise
-// convolution multiplies the rows tap by tap in float32, in which its sums are exact.
+// The columns of at most `kPanelPixels` pixels are then multiplied slice by slice of the outputs; a
+// slice's sums are scaled, added to, clipped and stored as floats, as codes, or as both, a vector of
+// outputs after the other, whose constants stay in registers for all these pixels. A depthwise
+// convolution sums the taps of a vector of channels in float32, in which its sums are exact.
 #pragma once
 
 #include <algorithm>

@@ -96,6 +96,7 @@ def interrupt(monkeypatch, argv):
 
 
 @OPTAX
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bits(run, argv, tmp_path, monkeypatch):
     interrupt(monkeypatch, argv)
     trained = []
@@ -131,6 +132,7 @@ def test_no_other_run_goes_on_with_the_epochs_of_one(argv, tmp_path, monkeypatch
 
 
 @OPTAX
+@pytest.mark.slow
 def test_the_checkpoint_is_quantized_by_its_config(run, tmp_path):
     out = tmp_path / "quantized"
     argv = [
