@@ -21,15 +21,14 @@ struct Place {
 // The codes of one output of some pixels, or of `kWide`, from their values.
 template <typename Value>
 BORDER_INLINE void Requantize(const CodeGrid& tensor, const Place& to, const Value* y) {
-  const float* b = tensor.coefficients + to.first;
-  const Value b0 = Load<Value>(b), b1 = Load<Value>(b + to.outputs),
-              b2 = Load<Value>(b + 2 * to.outputs);
+  const float* at = tensor.coefficients + to.first;
+  const Value b[] = {Load<Value>(at), Load<Value>(at + to.outputs), Load<Value>(at + 2 * to.outputs)};
   const Grid grid = tensor.grid;
   const Phi phi = tensor.phi;
   uint8_t* codes = tensor.codes;
   for (int64_t i = 0; i < to.count; ++i) {
     const Value u = ToUnits(y[i], grid.inv_step);
-    const Value border = Add(Mul(Add(Mul(b2, u), b1), u), b0);
+    const Value border = Horner(2, [&](int power) INLINED_LAMBDA { return b[power]; }, u);
     Store(grid, 0.0f, Code(u, ApplyPhi(phi, border), grid), codes + to.At(i));
   }
 }
@@ -37,12 +36,12 @@ BORDER_INLINE void Requantize(const CodeGrid& tensor, const Place& to, const Val
 // The results of one output of some pixels, or of `kWide`; `sum` gives the sum of a pixel.
 template <typename Value, typename Sum>
 BORDER_INLINE void Finish(const Results& r, const Place& to, Sum sum) {
-  const Value none = 0.0f, scale = Load<Value>(r.scale + to.first);
-  const Value bias = r.bias == nullptr ? none : Load<Value>(r.bias + to.first);
+  const bool biased = r.bias != nullptr;
+  const Value scale = Load<Value>(r.scale + to.first);
+  const Value bias = biased ? Load<Value>(r.bias + to.first) : Value(0.0f);
   const float *residual = r.residual, low = r.low, high = r.high;
   const uint8_t* codes = r.residual_codes;
   const Grid grid = r.residual_grid;
-  const bool biased = r.bias != nullptr;
   float* values = r.values;
   Value y[kPanelPixels];
   for (int64_t i = 0; i < to.count; ++i) {
