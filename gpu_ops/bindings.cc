@@ -6,6 +6,9 @@
 #include <vector>
 
 #include "xla/ffi/api/c_api.h"
+#ifdef GPU_OPS_MISSING
+#include "cpu/dot.h"
+#endif
 
 namespace py = pybind11;
 
@@ -21,7 +24,6 @@ extern "C" XLA_FFI_Error* BorderConvBackward(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* Missing(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* CpuOnly(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* GpuOnly(XLA_FFI_CallFrame*);
-const char* ChooseInstructions();
 #else
 extern "C" XLA_FFI_Error* ConvTunedHandler(XLA_FFI_CallFrame*);
 #endif
@@ -75,6 +77,9 @@ PYBIND11_MODULE(GPU_OPS_MODULE, module) {
   module.def("handlers", &All);
 #ifdef GPU_OPS_MISSING
   module.def("missing", &Absent);
-  module.def("instructions", &ChooseInstructions);
+  module.def("instructions", [] {
+    const gpu_ops::InstructionSet* set = gpu_ops::ChooseInstructions();
+    return set == nullptr ? nullptr : set->name;
+  });
 #endif
 }

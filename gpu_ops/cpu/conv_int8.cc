@@ -27,14 +27,15 @@ struct Division {
 
 template <typename In>
 void Convolve(ffi::ThreadPool pool, const Int8Convolution& job, const Division& division,
-              DotFunction dot, const void* x) {
+              const InstructionSet& instructions, const void* x) {
   const Geometry& g = job.Window();
   PackedWeights weights(job);
   if (job.Depthwise())
     PackDepthwise(job, weights);
   else
     ParallelFor(pool, g.groups * weights.slices, [&](int64_t i) {
-      Pack(job, dot, i / weights.slices, i % weights.slices, weights);
+      Pack(job, instructions.dot, i / weights.slices, i % weights.slices, weights);
+      instructions.end();
     });
   const auto [rows, blocks, parts] = division;
   ParallelFor(pool, g.images * blocks * parts, [&, rows = rows, blocks = blocks,
@@ -50,7 +51,8 @@ void Convolve(ffi::ThreadPool pool, const Int8Convolution& job, const Division& 
       columns = static_cast<const uint8_t*>(x) + n * g.Image() + first * job.columns.Line();
     else
       FillRows(job, image, task, scratch);
-    MultiplyRows(job, weights, dot, columns, task, scratch);
+    MultiplyRows(job, weights, instructions.dot, columns, task, scratch);
+    instructions.end();
   });
 }
 
@@ -101,9 +103,9 @@ ffi::Error ConvInt8(ffi::ThreadPool pool, const ConvolutionOperands& o, ffi::Rem
   Int8Convolution job{columns, read->per_element, read->outputs, a.weight_bits,
                       o.weights.typed_data(), o.weight_zero.typed_data(), {}};
   if (ffi::Error error = MakeResults(*read, o, a, job.results); error.failure()) return error;
-  const DotFunction dot = ChooseDot();
-  if (dot == nullptr)
-    return Bad("GPU_OPS_INSTRUCTIONS is none of avx512_vnni, avx_vnni, avx2 and plain");
+  const InstructionSet* instructions = ChooseInstructions();
+  if (instructions == nullptr)
+    return Bad("GPU_OPS_INSTRUCTIONS is none of amx_int8, avx512_vnni, avx_vnni, avx2 and plain");
   const Division division(job, (job.Outer() + kSlice - 1) / kSlice, pool.num_threads());
   if (ffi::Error error = CheckScratch(TaskScratch::Bytes(job, division.rows),
                                       o.x.size_bytes() + o.weights.size_bytes());
@@ -112,7 +114,7 @@ ffi::Error ConvInt8(ffi::ThreadPool pool, const ConvolutionOperands& o, ffi::Rem
   const auto convolve = o.x.element_type() == ffi::F32    ? Convolve<float>
                         : o.x.element_type() == ffi::BF16 ? Convolve<uint16_t>
                                                           : Convolve<uint8_t>;
-  convolve(pool, job, division, dot, o.x.untyped_data());
+  convolve(pool, job, division, *instructions, o.x.untyped_data());
   return ffi::Error::Success();
 }
 

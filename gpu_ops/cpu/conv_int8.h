@@ -70,24 +70,29 @@ struct Int8Convolution {
 // The weights of every group, sliced by outputs and packed for the products; `constant` and
 // `factor` complete the sum of an output: total + constant + factor * (sum of the codes).
 struct PackedWeights {
-  std::vector<int8_t> packed, ones;  // the latter of 8 bits, to sum codes
+  Scratch<int8_t> packed;
+  std::vector<int8_t> ones;  // of 8 bits, to sum codes
   std::vector<int32_t> constant, factor;
   std::vector<float> depthwise;
   int64_t width, slices;  // outputs of a group, filled up, and its slices
 
   explicit PackedWeights(const Int8Convolution& job)
-      : width(RoundTo(job.Outer(), kLane)), slices((width + kSlice - 1) / kSlice) {
+      : packed(job.Depthwise() ? 0 : Width(job) * job.Window().groups * job.Quads() * kQuad),
+        width(Width(job)),
+        slices((width + kSlice - 1) / kSlice) {
     const int64_t groups = job.Window().groups;
     if (job.Depthwise()) {
       depthwise.resize(job.Window().Column());
       return;
     }
-    packed.resize(groups * width * job.Quads() * kQuad);
-    if (job.weight_bits == 8) ones.assign(job.Quads() * kLane * kQuad, 1);
+    if (job.weight_bits == 8) ones.resize(job.Quads() * kLane * kQuad);
+    for (int64_t i = 0; i < static_cast<int64_t>(ones.size()); ++i)
+      ones[i] = i / (kLane * kQuad) * kQuad + i % kQuad < job.Elements();
     constant.resize(groups * width);
     factor.resize(groups * width);
   }
 
+  static int64_t Width(const Int8Convolution& job) { return RoundTo(job.Outer(), kLane); }
   int64_t First(int64_t slice) const { return slice * kSlice; }
   int64_t Count(int64_t slice) const { return std::min(kSlice, width - First(slice)); }
   int64_t At(int64_t group, int64_t slice, int64_t quads) const {
@@ -117,12 +122,17 @@ struct TaskScratch {
         code_sums(job.Depthwise() || job.weight_bits < 8 ? 0 : Pixels(job)),
         pixel(job.columns) {}
 
+  // Bytes of a pixel's codes in one group, and in a panel.
+  static int64_t GroupRow(const Int8Convolution& job) {
+    return RoundTo(job.Quads() * kQuad, kCacheLine);
+  }
   static int64_t PanelRow(const Int8Convolution& job) {
-    return job.Window().groups * job.Quads() * kQuad;
+    return job.Window().groups * GroupRow(job);
   }
   // Of a panel.
   static int64_t Pixels(const Int8Convolution& job) {
-    return std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(PanelRow(job), 1), 24, kPanelPixels);
+    const int64_t pixels = kPanelBytes / std::max<int64_t>(PanelRow(job), 1);
+    return std::clamp<int64_t>(RoundTo(pixels, 16), 16, kPanelPixels);
   }
   static int64_t RowElements(const Int8Convolution& job, int64_t rows) {
     return job.columns.InputRows(rows) * job.columns.Line();

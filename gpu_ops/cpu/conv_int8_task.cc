@@ -90,43 +90,42 @@ BORDER_INLINE void CopyCodes(const ColumnJob& job, const uint8_t* image, int64_t
   });
 }
 
-// One pixel's codes by group, each group's filled up to whole quads; `from` finds a run of taps whose
-// channels follow each other.
-template <typename From>
-BORDER_INLINE void GroupCodes(const Int8Convolution& job, int64_t run, From from, uint8_t* panel) {
-  const Geometry& g = job.Window();
-  const int64_t size = run * g.Inner(), runs = g.Taps() / run, row = job.Quads() * kQuad;
-  for (int64_t group = 0; group < g.groups; ++group) {
-    for (int64_t r = 0; r < runs; ++r)
-      CopyRun(from(r * run) + group * g.Inner(), size, panel + r * size);
-    std::fill(panel + runs * size, panel + row, uint8_t{0});
-    panel += row;
-  }
-}
-
-// The columns of `count` pixels from pixel `first` of a block on.
+// The columns of `count` pixels from pixel `first` of a block on, each by group. The weights of what
+// fills up the last quad of a group are zero.
 template <int degree>
 BORDER_INLINE void FillPanel(const Int8Convolution& job, int64_t first, int64_t count,
                              TaskScratch& s) {
+  // Copies, as a store to a byte could change anything that is not.
   const Geometry& g = job.Window();
-  const int64_t width = g.Out(1), line = job.columns.Line(), size = TaskScratch::PanelRow(job);
-  const int64_t run = g.groups == 1 ? job.columns.TapRun() : 1;
+  const int64_t channels = g.channels, inner = g.Inner(), groups = g.groups, taps = g.Taps();
+  const int64_t width = g.Out(1), step = g.stride[1] * channels;
+  const int64_t next_row = g.stride[0] * job.columns.Line() - width * step;
+  const int64_t size = TaskScratch::PanelRow(job), group_row = TaskScratch::GroupRow(job);
+  const int64_t* offsets = s.pixel.taps.data();
+  // The codes of a pixel, of `run` taps that follow each other; `from` finds the first.
+  const auto by_group = [=](int64_t run, auto from, uint8_t* to) INLINED_LAMBDA {
+    for (int64_t group = 0; group < groups; ++group, to += group_row)
+      for (int64_t t = 0; t < taps; t += run)
+        CopyRun(from(t) + group * inner, run * inner, to + t * inner);
+  };
+  const int64_t run = groups == 1 ? job.columns.TapRun() : 1;
+  int64_t col = first % width, at = first / width * (width * step + next_row) + col * step;
   uint8_t* panel = s.panel.data();
-  for (int64_t p = first; p < first + count; ++p, panel += size) {
-    const int64_t at = p / width * g.stride[0] * line + p % width * g.stride[1] * g.channels;
+  for (int64_t i = 0; i < count; ++i, panel += size) {
     if (!job.per_element) {
       const uint8_t* pixel = s.codes.data() + at;
-      const auto from = [&](int64_t t) INLINED_LAMBDA { return pixel + s.pixel.taps[t]; };
-      GroupCodes(job, run, from, panel);
-    } else if (g.groups == 1) {
+      by_group(run, [=](int64_t t) INLINED_LAMBDA { return pixel + offsets[t]; }, panel);
+    } else if (groups == 1) {
       ColumnCodes<degree>(job.columns, s.units.data() + at, s.pixel, panel);
-      std::fill(panel + g.Column(), panel + size, uint8_t{0});
     } else {
       ColumnCodes<degree>(job.columns, s.units.data() + at, s.pixel, s.column.data());
       const uint8_t* column = s.column.data();
-      const auto from = [&](int64_t t) INLINED_LAMBDA { return column + t * g.channels; };
-      GroupCodes(job, 1, from, panel);
+      by_group(1, [=](int64_t t) INLINED_LAMBDA { return column + t * channels; }, panel);
     }
+    at += step;
+    if (++col < width) continue;
+    col = 0;
+    at += next_row;
   }
 }
 
@@ -174,7 +173,8 @@ template <int degree>
 BORDER_INLINE void Multiply(const Int8Convolution& job, const PackedWeights& w, DotFunction dot,
                             const uint8_t* direct, const Task& task, TaskScratch& s) {
   const Geometry& g = job.Window();
-  const int64_t width = g.Out(1), quads = job.Quads(), row = TaskScratch::PanelRow(job);
+  const int64_t width = g.Out(1), quads = job.Quads();
+  const int64_t row = direct == nullptr ? TaskScratch::PanelRow(job) : g.channels;
   const int64_t most = TaskScratch::Pixels(job), pixels = task.rows * width;
   for (int64_t p = 0; p < pixels; p += most) {
     const int64_t count = std::min(most, pixels - p);
@@ -182,7 +182,7 @@ BORDER_INLINE void Multiply(const Int8Convolution& job, const PackedWeights& w, 
     if (direct == nullptr) FillPanel<degree>(job, p, count, s);
     const uint8_t* panel = direct == nullptr ? s.panel.data() : direct + p * row;
     for (int64_t group = 0; group < g.groups; ++group) {
-      const uint8_t* codes = panel + group * quads * kQuad;
+      const uint8_t* codes = panel + group * TaskScratch::GroupRow(job);
       if (!w.ones.empty()) SumCodes(w, dot, codes, row, count, s);
       for (int64_t slice = task.slice; slice < task.slices; ++slice) {
         dot(codes, row, count, w.packed.data() + w.At(group, slice, quads), quads,

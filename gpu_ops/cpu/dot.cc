@@ -12,6 +12,8 @@
 namespace gpu_ops {
 namespace {
 
+constexpr int kInstructionSets = 5;
+
 inline int32_t Quad(const uint8_t* codes) {
   int32_t value;
   std::memcpy(&value, codes, sizeof value);
@@ -126,51 +128,36 @@ DOT_TILES(Avx2, AVX2, __m256i, 3, 2)
 
 #endif
 
-constexpr int kInstructionSets = 4;
-
-struct InstructionSet {
-  const char* name;
-  bool present;
-  DotFunction dot;
-};
+void Nothing() {}
 
 const InstructionSet* Sets() {
 #if defined(__x86_64__) && !defined(DOT_PLAIN)
-  static const InstructionSet sets[kInstructionSets] = {
-      {"avx512_vnni",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"), DotAvx512Vnni},
-      {"avx_vnni", bool(__builtin_cpu_supports("avxvnni")), DotAvxVnni},
-      {"avx2", bool(__builtin_cpu_supports("avx2")), DotAvx2},
-      {"plain", true, DotPlain}};
+  static const InstructionSet sets[] = {
+      Amx(),
+      {"avx512_vnni", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"),
+       DotAvx512Vnni, Nothing},
+      {"avx_vnni", bool(__builtin_cpu_supports("avxvnni")), DotAvxVnni, Nothing},
+      {"avx2", bool(__builtin_cpu_supports("avx2")), DotAvx2, Nothing},
+      {"plain", true, DotPlain, Nothing}};
 #else
-  static const InstructionSet sets[kInstructionSets] = {{"avx512_vnni", false, nullptr},
-                                                        {"avx_vnni", false, nullptr},
-                                                        {"avx2", false, nullptr},
-                                                        {"plain", true, DotPlain}};
+  static const InstructionSet sets[] = {Amx(),
+                                        {"avx512_vnni", false, nullptr, nullptr},
+                                        {"avx_vnni", false, nullptr, nullptr},
+                                        {"avx2", false, nullptr, nullptr},
+                                        {"plain", true, DotPlain, Nothing}};
 #endif
   return sets;
 }
 
-// kInstructionSets where GPU_OPS_INSTRUCTIONS names none.
-int Widest() {
-  const char* most = std::getenv("GPU_OPS_INSTRUCTIONS");
-  int set = 0;
-  if (most != nullptr)
-    while (set < kInstructionSets && std::strcmp(most, Sets()[set].name) != 0) ++set;
-  while (set < kInstructionSets && !Sets()[set].present) ++set;
-  return set;
-}
-
 }  // namespace
 
-const char* ChooseInstructions() {
-  const int set = Widest();
-  return set == kInstructionSets ? nullptr : Sets()[set].name;
-}
-
-DotFunction ChooseDot() {
-  const int set = Widest();
-  return set == kInstructionSets ? nullptr : Sets()[set].dot;
+const InstructionSet* ChooseInstructions() {
+  const char* most = std::getenv("GPU_OPS_INSTRUCTIONS");
+  const InstructionSet *set = Sets(), *end = set + kInstructionSets;
+  if (most != nullptr)
+    while (set < end && std::strcmp(most, set->name) != 0) ++set;
+  while (set < end && !set->present) ++set;
+  return set == end ? nullptr : set;
 }
 
 }  // namespace gpu_ops

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 namespace gpu_ops {
 
@@ -20,9 +19,19 @@ inline int64_t RoundTo(int64_t count, int64_t of) { return (count + of - 1) / of
 using DotFunction = void (*)(const uint8_t* codes, int64_t row, int64_t rows,
                              const int8_t* weights, int64_t quads, int64_t outputs, int32_t* sums);
 
-// The name of the widest instructions that this CPU has, and that the environment variable
-// GPU_OPS_INSTRUCTIONS allows, and the function for them; null where it names none.
-const char* ChooseInstructions();
-DotFunction ChooseDot();
+// Products by one kind of instructions. A thread that has called `dot` calls `end` after the last.
+struct InstructionSet {
+  const char* name;
+  bool present;  // on this CPU
+  DotFunction dot;
+  void (*end)();
+};
+
+// That of AMX, in tiles of 16 rows and 64 outputs.
+InstructionSet Amx();
+
+// The widest instructions that this CPU has, and that the environment variable GPU_OPS_INSTRUCTIONS
+// allows; null where it names none.
+const InstructionSet* ChooseInstructions();
 
 }  // namespace gpu_ops

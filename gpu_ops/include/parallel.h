@@ -43,15 +43,21 @@ inline void WillWrite(void* data, size_t bytes) {
 #endif
 }
 
-// Memory of a task, which is not cleared.
+constexpr int64_t kCacheLine = 64;
+
+// Memory from the start of a cache line on, which is not cleared.
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : values_(count > 0 ? new T[count] : nullptr) {}
+  explicit Scratch(int64_t count)
+      : values_(count > 0 ? new (std::align_val_t(kCacheLine)) T[count] : nullptr) {}
   T* data() const { return values_.get(); }
 
  private:
-  std::unique_ptr<T[]> values_;
+  struct Delete {
+    void operator()(T* values) const { ::operator delete[](values, std::align_val_t(kCacheLine)); }
+  };
+  std::unique_ptr<T[], Delete> values_;
 };
 
 // Runs task(0) ... task(count - 1) on the pool and on the calling thread. The caller takes tasks

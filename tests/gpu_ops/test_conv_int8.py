@@ -13,7 +13,7 @@ from gpu_ops.conv_border_int8 import by_columns
 from tests.support.img2col_reference import Case
 from tests.support.nets import normal, rng_of
 
-INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx2", "plain")
+INSTRUCTIONS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "plain")
 ERRORS = (ValueError, jax.errors.JaxRuntimeError)  # as JAX has it
 GRID = ActivationQuantizer(jnp.float32(0.21), jnp.float32(5))
 

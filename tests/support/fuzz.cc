@@ -12,6 +12,7 @@
 #include "../../gpu_ops/cpu/conv_int8_task.cc"
 #include "../../gpu_ops/cpu/depthwise.cc"
 #include "../../gpu_ops/cpu/dot.cc"
+#include "../../gpu_ops/cpu/dot_amx.cc"
 #include "../../gpu_ops/cpu/img2col.cc"
 #include "../../gpu_ops/cpu/img2col_border.cc"
 #include "../../gpu_ops/cpu/missing.cc"

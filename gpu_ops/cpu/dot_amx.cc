@@ -1,0 +1,132 @@
+// The products of dot.h by AMX: 16 rows of codes and four tiles of 16 outputs at a time, whose sums stay
+// in tiles. Rows of codes and weights are loaded six times as fast where they are aligned to 64 bytes.
+#include "dot.h"
+
+#if defined(__x86_64__) && defined(__linux__) && !defined(DOT_PLAIN)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define HAS_AMX
+#endif
+
+namespace gpu_ops {
+#ifdef HAS_AMX
+namespace {
+
+#define AMX __attribute__((target("amx-tile,amx-int8")))
+
+constexpr int64_t kTileRows = 16, kTileQuads = 16;
+
+// Tiles 0 to 3 are sums, 4 and 5 codes and weights of 16 quads, 6 and 7 those of the quads that are
+// left.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};  // of a row
+  uint8_t rows[16] = {};
+};
+
+// The rows, and the quads that are left, which the tiles of this thread have been shaped for.
+thread_local int64_t shaped_rows = 0, shaped_rest = 0;
+
+AMX void ShapeTiles(int64_t rows, int64_t rest) {
+  if (rows == shaped_rows && rest == shaped_rest) return;
+  TileShapes shapes;
+  const auto shape = [&](int tile, int64_t height, int64_t quads) {
+    shapes.rows[tile] = static_cast<uint8_t>(quads > 0 ? height : 0);
+    shapes.bytes[tile] = static_cast<uint16_t>(height > 0 ? quads * kQuad : 0);
+  };
+  for (int tile = 0; tile < 4; ++tile) shape(tile, rows, kLane);
+  shape(4, rows, kTileQuads);
+  shape(5, kTileQuads, kLane);
+  shape(6, rows, rest);
+  shape(7, rest, kLane);
+  asm volatile("" ::: "memory");  // GCC 12 takes it that only the first eight bytes are read
+  _tile_loadconfig(&shapes);
+  shaped_rows = rows;
+  shaped_rest = rest;
+}
+
+// Tiles that are in use are saved whenever the thread is switched.
+AMX void End() {
+  _tile_release();
+  shaped_rows = 0;
+}
+
+// Adds the products of a tile of codes with a tile of weights of each of the sums.
+#define ADD_PRODUCTS(CODES, WEIGHTS)                         \
+  _tile_loadd(CODES, codes, row);                            \
+  _tile_loadd(WEIGHTS, weights, line);                       \
+  _tile_dpbusd(0, CODES, WEIGHTS);                           \
+  if (kTiles > 1) {                                          \
+    _tile_loadd(WEIGHTS, weights + kLane * kQuad, line);     \
+    _tile_dpbusd(1, CODES, WEIGHTS);                         \
+  }                                                          \
+  if (kTiles > 2) {                                          \
+    _tile_loadd(WEIGHTS, weights + 2 * kLane * kQuad, line); \
+    _tile_dpbusd(2, CODES, WEIGHTS);                         \
+  }                                                          \
+  if (kTiles > 3) {                                          \
+    _tile_loadd(WEIGHTS, weights + 3 * kLane * kQuad, line); \
+    _tile_dpbusd(3, CODES, WEIGHTS);                         \
+  }
+
+// The sums of as many rows as the tiles have, and of `kTiles` times `kLane` outputs.
+template <int kTiles>
+AMX inline void Tile(const uint8_t* codes, int64_t row, const int8_t* weights, int64_t quads,
+                     int32_t* sums) {
+  constexpr int64_t line = kTiles * kLane * kQuad, stride = kSlice * sizeof(int32_t);
+  _tile_zero(0);
+  if (kTiles > 1) _tile_zero(1);
+  if (kTiles > 2) _tile_zero(2);
+  if (kTiles > 3) _tile_zero(3);
+  for (; quads >= kTileQuads; quads -= kTileQuads) {
+    ADD_PRODUCTS(4, 5)
+    codes += kTileQuads * kQuad;
+    weights += kTileQuads * line;
+  }
+  if (quads > 0) {
+    ADD_PRODUCTS(6, 7)
+  }
+  _tile_stored(0, sums, stride);
+  if (kTiles > 1) _tile_stored(1, sums + kLane, stride);
+  if (kTiles > 2) _tile_stored(2, sums + 2 * kLane, stride);
+  if (kTiles > 3) _tile_stored(3, sums + 3 * kLane, stride);
+}
+
+template <int kTiles>
+AMX void Rows(const uint8_t* codes, int64_t row, int64_t rows, const int8_t* weights, int64_t quads,
+              int32_t* sums) {
+  for (; rows > 0; rows -= kTileRows, codes += kTileRows * row, sums += kTileRows * kSlice) {
+    ShapeTiles(rows < kTileRows ? rows : kTileRows, quads % kTileQuads);
+    Tile<kTiles>(codes, row, weights, quads, sums);
+  }
+}
+
+void Dot(const uint8_t* codes, int64_t row, int64_t rows, const int8_t* weights, int64_t quads,
+         int64_t outputs, int32_t* sums) {
+  switch (outputs / kLane) {
+    case 1: return Rows<1>(codes, row, rows, weights, quads, sums);
+    case 2: return Rows<2>(codes, row, rows, weights, quads, sums);
+    case 3: return Rows<3>(codes, row, rows, weights, quads, sums);
+    default: return Rows<4>(codes, row, rows, weights, quads, sums);
+  }
+}
+
+// Whether the CPU has AMX, and Linux lets this process use it.
+bool Present() {
+  unsigned a, b, c, d;
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kInt8) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+
+InstructionSet Amx() { return {"amx_int8", Present(), Dot, End}; }
+#else
+InstructionSet Amx() { return {"amx_int8", false, nullptr, nullptr}; }
+#endif
+
+}  // namespace gpu_ops
