@@ -19,7 +19,7 @@ from aquant_jax.layers.conv_geometry import ConvGeometry
 from aquant_jax.layers.epilogue import Codes, Epilogue
 from aquant_jax.layers.integer import QuantizedWeights
 from gpu_ops import targets
-from gpu_ops.geometry import is_integer
+from gpu_ops.geometry import check_geometry, is_integer
 
 
 def check_x(x: AnyArray, dtypes: tuple[str, ...]) -> None:
@@ -111,7 +111,9 @@ def check_weights(
 
 
 def check_epilogue(epilogue: Epilogue, shape: tuple[int, ...]) -> None:
-    """ValueError unless bias, residual and coefficients fit a result of this shape."""
+    """ValueError unless bias, residual, pool and coefficients fit sums of this shape."""
+    if epilogue.pool is not None:
+        check_geometry(epilogue.pool, shape)
     check_addend("bias", epilogue.bias, shape[-1:])
     residual = epilogue.residual
     if isinstance(residual, Codes):

@@ -84,28 +84,26 @@ class CustomCallBackend(NamedTuple):
         """As in ``aq.Backend``, by `conv_border_int8` where it serves."""
         wanted = epilogue.requantizations
         if not all(_built_in(r.rounding) for r in wanted):
-            every = epilogue._replace(values=True, requantizations=())
-            operands = (x, quantizer, coefficients, weights, geometry, rounding, every)
-            y = self.convolve_codes(*operands).values
-            assert y is not None
-            return Results(y if epilogue.values else None, tuple(r.codes(y) for r in wanted))
+            operands = (x, quantizer, coefficients, weights, geometry, rounding)
+            return epilogue.staged(lambda first: self.convolve_codes(*operands, first))
         if not _built_in(rounding):
             x = coded(x, quantizer, coefficients, rounding)
         served = isinstance(x, Codes) or _built_in(rounding)
         if not served or not _has_handlers(geometry):
             operands = (x, quantizer, coefficients, weights, geometry, rounding, epilogue)
             return ReferenceBackend().convolve_codes(*operands)
-        planar = with_two_axes(geometry)
+        planar, out = with_two_axes(geometry), (epilogue.pool or geometry).out
         codes = weights.codes.reshape(*planar.kernel, *weights.codes.shape[-2:])
         epilogue = epilogue._replace(
             residual=_images(epilogue.residual, planar.out),
+            pool=None if epilogue.pool is None else with_two_axes(epilogue.pool),
             requantizations=tuple(r._replace(rounding=_deployed(r.rounding)) for r in wanted),
         )
         results = conv_border_int8(
             _images(x, planar.spatial), quantizer, coefficients, weights._replace(codes=codes),
             _deployed(rounding), planar, epilogue,
         )  # fmt: skip
-        return _images(results, geometry.out)
+        return _images(results, out)
 
 
 def backend() -> CustomCallBackend:

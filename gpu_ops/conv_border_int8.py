@@ -49,10 +49,10 @@ def conv_border_int8(
         of borders a channel are ``(1, C)``.
       weights: codes ``[kh, kw, C / groups, O]``.
       geometry: of the convolution; see `gpu_ops.conv_geometry`.
-      epilogue: bias, residual, clip, and the codes of the result that are wanted.
+      epilogue: bias, residual, clip, maximum, and the codes of the result that are wanted.
 
     Returns:
-      ``[N, OH, OW, O]``, as values and as codes.
+      ``[N, OH, OW, O]``, or what the maximum leaves of it, as values and as codes.
 
     Raises:
       ValueError: an argument that does not fit, by name and with both values.
@@ -62,6 +62,9 @@ def conv_border_int8(
     geometry = check_geometry(geometry, images.shape)
     arguments.check_weights(weights, geometry, images.shape[-1], rounding)
     arguments.check_epilogue(epilogue, (images.shape[0], *geometry.out, weights.codes.shape[-1]))
+    if epilogue.pool is not None and jax.default_backend() != "cpu":
+        operands = (x, quantizer, coefficients, weights, rounding, geometry)
+        return epilogue.staged(lambda first: conv_border_int8(*operands, first))
     if serves(x, rounding, geometry, epilogue):
         return conv_int8(x, quantizer, coefficients, weights, rounding, geometry, epilogue)
     return by_columns(x, quantizer, coefficients, weights, rounding, geometry, epilogue)

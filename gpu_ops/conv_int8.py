@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from gpu_ops import (
     targets,
 )
 
-IMAGES, PIXELS = "n h w c", "n a b o"
+IMAGES, PIXELS, POOLED = "n h w c", "n a b o", "n v y o"
 # Tensors of codes that a GPU writes in one call.
 MOST_TENSORS = 8
 
@@ -46,6 +47,7 @@ class ConvInt8Call(NamedTuple):
       low, high: what the result is clipped to.
       values: whether float32 results are wanted, before any codes.
       code_bits, code_phis: of the tensors of codes that result.
+      pool: windows whose maximum is the result; None for none.
     """
 
     geometry: ConvGeometry
@@ -57,6 +59,7 @@ class ConvInt8Call(NamedTuple):
     values: bool = True
     code_bits: tuple[int, ...] = ()
     code_phis: tuple[int, ...] = ()
+    pool: ConvGeometry | None = None
 
     @property
     def images(self) -> int:
@@ -70,17 +73,19 @@ class ConvInt8Call(NamedTuple):
 
     @property
     def results(self) -> str:
-        return ", ".join([PIXELS] * (self.values + len(self.code_bits)))
+        each = PIXELS if self.pool is None else POOLED
+        return ", ".join([each] * (self.values + len(self.code_bits)))
 
     def __call__(self, x: AnyArray, residual: AnyArray, *others: AnyArray) -> Any:
         outputs = others[3].shape[-1]
-        shape = (x.shape[0], *self.geometry.out, outputs)
+        shape = (x.shape[0], *(self.pool or self.geometry).out, outputs)
         dtypes = [jnp.float32] * self.values + [jnp.uint8] * len(self.code_bits)
         results = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
         attributes = targets.geometry_attributes(self.geometry)
         attributes |= targets.rounding_attributes(self.rounding)
-        attributes |= {name: getattr(self, name) for name in self._fields[2:] if name != "added"}
-        attributes |= {"per_channel": self.rounding.per_channel}
+        own = set(self._fields[2:]) - {"added", "pool"}
+        attributes |= {name: getattr(self, name) for name in own}
+        attributes |= {"per_channel": self.rounding.per_channel, "pool": _pool_sizes(self.pool)}
         step, zero, coefficients, codes, zeros, scale, bias, *grids = others
         operands = (x, step, zero, coefficients, codes, zeros, scale, bias, residual, *grids)
         found = targets.call("conv_int8", results, **attributes)(*operands)
@@ -121,7 +126,7 @@ def conv_int8(
         geometry, rounding, weights.bits, epilogue.residual is not None,
         float(epilogue.low), float(epilogue.high), epilogue.values,
         tuple(r.rounding.bits for r in wanted),
-        tuple(targets.PHIS[r.rounding.phi] for r in wanted),
+        tuple(targets.PHIS[r.rounding.phi] for r in wanted), epilogue.pool,
     )  # fmt: skip
     results = partition.compiled(call)(
         x, residual, step, zero,
@@ -155,6 +160,14 @@ def _residual(epilogue: Epilogue) -> tuple[AnyArray, jax.Array]:
     if residual is None:
         return jnp.zeros((0,)), jnp.zeros((0,))
     return residual.astype(jnp.float32), jnp.zeros((0,))
+
+
+def _pool_sizes(pool: ConvGeometry | None) -> tuple[int, ...]:
+    """Its attribute: kernel, strides, dilation and padding."""
+    if pool is None:
+        return ()
+    padding = itertools.chain(*pool.padding)
+    return (*pool.kernel, *pool.strides, *pool.dilation, *padding)
 
 
 def _grid(quantizer: ActivationQuantizer) -> jax.Array:

@@ -5,6 +5,7 @@ clips, and quantizes for its readers, before its sums leave the cache. The rules
 
 - an addition of two values of the same shape, the other of which is then the residual;
 - a clip: maximum, minimum, or a function of these such as ``jax.nn.relu6``;
+- a maximum over windows, behind which it absorbs nothing more;
 - each only where nothing else reads the value before it, and where it is not quantized there.
 """
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.graph.ir import ALIASES, Atom, Literal, Op
+from aquant_jax.layers.conv_geometry import ConvGeometry
 from aquant_jax.layers.fake_quant import LayerSpec, needs_columns
 from aquant_jax.layers.integer import in_integers, keeps_layout
 from aquant_jax.plan.block_program import BlockProgram
@@ -37,6 +39,7 @@ class Fusion(NamedTuple):
       result: value id of what it gives.
       residual: value id of what it adds; None for nothing.
       low, high: what it clips to.
+      pool: windows whose maximum it takes; None for none.
     """
 
     op: Op
@@ -45,6 +48,7 @@ class Fusion(NamedTuple):
     residual: int | None = None
     low: float = -math.inf
     high: float = math.inf
+    pool: ConvGeometry | None = None
 
 
 class Wanted(NamedTuple):
@@ -107,7 +111,10 @@ def _fuse(
 ) -> tuple[Fusion, list[int]]:
     """The fusion of a layer, and the outputs of the ops inside it."""
     fusion, inside = Fusion(op, op, op.outputs[0]), [op.outputs[0]]
-    while keeps_layout(op) and (reader := _only_reader(program, readers, fusion.result)):
+    while keeps_layout(op) and fusion.pool is None:
+        reader = _only_reader(program, readers, fusion.result)
+        if reader is None:
+            break
         out = reader.outputs[0]
         longer = _longer(program, fusion, reader) if reader.loop == op.loop else None
         if longer is None or out in taken:
@@ -120,10 +127,8 @@ def _fuse(
 def _only_reader(
     program: BlockProgram, readers: Mapping[int, Sequence[Op]], value: int
 ) -> Op | None:
-    """The op that alone reads a float32 value, which is neither quantized nor an output."""
-    if value in program.tensor_of or value in program.subgraph.outputs:
-        return None
-    if program.avals[value].dtype != jnp.float32:
+    """The op that alone reads a float32 value, which is no output."""
+    if value in program.subgraph.outputs or program.avals[value].dtype != jnp.float32:
         return None
     found = readers.get(value, ())
     return found[0] if len(found) == 1 and found[0].layer is None else None
@@ -132,7 +137,11 @@ def _only_reader(
 def _longer(program: BlockProgram, fusion: Fusion, op: Op) -> Fusion | None:
     """`fusion` with `op` behind, or None where the epilogue cannot do that."""
     shape = program.avals[fusion.result].shape
-    if len(op.outputs) != 1 or program.avals[op.outputs[0]].shape != shape:
+    if op.name == "reduce_window_max":  # which passes a quantized tensor on as it stands
+        pool = _pool(op, shape)
+        return None if pool is None else fusion._replace(pool=pool)
+    quantized = fusion.result in program.tensor_of
+    if quantized or len(op.outputs) != 1 or program.avals[op.outputs[0]].shape != shape:
         return None
     clipped = (fusion.low, fusion.high) != EVERYTHING
     if op.name in ("add", "add_any") and fusion.residual is None and not clipped:
@@ -147,6 +156,23 @@ def _longer(program: BlockProgram, fusion: Fusion, op: Op) -> Fusion | None:
         return None
     low, high = _both((fusion.low, fusion.high), bounds)
     return fusion._replace(low=low, high=high)
+
+
+def _pool(op: Op, shape: tuple[int, ...]) -> ConvGeometry | None:
+    """The windows of a maximum over the spatial axes of ``[N, *spatial, C]``, or None."""
+    names = ("window_dimensions", "window_strides", "window_dilation", "base_dilation")
+    window, strides, dilation, base = (tuple(op.params[name]) for name in names)
+    padding = tuple(tuple(pair) for pair in op.params["padding"])
+    ends = {*window[:: len(shape) - 1], *strides[:: len(shape) - 1]}
+    if len(shape) < 3 or ends != {1} or padding[0] != (0, 0) or padding[-1] != (0, 0):
+        return None
+    if set(base) != {1} or min(end for pair in padding for end in pair) < 0:
+        return None
+    inner = slice(1, -1)
+    pool = ConvGeometry(
+        shape[inner], window[inner], strides[inner], dilation[inner], padding[inner]
+    )
+    return pool if min(pool.out) > 0 else None
 
 
 def clip_bounds(op: Op, producers: Mapping[int, Op]) -> tuple[float, float] | None:

@@ -133,6 +133,7 @@ class _Run(NamedTuple):
             residual=None if fusion.residual is None else env.residual(fusion.residual),
             low=fusion.low,
             high=fusion.high,
+            pool=fusion.pool,
             values=wanted.values,
             requantizations=tuple(self._requantization(result, r, env) for r in wanted.readers),
         )

@@ -1,11 +1,14 @@
-"""What becomes of a deployed layer's sums: bias, residual, clip, and the codes of its readers."""
+"""What becomes of a deployed layer's sums: bias, residual, clip, maximum, codes of its readers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
 from aquant_jax.arithmetic import border as borders
@@ -19,6 +22,7 @@ from aquant_jax.arithmetic.uniform import (
     to_units,
 )
 from aquant_jax.layers.column import Rounding
+from aquant_jax.layers.conv_geometry import ConvGeometry
 
 
 class Codes(NamedTuple):
@@ -59,14 +63,15 @@ class Requantization(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """``y = clip(sums + bias + residual)``, as values, as codes, or as both.
+    """``y = max_pool(clip(sums + bias + residual))``, as values, as codes, or as both.
 
     Attributes:
       bias: floats ``[O]``, or None.
-      residual: floats or codes of the shape of the result, or None.
-      low, high: what the result is clipped to.
+      residual: floats or codes of the shape of the sums, or None.
+      low, high: what they are clipped to.
       values: whether the result is wanted as values.
       requantizations: the tensors of codes that are wanted.
+      pool: windows whose maximum is the result; None for none.
     """
 
     bias: AnyArray | None = None
@@ -75,6 +80,7 @@ class Epilogue(NamedTuple):
     high: float = math.inf
     values: bool = True
     requantizations: tuple[Requantization, ...] = ()
+    pool: ConvGeometry | None = None
 
     def apply(self, y: Float[Array, "*shape O"]) -> Results:
         """The results, in JAX operations.
@@ -90,10 +96,33 @@ class Epilogue(NamedTuple):
             y = y + self.residual.astype(jnp.float32)
         if (self.low, self.high) != (-math.inf, math.inf):
             y = jnp.clip(y, self.low, self.high)
+        if self.pool is not None:
+            y = _max_pool(y, self.pool)
         return Results(y if self.values else None, tuple(r.codes(y) for r in self.requantizations))
+
+    def staged(self, run: Callable[[Epilogue], Results]) -> Results:
+        """The results, in JAX operations from the maximum on.
+
+        Args:
+          run: gives those of an epilogue without a maximum and codes.
+        """
+        y = run(self._replace(pool=None, values=True, requantizations=())).values
+        assert y is not None
+        rest = Epilogue(pool=self.pool, values=self.values, requantizations=self.requantizations)
+        return rest.apply(y)
 
 
 NO_EPILOGUE = Epilogue()
+
+
+def _max_pool(y: Float[AnyArray, "N *spatial O"], pool: ConvGeometry) -> Float[Array, "N *out O"]:
+    """The maximum over the windows of `pool`."""
+    window, strides, dilation = ((1, *s, 1) for s in (pool.kernel, pool.strides, pool.dilation))
+    padding = ((0, 0), *pool.padding, (0, 0))
+    least = np.array(-math.inf, y.dtype)
+    return jax.lax.reduce_window(
+        y, least, jax.lax.max, window, strides, padding, window_dilation=dilation
+    )
 
 
 def coded(

@@ -49,11 +49,20 @@ struct Wide {
   friend BORDER_INLINE Wide Most(const Wide& a, const Wide& b) {
     return Wide(a.lanes > b.lanes ? a.lanes : b.lanes);
   }
+  friend BORDER_INLINE Wide Higher(const Wide& a, const Wide& b) {
+    const Lanes higher = a.lanes > b.lanes ? a.lanes : b.lanes;
+    // All bits where `a` is above infinity: GCC 12 would compare `a` with itself lane by lane.
+    const Integers none = (0x7f800000 - ((Integers)a.lanes & 0x7fffffff)) >> 31;
+    return Wide((Lanes)((Integers)higher | none));
+  }
   friend BORDER_INLINE Wide Ceil(Wide a) {
     for (int64_t i = 0; i < kWide; ++i) a.lanes[i] = ceilf(a.lanes[i]);
     return a;
   }
 };
+
+// The higher one, or the first of both that is not a number.
+BORDER_INLINE float Higher(float a, float b) { return a > b || a != a ? a : b; }
 
 // From memory to registers, and back. Bytes change their size step by step: at once, GCC 12 takes
 // them one by one.

@@ -10,18 +10,19 @@ namespace {
 
 constexpr int64_t kTasksPerThread = 4;
 
-// How the work is divided: rows of a task, tasks of an image, and parts of the slices.
+// How the work is divided: rows of the result of a task, tasks of an image, and parts of the slices.
 struct Division {
   int64_t rows, blocks, parts;
 
   Division(const Int8Convolution& job, int64_t slices, int64_t threads) {
     const Geometry& g = job.Window();
     const int64_t wanted = std::max<int64_t>(threads, 1) * kTasksPerThread;
-    const int64_t share = (g.images * g.Out(0) + wanted - 1) / wanted;
-    rows = std::clamp<int64_t>(share, 1, job.columns.BlockRows(job.RowElement()));
-    blocks = (g.Out(0) + rows - 1) / rows;
+    const int64_t share = (g.images * job.ResultRows() + wanted - 1) / wanted;
+    rows = std::clamp<int64_t>(share, 1, job.BlockRows());
+    blocks = (job.ResultRows() + rows - 1) / rows;
     const int64_t tasks = std::max<int64_t>(g.images * blocks, 1);
-    parts = job.Depthwise() ? 1 : std::clamp<int64_t>(2 * threads / tasks, 1, slices);
+    const bool whole = job.Depthwise() || job.pooled;
+    parts = whole ? 1 : std::clamp<int64_t>(2 * threads / tasks, 1, slices);
   }
 };
 
@@ -41,9 +42,10 @@ void Convolve(ffi::ThreadPool pool, const Int8Convolution& job, const Division& 
   ParallelFor(pool, g.images * blocks * parts, [&, rows = rows, blocks = blocks,
                                                 parts = parts](int64_t i) {
     const int64_t part = i % parts, block = i / parts % blocks, n = i / parts / blocks;
-    const int64_t first = block * rows;
-    TaskScratch scratch(job, rows);
-    const Task task{n, first, std::min(rows, g.Out(0) - first), weights.slices * part / parts,
+    const RowRange result{block * rows, std::min(rows, job.ResultRows() - block * rows)};
+    const auto [first, count] = job.SumRows(result);
+    TaskScratch scratch(job, job.MostSumRows(rows));
+    const Task task{n, first, count, weights.slices * part / parts,
                     weights.slices * (part + 1) / parts};
     const In* image = static_cast<const In*>(x) + n * g.Image();
     const uint8_t* columns = job.RowsAreColumns() ? scratch.codes.data() : nullptr;
@@ -53,6 +55,7 @@ void Convolve(ffi::ThreadPool pool, const Int8Convolution& job, const Division& 
       FillRows(job, image, task, scratch);
     MultiplyRows(job, weights, instructions.dot, columns, task, scratch);
     instructions.end();
+    if (job.pooled) PoolRows(job, result, task, scratch);
   });
 }
 
@@ -99,15 +102,16 @@ ffi::Error ConvInt8(ffi::ThreadPool pool, const ConvolutionOperands& o, ffi::Rem
   if (ffi::Error error = CheckGrid(size, at, a.bits); error.failure()) return error;
   Grid grid = MakeGrid(size, at, a.bits);
   grid.step = 1.0f;  // values are left in units of it
-  const ColumnJob columns{Flattened(read->geometry), grid, read->border, 0.0f};
-  Int8Convolution job{columns, read->per_element, read->outputs, a.weight_bits,
-                      o.weights.typed_data(), o.weight_zero.typed_data(), {}};
+  const Geometry& g = read->geometry;
+  const ColumnJob columns{read->pooled ? g : Flattened(g), grid, read->border, 0.0f};
+  Int8Convolution job{columns, read->pool, read->pooled, read->per_element, read->outputs,
+                      a.weight_bits, o.weights.typed_data(), o.weight_zero.typed_data(), {}};
   if (ffi::Error error = MakeResults(*read, o, a, job.results); error.failure()) return error;
   const InstructionSet* instructions = ChooseInstructions();
   if (instructions == nullptr)
     return Bad("GPU_OPS_INSTRUCTIONS is none of amx_int8, avx512_vnni, avx_vnni, avx2 and plain");
   const Division division(job, (job.Outer() + kSlice - 1) / kSlice, pool.num_threads());
-  if (ffi::Error error = CheckScratch(TaskScratch::Bytes(job, division.rows),
+  if (ffi::Error error = CheckScratch(TaskScratch::Bytes(job, job.MostSumRows(division.rows)),
                                       o.x.size_bytes() + o.weights.size_bytes());
       error.failure())
     return error;

@@ -7,7 +7,8 @@
 // The columns of at most `kPanelPixels` pixels are then multiplied slice by slice of the outputs; a
 // slice's sums are scaled, added to, clipped and stored as floats, as codes, or as both, a vector of
 // outputs after the other, whose constants stay in registers for all these pixels. A depthwise
-// convolution sums the taps of a vector of channels in float32, in which its sums are exact.
+// convolution sums the taps of a vector of channels in float32, in which its sums are exact. A maximum
+// over windows of the result is taken from the floats of a task's rows, which stay in its memory.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +21,7 @@
 namespace gpu_ops {
 
 constexpr int64_t kPanelBytes = 1 << 17;
+constexpr int64_t kPooledBytes = 1 << 19;  // of the floats that a task takes maxima of
 constexpr int64_t kPanelPixels = 48;  // most of a panel, whose sums stay in the first-level cache
 
 // A tensor of codes of the result's shape.
@@ -40,8 +42,15 @@ struct Results {
   std::vector<CodeGrid> codes;
 };
 
+// Rows [first, first + count) of an image.
+struct RowRange {
+  int64_t first, count;
+};
+
 struct Int8Convolution {
   ColumnJob columns;
+  Geometry pool;  // of the windows of a maximum over the sums, if there is one
+  bool pooled;
   bool per_element;  // the borders are those of column elements
   int64_t outputs;   // of all groups
   int64_t weight_bits;
@@ -63,6 +72,28 @@ struct Int8Convolution {
     const Geometry& g = columns.g;
     return !per_element && !Depthwise() && g.groups == 1 && g.Taps() == 1 && g.stride[0] == 1 &&
            g.stride[1] == 1 && g.channels % kQuad == 0;
+  }
+  int64_t ResultRows() const { return pooled ? pool.Out(0) : Window().Out(0); }
+  // The rows of sums that these rows of the result are made of.
+  RowRange SumRows(const RowRange& rows) const {
+    if (!pooled) return rows;
+    const int64_t most = Window().Out(0), top = rows.first * pool.stride[0] - pool.low[0];
+    const int64_t first = std::clamp<int64_t>(top, 0, most);
+    const int64_t end = top + (rows.count - 1) * pool.stride[0] + pool.Span(0);
+    return {first, std::clamp(end, first, most) - first};
+  }
+  // The most of them for `count` rows of the result.
+  int64_t MostSumRows(int64_t count) const {
+    if (!pooled) return count;
+    return std::min((count - 1) * pool.stride[0] + pool.Span(0), Window().Out(0));
+  }
+  // Rows of the result whose sums, and what these read, stay in a core's cache.
+  int64_t BlockRows() const {
+    const int64_t read = columns.BlockRows(RowElement());
+    if (!pooled) return read;
+    const int64_t line = Window().Out(1) * outputs * static_cast<int64_t>(sizeof(float));
+    const int64_t sums = std::min(read, kPooledBytes / std::max<int64_t>(line, 1));
+    return std::clamp<int64_t>((sums - pool.Span(0)) / pool.stride[0] + 1, 1, pool.Out(0));
   }
   size_t RowElement() const { return per_element || Depthwise() ? sizeof(float) : sizeof(uint8_t); }
 };
@@ -106,15 +137,16 @@ void Pack(const Int8Convolution& job, DotFunction dot, int64_t group, int64_t sl
 // Fills the weights of a depthwise convolution, [taps, channels].
 void PackDepthwise(const Int8Convolution& job, PackedWeights& to);
 
-// Memory of one task.
+// Memory of one task, of `rows` rows of sums.
 struct TaskScratch {
-  Scratch<float> units;
+  Scratch<float> units, values;
   Scratch<uint8_t> codes, panel, column;
   Scratch<int32_t> sums, code_sums;
   ColumnScratch pixel;
 
   explicit TaskScratch(const Int8Convolution& job, int64_t rows)
       : units(job.RowElement() == sizeof(float) ? RowElements(job, rows) + kSlack : 0),
+        values(job.pooled ? SumValues(job, rows) : 0),
         codes(job.RowElement() == sizeof(float) ? 0 : RowElements(job, rows) + kSlack),
         panel(job.RowsAreColumns() || job.Depthwise() ? 0 : Pixels(job) * PanelRow(job) + kSlack),
         column(job.per_element && !job.Depthwise() ? job.Window().Column() + kSlack : 0),
@@ -137,15 +169,20 @@ struct TaskScratch {
   static int64_t RowElements(const Int8Convolution& job, int64_t rows) {
     return job.columns.InputRows(rows) * job.columns.Line();
   }
+  static int64_t SumValues(const Int8Convolution& job, int64_t rows) {
+    return rows * job.Window().Out(1) * job.outputs;
+  }
   static int64_t Bytes(const Int8Convolution& job, int64_t rows) {
-    const int64_t pixels = Pixels(job);
-    return RowElements(job, rows) * job.RowElement() + pixels * PanelRow(job) +
+    const int64_t pixels = Pixels(job), pooled = job.pooled ? SumValues(job, rows) : 0;
+    return RowElements(job, rows) * job.RowElement() + pooled * sizeof(float) +
+           pixels * PanelRow(job) +
            pixels * (kSlice + 1) * sizeof(int32_t) + job.Window().Column() +
            ColumnScratch::Bytes(job.Window());
   }
 };
 
-// A task: rows [first, first + rows) of image `n`, and slices [slice, slices) of every group.
+// A task: rows [first, first + rows) of the sums of image `n`, and slices [slice, slices) of every
+// group.
 struct Task {
   int64_t n, first, rows, slice, slices;
 };
@@ -155,8 +192,11 @@ void FillRows(const Int8Convolution& job, const float* image, const Task& task, 
 void FillRows(const Int8Convolution& job, const uint16_t* image, const Task& task, TaskScratch& s);
 void FillRows(const Int8Convolution& job, const uint8_t* image, const Task& task, TaskScratch& s);
 
-// The results of a task. `direct` is where its columns lie, if they are not made of the rows.
+// The results of a task, or, of a pooled convolution, its floats. `direct` is where its columns lie, if they are not made of the rows.
 void MultiplyRows(const Int8Convolution& job, const PackedWeights& w, DotFunction dot,
                   const uint8_t* direct, const Task& task, TaskScratch& s);
+
+// Rows of the result of a pooled convolution, from the floats of a task that has multiplied.
+void PoolRows(const Int8Convolution& job, const RowRange& rows, const Task& task, TaskScratch& s);
 
 }  // namespace gpu_ops

@@ -5,44 +5,23 @@
 #include <type_traits>
 
 #include "conv_int8.h"
+#include "results.h"
 
 namespace gpu_ops {
 namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// Where in a tensor of results the outputs of some pixels lie, from `first` on.
-struct Place {
-  int64_t pixel, count, outputs, first;
-
-  int64_t At(int64_t i) const { return (pixel + i) * outputs + first; }
-};
-
-// The codes of one output of some pixels, or of `kWide`, from their values.
-template <typename Value>
-BORDER_INLINE void Requantize(const CodeGrid& tensor, const Place& to, const Value* y) {
-  const float* at = tensor.coefficients + to.first;
-  const Value b[] = {Load<Value>(at), Load<Value>(at + to.outputs), Load<Value>(at + 2 * to.outputs)};
-  const Grid grid = tensor.grid;
-  const Phi phi = tensor.phi;
-  uint8_t* codes = tensor.codes;
-  for (int64_t i = 0; i < to.count; ++i) {
-    const Value u = ToUnits(y[i], grid.inv_step);
-    const Value border = Horner(2, [&](int power) INLINED_LAMBDA { return b[power]; }, u);
-    Store(grid, 0.0f, Code(u, ApplyPhi(phi, border), grid), codes + to.At(i));
-  }
-}
-
-// The results of one output of some pixels, or of `kWide`; `sum` gives the sum of a pixel.
+// What becomes of the sums of one output of some pixels, or of `kWide`; `sum` gives that of a pixel.
+// A maximum is taken of `floats`, if they are not null.
 template <typename Value, typename Sum>
-BORDER_INLINE void Finish(const Results& r, const Place& to, Sum sum) {
+BORDER_INLINE void Finish(const Results& r, const Place& to, float* floats, Sum sum) {
   const bool biased = r.bias != nullptr;
   const Value scale = Load<Value>(r.scale + to.first);
   const Value bias = biased ? Load<Value>(r.bias + to.first) : Value(0.0f);
   const float *residual = r.residual, low = r.low, high = r.high;
   const uint8_t* codes = r.residual_codes;
   const Grid grid = r.residual_grid;
-  float* values = r.values;
   Value y[kPanelPixels];
   for (int64_t i = 0; i < to.count; ++i) {
     Value value = Most(kLowest, Mul(sum(i), scale));
@@ -50,9 +29,9 @@ BORDER_INLINE void Finish(const Results& r, const Place& to, Sum sum) {
     if (residual != nullptr) value = Add(value, Load<Value>(residual + to.At(i)));
     if (codes != nullptr) value = Add(value, Dequantize(Load<Value>(codes + to.At(i)), grid));
     y[i] = Clip(value, low, high);
-    if (values != nullptr) std::memcpy(values + to.At(i), y + i, sizeof(Value));
+    if (floats != nullptr) std::memcpy(floats + to.LocalAt(i), y + i, sizeof(Value));
   }
-  for (const CodeGrid& tensor : r.codes) Requantize(tensor, to, y);
+  if (floats == nullptr) Deliver(r, to, y);
 }
 
 // The rows of the input, as codes with one border a channel. `T` is uint8_t, or float for codes less
@@ -148,9 +127,9 @@ BORDER_INLINE void WithDegree(int degree, Run run) {
   }
 }
 
-// A slice's sums of `count` pixels become results.
+// A slice's sums become results; `at` is the place of its pixels.
 VECTORISED void FinishSlice(const Int8Convolution& job, const PackedWeights& w, int64_t group,
-                            int64_t slice, int64_t pixel, int64_t count, TaskScratch& s) {
+                            int64_t slice, const Place& at, TaskScratch& s) {
   const int64_t outer = job.Outer(), first = w.First(slice);
   const int64_t size = std::min(w.Count(slice), outer - first);
   const int32_t* constants = w.constant.data() + group * w.width + first;
@@ -161,8 +140,9 @@ VECTORISED void FinishSlice(const Int8Convolution& job, const PackedWeights& w, 
     const int32_t *sums = s.sums.data() + o, *codes = s.code_sums.data();
     const auto constant = LoadIntegers<Value>(constants + o);
     const auto factor = LoadIntegers<Value>(factors + o);
-    const Place to{pixel, count, job.outputs, group * outer + first + o};
-    Finish<Value>(job.results, to, [=](int64_t i) INLINED_LAMBDA {
+    Place to = at;
+    to.first = group * outer + first + o;
+    Finish<Value>(job.results, to, s.values.data(), [=](int64_t i) INLINED_LAMBDA {
       const auto sum = LoadIntegers<Value>(sums + i * kSlice) + constant;
       return ToFloats(whole ? sum : sum + factor * codes[i]);
     });
@@ -179,6 +159,7 @@ BORDER_INLINE void Multiply(const Int8Convolution& job, const PackedWeights& w, 
   for (int64_t p = 0; p < pixels; p += most) {
     const int64_t count = std::min(most, pixels - p);
     const int64_t pixel = (task.n * g.Out(0) + task.first) * width + p;
+    const Place place{pixel, p, count, job.outputs, 0};
     if (direct == nullptr) FillPanel<degree>(job, p, count, s);
     const uint8_t* panel = direct == nullptr ? s.panel.data() : direct + p * row;
     for (int64_t group = 0; group < g.groups; ++group) {
@@ -187,7 +168,7 @@ BORDER_INLINE void Multiply(const Int8Convolution& job, const PackedWeights& w, 
       for (int64_t slice = task.slice; slice < task.slices; ++slice) {
         dot(codes, row, count, w.packed.data() + w.At(group, slice, quads), quads,
             w.Count(slice), s.sums.data());
-        FinishSlice(job, w, group, slice, pixel, count, s);
+        FinishSlice(job, w, group, slice, place, s);
       }
     }
   }
@@ -232,8 +213,9 @@ BORDER_INLINE void MultiplyDepthwise(const Int8Convolution& job, const PackedWei
       u[i] = s.units.data() + (p + i) / width * g.stride[0] * line +
              (p + i) % width * g.stride[1] * g.channels;
     EachValue(g.channels, [&](int64_t c, auto value) INLINED_LAMBDA {
-      const Place to{(task.n * g.Out(0) + task.first) * width + p, count, job.outputs, c};
-      Finish<decltype(value)>(job.results, to, [&](int64_t i) INLINED_LAMBDA {
+      const int64_t pixel = (task.n * g.Out(0) + task.first) * width + p;
+      const Place to{pixel, p, count, job.outputs, c};
+      Finish<decltype(value)>(job.results, to, s.values.data(), [&](int64_t i) INLINED_LAMBDA {
         return DepthwiseSum<degree, decltype(value)>(job, w.depthwise.data(), u[i], s.pixel, c);
       });
     });

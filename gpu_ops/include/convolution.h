@@ -23,6 +23,7 @@ struct ConvolutionAttributes {
   bool per_channel, values;
   float low, high;
   Sizes code_bits, code_phis;
+  Sizes pool;  // kernel, stride, dilation and padding of a maximum over the result; empty for none
 
   BorderAttributes Rounding() const {
     return {kernel, stride, dilation, padding, groups, bits, shared_across_taps, phi};
@@ -49,7 +50,8 @@ struct CodeTensor {
 
 // What they say; absent operands are null. All pointers are to where the device can read.
 struct DeployedConvolution {
-  Geometry geometry;
+  Geometry geometry, pool;  // the latter of the window of a maximum, if there is one
+  bool pooled;
   Border border;
   bool per_element;  // the borders are those of column elements
   int64_t outputs;   // of all groups
@@ -58,7 +60,11 @@ struct DeployedConvolution {
   float* values;
   std::vector<CodeTensor> codes;
 
-  int64_t Count() const { return geometry.images * geometry.Pixels() * outputs; }
+  // Elements before and after the maximum.
+  int64_t SumCount() const { return geometry.images * geometry.Pixels() * outputs; }
+  int64_t Count() const {
+    return pooled ? geometry.images * pool.Pixels() * outputs : SumCount();
+  }
 };
 
 inline ffi::Error CheckCount(const char* name, int64_t count, int64_t wanted) {
@@ -90,7 +96,23 @@ inline ffi::ErrorOr<Geometry> ReadConvolutionGeometry(const ConvolutionOperands&
   return g;
 }
 
-// Bias and residual of a result of `c.Count()` elements.
+// The window of the maximum over the result.
+inline ffi::Error ReadPool(const ConvolutionAttributes& a, DeployedConvolution& c) {
+  c.pooled = a.pool.size() != 0;
+  if (!c.pooled) return ffi::Error::Success();
+  if (a.pool.size() != 10) return Bad("pool has " + std::to_string(a.pool.size()) + " sizes, not 10");
+  const Geometry& g = c.geometry;
+  const int64_t shape[] = {g.images, g.Out(0), g.Out(1), c.outputs};
+  const auto sizes = [&](int first, int count) { return Sizes(a.pool.begin() + first, count); };
+  const WindowAttributes window{sizes(0, 2), sizes(2, 2), sizes(4, 2), sizes(6, 4), 1};
+  if (ffi::Error error = ReadWindow(ffi::Span<const int64_t>(shape, 4), window, c.pool);
+      error.failure())
+    return error;
+  c.pool.groups = 1;
+  return ffi::Error::Success();
+}
+
+// Bias and residual of a result of `c.SumCount()` elements.
 inline ffi::Error ReadAddends(const ConvolutionOperands& o, DeployedConvolution& c) {
   if (o.bias.element_count() != 0) {
     if (ffi::Error error = CheckCount("the bias", o.bias.element_count(), c.outputs);
@@ -99,7 +121,7 @@ inline ffi::Error ReadAddends(const ConvolutionOperands& o, DeployedConvolution&
     c.bias = o.bias.typed_data();
   }
   if (o.residual.element_count() == 0) return ffi::Error::Success();
-  if (ffi::Error error = CheckCount("the residual", o.residual.element_count(), c.Count());
+  if (ffi::Error error = CheckCount("the residual", o.residual.element_count(), c.SumCount());
       error.failure())
     return error;
   const bool coded = o.residual.element_type() == ffi::U8;
@@ -168,7 +190,9 @@ inline ffi::ErrorOr<DeployedConvolution> ReadConvolution(const ConvolutionOperan
   const bool whole = g.Padded(0) == g.height && g.Padded(1) == g.width;
   const bool per_element = from != ffi::U8 && border->degree >= 0 && !a.per_channel &&
                            !(g.Taps() == 1 && whole);
-  DeployedConvolution c{g, *border, per_element, o.weights.dimensions()[3], {}, {}, {}, {}, {}};
+  DeployedConvolution c{
+      g, {}, false, *border, per_element, o.weights.dimensions()[3], {}, {}, {}, {}, {}};
+  if (ffi::Error error = ReadPool(a, c); error.failure()) return ffi::Unexpected(error);
   if (ffi::Error error = ReadAddends(o, c); error.failure()) return ffi::Unexpected(error);
   if (ffi::Error error = ReadResults(o, rets, a, c); error.failure())
     return ffi::Unexpected(error);
@@ -219,4 +243,4 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     StructMember<int64_t>("phi"), StructMember<int64_t>("weight_bits"),
     StructMember<bool>("per_channel"), StructMember<bool>("values"), StructMember<float>("low"),
     StructMember<float>("high"), StructMember<::gpu_ops::Sizes>("code_bits"),
-    StructMember<::gpu_ops::Sizes>("code_phis"));
+    StructMember<::gpu_ops::Sizes>("code_phis"), StructMember<::gpu_ops::Sizes>("pool"));

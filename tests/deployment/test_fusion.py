@@ -14,6 +14,7 @@ import gpu_ops
 from aquant_jax.deployment.fusion import NEAREST, plan_fusions
 from aquant_jax.graph.fold import fold
 from aquant_jax.graph.trace import trace
+from aquant_jax.layers.conv_geometry import ConvGeometry
 from aquant_jax.plan.assign import make_plan
 from aquant_jax.plan.block_program import make_block_program
 from tests.gpu_ops.test_backend import QuickCompiler, with_random_borders
@@ -188,6 +189,38 @@ def test_a_residual_is_added_from_codes():
 def test_one_of_two_convolutions_absorbs_their_sum():
     plan = plan_of(projected)
     assert [plan[path][0].residual is not None for path in "bc"].count(True) == 1
+
+
+def test_a_maximum_over_windows_is_absorbed():
+    fusion, wanted = plan_of(pooled)["b"]
+    assert (fusion.low, fusion.high) == (0, math.inf)
+    assert fusion.pool == ConvGeometry((5, 4), (2, 2), (2, 2), (1, 1), ((0, 0), (0, 0)))
+    assert wanted == (False, ("c", NEAREST))
+
+
+NO_POOLS = {
+    "of channels": {"window_dimensions": (1, 1, 1, 2)},
+    "of samples": {"window_dimensions": (2, 2, 2, 1)},
+    "some samples": {"window_strides": (2, 1, 1, 1)},
+    "padded channels": {"padding": ((0, 0), (0, 0), (0, 0), (1, 0))},
+    "inserted pixels": {"base_dilation": (1, 2, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("changed", NO_POOLS.values(), ids=NO_POOLS.keys())
+def test_no_other_maximum_is_absorbed(changed):
+    options = {
+        "window_dimensions": (1, 2, 2, 1),
+        "window_strides": (1, 1, 1, 1),
+        "padding": "VALID",
+    }
+
+    def network(v, x):
+        h = conv(conv(x, v["a"]), v["b"])
+        return lax.reduce_window(h, -jnp.inf, lax.max, **{**options, **changed})
+
+    fusion, wanted = plan_of(network)["b"]
+    assert (fusion.pool, wanted.values) == (None, True)
 
 
 @pytest.mark.parametrize("apply", [twice, doubled, broadcast, an_output], ids=lambda f: f.__name__)

@@ -7,6 +7,7 @@ import pytest
 
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.layers.column import Rounding
+from aquant_jax.layers.conv_geometry import ConvGeometry
 from aquant_jax.layers.integer import QuantizedWeights
 from gpu_ops import Codes, Epilogue, Requantization, conv_border_int8, conv_geometry, conv_int8
 from gpu_ops.conv_border_int8 import by_columns
@@ -139,6 +140,34 @@ def test_results_are_quantized_for_their_readers(name, values):
         np.testing.assert_array_equal(one, other)
 
 
+POOLS = {
+    "stem": ((3, 3), (2, 2), (1, 1), ((1, 1), (1, 1))),
+    "uneven": ((3, 2), (1, 3), (1, 2), ((2, 0), (0, 2))),
+    "padding alone": ((2, 2), (1, 1), (1, 1), ((4, 4), (3, 4))),  # some windows hold nothing else
+    "gaps": ((1, 1), (2, 3), (1, 1), ((0, 0), (0, 0))),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS.keys())
+@pytest.mark.parametrize("name", ["wide", "long", "rows", "odd", "depthwise", "bytes"])
+def test_a_maximum_is_taken_before_results_are_stored(name, pool):
+    operands = layer(*LAYERS[name])
+    y, rng = conv_border_int8(*operands).values, rng_of(3)
+    rounding = Rounding(3, "quadratic", "clamp", per_channel=True)
+    wanted = Requantization(GRID, rounding, channel_border(rng, y.shape[-1]))
+    residual = jnp.asarray(normal(rng, *y.shape))
+    if pool[0] != (1, 1):  # of a window of one value, XLA may pass over what is not a number
+        residual = residual.at[-1, -1, -1, -1].set(jnp.nan)
+    epilogue = Epilogue(
+        normal(rng, y.shape[-1]), residual, low=-1.0, pool=ConvGeometry(y.shape[1:3], *pool),
+        requantizations=(wanted,),
+    )  # fmt: skip
+    found, expected = conv_border_int8(*operands, epilogue), by_columns(*operands, epilogue)
+    assert np.nanmax(expected.values) > -1
+    np.testing.assert_array_equal(found.values, expected.values)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+
+
 def test_not_a_number_has_the_code_zero():
     x, *others = layer(*LAYERS["odd"])
     wanted = (Requantization(GRID, Rounding(4), {}),)
@@ -176,6 +205,7 @@ BAD = {
                  r"residual codes are uint8 \(2, 3, 5, 8\), not uint8 \(2, 3, 5, 9\)"),
     "border": ({"requantizations": (Requantization(GRID, Rounding(4, "linear"), {}),)},
                r"coefficient 'b0' has shape None, not \(1, 9\)"),
+    "pool": ({"pool": ConvGeometry((4, 5), *POOLS["gaps"])}, r"two spatial axes of sizes \(4, 5\)"),
     "bits": ({"requantizations": (Requantization(GRID, Rounding(9), {}),)}, "bits is 9, not"),
     "bias": ({"bias": np.zeros(8, np.float32)}, r"bias is float32 \(8,\), not floats \(9,\)"),
 }  # fmt: skip

@@ -18,6 +18,7 @@
 #include "../../gpu_ops/cpu/missing.cc"
 #include "../../gpu_ops/cpu/multiply.cc"
 #include "../../gpu_ops/cpu/packed_weights.cc"
+#include "../../gpu_ops/cpu/pool.cc"
 
 #include <chrono>
 #include <cstdio>
@@ -124,13 +125,28 @@ void AddTrained(Random& r, Window& w, const Kind& kind, Call& call) {
   if (kind.multiplies) call.results.push_back(Floats(kernel));
 }
 
+// The windows of a maximum over results of the shape `y`, which becomes that of the maximum.
+std::vector<int64_t> MakePool(Random& r, std::vector<int64_t>& y) {
+  const int64_t stride = 1 + r.Below(3), low = r.Below(3), high = r.Below(3);
+  std::vector<int64_t> kernel, dilation;
+  for (int axis = 1; axis <= 2; ++axis) {
+    const int64_t padded = low + y[axis] + high;
+    kernel.push_back(1 + r.Below(std::max<int64_t>(std::min<int64_t>(padded, 3), 1)));
+    dilation.push_back(kernel.back() == 1 ? 1 + r.Below(2) : 1);
+    y[axis] = std::max<int64_t>((padded - kernel.back()) / stride + 1, 0);
+  }
+  return {kernel[0], kernel[1], stride, stride, dilation[0], dilation[1], low, high, low, high};
+}
+
 // All arguments and results of a deployed convolution, and the attributes that only it has.
 Call MakeConvolution(Random& r, const Window& w) {
   const bool channel = r.Chance(2), added = r.Chance(2), coded = r.Chance(2), values = r.Chance(2);
   const int64_t outputs = w.groups * r.Of({1, 2, 17, 70}), tensors = r.Below(3) + (values ? 0 : 1);
   const int64_t taps = channel ? 1 : w.kernel[0] * w.kernel[1];
   const int64_t powers = w.channels == 0 ? 0 : r.Below(4);
-  const std::vector<int64_t> y{w.images, w.out[0], w.out[1], outputs};
+  const std::vector<int64_t> sums{w.images, w.out[0], w.out[1], outputs};
+  std::vector<int64_t> y = sums, pool;
+  if (r.Chance(3)) pool = MakePool(r, y);
   const XLA_FFI_DataType kinds[] = {XLA_FFI_DataType_F32, XLA_FFI_DataType_BF16,
                                     XLA_FFI_DataType_U8};
   Call call{gpu_ops::ConvInt8Handler, {}, {}, {}};
@@ -143,7 +159,7 @@ Call MakeConvolution(Random& r, const Window& w) {
   for (int each = 0; each < 2; ++each) a.push_back(Floats({outputs}));
   a.push_back(Floats({r.Chance(2) ? outputs : 0}));
   a.push_back(Array(coded ? XLA_FFI_DataType_U8 : XLA_FFI_DataType_F32,
-                    added ? y : std::vector<int64_t>{0}));
+                    added ? sums : std::vector<int64_t>{0}));
   a.push_back(Floats({added && coded ? 2 : 0}));
   a.push_back(Floats({tensors, 2}));
   a.push_back(Floats({tensors, 3, outputs}));
@@ -153,7 +169,8 @@ Call MakeConvolution(Random& r, const Window& w) {
                      {"values", values}, {"low", static_cast<float>(-r.Below(3))},
                      {"high", static_cast<float>(r.Below(3))},
                      {"code_bits", std::vector<int64_t>(tensors, 2 + r.Below(7))},
-                     {"code_phis", std::vector<int64_t>(tensors, r.Below(3))}};
+                     {"code_phis", std::vector<int64_t>(tensors, r.Below(3))},
+                     {"pool", pool}};
   return call;
 }
 

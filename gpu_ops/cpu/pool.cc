@@ -1,0 +1,68 @@
+// The maximum over windows of a deployed convolution's values; see conv_int8.h.
+#pragma GCC diagnostic ignored "-Wpsabi"  // all that takes or gives vectors is inlined
+
+#include <vector>
+
+#include "results.h"
+
+namespace gpu_ops {
+namespace {
+
+// One window: where its first tap lies in the floats of a task, which may be outside, and the taps
+// that are inside, along either axis.
+struct PoolWindow {
+  int64_t at;
+  RowRange taps[2];
+
+  PoolWindow(const Geometry& g, int64_t row, int64_t col, int64_t first_row) {
+    const int64_t low[] = {row * g.stride[0] - g.low[0], col * g.stride[1] - g.low[1]};
+    at = ((low[0] - first_row) * g.width + low[1]) * g.channels;
+    for (int axis = 0; axis < 2; ++axis) {
+      const int64_t step = g.dilation[axis];
+      const auto taps_below = [&](int64_t size) {
+        return std::clamp<int64_t>((size - low[axis] + step - 1) / step, 0, g.kernel[axis]);
+      };
+      const int64_t first = low[axis] < 0 ? taps_below(0) : 0;
+      taps[axis] = {first, std::max<int64_t>(taps_below(g.Size(axis)) - first, 0)};
+    }
+  }
+};
+
+// The highest value of a channel in a window, or of `kWide`; not a number where one is.
+template <typename Value>
+BORDER_INLINE Value Highest(const Geometry& g, const PoolWindow& window, const float* channel) {
+  const int64_t row = g.dilation[0] * g.width * g.channels, col = g.dilation[1] * g.channels;
+  const auto [top, rows] = window.taps[0];
+  const auto [left, cols] = window.taps[1];
+  const int64_t first = window.at + top * row + left * col;
+  Value highest = -kInfinity;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j)
+      highest = Higher(highest, Load<Value>(channel + (first + i * row + j * col)));
+  return highest;
+}
+
+}  // namespace
+
+VECTORISED void PoolRows(const Int8Convolution& job, const RowRange& rows, const Task& task,
+                         TaskScratch& s) {
+  const Geometry& g = job.pool;
+  const int64_t width = g.Out(1), pixels = rows.count * width;
+  const int64_t start = (task.n * g.Out(0) + rows.first) * width;
+  std::vector<PoolWindow> windows;
+  for (int64_t p = 0; p < pixels; p += kPanelPixels) {
+    const int64_t count = std::min(kPanelPixels, pixels - p);
+    windows.clear();
+    for (int64_t i = p; i < p + count; ++i)
+      windows.emplace_back(g, rows.first + i / width, i % width, task.first);
+    EachValue(job.outputs, [&](int64_t c, auto value) INLINED_LAMBDA {
+      using Value = decltype(value);
+      Value y[kPanelPixels];
+      for (int64_t i = 0; i < count; ++i)
+        y[i] = Highest<Value>(g, windows[i], s.values.data() + c);
+      Deliver(job.results, Place{start + p, 0, count, job.outputs, c}, y);
+    });
+  }
+}
+
+}  // namespace gpu_ops
