@@ -107,7 +107,8 @@ class TestAquantIsQdropAtOneHalf:
         assert relative_error(pair[1](fresh), pair[0](fresh)) < 1e-3
 
 
-@pytest.mark.parametrize("preset", ["brecq", "qdrop", "aquant"])
+# QDrop: test_sample_counts_that_are_no_multiple_of_the_batch.
+@pytest.mark.parametrize("preset", ["brecq", "aquant"])
 def test_eight_bits_are_close_to_float(preset):
     apply, variables = small_net()
     quantized = quantize(preset, 8, 8)
