@@ -17,7 +17,7 @@ from tests.support.nets import normal, relative_error, rng_of
 
 BATCH = 8
 COMPILER = aq.Compiler()
-PATTERNS = []
+PATTERNS, FOREIGN = [], []
 X = normal(rng_of(0), 2 * BATCH, 6, 8)
 
 
@@ -31,6 +31,12 @@ class Pattern(NamedTuple):
 
 def pattern(function):
     PATTERNS.append(pytest.param(function, id=function.__name__))
+    return function
+
+
+def foreign(function):
+    """A network of another library."""
+    FOREIGN.append(pytest.param(function, id=function.__name__))
     return function
 
 
@@ -73,6 +79,10 @@ def recurrent():
 def stacked_layers():
     paths = [f"layers/{name}[{i}]" for i in range(4) for name in ("wi", "wo")]
     return Pattern(stack, stack_weights(4), [*paths, "head"])
+
+
+def two_layers():
+    return Pattern(stack, stack_weights(2), [])
 
 
 @pattern
@@ -128,7 +138,7 @@ def counters_keys_and_a_reversed_loop():
     return Pattern(apply, variables, ["u", "k", "head", "head#2"])
 
 
-@pattern
+@foreign
 def linen_rnn():
     linen = pytest.importorskip("flax.linen")
 
@@ -147,7 +157,7 @@ def linen_rnn():
     return Pattern(net.apply, variables, [f"params/{name}/kernel" for name in names])
 
 
-@pattern
+@foreign
 def linen_scan_with_remat():
     linen = pytest.importorskip("flax.linen")
 
@@ -170,7 +180,7 @@ def linen_scan_with_remat():
     return Pattern(net.apply, net.init(jax.random.key(0), X), paths)
 
 
-@pattern
+@foreign
 def nnx_scan_and_lstm():
     nnx = pytest.importorskip("flax.nnx")
 
@@ -191,7 +201,7 @@ def nnx_scan_and_lstm():
     return Pattern(lambda v, x: nnx.merge(graph, v)(x), state, [*paths, "rnn/cell/dense_h/kernel"])
 
 
-@pattern
+@foreign
 def equinox_lstm():
     eqx = pytest.importorskip("equinox")
     parts = eqx.nn.LSTMCell(8, 8, key=jax.random.key(0)), eqx.nn.Linear(8, 5, key=jax.random.key(1))
@@ -209,7 +219,7 @@ def equinox_lstm():
     return Pattern(apply, variables, ["0/weight_ih", "0/weight_hh", "1/weight"])
 
 
-@pattern
+@foreign
 def keras_lstm():
     os.environ.setdefault("KERAS_BACKEND", "jax")
     keras = pytest.importorskip("keras")
@@ -227,9 +237,8 @@ def keras_lstm():
     return Pattern(apply, variables, [name for name in names if "bias" not in name])
 
 
-@pytest.mark.user_model(reason="networks of other libraries")
-@pytest.mark.parametrize("build", PATTERNS)
-def test_eight_bits_are_close_to_float_in_integers_and_saved(build, tmp_path):
+def in_eight_bits(build):
+    """A quantized network and its outputs, which are close to those in float."""
     apply, variables, paths = build()
     recipe = aq.recipes.nearest(8, 8, batch_size=BATCH, quantize_input=True)
     quantized = aq.quantize(apply, variables, X, recipe, compiler=COMPILER)
@@ -238,6 +247,19 @@ def test_eight_bits_are_close_to_float_in_integers_and_saved(build, tmp_path):
     assert all(layer.weight_bits == layer.act_bits == 8 for layer in quantized.summary())
     assert np.std(np.asarray(expected), axis=0).min() > 0
     assert 0 < relative_error(found, expected) < 0.02
+    return quantized, found
+
+
+@pytest.mark.user_model(reason="networks of other libraries")
+@pytest.mark.parametrize("build", FOREIGN)
+def test_eight_bits_of_other_libraries_are_close_to_float(build):
+    in_eight_bits(build)
+
+
+@pytest.mark.user_model(reason="a sum of two ranks")
+@pytest.mark.parametrize("build", PATTERNS)
+def test_eight_bits_are_close_to_float_in_integers_and_saved(build, tmp_path):
+    quantized, found = in_eight_bits(build)
     in_integers = quantized.with_backend(gpu_ops.backend())(X)
     np.testing.assert_allclose(in_integers, found, rtol=1e-5, atol=1e-6)
     aq.save(quantized, tmp_path / "saved")
@@ -247,7 +269,7 @@ def test_eight_bits_are_close_to_float_in_integers_and_saved(build, tmp_path):
 @pytest.mark.parametrize(
     ("build", "preset"),
     [
-        (stacked_layers, "aquant_plus"),
+        (two_layers, "aquant_plus"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
@@ -298,16 +320,15 @@ def text_size(quantized):
 
 
 def test_stacked_layers_compile_once_and_run_in_a_loop(monkeypatch):
-    sizes, compiled = [], []
+    sizes, compiled, compiler = [], [], aq.Compiler()
     for layers in (5, 8):
-        compiler = aq.Compiler()
         variables = stack_weights(layers)
         recipe = aq.recipes.preset("qdrop", weight_bits=4, act_bits=4, steps=1, batch_size=BATCH)
         quantized = aq.quantize(stack, variables, X, recipe, compiler=compiler)
         compiled.append(len(compiler._functions))
         saved = len(serialize(export_program(quantized)))
         sizes.append((len(jax.tree.leaves(quantized)), saved, text_size(quantized)))
-    assert compiled[0] == compiled[1]
+    assert compiled[0] == compiled[1]  # more layers compile nothing more
     assert sizes[1][0] == sizes[0][0]
     assert sizes[1][1] < 1.05 * sizes[0][1]
     assert sizes[1][2] < 1.05 * sizes[0][2]

@@ -12,7 +12,7 @@ import aquant_jax as aq
 from aquant_jax.errors import InputError
 from aquant_jax.reconstruction import memory
 from aquant_jax.reconstruction.memory import DEVICE, DISK
-from tests.support.nets import images, residual_net
+from tests.support.nets import images, two_convolutions
 
 SAMPLES = 24
 COMPILER = aq.Compiler()
@@ -31,7 +31,7 @@ def run(monkeypatch, free=None, tmp_path=None, **fields):
         def on_memory(self, plan):
             plans.append(plan)
 
-    apply, variables = residual_net()
+    apply, variables = two_convolutions()
     with monkeypatch.context() as patch:
         if free is not None:
             patch.setattr(memory, "free_bytes", lambda limit=None: free)
@@ -63,7 +63,7 @@ def whole():
 
 @pytest.mark.parametrize("limit", [0, -1, 2.5, "4GiB", True])
 def test_a_limit_is_a_number_of_bytes(limit):
-    apply, variables = residual_net()
+    apply, variables = two_convolutions()
     with pytest.raises(InputError, match=r"memory_limit is .*; it must be a positive number"):
         aq.quantize(apply, variables, images(0, SAMPLES), recipe(), memory_limit=limit)
 
@@ -134,7 +134,7 @@ def test_rematerialized_layers_learn_the_same(monkeypatch, whole):
 @pytest.mark.parametrize(("several", "more"), [(False, "lower"), (True, "caches of several pro")])
 def test_a_block_that_does_not_fit_is_named_with_both_sizes(monkeypatch, tmp_path, several, more):
     monkeypatch.setattr(memory.devices, "several_processes", lambda: several)
-    apply, variables = residual_net()
+    apply, variables = two_convolutions()
     monkeypatch.setattr(memory, "free_bytes", lambda limit=None: 1000)
     with pytest.raises(
         InputError,

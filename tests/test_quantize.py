@@ -11,7 +11,7 @@ from aquant_jax.arithmetic import border
 from aquant_jax.layers.backend import ReferenceBackend
 from tests.support import numpy_reference as reference
 from tests.support.layer_codes import input_codes
-from tests.support.nets import images, normal, relative_error, rng_of, small_net
+from tests.support.nets import images, normal, relative_error, rng_of, small_net, two_convolutions
 from tests.support.observers import Recorder
 
 X = images(0, 16, size=5)
@@ -107,7 +107,8 @@ class TestAquantIsQdropAtOneHalf:
         assert relative_error(pair[1](fresh), pair[0](fresh)) < 1e-3
 
 
-@pytest.mark.parametrize("preset", ["brecq", "qdrop", "aquant"])
+# QDrop: test_sample_counts_that_are_no_multiple_of_the_batch.
+@pytest.mark.parametrize("preset", ["brecq", "aquant"])
 def test_eight_bits_are_close_to_float(preset):
     apply, variables = small_net()
     quantized = quantize(preset, 8, 8)
@@ -238,7 +239,7 @@ def test_sample_counts_that_are_no_multiple_of_the_batch():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_half_precision_networks(dtype):
-    apply, variables = small_net()
+    apply, variables = two_convolutions()
     half = jax.tree.map(lambda a: jnp.asarray(a, dtype), variables)
     x = np.asarray(jnp.asarray(X, dtype))
     quantized = quantize("aquant", 8, 8, net=(apply, half), calibration=x)

@@ -7,17 +7,17 @@ import pytest
 
 import aquant_jax as aq
 from aquant_jax.reconstruction import float_block
-from tests.support.nets import assert_same_network, images, small_net
+from tests.support.nets import assert_same_network, mlp, normal, rng_of
 from tests.support.observers import Recorder
 
-X = images(0, 12, size=5)
+X = normal(rng_of(0), 12, 6)
 SEEDS = (3, 0, 8)
 RECIPE = aq.recipes.aquant_plus(3, 3, steps=3, batch_size=4, finetune_eval_every=1)
 COMPILER = aq.Compiler()
 
 
 def call(function, *args, **more):
-    apply, variables = small_net()
+    apply, variables = mlp()
     return function(apply, variables, X, RECIPE, *args, compiler=COMPILER, **more)
 
 

@@ -1,5 +1,7 @@
 """Weights only: ``act_bits=None``, and a grid for every few inputs of a channel."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from tests.support.nets import conv, normal, relative_error, rng_of
 
 BATCH = 8
 X = normal(rng_of(0), 8 * BATCH, 4, 4, 8)
+COMPILER = aq.Compiler()
 
 
 def dense_weights():
@@ -37,11 +40,14 @@ def apply(v, x):
     return lax.dot_general(h, v["head"], (((1,), (1,)), ((), ())))
 
 
+@functools.cache
 def learned(preset, weight_bits, **fields):
     fields = {"act_bits": None, "batch_size": BATCH, **fields}
     recipe = aq.recipes.preset(preset, weight_bits=weight_bits, **fields)
     recipe = recipe.replace(first_weight_bits=None, last_weight_bits=None)
-    return aq.quantize(apply, VARIABLES, X, recipe, observer=aq.Observer())
+    return aq.quantize(
+        apply, VARIABLES, X, recipe, observer=aq.Observer(), compiler=COMPILER
+    )  # fmt: skip
 
 
 def error(network):

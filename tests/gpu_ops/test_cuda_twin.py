@@ -30,7 +30,7 @@ from tests.support.img2col_reference import (
     reference,
     together,
 )
-from tests.support.process import REPOSITORY
+from tests.support.process import REPOSITORY, made_once
 from tests.support.tuned_reference import (
     assert_convolves,
     assert_exact_codes,
@@ -62,17 +62,19 @@ def compiled(tmp_path_factory):
     """Registers the handlers of the twin, once a process: a worker may come back to this file."""
     if not shutil.which("g++"):
         pytest.skip("needs g++")
-    library = tmp_path_factory.mktemp("twin") / "twin.so"
+    loaded = ctypes.CDLL(str(made_once(tmp_path_factory, "twin.so", compile_twin)))
+    for name, symbol in HANDLERS.items():
+        handler = jax.ffi.pycapsule(getattr(loaded, symbol))
+        jax.ffi.register_ffi_target(f"twin_{name}", handler, platform="cpu")
+
+
+def compile_twin(library):
     sources = REPOSITORY / "gpu_ops"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra"]
     include = [f"-I{sources / name}" for name in ("include", "cuda")]
     system = ["-isystem", jax.ffi.include_dir()]
     twin = ["-x", "c++", str(REPOSITORY / "tests" / "support" / "twin.cc"), "-o", str(library)]
     subprocess.run(["g++", *flags, "-Werror", *include, *system, *twin], check=True)
-    loaded = ctypes.CDLL(str(library))
-    for name, symbol in HANDLERS.items():
-        handler = jax.ffi.pycapsule(getattr(loaded, symbol))
-        jax.ffi.register_ffi_target(f"twin_{name}", handler, platform="cpu")
 
 
 def noted(called, ffi_call=jax.ffi.ffi_call):

@@ -36,6 +36,7 @@ def tokens(seed=0, samples=16, length=LENGTH):
     return {"ids": ids, "mask": mask, "types": np.zeros_like(ids)}
 
 
+@functools.cache
 def bert(labels=None, layers=2):
     model = Bert(dataclasses.replace(CONFIG, num_hidden_layers=layers), labels)
     variables = jax.jit(model.init)(jax.random.key(0), tokens(samples=1))

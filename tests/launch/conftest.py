@@ -35,8 +35,10 @@ def without_plots(request, monkeypatch):
 
 
 def draw_nothing(patch):
-    for module, name in ((plots, "run_plots"), (reports, "measure"), (reports, "write_report")):
-        patch.setattr(module, name, lambda *_: None)
+    for name in ("run_plots", "comparison_plots"):
+        patch.setattr(plots, name, lambda *_: None)
+    for name in ("measure", "write_report"):
+        patch.setattr(reports, name, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

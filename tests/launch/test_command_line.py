@@ -127,7 +127,7 @@ def test_the_log_is_shown_inside_a_program_only(capsys):
 
 
 def test_a_program_starts_as_a_module_of_a_checkout():
-    command = [sys.executable, "-m", "launch.overhead", "--nothing"]
+    command = [sys.executable, "-m", "launch.report", "--nothing"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Unknown command line flag 'nothing'" in done.stderr

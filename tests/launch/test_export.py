@@ -77,7 +77,8 @@ def assert_same_outputs(found, expected):
     ("net", "granularity", "bits"),
     [
         (small_net, "mean", 4), (odd_net, "element", 3),
-        (small_net, "channel", 4), pytest.param(odd_net, "channel", 3, marks=pytest.mark.slow),
+        # tests/deployment/test_onnx_integers.py has borders a channel.
+        *(pytest.param(net, "channel", 3, marks=pytest.mark.slow) for net in (small_net, odd_net)),
     ],
 )  # fmt: skip
 def test_onnxruntime_gives_the_same_outputs(tmp_path, net, granularity, bits):
@@ -155,9 +156,10 @@ def test_a_package_that_is_not_installed_is_named_in_one_line(monkeypatch, runti
 
 def test_a_restored_network_needs_the_code_for_onnx(tmp_path):
     aq.save(quantized(small_net, "mean", 4), tmp_path / "saved")
+    restored = aq.restore(tmp_path / "saved")
     with pytest.raises(InputError, match="the ONNX export needs the model's code"):
-        onnx_export.to_onnx(aq.restore(tmp_path / "saved"))
-    program = stablehlo.self_contained(aq.restore(tmp_path / "saved"))
+        onnx_export.to_onnx(restored)
+    program = stablehlo.self_contained(restored)
     np.testing.assert_array_equal(program.call(X[:3]), quantized(small_net, "mean", 4)(X[:3]))
 
 

@@ -19,15 +19,18 @@ def main(argv):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.jit(lambda x: jnp.sort(jnp.sin(x)) @ x)(jnp.ones((8, 8)))
 
-assert main(["program"]) == 0
-print(sum(hits) > 0)
+for _ in range(2):
+    assert main(["program"]) == 0
+    print(sum(hits) > 0)
+    jax.clear_caches()  # what the process itself keeps
 """
 
 
 def run(**environment):
+    """Whether the first and the second run of a program read what was compiled before."""
     done = run_python(PROGRAM, **{"JAX_COMPILATION_CACHE_DIR": "", "HOME": "", **environment})
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()[-1] == "True", done.stderr
+    return [line == "True" for line in done.stdout.split()]
 
 
 def files(folder):
@@ -35,9 +38,8 @@ def files(folder):
 
 
 def test_a_second_run_does_not_compile_again(tmp_path):
-    assert not run(HOME=str(tmp_path))[0]
+    assert run(HOME=str(tmp_path)) == [False, True]
     assert files(tmp_path / ".cache" / "aquant-jax" / "compiled")
-    assert run(HOME=str(tmp_path))[0]
 
 
 @pytest.fixture
@@ -67,5 +69,4 @@ def test_the_folder_of_compiled_programs(settings, monkeypatch, given, base, exp
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "aquant-jax").write_text("a file")
-    hit, _ = run(XDG_CACHE_HOME=str(tmp_path))
-    assert not hit
+    assert run(XDG_CACHE_HOME=str(tmp_path)) == [False, False]

@@ -209,12 +209,12 @@ def test_a_restart_keeps_the_blocks_before_and_replaces_the_results(finished_run
     longer = [*argv, "--config.recipe.reconstruction.step_lr=1e-2"]
     assert quantize.main(longer) == 2
     assert "recipe.reconstruction.step_lr (4e-05 there, 0.01 here)" in capsys.readouterr().err
-    assert quantize.main([*longer, "--config.recipe.phi=clamp", "--restart_from_block=3"]) == 2
+    assert quantize.main([*longer, "--config.recipe.phi=clamp", "--restart_from_block=4"]) == 2
     may = "(a restart may change recipe.reconstruction and augment only)"
     assert may in capsys.readouterr().err
-    assert quantize.main([*longer, "--restart_from_block=3"]) == 0
+    assert quantize.main([*longer, "--restart_from_block=4"]) == 0
     after = [(block / "manifest.json").read_bytes() for block in blocks]
-    assert [one == two for one, two in zip(before, after, strict=True)] == [True] * 3 + [False] * 2
+    assert [one == two for one, two in zip(before, after, strict=True)] == [True] * 4 + [False]
     learning = read(path / "results.json")["recipe"]["reconstruction"]
     assert learning["step_lr"] == 1e-2
     log = (path / "log.jsonl").read_text().splitlines()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from aquant_jax import models
 from launch import quantize, sweep
-from launch.lib import command_line, experiment, paper_tables
+from launch.lib import command_line, experiment, paper_tables, plots
 from tests.launch.conftest import DIGITS
 from tests.support.nets import small_net
 
@@ -25,7 +25,9 @@ def read(path):
 
 
 @pytest.mark.draws
-def test_presets_resume_cell_by_cell_and_takes_more_seeds(pretend, tmp_path, capsys):
+def test_presets_resume_cell_by_cell_and_takes_more_seeds(pretend, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "run_plots", lambda *args: drawn.append(args[-1].parent.name))
     argv = ["sweep", DIGITS, "--presets=nearest,aquant", f"--workdir={tmp_path}", *FEW]
     assert sweep.main([*argv, "--seeds=0"]) == 0
     assert pretend == [("nearest", 0), ("aquant", 0)]
@@ -37,7 +39,7 @@ def test_presets_resume_cell_by_cell_and_takes_more_seeds(pretend, tmp_path, cap
     assert [row["preset"] for row in results["rows"]] == ["nearest", "aquant"]
     assert all(row["std"] == 0 and set(row["seeds"]) == {"0", "1"} for row in results["rows"])
     assert (tmp_path / "plots" / "accuracy.png").exists()
-    assert (tmp_path / "aquant-s1" / "plots" / "borders.png").exists()
+    assert drawn == [*("nearest-s0", "aquant-s0"), *("nearest-s0", "nearest-s1", "aquant-s1")]
 
 
 def test_overrides_reach_every_preset_but_nearest_takes_no_steps(pretend, tmp_path):

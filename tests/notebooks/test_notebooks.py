@@ -39,7 +39,7 @@ SHORT = {
         r"skipped: JAX finds no NVIDIA GPU.*border fp32 over im2col",
     ),
     "quickstart": (
-        {"STEPS": 12, "SAMPLES": 128, "PRESETS": ["nearest", "aquant"]},
+        {"STEPS": 2, "SAMPLES": 128, "PRESETS": ["nearest", "aquant"]},
         ["matplotlib"],
         r"float: 99\.60%.*nearest +\d.*aquant +\d.*all 500 outputs are equal bit for bit",
     ),

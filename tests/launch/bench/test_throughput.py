@@ -13,10 +13,16 @@ from launch.bench import throughput
 SMALL = ["--size=14", "--images=6", "--batch_size=4", "--rounds=3", "--preset=nearest"]
 
 
-def test_rates_and_their_ratios(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def one_layer(monkeypatch):
+    """In place of every network."""
     weights = np.random.default_rng(0).normal(size=(14 * 14 * 3, 4)).astype(np.float32)
     network = (lambda weights, x: x.reshape(len(x), -1) @ weights, weights)
-    monkeypatch.setattr(models, "create", lambda name: network)
+    for name in models.MODELS:
+        monkeypatch.setitem(models.MODELS, name, lambda *_: network)
+
+
+def test_rates_and_their_ratios(one_layer, tmp_path, capsys):
     out = tmp_path / "out.json"
     assert throughput.main(["throughput", *SMALL, f"--out={out}"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -51,8 +57,8 @@ def test_images_are_as_large_as_those_of_imagenet(tmp_path):
         (["calibrate"], "unexpected argument 'calibrate'"),
     ],
 )
-def test_bad_input_is_one_line(argv, word, capsys):
-    assert throughput.main(["throughput", *argv]) == 2
+def test_bad_input_is_one_line(argv, word, one_layer, capsys):
+    assert throughput.main(["throughput", *SMALL, *argv]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert word in error
