@@ -36,6 +36,7 @@ from aquant_jax.allocation.layer_choices import (
 from aquant_jax.allocation.measure import Meter, measure, open_measurements
 from aquant_jax.allocation.networks import prepare_networks
 from aquant_jax.allocation.origins import (
+    from_runs,
     named_runs,
     origins_of,
     round_learned,
@@ -197,13 +198,15 @@ def _measured(
     if call.steps:
         rounded = functools.partial(round_learned, net, call.run, borders)
     table = uniform_choices(call.choices, borders)
-    origins = functools.partial(origins_of, table)
-    meter = Meter(net, samples, layers, origins, rounded, call.compiler)
     identity = fingerprint(net, samples, call.seed, call.compiler, None) | {"steps": call.steps}
     if call.steps:
         identity["reconstructed"] = {"borders": borders, "recipe": call.recipe.to_dict()}
     runs = named_runs(table) if call.steps else {}
     with open_measurements(call.resume, identity, runs) as measurements:
+        if call.steps:
+            table = from_runs(table, measurements.runs)
+        origins = functools.partial(origins_of, table)
+        meter = Meter(net, samples, layers, origins, rounded, call.compiler)
         blocks = [block.layers for block in net.blocks]
         errors, pairs = measure(measurements, meter, layers, blocks)
         if learns_blocks(call.recipe):

@@ -32,6 +32,7 @@ FILE = "sensitivity.json"
 PAIR_POINTS = 3  # choices at which the interaction of two layers is measured
 SMALLEST = 1e-12  # error with which two layers are correlated
 
+Runs = dict[str, list[int | None]]
 SEPARATOR = " & "  # of the paths of two layers
 
 
@@ -41,17 +42,21 @@ class Measurements:
     Args:
       folder: where `FILE` stands; None keeps nothing.
       call: identifies what is measured.
-      runs: by bits, the reconstruction that weights or inputs come from. Calls agree about those
-        that both name; the folder keeps the runs of all of them.
+      runs: bits of the reconstruction that weights, or inputs, of some bits come from; see
+        `origins.named_runs`.
+
+    Attributes:
+      measured: how many errors were measured.
+      runs: those of the folder, and of the others those of this call.
 
     Raises:
       InputError: the folder holds the measurements of another call, is damaged, or cannot be
         written.
     """
 
-    def __init__(self, folder: Path | None, call: dict[str, Any], runs: dict[str, str]) -> None:
+    def __init__(self, folder: Path | None, call: dict[str, Any], runs: Runs) -> None:
         self._path = folder and folder / FILE
-        self._call, self._runs = jsonable(call), runs
+        self._call, self.runs = jsonable(call), runs
         self._errors: dict[str, dict[str, float]] = {}
         self.measured = 0
         if self._path is None or not self._path.exists():
@@ -64,17 +69,17 @@ class Measurements:
         found, known = fields.get("errors"), fields.get("runs", {})
         if (
             not isinstance(found, dict)
-            or not isinstance(known, dict)
             or not all(map(holds_numbers, found.values()))
+            or not isinstance(known, dict)
+            or not all(isinstance(run, list) and len(run) == 2 for run in known.values())
         ):
             raise InputError(f"{self._path} is damaged: it holds no errors of layers by choice")
-        changed = differences(fields.get("call"), self._call)
-        if changed := changed + differences({"runs": runs | known}, {"runs": known | runs}):
+        if changed := differences(fields.get("call"), self._call):
             raise InputError(
                 f"{self._path} holds the measurements of another call, which differs in "
                 f"{', '.join(changed)}; choose another folder"
             )
-        self._errors, self._runs = found, known | runs
+        self._errors, self.runs = found, runs | known
 
     def get(self, key: Sequence[str], label: str, measure: Callable[[], float]) -> float:
         """The error of the layers `key` at the choice of that label, measured if it is missing."""
@@ -89,22 +94,22 @@ class Measurements:
         if self._path is None:
             return
         try:
-            write_json(self._path, {"call": self._call, "runs": self._runs, "errors": self._errors})
+            write_json(self._path, {"call": self._call, "runs": self.runs, "errors": self._errors})
         except OSError as error:
             raise InputError(f"{self._path} cannot be written: {reason(error)}") from error
 
 
 @contextlib.contextmanager
 def open_measurements(
-    folder: str | Path | None, call: Mapping[str, Any], runs: Mapping[str, str]
+    folder: str | Path | None, call: Mapping[str, Any], runs: Runs
 ) -> Iterator[Measurements]:
     """The measurements in a folder, which this process holds; see `Measurements`."""
     if folder is None:
-        yield Measurements(None, dict(call), dict(runs))
+        yield Measurements(None, dict(call), runs)
         return
     path = Path(folder)
     with hold(path, lambda: None):
-        yield Measurements(path, dict(call), dict(runs))
+        yield Measurements(path, dict(call), runs)
 
 
 class Meter:

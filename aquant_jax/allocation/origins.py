@@ -54,14 +54,32 @@ def uniform_choices(choices: Sequence[Choice], borders: bool) -> dict[Kind, Orig
     return found
 
 
-def named_runs(table: Mapping[Kind, Origins]) -> dict[str, str]:
-    """The uniform choices of a table, by the bits and the border that they are the origin of."""
-    found = {}
-    for kind, origins in table.items():
-        for letter, runs in (("w", origins.weights), ("a", origins.inputs)):
-            for bits, run in runs.items():
-                found[" ".join([f"{letter}{bits or 16}", *filter(None, kind)])] = str(run)
-    return found
+def named_runs(table: Mapping[Kind, Origins]) -> dict[str, list[int | None]]:
+    """The bits of the uniform choices of a table, by the bits and border that they stand for."""
+    return {
+        _name(letter, bits, kind): [run.weight_bits, run.act_bits]
+        for kind, origins in table.items()
+        for letter, runs in zip("wa", origins, strict=True) for bits, run in runs.items()
+    }  # fmt: skip
+
+
+def from_runs(
+    table: Mapping[Kind, Origins], known: Mapping[str, Sequence[int | None]]
+) -> dict[Kind, Origins]:
+    """A table with the runs that `named_runs` named in place of its own."""
+
+    def pick(letter: str, kind: Kind, runs: Mapping[int | None, Choice]) -> dict[Any, Choice]:
+        found = {bits: known[_name(letter, bits, kind)] for bits in runs}
+        return {b: Choice(w, a, *(kind if a else (None, None))) for b, (w, a) in found.items()}
+
+    return {
+        kind: Origins(pick("w", kind, origins.weights), pick("a", kind, origins.inputs))
+        for kind, origins in table.items()
+    }
+
+
+def _name(letter: str, bits: int | None, kind: Kind) -> str:
+    return " ".join([f"{letter}{bits or 16}", *filter(None, kind)])
 
 
 def origins_of(table: Mapping[Kind, Origins], choice: Choice) -> tuple[Choice, Choice]:

@@ -11,7 +11,7 @@ import pytest
 
 import aquant_jax as aq
 from aquant_jax.allocation.costs import count_costs
-from aquant_jax.allocation.measure import FILE, Measurements
+from aquant_jax.allocation.measure import FILE
 from aquant_jax.allocation.networks import prepare_networks
 from aquant_jax.allocation.repair import LEFT
 from aquant_jax.deployment.checkpoint import sizes
@@ -21,6 +21,7 @@ X = images(0, 16, size=5)
 NET = residual_net()
 CHOICES = [aq.Choice(w, a) for w in (2, 3, 4) for a in (2, 3, 4)]
 RECIPE = aq.recipes.qdrop(3, 3, steps=0, finetune_loss="kl")
+COMPILER = aq.Compiler()  # compiled functions of all tests
 FREE = ("block_1/conv1/kernel", "block_1/conv2/kernel")
 
 
@@ -33,6 +34,7 @@ def folder(tmp_path_factory):
 
 
 def allocate(budget, folder=None, choices=CHOICES, recipe=RECIPE, net=NET, x=X, **options):
+    options = {"compiler": COMPILER} | options
     return aq.allocate(*net, x, budget, choices, recipe=recipe, resume=folder, **options)
 
 
@@ -208,8 +210,8 @@ def test_weights_alone_leave_every_input_in_float():
 def test_some_layer_is_quantized():
     """With a recipe that fixes no layer, the most would be a network in float."""
     net, x = mlp(sizes=(6, 8, 4)), normal(rng_of(1), 16, 6)
-    recipe = aq.recipes.nearest(3, 3, first_weight_bits=None, last_weight_bits=None)
-    choices = [aq.Choice(3, 3), aq.Choice()]
+    free = dict.fromkeys(("first_weight_bits", "last_weight_bits", "last_act_bits"))
+    recipe, choices = aq.recipes.nearest(3, 3, **free), [aq.Choice(3, 3), aq.Choice()]
     found = allocate(aq.Budget(average_bits=20), None, choices, recipe, net, x)
     quantized = rounded(found.recipe_of(found.front[-1]), net, x)
     assert [spec.weight_bits for spec in quantized.specs].count(3) == 1
@@ -279,16 +281,22 @@ def test_borders_are_told_apart_by_a_short_reconstruction(tmp_path):
         "coefficients"] == 0  # fmt: skip
 
 
-def test_reconstructions_that_calls_share_must_be_the_same(tmp_path):
-    """The weights of 3 bits come from one run, whatever else a call measures."""
-    call, absent = {"steps": 2}, pytest.fail
-    first = Measurements(tmp_path, call, {"w3": "w3a3"})
-    assert first.get("a", "w3a3", lambda: 0.5) == 0.5
-    second = Measurements(tmp_path, call, {"w4": "w4a4"})
-    assert (second.get("a", "w3a3", absent), second.get("a", "w4a4", lambda: 0.25)) == (0.5, 0.25)
-    assert Measurements(tmp_path, call, {"w3": "w3a3", "w4": "w4a4"}).measured == 0
-    with pytest.raises(aq.InputError, match=r"in runs\.w3 \('w3a3' there, 'w3a4' here\); choose"):
-        Measurements(tmp_path, call, {"w3": "w3a4"})
+def test_fewer_choices_come_from_the_reconstructions_of_more(tmp_path):
+    """Inputs of 3 bits come from the run at w3a3 then too, not from one at w2a3."""
+    choices, fewer = ([aq.Choice(w, a) for w in bits for a in (2, 3)] for bits in ((2, 3), (2,)))
+    options = {"net": mlp(sizes=(6, 8, 4)), "x": normal(rng_of(1), 8, 6), "steps": 1}
+    free = {"last_weight_bits": None, "last_act_bits": None}
+    options["recipe"] = aq.recipes.brecq(3, 3, batch_size=8, **free)
+    first = allocate(aq.Budget(average_bits=2.5), tmp_path, choices, **options)
+    stored = json.loads((tmp_path / FILE).read_text())
+    assert stored["runs"] == {"w2": [2, 2], "w3": [3, 3], "a2": [2, 2], "a3": [3, 3]}
+    del stored["errors"]["1/w"]["w2a3"]
+    (tmp_path / FILE).write_text(json.dumps(stored))
+    again = allocate(aq.Budget(average_bits=2.5), tmp_path, fewer, **options)
+    assert (first.measured > 1, again.measured) == (True, 1)
+    errors = {(entry.path, entry.choice): entry.error for entry in first.table}
+    assert all(errors[entry.path, entry.choice] == entry.error for entry in again.table)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"w2a2", "w3a3"}
 
 
 def test_latency_comes_from_a_table_or_from_this_device():

@@ -26,7 +26,7 @@ def test_allocations_under_several_budgets_and_a_network_of_one(tmp_path, capsys
     results = json.loads((folder / "results.json").read_text())
     assert results["costs"]["weight_bits"] <= 2.5
     assert results["choices"] == ["w2a2", "w2a3", "w3a2", "w3a3"]
-    # Another budget and fewer choices measure nothing, and what was there stays.
+    # Another budget measures nothing, and what was there stays.
     first = (folder / "allocation.json").read_bytes()
     assert run(folder, "--budget=average_bits=3,2", *bits) == 0
     out = capsys.readouterr().out
@@ -38,10 +38,6 @@ def test_allocations_under_several_budgets_and_a_network_of_one(tmp_path, capsys
     assert (kept / "front.png").exists()
     assert run(folder, "--budget=average_bits=3,2", *bits) == 0  # the same: nothing moves
     assert not (folder / "earlier" / "2").exists()
-    assert run(folder, "--budget=average_bits=2.5,3", "--weight_bits=2,3", "--act_bits=3") == 0
-    assert "\n0 errors measured" in capsys.readouterr().out
-    second = json.loads((folder / "earlier" / "2" / "allocation.json").read_text())
-    assert second["budget"] == {"average_bits": [3.0, 2.0]}
     (kept / "allocation.json").rename(tmp_path / "a.json")
 
     flag, workdir = f"--allocation={tmp_path / 'a.json'}", f"--workdir={tmp_path / 'q'}"
