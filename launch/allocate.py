@@ -2,7 +2,8 @@
 
 Writes allocation.json (for launch.quantize --allocation, and for an editor), front.png and
 results.json into the workdir, and keeps every measurement there in sensitivity.json: another budget
-measures nothing again. Bits of 16 stand for float. A budget is one of bytes=N, average_bits=N (or
+in the same workdir measures nothing again, and what an earlier command wrote moves to earlier/1/,
+earlier/2/ and so on. Bits of 16 stand for float. A budget is one of bytes=N, average_bits=N (or
 N,M for weights and activations), bit_operations=N, latency=MS, coefficients=N and degradation=X.
 
 Example:
@@ -11,6 +12,8 @@ Example:
         --workdir=runs/allocation
 """
 
+import dataclasses
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -23,11 +26,13 @@ import gpu_ops
 from aquant_jax.allocation.measure import FILE as MEASURED
 from aquant_jax.errors import InputError
 from aquant_jax.storage.environment import environment
+from aquant_jax.storage.folder_lock import hold
 from aquant_jax.storage.json_file import write_json
 from launch.lib import allocation_inputs, command_line, experiment, plots
 from launch.lib.run_directory import IDENTITY, RESULTS
 
 ALLOCATION, FRONT = "allocation.json", "front.png"
+EARLIER = "earlier"  # a folder for each of the allocations before
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -57,7 +62,7 @@ def main(argv: list[str]) -> None:
     choices = allocation_inputs.parse_choices(values.weight_bits, values.act_bits, values.borders)
     latencies = allocation_inputs.read_latencies(values.latencies)
     folder = Path(values.workdir)
-    check_workdir(folder)
+    earlier, resumed = check_workdir(folder), (folder / MEASURED).exists()
     plots.require_matplotlib()
     apply, variables, calibration = allocation_inputs.open_network(
         config, values.data_dir, values.seed
@@ -69,26 +74,50 @@ def main(argv: list[str]) -> None:
         compiler=aq.Compiler(gpu_ops.backend()), latencies=latencies, resume=folder,
     )  # fmt: skip
     seconds = time.monotonic() - start
-    plots.front(allocation, folder / FRONT)
-    write_json(folder / RESULTS, {
+    content = {
         "config": values.config, "budget": values.budget, "choices": list(map(str, choices)),
         "steps": values.steps, "seed": values.seed, "seconds": seconds,
         "measured": allocation.measured, "degradation": allocation.degradation,
         "costs": allocation.costs, **environment(),
-    })  # fmt: skip
-    allocation.save(folder / ALLOCATION)
+    }  # fmt: skip
     print(allocation)
-    print(f"{allocation.measured} errors measured, {seconds:.0f} s; in {folder}")
+    if earlier != dataclasses.replace(allocation, measured=0):
+        with hold(folder, lambda: None):
+            keep_earlier(folder, earlier)
+            plots.front(allocation, folder / FRONT)
+            write_json(folder / RESULTS, content)
+            allocation.save(folder / ALLOCATION)
+    known = f"; those before are in {folder / MEASURED}" if resumed else ""
+    print(f"{allocation.measured} errors measured{known}; {seconds:.0f} s; in {folder}")
 
 
-def check_workdir(folder: Path) -> None:
-    """InputError where an allocation, or the files of another program, would be written over."""
+def check_workdir(folder: Path) -> aq.Allocation | None:
+    """The allocation in a workdir, if there is one.
+
+    Raises:
+        InputError: it is damaged, or the files of another program would be written over.
+    """
     if (folder / ALLOCATION).exists():
-        raise InputError(f"{folder / ALLOCATION} exists; move it, or choose another --workdir")
+        return aq.Allocation.load(folder / ALLOCATION)
     ours = (folder / MEASURED).exists()
     for name in () if ours else (IDENTITY, RESULTS, FRONT):
         if (folder / name).exists():
             raise InputError(f"{folder / name} is of another program; choose another --workdir")
+    return None
+
+
+def keep_earlier(folder: Path, earlier: aq.Allocation | None) -> None:
+    """Moves the allocation of an earlier command, its front and its results into `EARLIER`."""
+    if earlier is None:
+        return
+    numbers = (folder / EARLIER / str(number) for number in itertools.count(1))
+    kept = next(path for path in numbers if not path.exists())
+    kept.mkdir(parents=True)
+    for name in (FRONT, RESULTS, ALLOCATION):  # the last marks the others as those of an allocation
+        if (folder / name).exists():
+            (folder / name).rename(kept / name)
+    budget = f"{earlier.budget.name}={getattr(earlier.budget, earlier.budget.name)}"
+    print(f"the allocation of {budget} is now in {kept}")
 
 
 def parse_budget(text: str, cost: str) -> aq.Budget:

@@ -1,7 +1,8 @@
 import pytest
 
 import aquant_jax as aq
-from tests.support.nets import images, residual_net
+from aquant_jax.reconstruction.probe import Probe
+from tests.support.nets import images, mlp, normal, residual_net, rng_of
 
 X = images(0, 16, size=5)
 
@@ -18,6 +19,14 @@ def test_layers_come_with_the_most_sensitive_first():
     assert found[0].path == "block_1/conv2/kernel"
     assert found[0].error > 20 * found[1].error
     assert (found[-1].path, found[-1].error) == ("stem/kernel", pytest.approx(0.0, abs=1e-10))
+
+
+def test_blocks_before_the_quantized_one_run_once(monkeypatch):
+    """Three blocks: the float network, then the rest of it behind each layer."""
+    ran, run = [], Probe._run
+    monkeypatch.setattr(Probe, "_run", lambda self, i, *rest: ran.append(i) or run(self, i, *rest))
+    aq.sensitivity(*mlp(), normal(rng_of(1), 16, 6), aq.recipes.nearest(3, 3))
+    assert ran == [0, 1, 2, 0, 1, 2, 0, 1, 2, 1, 2]
 
 
 def test_bad_input_is_named():

@@ -15,7 +15,6 @@ from aquant_jax.allocation.choices import Budget, Choice, check_choices
 from aquant_jax.allocation.costs import (
     Latencies,
     check_latencies,
-    count_costs,
     rule_tensors,
     ruled_inputs,
 )
@@ -37,6 +36,8 @@ from aquant_jax.allocation.layer_choices import (
 from aquant_jax.allocation.measure import Meter, measure, open_measurements
 from aquant_jax.allocation.networks import prepare_networks
 from aquant_jax.allocation.origins import (
+    from_runs,
+    named_runs,
     origins_of,
     round_learned,
     round_nearest,
@@ -44,9 +45,15 @@ from aquant_jax.allocation.origins import (
 )
 from aquant_jax.allocation.repair import learns_blocks, repaired
 from aquant_jax.allocation.result import Allocation, Entry, FrontPoint
-from aquant_jax.allocation.solve import InfeasibleError, Problem, cheapest, least_error
+from aquant_jax.allocation.solve import (
+    InfeasibleError,
+    Problem,
+    cheapest,
+    least_error,
+    make_problem,
+)
 from aquant_jax.deployment.quantized import Quantized
-from aquant_jax.errors import InputError
+from aquant_jax.errors import InputError, check_type
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.plan import checks
 from aquant_jax.plan.assign import make_plan
@@ -118,9 +125,9 @@ def allocate(
     """
     recipe, choices = recipe or aquant(), check_choices(choices)
     compiler, folder = compiler or Compiler(), checks.check_resume(resume)
-    _check_call(budget, choices, steps)
-    if latencies is not None:
-        check_latencies(latencies)
+    check_type("compiler", compiler, Compiler, "an aq.Compiler")
+    steps = checks.check_count("steps", steps)
+    _check_call(budget, choices, steps, latencies)
     net, target, samples, layers = prepare_networks(
         apply, variables, calibration, choices, recipe, mask
     )
@@ -129,10 +136,12 @@ def allocate(
         latencies = layer_latencies(
             apply, variables, samples, choices, recipe=recipe, mask=mask, compiler=compiler
         )
-    problem = _problem(target, layers, latencies)
+    problem = make_problem(target, layers, latencies)
     limits = budget.limits(any(c.act_bits for layer in layers for c in layer.choices))
     check_limits(problem, layers, limits, functools.partial(_without_overrides, target, choices))
-    call = _Call(apply, variables, samples, recipe, choices, mask, steps, seed, compiler, folder)
+    call = _Call(
+        apply, variables, samples, recipe, choices, mask, int(steps), seed, compiler, folder
+    )
     errors, pairs, measured = _measured(call, net, layers)
     problem = problem._replace(errors=errors, pairs=pairs)
     check_degradation(problem, budget)
@@ -185,16 +194,19 @@ def _measured(
 ) -> tuple[list[np.ndarray], dict[tuple[int, int], np.ndarray], int]:
     """`solve.Problem.errors` and ``pairs``, and how many errors were measured for them."""
     samples, borders = call.samples, call.borders
-    rounded = functools.partial(round_nearest, net, samples)
+    rounded = functools.partial(round_nearest, net, samples, call.compiler)
     if call.steps:
         rounded = functools.partial(round_learned, net, call.run, borders)
     table = uniform_choices(call.choices, borders)
-    meter = Meter(net, samples, layers, functools.partial(origins_of, table), rounded)
     identity = fingerprint(net, samples, call.seed, call.compiler, None) | {"steps": call.steps}
     if call.steps:
-        runs = {str(run) for origins in table.values() for run in origins.weights.values()}
-        identity["reconstructed"] = {"recipe": call.recipe.to_dict(), "runs": sorted(runs)}
-    with open_measurements(call.resume, identity) as measurements:
+        identity["reconstructed"] = {"borders": borders, "recipe": call.recipe.to_dict()}
+    runs = named_runs(table) if call.steps else {}
+    with open_measurements(call.resume, identity, runs) as measurements:
+        if call.steps:
+            table = from_runs(table, measurements.runs)
+        origins = functools.partial(origins_of, table)
+        meter = Meter(net, samples, layers, origins, rounded, call.compiler)
         blocks = [block.layers for block in net.blocks]
         errors, pairs = measure(measurements, meter, layers, blocks)
         if learns_blocks(call.recipe):
@@ -202,11 +214,11 @@ def _measured(
         return errors, pairs, measurements.measured
 
 
-def _check_call(budget: Any, choices: Sequence[Choice], steps: Any) -> None:
+def _check_call(budget: Any, choices: Sequence[Choice], steps: int, latencies: Any) -> None:
     if not isinstance(budget, Budget):
         raise InputError(f"budget is {budget!r}; it must be an aq.Budget")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise InputError(f"steps is {steps!r}; it must be a whole number of 0 or more")
+    if latencies is not None:
+        check_latencies(latencies)
     bits = {(choice.weight_bits, choice.act_bits) for choice in choices}
     if not steps and len(bits) < len(choices):
         raise InputError(
@@ -215,27 +227,10 @@ def _check_call(budget: Any, choices: Sequence[Choice], steps: Any) -> None:
         )
 
 
-def _problem(
-    net: Network, layers: Sequence[LayerChoices], latencies: Latencies | None = None
-) -> Problem:
-    """The choices of a network and their costs, of errors not yet measured."""
-    costs = count_costs(net, layers, latencies)
-    first: dict[str, int] = {}
-    shared = []
-    for j, layer in enumerate(layers):
-        if layer.tensor is None:
-            continue
-        i = first.setdefault(layer.tensor, j)
-        if i != j:
-            bits = [np.array([c.act_bits or 0 for c in layers[k].choices]) for k in (i, j)]
-            shared.append((i, j, *bits))
-    return Problem([np.zeros(len(layer.choices)) for layer in layers], {}, costs, shared)
-
-
 def _without_overrides(net: Network, choices: Sequence[Choice]) -> Problem:
     recipe = dataclasses.replace(net.recipe, overrides=())
     net = net._replace(recipe=recipe, plan=make_plan(net.graph, recipe))
-    return _problem(net, layer_choices(net.graph, recipe, choices))
+    return make_problem(net, layer_choices(net.graph, recipe, choices))
 
 
 class _Result(NamedTuple):

@@ -113,6 +113,7 @@ def _shape(net: Network, op: Op) -> _Shape:
     channels = math.prod(layer.weight_shape[axis] for axis in layer.channel_axes)
     group = net.plan.layers[layer.path].weight_group
     source = source_tensor(net.graph.producers(), op.x)
+    inserted = math.prod(op.params.get("lhs_dilation", ()))  # a zero is multiplied by nothing
     return _Shape(
         weights=weights,
         grids=channels * (weights // channels // group if group else 1),
@@ -120,7 +121,7 @@ def _shape(net: Network, op: Op) -> _Shape:
         bias_bytes=np.asarray(folded.bias).nbytes,
         inputs=_elements(net, source) * op.steps,
         float_bits=8 * avals[source].dtype.itemsize,
-        products=_elements(net, op.outputs[0]) * op.steps * weights // channels,
+        products=_elements(net, op.outputs[0]) * op.steps * weights // channels // inserted,
     )
 
 

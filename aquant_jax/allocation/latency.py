@@ -15,6 +15,7 @@ from aquant_jax.allocation.layer_choices import LayerChoices, uniform
 from aquant_jax.allocation.networks import prepare_networks
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.deployment.integer_program import run_integers
+from aquant_jax.errors import check_type
 from aquant_jax.graph.ir import Op
 from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.layers.backend import Backend
@@ -61,9 +62,10 @@ def layer_latencies(
     Raises:
       InputError: see `quantize`; no choice.
     """
-    choices, backend = check_choices(choices), (compiler or Compiler()).backend
+    choices, compiler = check_choices(choices), compiler or Compiler()
+    check_type("compiler", compiler, Compiler, "an aq.Compiler")
     net = prepare_networks(apply, variables, calibration, choices, recipe or aquant(), mask, 1)
-    return _time_layers(net.target, net.layers, backend)
+    return _time_layers(net.target, net.layers, compiler.backend)
 
 
 def _time_layers(

@@ -17,19 +17,23 @@ import numpy as np
 from aquant_jax.allocation.choices import Choice
 from aquant_jax.allocation.layer_choices import LayerChoices
 from aquant_jax.errors import InputError, ReconstructionError, reason
+from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import LayerSpec
 from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.chain import inexact
 from aquant_jax.reconstruction.finetune_checks import check_logits
 from aquant_jax.reconstruction.loss import network_loss
-from aquant_jax.sensitivity import Probe, Rounded, rounding_to
+from aquant_jax.reconstruction.probe import Probe, Roundings, rounding_to
+from aquant_jax.sensitivity import Rounded
 from aquant_jax.storage.folder_lock import hold
 from aquant_jax.storage.json_file import differences, holds_numbers, jsonable, read_json, write_json
 
 FILE = "sensitivity.json"
 PAIR_POINTS = 3  # choices at which the interaction of two layers is measured
+MOST_JOINT = 500  # choices of all layers, above which weights and inputs are measured apart
 SMALLEST = 1e-12  # error with which two layers are correlated
 
+Runs = dict[str, list[int | None]]
 SEPARATOR = " & "  # of the paths of two layers
 
 
@@ -39,15 +43,21 @@ class Measurements:
     Args:
       folder: where `FILE` stands; None keeps nothing.
       call: identifies what is measured.
+      runs: bits of the reconstruction that weights, or inputs, of some bits come from; see
+        `origins.named_runs`.
+
+    Attributes:
+      measured: how many errors were measured.
+      runs: those of the folder, and of the others those of this call.
 
     Raises:
       InputError: the folder holds the measurements of another call, is damaged, or cannot be
         written.
     """
 
-    def __init__(self, folder: Path | None, call: dict[str, Any]) -> None:
+    def __init__(self, folder: Path | None, call: dict[str, Any], runs: Runs) -> None:
         self._path = folder and folder / FILE
-        self._call = jsonable(call)
+        self._call, self.runs = jsonable(call), runs
         self._errors: dict[str, dict[str, float]] = {}
         self.measured = 0
         if self._path is None or not self._path.exists():
@@ -56,43 +66,51 @@ class Measurements:
             stored = read_json(self._path)
         except OSError as error:
             raise InputError(f"{self._path} cannot be read: {reason(error)}") from error
-        found = stored.get("errors") if isinstance(stored, dict) else None
-        if not isinstance(found, dict) or not all(map(holds_numbers, found.values())):
+        fields: dict[str, Any] = stored if isinstance(stored, dict) else {}
+        found, known = fields.get("errors"), fields.get("runs", {})
+        if (
+            not isinstance(found, dict)
+            or not all(map(holds_numbers, found.values()))
+            or not isinstance(known, dict)
+            or not all(isinstance(run, list) and len(run) == 2 for run in known.values())
+        ):
             raise InputError(f"{self._path} is damaged: it holds no errors of layers by choice")
-        if changed := differences(stored.get("call"), self._call):
+        if changed := differences(fields.get("call"), self._call):
             raise InputError(
                 f"{self._path} holds the measurements of another call, which differs in "
                 f"{', '.join(changed)}; choose another folder"
             )
-        self._errors = found
+        self._errors, self.runs = found, runs | known
 
-    def get(self, key: Sequence[str], choice: Choice, measure: Callable[[], float]) -> float:
-        """The error of the layers `key` at `choice`, measured if it is not there."""
+    def get(self, key: Sequence[str], label: str, measure: Callable[[], float]) -> float:
+        """The error of the layers `key` at the choice of that label, measured if it is missing."""
         found = self._errors.setdefault(SEPARATOR.join(key), {})
-        if str(choice) not in found:
-            found[str(choice)] = measure()
+        if label not in found:
+            found[label] = measure()
             self.measured += 1
             self._write()
-        return found[str(choice)]
+        return found[label]
 
     def _write(self) -> None:
         if self._path is None:
             return
         try:
-            write_json(self._path, {"call": self._call, "errors": self._errors})
+            write_json(self._path, {"call": self._call, "runs": self.runs, "errors": self._errors})
         except OSError as error:
             raise InputError(f"{self._path} cannot be written: {reason(error)}") from error
 
 
 @contextlib.contextmanager
-def open_measurements(folder: str | Path | None, call: Mapping[str, Any]) -> Iterator[Measurements]:
+def open_measurements(
+    folder: str | Path | None, call: Mapping[str, Any], runs: Runs
+) -> Iterator[Measurements]:
     """The measurements in a folder, which this process holds; see `Measurements`."""
     if folder is None:
-        yield Measurements(None, dict(call))
+        yield Measurements(None, dict(call), runs)
         return
     path = Path(folder)
     with hold(path, lambda: None):
-        yield Measurements(path, dict(call))
+        yield Measurements(path, dict(call), runs)
 
 
 class Meter:
@@ -105,6 +123,7 @@ class Meter:
       origins: says which uniform choice the weights, and the input, of a choice come from.
       rounded: the network quantized with a uniform choice wherever its recipe fixes nothing, and
         the static parts of its layers, if these have borders.
+      compiler: where compiled blocks are shared.
     """
 
     def __init__(
@@ -114,39 +133,42 @@ class Meter:
         layers: Sequence[LayerChoices],
         origins: Callable[[Choice], tuple[Choice, Choice]],
         rounded: Callable[[Choice], tuple[Rounded, Sequence[LayerSpec] | None]],
+        compiler: Compiler,
     ) -> None:
         self._net = net
         self._layers = {layer.path: layer for layer in layers}
         self._origins, self._rounded = origins, functools.cache(rounded)
-        self._probe = functools.cache(functools.partial(_probe, net, calibration))
+        self._probe = functools.cache(functools.partial(_probe, net, calibration, compiler))
         kind = net.recipe.reconstruction.finetune_loss
         self._loss = jax.jit(functools.partial(network_loss, kind), static_argnums=0)
 
-    def error(self, chosen: Mapping[str, Choice]) -> float:
-        """The output error with the layers of `chosen` quantized, all with borders of one kind."""
+    def error(
+        self, chosen: Mapping[str, Choice], weights: bool = True, inputs: bool = True
+    ) -> float:
+        """The output error with the layers of `chosen` quantized, all with borders of one kind.
+
+        Args:
+          chosen: by weight path.
+          weights, inputs: False leaves all of them in float.
+        """
         first = next(iter(chosen.values()))
-        inputs, specs = self._rounded(self._origins(first)[1])
+        specs = self._rounded(self._origins(first)[1])[1]
         probe, targets = self._probe(specs and tuple(specs))
-        program = probe.program
-        borders = [
-            inputs.weights[spec.path].border if spec.border else {} for spec in program.specs
-        ]
-        weights = [w._replace(border=b) for w, b in zip(probe.weights, borders, strict=True)]
-        roundings = probe.unrounded()
-        keys = [tensor.key for tensor in program.tensors]
-        for i, spec in enumerate(program.specs):
-            choice, layer = chosen.get(spec.path), self._layers[spec.path]
-            if choice is None:
-                continue
-            of_weights, of_input = (self._rounded(origin)[0] for origin in self._origins(choice))
-            if choice.weight_bits is not None:
-                weights[i] = of_weights.weights[spec.path]._replace(border=borders[i])
-            if layer.tensor is not None and choice.act_bits is not None:
-                rounding = rounding_to(of_input.quantizers[layer.tensor], choice.act_bits)
-                roundings.inputs[i] = rounding
+        replaced, of_inputs, of_reads = {}, {}, {}
+        for path, choice in chosen.items():
+            layer = self._layers[path]
+            by_weights, by_inputs = (self._rounded(origin)[0] for origin in self._origins(choice))
+            if weights and choice.weight_bits is not None:
+                replaced[path] = by_weights.weights[path]._replace(border={})
+            if inputs and layer.tensor is not None and choice.act_bits is not None:
+                border, quantizer = by_inputs.weights[path].border, by_inputs.quantizers
+                rounding = rounding_to(quantizer[layer.tensor], choice.act_bits, border)
+                of_inputs[path] = rounding
                 if layer.owner:
-                    roundings.reads[keys.index(layer.tensor)] = rounding
-        found = inexact(program, program.subgraph.outputs, probe.outputs(weights, roundings))
+                    of_reads[layer.tensor] = rounding._replace(border={})
+        outputs = probe.outputs(replaced, Roundings(of_inputs, of_reads))
+        program = probe.programs[-1]
+        found = inexact(program, program.subgraph.outputs, outputs)
         axes = inexact(program, program.subgraph.outputs, program.position_axes)
         mask = None if self._net.valid_mask is None else jnp.asarray(self._net.valid_mask)
         error = float(self._loss(tuple(axes), found, targets, mask))
@@ -156,15 +178,15 @@ class Meter:
 
 
 def _probe(
-    net: Network, calibration: Any, specs: Sequence[LayerSpec] | None
+    net: Network, calibration: Any, compiler: Compiler, specs: Sequence[LayerSpec] | None
 ) -> tuple[Probe, list[jax.Array]]:
     """A probe, and the outputs of the float network."""
-    plain = Probe(net, calibration)
-    outputs = plain.outputs(plain.weights, plain.unrounded())
-    targets = inexact(plain.program, plain.program.subgraph.outputs, outputs)
+    probe = Probe(net, calibration, compiler, specs)
+    program = probe.programs[-1]
+    targets = inexact(program, program.subgraph.outputs, probe.outputs())
     if net.recipe.reconstruction.finetune_loss == "kl":
         check_logits(targets)
-    return plain if specs is None else Probe(net, calibration, specs), targets
+    return probe, targets
 
 
 def interaction(alone: Sequence[float], both: float) -> float:
@@ -181,8 +203,10 @@ def measure(
 ) -> tuple[list[np.ndarray], dict[tuple[int, int], np.ndarray]]:
     """The error of every choice of every layer, and what two layers of a block add to their sum.
 
-    The second is ``2 r sqrt(e_1 e_2)`` with the mean of `interaction` at a few choices that both
-    have as r: all pairs of choices would take their square in measurements.
+    Of more than `MOST_JOINT` choices, the first is the sum of two errors, with the weights alone
+    quantized and with the input alone, where a layer has at most half as many of these. The second is
+    ``2 r sqrt(e_1 e_2)`` with the mean of `interaction` at a few choices that both have as r: all
+    pairs of choices would take their square in measurements.
 
     Returns:
       `solve.Problem.errors` and `solve.Problem.pairs`.
@@ -192,9 +216,10 @@ def measure(
         def run() -> float:
             return meter.error(dict.fromkeys(paths, choice))
 
-        return measurements.get(paths, choice, run)
+        return measurements.get(paths, str(choice), run)
 
-    errors = [np.array([error(a.path, choice=c) for c in a.choices]) for a in layers]
+    sparing = sum(len(layer.choices) for layer in layers) > MOST_JOINT
+    errors = [_alone(measurements, meter, layer, sparing) for layer in layers]
     index_of = {layer.path: i for i, layer in enumerate(layers)}
     pairs = {}
     for block in blocks:
@@ -208,6 +233,35 @@ def measure(
             if found:
                 pairs[i, j] = 2 * np.mean(found) * np.sqrt(np.outer(errors[i], errors[j]))
     return errors, pairs
+
+
+def _alone(
+    measurements: Measurements, meter: Meter, layer: LayerChoices, sparing: bool
+) -> np.ndarray:
+    """The error of every choice of a layer, see `measure`."""
+
+    def error(choice: Choice, label: str, weights: bool = True, inputs: bool = True) -> float:
+        def run() -> float:
+            return meter.error({layer.path: choice}, weights, inputs)
+
+        return measurements.get((layer.path,), label, run)
+
+    parts = [_parts(choice) for choice in layer.choices]
+    apart = sum(len(set(labels)) for labels in zip(*parts, strict=True))
+    if not sparing or 2 * apart > len(parts):
+        return np.array([error(choice, str(choice)) for choice in layer.choices])
+    return np.array([
+        error(choice, of_weights, inputs=False) + error(choice, of_inputs, weights=False)
+        for choice, (of_weights, of_inputs) in zip(layer.choices, parts, strict=True)
+    ])  # fmt: skip
+
+
+def _parts(choice: Choice) -> tuple[str, str]:
+    """Labels of a choice's weights with a float input, and of its input with float weights."""
+    weights, inputs = choice.weight_bits or 16, choice.act_bits or 16
+    labels = f"w{weights}a16", f"w16a{inputs}"
+    weights, inputs = (" ".join([label, *filter(None, choice.kind)]) for label in labels)
+    return weights, inputs
 
 
 def _common(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from aquant_jax.allocation.choices import Choice
 from aquant_jax.allocation.layer_choices import uniform
 from aquant_jax.deployment.quantized import Quantized
+from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import LayerSpec, Weights, dequantize_weight
 from aquant_jax.plan.assign import make_plan
 from aquant_jax.plan.network import Network
@@ -53,6 +54,34 @@ def uniform_choices(choices: Sequence[Choice], borders: bool) -> dict[Kind, Orig
     return found
 
 
+def named_runs(table: Mapping[Kind, Origins]) -> dict[str, list[int | None]]:
+    """The bits of the uniform choices of a table, by the bits and border that they stand for."""
+    return {
+        _name(letter, bits, kind): [run.weight_bits, run.act_bits]
+        for kind, origins in table.items()
+        for letter, runs in zip("wa", origins, strict=True) for bits, run in runs.items()
+    }  # fmt: skip
+
+
+def from_runs(
+    table: Mapping[Kind, Origins], known: Mapping[str, Sequence[int | None]]
+) -> dict[Kind, Origins]:
+    """A table with the runs that `named_runs` named in place of its own."""
+
+    def pick(letter: str, kind: Kind, runs: Mapping[int | None, Choice]) -> dict[Any, Choice]:
+        found = {bits: known[_name(letter, bits, kind)] for bits in runs}
+        return {b: Choice(w, a, *(kind if a else (None, None))) for b, (w, a) in found.items()}
+
+    return {
+        kind: Origins(pick("w", kind, origins.weights), pick("a", kind, origins.inputs))
+        for kind, origins in table.items()
+    }
+
+
+def _name(letter: str, bits: int | None, kind: Kind) -> str:
+    return " ".join([f"{letter}{bits or 16}", *filter(None, kind)])
+
+
 def origins_of(table: Mapping[Kind, Origins], choice: Choice) -> tuple[Choice, Choice]:
     """The uniform choices that the weights, and the input, of a layer at `choice` come from.
 
@@ -65,11 +94,14 @@ def origins_of(table: Mapping[Kind, Origins], choice: Choice) -> tuple[Choice, C
     return weights, inputs
 
 
-def round_nearest(net: Network, samples: Any, choice: Choice) -> tuple[Rounded, Specs]:
+def round_nearest(
+    net: Network, samples: Any, compiler: Compiler, choice: Choice
+) -> tuple[Rounded, Specs]:
     """The network rounded to nearest with one choice, without borders."""
     plan = make_plan(net.graph, uniform(net.recipe, choice))
     layers = {path: spec._replace(border=None) for path, spec in plan.layers.items()}
-    return nearest(net._replace(plan=plan._replace(layers=layers)), samples), None
+    net = net._replace(plan=plan._replace(layers=layers))
+    return nearest(net, samples, compiler), None
 
 
 def round_learned(

@@ -148,32 +148,52 @@ class Allocation:
 
     def __str__(self) -> str:
         lines = [f"{'layer':40s} {'choice':24s} {'error alone':>12s} {'bytes':>10s}"]
-        alone = {(entry.path, entry.choice): entry for entry in self.table}
+        alone: dict[str, dict[str, Entry]] = {}
+        for entry in self.table:
+            alone.setdefault(entry.path, {})[entry.choice] = entry
+        costs, before, edited = dict(self.costs), "", ""
         for entry in self.table:
             if not entry.chosen:
                 continue
-            choice = _choice(entry, self.layers.get(entry.path), self.base)
-            same = alone.get((entry.path, choice))
+            choice = _choice(alone[entry.path], self.layers.get(entry.path), self.base)
+            same = alone[entry.path].get(choice)
             error, size = (f"{same.error:.3g}", f"{same.costs['bytes']:,.0f}") if same else ("", "")
             lines.append(f"{entry.path:40s} {choice:24s} {error:>12s} {size:>10s}".rstrip())
-        costs = ", ".join(f"{name} {value:,.6g}" for name, value in self.costs.items())
-        lines.append(f"predicted degradation {self.degradation:.4g}; {costs}")
+            if same is None:
+                before = "before the edits: "
+            elif same is not entry:
+                edited = " before the edits"
+                costs = {k: v + same.costs[k] - entry.costs[k] for k, v in costs.items()}
+        costs = self.costs if before else costs
+        listed = ", ".join(f"{name} {value:,.6g}" for name, value in costs.items())
+        edited = "" if before else edited
+        lines.append(f"{before}predicted degradation {self.degradation:.4g}{edited}; {listed}")
         return "\n".join(lines)
 
 
-def _choice(entry: Entry, override: Override | None, base: Recipe) -> str:
-    """The choice of a layer in words, as its override has it now."""
-    if override is None:
-        return entry.choice
+def _choice(entries: Mapping[str, Entry], override: Override | None, base: Recipe) -> str:
+    """The choice of a layer in words, as its override has it now.
+
+    Args:
+      entries: of the layer, by choice; bits that all of them have are fixed.
+      override: of the layer; None leaves it to the recipe.
+      base: the recipe.
+    """
+    if override is None and len(entries) == 1:
+        return next(iter(entries))
+    override = override or Override("")
     if override.keep_float:
         return str(Choice())
-    bits, *_ = entry.choice.split()
-    weights, _, acts = bits.removeprefix("w").partition("a")
-    if bits == str(Choice()):  # edited since
-        weights, acts = str(base.weight_bits), str(base.act_bits or 16)
-    kind = filter(None, (override.border, override.border_granularity))
-    label = f"w{override.weight_bits or weights}a{override.act_bits or acts}"
-    return " ".join([label, *kind])
+    bits = [c.split()[0].removeprefix("w").split("a") for c in entries if c != str(Choice())]
+    weights, acts = ({pair[side] for pair in bits} for side in (0, 1))
+    whole = len(bits) == len(entries)
+    own = weights.pop() if whole and len(weights) == 1 else base.weight_bits
+    of_input = acts.pop() if whole and len(acts) == 1 else base.act_bits or 16
+    label = f"w{override.weight_bits or own}a{override.act_bits or of_input}"
+    kind = [part for part in (override.border, override.border_granularity) if part]
+    with_border = " ".join([label, *kind])
+    # Where the recipe rounds no activation, the override names its border.
+    return label if base.act_bits is None and with_border not in entries else with_border
 
 
 def _set_fields(part: Any) -> dict[str, Any]:

@@ -6,8 +6,8 @@ With ``x[l, c]`` one where layer l has choice c, and ``y`` the products of two l
     subject to  sum_c x[l, c] = 1,   sum_d y[l, c, m, d] = x[l, c],   sum_c y[l, c, m, d] = x[m, d],
                 fixed + sum_l cost[l, c] x[l, c] <= limit    for every limit,
 
-and readers of one tensor choose the same bits for it. The two sums over y make it the product of
-both x wherever these are whole, for p of either sign.
+some layer is quantized, and readers of one tensor choose the same bits for it. The two sums over y
+make it the product of both x wherever these are whole, for p of either sign.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aquant_jax.allocation.costs import Costs
+from aquant_jax.allocation.costs import Costs, Latencies, count_costs
+from aquant_jax.allocation.layer_choices import LayerChoices
+from aquant_jax.errors import InputError
+from aquant_jax.plan.network import Network
 
 SLACK = 1e-9  # relative, of a limit: averages are sums of floats
 SMALL, LEAST_UNIT = 0.01, 1e-9  # of a minimum, and of a unit beside the largest coefficient
@@ -37,12 +40,14 @@ class Problem(NamedTuple):
       costs: of the choices.
       shared: for each further reader of a tensor, the first reader, and the group (its bits) of
         every choice of both.
+      quantized: whether the weights of every layer's choices are; some layer's must be.
     """
 
     errors: list[np.ndarray]
     pairs: dict[tuple[int, int], np.ndarray]
     costs: Costs
     shared: list[tuple[int, int, np.ndarray, np.ndarray]]
+    quantized: Sequence[np.ndarray] = ()
 
     def degradation(self, chosen: Sequence[int]) -> float:
         """The predicted output error of an allocation."""
@@ -57,6 +62,31 @@ class _Columns(NamedTuple):
     layers: list[int]
     pairs: dict[tuple[int, int], int]
     count: int
+
+
+def make_problem(
+    net: Network, layers: Sequence[LayerChoices], latencies: Latencies | None = None
+) -> Problem:
+    """The choices of a network and their costs, of errors not yet measured.
+
+    Raises:
+      InputError: no choice quantizes any layer; see `count_costs`.
+    """
+    costs = count_costs(net, layers, latencies)
+    first: dict[str, int] = {}
+    shared = []
+    for j, layer in enumerate(layers):
+        if layer.tensor is None:
+            continue
+        i = first.setdefault(layer.tensor, j)
+        if i != j:
+            bits = [np.array([c.act_bits or 0 for c in layers[k].choices]) for k in (i, j)]
+            shared.append((i, j, *bits))
+    errors = [np.zeros(len(layer.choices)) for layer in layers]
+    quantized = [np.array([bool(c.weight_bits) for c in layer.choices]) for layer in layers]
+    if not any(map(np.any, quantized)):
+        raise InputError("choices leave every layer in float: there is nothing to quantize")
+    return Problem(errors, {}, costs, shared, quantized)
 
 
 def cheapest(problem: Problem, names: Mapping[str, float], most: float | None = None) -> list[int]:
@@ -91,6 +121,7 @@ def _solve(
 
     columns = _columns(problem, bool(pairs) or most is not None)
     rows = [*_choose_one(problem, columns), *_products(problem, columns)]
+    rows += _quantize_one(problem, columns)
     rows += [*_same_bits(problem, columns), *_within(problem, columns, limits, most)]
     entries = [(i, *entry) for i, (row, _, _) in enumerate(rows) for entry in row]
     lines, places, values = zip(*entries, strict=True)
@@ -141,6 +172,12 @@ def _columns(problem: Problem, with_pairs: bool) -> _Columns:
 def _choose_one(problem: Problem, columns: _Columns) -> Iterator[Row]:
     for start, part in zip(columns.layers, problem.errors, strict=True):
         yield [(start + c, 1.0) for c in range(len(part))], 1.0, 1.0
+
+
+def _quantize_one(problem: Problem, columns: _Columns) -> Iterator[Row]:
+    starts = zip(columns.layers, problem.quantized, strict=False)
+    if row := [(start + int(c), 1.0) for start, part in starts for c in np.flatnonzero(part)]:
+        yield row, 1.0, np.inf
 
 
 def _products(problem: Problem, columns: _Columns) -> Iterator[Row]:

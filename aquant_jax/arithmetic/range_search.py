@@ -49,12 +49,15 @@ class WeightRange(NamedTuple):
 
 
 def _candidates(
-    low: Float[np.ndarray, "rows"], high: Float[np.ndarray, "rows"], bits: int
+    low: Float[np.ndarray, "rows"],
+    high: Float[np.ndarray, "rows"],
+    bits: int,
+    full_bits: int = FULL_BITS,
 ) -> list[Float[np.ndarray, "_ 2"]]:
     """Pairs (fraction of the range, zero point) to try in each round, relative to the last best.
 
-    One-sided values fix the zero point. From 7 bits, the first round tries sixteen evenly spaced
-    zero points and the second round tries those around the best.
+    One-sided values fix the zero point. Above `full_bits`, the first round tries sixteen evenly
+    spaced zero points and the second round tries those around the best.
     """
     top = int(max_code(bits))
     fractions = np.arange(1, RANGES + 1) / RANGES
@@ -62,7 +65,7 @@ def _candidates(
         return [_pairs(fractions, np.zeros(1))]
     if np.all(high <= 0.0):
         return [_pairs(fractions, np.full(1, top))]
-    if bits <= FULL_BITS:
+    if bits <= full_bits:
         return [_pairs(fractions, np.arange(top + 1))]
     stride = (top + 1) // COARSE_ZEROS
     near = np.arange(-NEAR_RANGES, NEAR_RANGES + 1) / RANGES
@@ -167,7 +170,10 @@ def _around(
 
 
 def search_weight_range(
-    weight: Float[np.ndarray, "channels elements"], bits: int, place: Place = jnp.asarray
+    weight: Float[np.ndarray, "channels elements"],
+    bits: int,
+    place: Place = jnp.asarray,
+    full_bits: int = FULL_BITS,
 ) -> WeightRange:
     """Scale and zero point of every output channel.
 
@@ -176,11 +182,12 @@ def search_weight_range(
       bits: 2 to 8.
       place: puts an array on devices. It may split the rows and repeat them to fill up; the results
         have as many, on the same devices.
+      full_bits: every zero point is tried up to this number of bits.
     """
     low = np.minimum(weight.min(axis=1), 0.0)
     high = np.maximum(weight.max(axis=1), 0.0)
     span = np.where(high > low, high - low, 1.0).astype(np.float32)
-    rounds = _candidates(low, high, bits)
+    rounds = _candidates(low, high, bits, full_bits)
     scale, zero = _search(weight, np.ones((1, 1), np.float32), span, rounds, bits, place)
     return WeightRange(scale, zero)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.adaround import hard_codes, init_alpha, nearest_codes
-from aquant_jax.arithmetic.range_search import search_weight_range
+from aquant_jax.arithmetic.range_search import FULL_BITS, search_weight_range
 from aquant_jax.graph.fold import Folded
 from aquant_jax.graph.ir import Op
 from aquant_jax.layers.fake_quant import (
@@ -47,7 +47,10 @@ class WeightQuantizer(NamedTuple):
 
 
 def make_weight_quantizers(
-    program: BlockProgram, folded: Mapping[str, Folded], known: Ranges
+    program: BlockProgram,
+    folded: Mapping[str, Folded],
+    known: Ranges,
+    full_bits: int = FULL_BITS,
 ) -> tuple[WeightQuantizer, ...]:
     """Weight quantizers of a block's layers by MSE search.
 
@@ -55,6 +58,7 @@ def make_weight_quantizers(
       program: of the block.
       folded: weights by path.
       known: scales that were searched before, of any network; new ones are added.
+      full_bits: see `search_weight_range`.
     """
     quantizers = []
     for op, spec in zip(program.subgraph.weighted, program.specs, strict=True):
@@ -62,18 +66,17 @@ def make_weight_quantizers(
         scales = (None, None)
         if spec.weight_bits is not None:
             rows = weight_rows(op, weight, spec.weight_group)
-            scales = map(jnp.asarray, _scales(rows, spec.weight_bits, known))
+            scales = map(jnp.asarray, _scales(rows, spec.weight_bits, known, full_bits))
         quantizers.append(WeightQuantizer(_on_devices(op, weight), jnp.asarray(bias), *scales))
     return tuple(quantizers)
 
 
-def _scales(rows: np.ndarray, bits: int, known: Ranges) -> list[np.ndarray]:
+def _scales(rows: np.ndarray, bits: int, known: Ranges, full_bits: int) -> list[np.ndarray]:
     """Scale and zero point of each row."""
-    key = hashlib.sha256(rows.data).digest(), rows.shape, bits, count()
+    key = hashlib.sha256(rows.data).digest(), rows.shape, bits, count(), bits <= full_bits
     if key not in known:
-        known[key] = [
-            read(part)[: len(rows)] for part in search_weight_range(rows, bits, split_rows)
-        ]
+        found = search_weight_range(rows, bits, split_rows, full_bits)
+        known[key] = [read(part)[: len(rows)] for part in found]
     return known[key]
 
 

@@ -141,19 +141,27 @@ def _drawn(runs: Sequence[Run]) -> list[Run]:
 
 
 def _pareto(runs: Sequence[Run]) -> list[Element] | None:
+    """A figure and a table of each front, which several runs may share."""
+    fronts: list[tuple[Run, Sequence[Mapping[str, Any]]]] = []
     for run in runs:
-        points: Sequence[Mapping[str, Any]] = run.results.get("pareto") or ()
-        if points:
-            unit = run.results.get("pareto_cost", "cost")
-            columns = [Column("allocation", False), Column(unit), Column("predicted")]
-            rows = [
-                [point.get("name", index), point["cost"], point["predicted"], point.get("measured")]
-                for index, point in enumerate(points)
-            ]
-            columns.append(Column("measured"))
-            figure = tag("figure", figures.pareto(points, unit), class_="wide")
-            return [figure, table("pareto-table", columns, rows, "Pareto front")]
-    return None
+        points = run.results.get("pareto") or ()
+        if points and all(points != known for _, known in fronts):
+            fronts.append((run, points))
+    found: list[Element] = []
+    for index, (run, points) in enumerate(fronts):
+        unit = run.results.get("pareto_cost", "cost")
+        columns = [
+            Column("allocation", False), Column(unit), Column("predicted"), Column("measured"),
+        ]  # fmt: skip
+        rows = [
+            [point.get("name", i), point["cost"], point["predicted"], point.get("measured")]
+            for i, point in enumerate(points)
+        ]
+        title = "Pareto front" if len(fronts) == 1 else f"Pareto front of {run.name}"
+        name = f"pareto-table-{index}" if index else "pareto-table"
+        found.append(tag("figure", figures.pareto(points, unit), class_="wide"))
+        found.append(table(name, columns, rows, title))
+    return found or None
 
 
 def _origin(runs: Sequence[Run], command: str | None) -> list[Element]:

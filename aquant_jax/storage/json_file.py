@@ -89,4 +89,5 @@ def _differences(old: Any, new: Any, prefix: str) -> list[str]:
             for key in sorted(old.keys() | new.keys())
             for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
         ]
-    return [] if old == new else [f"{prefix} ({old!r} there, {new!r} here)"]
+    there, here = ("{...}" if isinstance(value, dict) else repr(value) for value in (old, new))
+    return [] if old == new else [f"{prefix} ({there} there, {here} here)"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import aquant_jax as aq
+from aquant_jax.allocation import measure
 from aquant_jax.allocation.costs import count_costs
 from aquant_jax.allocation.measure import FILE
 from aquant_jax.allocation.networks import prepare_networks
@@ -21,6 +22,7 @@ X = images(0, 16, size=5)
 NET = residual_net()
 CHOICES = [aq.Choice(w, a) for w in (2, 3, 4) for a in (2, 3, 4)]
 RECIPE = aq.recipes.qdrop(3, 3, steps=0, finetune_loss="kl")
+COMPILER = aq.Compiler()  # compiled functions of all tests
 FREE = ("block_1/conv1/kernel", "block_1/conv2/kernel")
 
 
@@ -33,6 +35,7 @@ def folder(tmp_path_factory):
 
 
 def allocate(budget, folder=None, choices=CHOICES, recipe=RECIPE, net=NET, x=X, **options):
+    options = {"compiler": COMPILER} | options
     return aq.allocate(*net, x, budget, choices, recipe=recipe, resume=folder, **options)
 
 
@@ -98,6 +101,9 @@ def test_a_second_call_measures_nothing_and_a_torn_off_one_the_rest(folder, tmp_
     assert again.layers == first.layers
     with pytest.raises(aq.InputError, match=r"another call, which differs in calibration"):
         allocate(aq.Budget(average_bits=3), folder, x=X + 1)
+    with pytest.raises(aq.InputError, match=r"steps \(0 there, 2 here\)") as error:
+        allocate(aq.Budget(average_bits=3), folder, steps=2)
+    assert "border_gain" not in str(error.value)  # of the whole recipe
     for damaged in ("x", None, float("nan")):
         stored["errors"][FREE[1]]["w2a2"] = damaged
         (tmp_path / FILE).write_text(json.dumps(stored))
@@ -106,6 +112,22 @@ def test_a_second_call_measures_nothing_and_a_torn_off_one_the_rest(folder, tmp_
     (tmp_path / "b" / FILE).mkdir(parents=True)
     with pytest.raises(aq.InputError, match=r"sensitivity.json cannot be read: Is a directory"):
         allocate(aq.Budget(average_bits=3), tmp_path / "b")
+
+
+def test_of_many_choices_weights_and_inputs_are_measured_apart(monkeypatch):
+    """Sixteen choices of two layers, of which each takes eight errors; three of the pair."""
+    monkeypatch.setattr(measure, "MOST_JOINT", 31)
+    choices = [aq.Choice(w, a) for w in (2, 3, 4, 5) for a in (2, 3, 4, 5)]
+    found = allocate(aq.Budget(average_bits=3), None, choices)
+    assert found.measured == 2 * 8 + 3 + 2
+    errors = {(entry.path, entry.choice): entry.error for entry in found.table}
+    for path in FREE:
+        sides = errors[path, "w2a5"] + errors[path, "w5a2"]
+        assert errors[path, "w2a2"] + errors[path, "w5a5"] == pytest.approx(sides)
+        others = "|".join({"stem", "head", *FREE} - {path})
+        overrides = ({"pattern": others, "keep_float": True},)
+        recipe = RECIPE.replace(weight_bits=5, act_bits=2, overrides=overrides)
+        assert errors[path, "w5a2"] == pytest.approx(divergence(rounded(recipe)), rel=0.2)
 
 
 def test_the_front_falls_from_the_least_to_the_most(folder):
@@ -134,7 +156,18 @@ def test_saved_edited_and_quantized(folder, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(content))
     edited = aq.Allocation.load(tmp_path / "a.json")
     assert "w7a6" in str(edited)
+    assert str(edited).splitlines()[-1].startswith("before the edits: predicted degradation")
     assert {s.path: s.weight_bits for s in rounded(edited.recipe).summary()}[FREE[0]] == 7
+    # Bits that were measured have their costs; a layer that is deleted has the recipe's bits.
+    content["layers"] = {FREE[1]: {"weight_bits": 2, "act_bits": 4}}
+    (tmp_path / "b.json").write_text(json.dumps(content))
+    edited = aq.Allocation.load(tmp_path / "b.json")
+    *rows, costs = str(edited).splitlines()
+    assert [row.split()[1] for row in rows[2:4]] == ["w3a3", "w2a4"]
+    assert (
+        f"before the edits; coefficients 0, bytes {sizes(rounded(edited.recipe)).packed}," in costs
+    )
+    content["layers"][FREE[0]] = {"weight_bits": 7, "act_bits": 6}
     floats = [entry | {"choice": "float"} for entry in content["table"] if entry["chosen"]]
     (tmp_path / "a.json").write_text(json.dumps(content | {"table": floats}))
     assert "w7a6" in str(aq.Allocation.load(tmp_path / "a.json"))
@@ -174,6 +207,18 @@ def test_weights_alone_leave_every_input_in_float():
     assert bits in ([(8, None), *pair, (8, None)] for pair in itertools.permutations(
         [(2, None), (4, None)]))  # fmt: skip
     assert found.costs["bytes"] == sizes(quantized).packed
+
+
+def test_some_layer_is_quantized():
+    """With a recipe that fixes no layer, the most would be a network in float."""
+    net, x = mlp(sizes=(6, 8, 4)), normal(rng_of(1), 16, 6)
+    free = dict.fromkeys(("first_weight_bits", "last_weight_bits", "last_act_bits"))
+    recipe, choices = aq.recipes.nearest(3, 3, **free), [aq.Choice(3, 3), aq.Choice()]
+    found = allocate(aq.Budget(average_bits=20), None, choices, recipe, net, x)
+    quantized = rounded(found.recipe_of(found.front[-1]), net, x)
+    assert [spec.weight_bits for spec in quantized.specs].count(3) == 1
+    with pytest.raises(aq.InputError, match=r"^choices leave every layer in float: there is"):
+        allocate(aq.Budget(average_bits=20), None, choices[1:], recipe, net, x)
 
 
 def test_a_float_input_is_float_where_a_rule_would_round_it():
@@ -236,10 +281,24 @@ def test_borders_are_told_apart_by_a_short_reconstruction(tmp_path):
     assert allocate(aq.Budget(coefficients=48), tmp_path, choices, steps=2, **options).measured == 0
     assert allocate(aq.Budget(coefficients=0), tmp_path, choices, steps=2, **options).costs[
         "coefficients"] == 0  # fmt: skip
-    with pytest.raises(aq.InputError, match=r"another call, which differs in reconstructed\.runs"):
-        allocate(
-            aq.Budget(coefficients=30), tmp_path, [*choices, aq.Choice(4, 4)], steps=2, **options
-        )
+
+
+def test_fewer_choices_come_from_the_reconstructions_of_more(tmp_path):
+    """Inputs of 3 bits come from the run at w3a3 then too, not from one at w2a3."""
+    choices, fewer = ([aq.Choice(w, a) for w in bits for a in (2, 3)] for bits in ((2, 3), (2,)))
+    options = {"net": mlp(sizes=(6, 8, 4)), "x": normal(rng_of(1), 8, 6), "steps": 1}
+    free = {"last_weight_bits": None, "last_act_bits": None}
+    options["recipe"] = aq.recipes.brecq(3, 3, batch_size=8, **free)
+    first = allocate(aq.Budget(average_bits=2.5), tmp_path, choices, **options)
+    stored = json.loads((tmp_path / FILE).read_text())
+    assert stored["runs"] == {"w2": [2, 2], "w3": [3, 3], "a2": [2, 2], "a3": [3, 3]}
+    del stored["errors"]["1/w"]["w2a3"]
+    (tmp_path / FILE).write_text(json.dumps(stored))
+    again = allocate(aq.Budget(average_bits=2.5), tmp_path, fewer, **options)
+    assert (first.measured > 1, again.measured) == (True, 1)
+    errors = {(entry.path, entry.choice): entry.error for entry in first.table}
+    assert all(errors[entry.path, entry.choice] == entry.error for entry in again.table)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"w2a2", "w3a3"}
 
 
 def test_latency_comes_from_a_table_or_from_this_device():
@@ -295,6 +354,19 @@ def test_samples_may_stand_on_any_axis():
         assert all(time > 0 for layer in times.values() for time in layer.values())
 
 
+def test_inserted_zeros_are_no_bit_operations():
+    """A transposed convolution of stride 2 multiplies every element by every tap."""
+
+    def apply(v, x):
+        return jax.lax.conv_transpose(x, v["up"], (2, 2), "VALID").mean((1, 2)) @ v["head"]
+
+    variables = {"up": normal(rng_of(0), 2, 2, 3, 4), "head": normal(rng_of(1), 4, 2)}
+    x, recipe = normal(rng_of(2), 8, 5, 5, 3), aq.recipes.nearest(2, 2, first_weight_bits=None)
+    net = prepare_networks(apply, variables, x, [aq.Choice(2, 2)], recipe, None)
+    cost = count_costs(net.target, net.layers).layers["bit_operations"]
+    assert cost[0] == [5 * 5 * 2 * 2 * 3 * 4 * 2 * 32]
+
+
 def test_bad_budgets_and_choices_are_named(folder):
     for fields, message in (
         ({}, "nothing given; exactly one of bytes, average_bits"),
@@ -323,6 +395,9 @@ def test_bad_budgets_and_choices_are_named(folder):
         allocate(budget, folder, [])
     with pytest.raises(aq.InputError, match=r"budget is 3; it must be an aq\.Budget"):
         allocate(3, folder)
+    with pytest.raises(aq.InputError, match=r"compiler is of type int; it must be an aq\.Compiler"):
+        allocate(aq.Budget(average_bits=3), folder, compiler=3)
+    assert allocate(aq.Budget(average_bits=3), folder, steps=np.int64(0)).measured == 0
 
 
 def test_budgets_out_of_reach_name_the_least_and_the_most(folder):

@@ -16,7 +16,7 @@ def run(folder, *argv):
     return allocate.main(["allocate", DIGITS, *SMALL, f"--workdir={folder}", *argv])
 
 
-def test_an_allocation_is_written_once_and_quantized(tmp_path, capsys):
+def test_allocations_under_several_budgets_and_a_network_of_one(tmp_path, capsys):
     folder, bits = tmp_path / "a", ("--weight_bits=2,3", "--act_bits=2")
     assert run(folder, "--budget=average_bits=2.5", *bits) == 0
     out = capsys.readouterr().out
@@ -26,12 +26,19 @@ def test_an_allocation_is_written_once_and_quantized(tmp_path, capsys):
     results = json.loads((folder / "results.json").read_text())
     assert results["costs"]["weight_bits"] <= 2.5
     assert results["choices"] == ["w2a2", "w3a2"]
-    # Another budget measures nothing, and an allocation is never written over.
-    assert run(folder, "--budget=bytes=9000", *bits) == 2
-    assert "allocation.json exists; move it" in capsys.readouterr().err
-    (folder / "allocation.json").rename(tmp_path / "a.json")
+    # Another budget measures nothing, and what was there stays.
+    first = (folder / "allocation.json").read_bytes()
     assert run(folder, "--budget=average_bits=3,2", *bits) == 0
-    assert "\n0 errors measured" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    kept = folder / "earlier" / "1"
+    assert f"the allocation of average_bits=2.5 is now in {kept}" in out
+    assert f"\n0 errors measured; those before are in {folder / 'sensitivity.json'}" in out
+    assert (kept / "allocation.json").read_bytes() == first
+    assert json.loads((kept / "results.json").read_text()) == results
+    assert (kept / "front.png").exists()
+    assert run(folder, "--budget=average_bits=3,2", *bits) == 0  # the same: nothing moves
+    assert not (folder / "earlier" / "2").exists()
+    (kept / "allocation.json").rename(tmp_path / "a.json")
 
     flag, workdir = f"--allocation={tmp_path / 'a.json'}", f"--workdir={tmp_path / 'q'}"
     assert quantize.main(["quantize", NEAREST, *SMALL, workdir, flag]) == 0

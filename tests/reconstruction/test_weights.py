@@ -41,9 +41,9 @@ def test_a_float_layer_has_no_grid(problem):
 def test_scales_are_searched_once_for_presets_that_share_a_compiler(monkeypatch):
     searched = []
 
-    def counted(rows, bits, place):
+    def counted(rows, bits, place, full_bits):
         searched.append(bits)
-        return search_weight_range(rows, bits, place)
+        return search_weight_range(rows, bits, place, full_bits)
 
     monkeypatch.setattr("aquant_jax.reconstruction.weights.search_weight_range", counted)
     (apply, variables), x, compiler = mlp(), normal(rng_of(1), 8, 6), aq.Compiler()

@@ -141,6 +141,10 @@ def test_a_pareto_front_is_drawn_and_listed():
     ]  # fmt: skip
     assert "Pareto front of degradation against bytes" in found.named("aria-label")
     assert "pareto-table" not in Page(page([run()], "Title")).tables
+    runs = [run(pareto=points[:1]), run("other", pareto=points[1:]), run(pareto=points[:1])]
+    both = Page(page(runs, "Title")).tables
+    assert [both[name][1][0] for name in ("pareto-table", "pareto-table-1")] == ["3 bits", "2 bits"]
+    assert "pareto-table-2" not in both
 
 
 def test_a_large_network_stays_under_3_mb(monkeypatch):
