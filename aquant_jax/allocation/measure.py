@@ -204,9 +204,9 @@ def measure(
     """The error of every choice of every layer, and what two layers of a block add to their sum.
 
     Of more than `MOST_JOINT` choices, the first is the sum of two errors, with the weights alone
-    quantized and with the input alone, where a layer has at most half as many of these. The second is
-    ``2 r sqrt(e_1 e_2)`` with the mean of `interaction` at a few choices that both have as r: all
-    pairs of choices would take their square in measurements.
+    quantized and with the input alone, where a layer has at most half as many of these. The second
+    is ``2 r sqrt(e_1 e_2)`` with the mean of `interaction` at a few choices that both have as r:
+    all pairs of choices would take their square in measurements.
 
     Returns:
       `solve.Problem.errors` and `solve.Problem.pairs`.
