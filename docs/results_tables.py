@@ -62,6 +62,7 @@ BUILDERS: dict[str, Callable[[Load], str]] = {
     "throughput": speed_tables.throughput,
     "columns": speed_tables.columns,
     "deploy": speed_tables.deploy,
+    "deploy-amx": functools.partial(speed_tables.deploy, source="deploy_amx_cpu"),
     "stack": speed_tables.stack,
     "memory": speed_tables.memory,
     "rematerialize": speed_tables.rematerialize,

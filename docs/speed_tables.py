@@ -41,9 +41,9 @@ def throughput(load: Load) -> str:
     return markdown(["", "images a second"], [[t, f"{rate[n]:.1f}"] for n, t in names.items()], 1)
 
 
-def deploy(load: Load) -> str:
+def deploy(load: Load, source: str = "deploy_cpu") -> str:
     """Whole networks by several runtimes, milliseconds a batch."""
-    runs = load("deploy_cpu")["runs"]
+    runs = load(source)["runs"]
     names = list(dict.fromkeys(name for run in runs for name in run["ms"]))
     times = [{name: f"{ms['median']:,.1f}" for name, ms in run["ms"].items()} for run in runs]
     rows = [[name, *(found.get(name, "not run") for found in times)] for name in names]
