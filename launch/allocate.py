@@ -1,10 +1,10 @@
 """Chooses bits of every layer of a config's network under a budget.
 
 Writes allocation.json (for launch.quantize --allocation, and for an editor), front.png and
-results.json into the workdir, and keeps every measurement there in sensitivity.json. Another budget
-in the same workdir measures nothing again, and moves earlier results to earlier/1/, earlier/2/, ...
-Bits of 16 stand for float. A budget is one of bytes=N, average_bits=N (or N,M for weights and
-activations), bit_operations=N, latency=MS, coefficients=N and degradation=X.
+results.json into the workdir, and keeps measurements in sensitivity.json. Another budget there
+measures nothing again, and moves earlier results to earlier/1/ and so on. Bits of 16 stand for
+float. A budget is one of bytes=N, average_bits=N (or N,M for weights and activations),
+bit_operations=N, latency=MS, coefficients=N and degradation=X.
 
 Example:
 

@@ -22,7 +22,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """The flags --weight_bits, --act_bits and --borders."""
     flags.DEFINE_list("weight_bits", "2,3,4", "to choose from", flag_values=values)
     flags.DEFINE_list("act_bits", "2,3,4", "to choose from", flag_values=values)
-    text = "to choose from, name:granularity; launch.allocate needs --steps; the recipe's if empty"
+    text = "to choose from, name:granularity; launch.allocate needs --steps; empty: the recipe's"
     flags.DEFINE_list("borders", "", text, flag_values=values)
 
 
