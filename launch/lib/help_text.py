@@ -15,7 +15,7 @@ def help_text(description: str, values: flags.FlagValues) -> str:
     lines = [text.rstrip(), ""]
     for name in sorted(values, key=lambda name: "required" not in values[name].help):
         default = values[name].default
-        shown = "" if default in (None, "") else f" (default {_shown(default)})"
+        shown = "" if default in (None, "", []) else f" (default {_shown(default)})"
         line = f"  --{name}: {values[name].help}{shown}"
         lines += textwrap.wrap(line, WIDTH, subsequent_indent="      ")
     return "\n".join([*lines, (mark + example).rstrip()])
