@@ -21,7 +21,7 @@ from aquant_jax.arithmetic.uniform import (
 from aquant_jax.graph.ir import Op
 from aquant_jax.graph.subgraph import BlockInputs, bind_inputs, run
 from aquant_jax.layers.compiler import Compiler
-from aquant_jax.layers.fake_quant import LayerInput, LayerSpec, Weights, run_layer
+from aquant_jax.layers.fake_quant import LayerInput, LayerSpec, Weights, rounding_of, run_layer
 from aquant_jax.plan.block_program import BlockProgram, forward, make_block_program
 from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.weights import float_weights, init_borders
@@ -129,7 +129,7 @@ class Probe:
             for path, border in zip(paths, self._borders[index], strict=True)
         ]
         of_reads = [roundings.reads.get(tensor.key, self._off) for tensor in program.tensors]
-        key = "probe", program.key, tuple(spec[4:8] for spec in program.specs)
+        key = "probe", program.key, tuple(map(rounding_of, program.specs))
         run = functools.partial(_outputs, program)
         return self._compiler.get(key, lambda: run)(own, (of_inputs, of_reads), inputs)
 
