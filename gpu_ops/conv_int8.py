@@ -83,7 +83,7 @@ class ConvInt8Call(NamedTuple):
         results = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
         attributes = targets.geometry_attributes(self.geometry)
         attributes |= targets.rounding_attributes(self.rounding)
-        own = set(self._fields[2:]) - {"added", "pool"}
+        own = (name for name in self._fields[2:] if name not in ("added", "pool"))
         attributes |= {name: getattr(self, name) for name in own}
         attributes |= {"per_channel": self.rounding.per_channel, "pool": _pool_sizes(self.pool)}
         step, zero, coefficients, codes, zeros, scale, bias, *grids = others
@@ -166,8 +166,9 @@ def _pool_sizes(pool: ConvGeometry | None) -> tuple[int, ...]:
     """Its attribute: kernel, strides, dilation and padding."""
     if pool is None:
         return ()
-    padding = itertools.chain(*pool.padding)
-    return (*pool.kernel, *pool.strides, *pool.dilation, *padding)
+    sizes = targets.geometry_attributes(pool)
+    names = ("kernel", "stride", "dilation", "padding")
+    return tuple(itertools.chain.from_iterable(sizes[name] for name in names))
 
 
 def _grid(quantizer: ActivationQuantizer) -> jax.Array:

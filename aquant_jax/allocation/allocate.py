@@ -139,9 +139,7 @@ def allocate(
     problem = make_problem(target, layers, latencies)
     limits = budget.limits(any(c.act_bits for layer in layers for c in layer.choices))
     check_limits(problem, layers, limits, functools.partial(_without_overrides, target, choices))
-    call = _Call(
-        apply, variables, samples, recipe, choices, mask, int(steps), seed, compiler, folder
-    )
+    call = _Call(apply, variables, samples, recipe, choices, mask, steps, seed, compiler, folder)
     errors, pairs, measured = _measured(call, net, layers)
     problem = problem._replace(errors=errors, pairs=pairs)
     check_degradation(problem, budget)

@@ -50,10 +50,9 @@ struct Wide {
     return Wide(a.lanes > b.lanes ? a.lanes : b.lanes);
   }
   friend BORDER_INLINE Wide Higher(const Wide& a, const Wide& b) {
-    const Lanes higher = a.lanes > b.lanes ? a.lanes : b.lanes;
     // All bits where `a` is above infinity: GCC 12 would compare `a` with itself lane by lane.
     const Integers none = (0x7f800000 - ((Integers)a.lanes & 0x7fffffff)) >> 31;
-    return Wide((Lanes)((Integers)higher | none));
+    return Wide((Lanes)((Integers)Most(a, b).lanes | none));
   }
   friend BORDER_INLINE Wide Ceil(Wide a) {
     for (int64_t i = 0; i < kWide; ++i) a.lanes[i] = ceilf(a.lanes[i]);

@@ -21,7 +21,7 @@ struct Division {
     rows = std::clamp<int64_t>(share, 1, job.BlockRows());
     blocks = (job.ResultRows() + rows - 1) / rows;
     const int64_t tasks = std::max<int64_t>(g.images * blocks, 1);
-    const bool whole = job.Depthwise() || job.pooled;
+    const bool whole = job.Depthwise() || job.Pooled();
     parts = whole ? 1 : std::clamp<int64_t>(2 * threads / tasks, 1, slices);
   }
 };
@@ -55,7 +55,7 @@ void Convolve(ffi::ThreadPool pool, const Int8Convolution& job, const Division& 
       FillRows(job, image, task, scratch);
     MultiplyRows(job, weights, instructions.dot, columns, task, scratch);
     instructions.end();
-    if (job.pooled) PoolRows(job, result, task, scratch);
+    if (job.Pooled()) PoolRows(job, result, task, scratch);
   });
 }
 
@@ -103,8 +103,8 @@ ffi::Error ConvInt8(ffi::ThreadPool pool, const ConvolutionOperands& o, ffi::Rem
   Grid grid = MakeGrid(size, at, a.bits);
   grid.step = 1.0f;  // values are left in units of it
   const Geometry& g = read->geometry;
-  const ColumnJob columns{read->pooled ? g : Flattened(g), grid, read->border, 0.0f};
-  Int8Convolution job{columns, read->pool, read->pooled, read->per_element, read->outputs,
+  const ColumnJob columns{read->Pooled() ? g : Flattened(g), grid, read->border, 0.0f};
+  Int8Convolution job{columns, read->pool, read->per_element, read->outputs,
                       a.weight_bits, o.weights.typed_data(), o.weight_zero.typed_data(), {}};
   if (ffi::Error error = MakeResults(*read, o, a, job.results); error.failure()) return error;
   const InstructionSet* instructions = ChooseInstructions();

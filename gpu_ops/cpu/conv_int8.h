@@ -49,8 +49,7 @@ struct RowRange {
 
 struct Int8Convolution {
   ColumnJob columns;
-  Geometry pool;  // of the windows of a maximum over the sums, if there is one
-  bool pooled;
+  Geometry pool;     // of the windows of a maximum over the sums; without taps for none
   bool per_element;  // the borders are those of column elements
   int64_t outputs;   // of all groups
   int64_t weight_bits;
@@ -73,10 +72,11 @@ struct Int8Convolution {
     return !per_element && !Depthwise() && g.groups == 1 && g.Taps() == 1 && g.stride[0] == 1 &&
            g.stride[1] == 1 && g.channels % kQuad == 0;
   }
-  int64_t ResultRows() const { return pooled ? pool.Out(0) : Window().Out(0); }
+  bool Pooled() const { return pool.Taps() > 0; }
+  int64_t ResultRows() const { return Pooled() ? pool.Out(0) : Window().Out(0); }
   // The rows of sums that these rows of the result are made of.
   RowRange SumRows(const RowRange& rows) const {
-    if (!pooled) return rows;
+    if (!Pooled()) return rows;
     const int64_t most = Window().Out(0), top = rows.first * pool.stride[0] - pool.low[0];
     const int64_t first = std::clamp<int64_t>(top, 0, most);
     const int64_t end = top + (rows.count - 1) * pool.stride[0] + pool.Span(0);
@@ -84,13 +84,13 @@ struct Int8Convolution {
   }
   // The most of them for `count` rows of the result.
   int64_t MostSumRows(int64_t count) const {
-    if (!pooled) return count;
+    if (!Pooled()) return count;
     return std::min((count - 1) * pool.stride[0] + pool.Span(0), Window().Out(0));
   }
   // Rows of the result whose sums, and what these read, stay in a core's cache.
   int64_t BlockRows() const {
     const int64_t read = columns.BlockRows(RowElement());
-    if (!pooled) return read;
+    if (!Pooled()) return read;
     const int64_t line = Window().Out(1) * outputs * static_cast<int64_t>(sizeof(float));
     const int64_t sums = std::min(read, kPooledBytes / std::max<int64_t>(line, 1));
     return std::clamp<int64_t>((sums - pool.Span(0)) / pool.stride[0] + 1, 1, pool.Out(0));
@@ -146,7 +146,7 @@ struct TaskScratch {
 
   explicit TaskScratch(const Int8Convolution& job, int64_t rows)
       : units(job.RowElement() == sizeof(float) ? RowElements(job, rows) + kSlack : 0),
-        values(job.pooled ? SumValues(job, rows) : 0),
+        values(job.Pooled() ? SumValues(job, rows) : 0),
         codes(job.RowElement() == sizeof(float) ? 0 : RowElements(job, rows) + kSlack),
         panel(job.RowsAreColumns() || job.Depthwise() ? 0 : Pixels(job) * PanelRow(job) + kSlack),
         column(job.per_element && !job.Depthwise() ? job.Window().Column() + kSlack : 0),
@@ -164,7 +164,7 @@ struct TaskScratch {
   // Of a panel.
   static int64_t Pixels(const Int8Convolution& job) {
     const int64_t pixels = kPanelBytes / std::max<int64_t>(PanelRow(job), 1);
-    return std::clamp<int64_t>(RoundTo(pixels, 16), 16, kPanelPixels);
+    return std::clamp<int64_t>(RoundTo(pixels, kTileRows), kTileRows, kPanelPixels);
   }
   static int64_t RowElements(const Int8Convolution& job, int64_t rows) {
     return job.columns.InputRows(rows) * job.columns.Line();
@@ -173,7 +173,7 @@ struct TaskScratch {
     return rows * job.Window().Out(1) * job.outputs;
   }
   static int64_t Bytes(const Int8Convolution& job, int64_t rows) {
-    const int64_t pixels = Pixels(job), pooled = job.pooled ? SumValues(job, rows) : 0;
+    const int64_t pixels = Pixels(job), pooled = job.Pooled() ? SumValues(job, rows) : 0;
     return RowElements(job, rows) * job.RowElement() + pooled * sizeof(float) +
            pixels * PanelRow(job) +
            pixels * (kSlice + 1) * sizeof(int32_t) + job.Window().Column() +
@@ -192,7 +192,8 @@ void FillRows(const Int8Convolution& job, const float* image, const Task& task, 
 void FillRows(const Int8Convolution& job, const uint16_t* image, const Task& task, TaskScratch& s);
 void FillRows(const Int8Convolution& job, const uint8_t* image, const Task& task, TaskScratch& s);
 
-// The results of a task, or, of a pooled convolution, its floats. `direct` is where its columns lie, if they are not made of the rows.
+// The results of a task, or, of a pooled convolution, its floats. `direct` is where its columns lie,
+// if they are not made of the rows.
 void MultiplyRows(const Int8Convolution& job, const PackedWeights& w, DotFunction dot,
                   const uint8_t* direct, const Task& task, TaskScratch& s);
 

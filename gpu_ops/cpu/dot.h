@@ -11,6 +11,7 @@ namespace gpu_ops {
 constexpr int64_t kQuad = 4;
 constexpr int64_t kLane = 16;   // outputs that a packed vector holds
 constexpr int64_t kSlice = 64;  // most outputs of one product
+constexpr int64_t kTileRows = 16;  // most of a tile of AMX
 
 inline int64_t RoundTo(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
 

@@ -16,7 +16,7 @@ namespace {
 
 #define AMX __attribute__((target("amx-tile,amx-int8")))
 
-constexpr int64_t kTileRows = 16, kTileQuads = 16;
+constexpr int64_t kTileQuads = 16;
 
 // Tiles 0 to 3 are sums, 4 and 5 codes and weights of 16 quads, 6 and 7 those of the quads that are
 // left.

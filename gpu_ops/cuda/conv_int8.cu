@@ -445,7 +445,7 @@ ffi::Error ConvInt8(Device device, const ConvolutionOperands& o, ffi::RemainingR
   auto read = ReadConvolution(o, rets, a);
   if (read.has_error()) return read.error();
   const int64_t tensors = static_cast<int64_t>(read->codes.size());
-  if (read->per_element || read->pooled || tensors > kMostTensors)
+  if (read->per_element || read->Pooled() || tensors > kMostTensors)
     return Bad("on a GPU, conv_int8 has no borders of column elements, no maximum and at most " +
                std::to_string(kMostTensors) + " results of codes");
   const Geometry& g = read->geometry;

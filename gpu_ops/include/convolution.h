@@ -50,8 +50,7 @@ struct CodeTensor {
 
 // What they say; absent operands are null. All pointers are to where the device can read.
 struct DeployedConvolution {
-  Geometry geometry, pool;  // the latter of the window of a maximum, if there is one
-  bool pooled;
+  Geometry geometry, pool;  // the latter of the windows of a maximum; without taps for none
   Border border;
   bool per_element;  // the borders are those of column elements
   int64_t outputs;   // of all groups
@@ -60,10 +59,11 @@ struct DeployedConvolution {
   float* values;
   std::vector<CodeTensor> codes;
 
+  bool Pooled() const { return pool.Taps() > 0; }
   // Elements before and after the maximum.
   int64_t SumCount() const { return geometry.images * geometry.Pixels() * outputs; }
   int64_t Count() const {
-    return pooled ? geometry.images * pool.Pixels() * outputs : SumCount();
+    return Pooled() ? geometry.images * pool.Pixels() * outputs : SumCount();
   }
 };
 
@@ -98,18 +98,13 @@ inline ffi::ErrorOr<Geometry> ReadConvolutionGeometry(const ConvolutionOperands&
 
 // The window of the maximum over the result.
 inline ffi::Error ReadPool(const ConvolutionAttributes& a, DeployedConvolution& c) {
-  c.pooled = a.pool.size() != 0;
-  if (!c.pooled) return ffi::Error::Success();
+  if (a.pool.size() == 0) return ffi::Error::Success();
   if (a.pool.size() != 10) return Bad("pool has " + std::to_string(a.pool.size()) + " sizes, not 10");
   const Geometry& g = c.geometry;
   const int64_t shape[] = {g.images, g.Out(0), g.Out(1), c.outputs};
   const auto sizes = [&](int first, int count) { return Sizes(a.pool.begin() + first, count); };
   const WindowAttributes window{sizes(0, 2), sizes(2, 2), sizes(4, 2), sizes(6, 4), 1};
-  if (ffi::Error error = ReadWindow(ffi::Span<const int64_t>(shape, 4), window, c.pool);
-      error.failure())
-    return error;
-  c.pool.groups = 1;
-  return ffi::Error::Success();
+  return ReadWindow(Sizes(shape, 4), window, c.pool);
 }
 
 // Bias and residual of a result of `c.SumCount()` elements.
@@ -191,7 +186,7 @@ inline ffi::ErrorOr<DeployedConvolution> ReadConvolution(const ConvolutionOperan
   const bool per_element = from != ffi::U8 && border->degree >= 0 && !a.per_channel &&
                            !(g.Taps() == 1 && whole);
   DeployedConvolution c{
-      g, {}, false, *border, per_element, o.weights.dimensions()[3], {}, {}, {}, {}, {}};
+      g, {}, *border, per_element, o.weights.dimensions()[3], {}, {}, {}, {}, {}};
   if (ffi::Error error = ReadPool(a, c); error.failure()) return ffi::Unexpected(error);
   if (ffi::Error error = ReadAddends(o, c); error.failure()) return ffi::Unexpected(error);
   if (ffi::Error error = ReadResults(o, rets, a, c); error.failure())
