@@ -166,9 +166,8 @@ def _pool_sizes(pool: ConvGeometry | None) -> tuple[int, ...]:
     """Its attribute: kernel, strides, dilation and padding."""
     if pool is None:
         return ()
-    sizes = targets.geometry_attributes(pool)
-    names = ("kernel", "stride", "dilation", "padding")
-    return tuple(itertools.chain.from_iterable(sizes[name] for name in names))
+    padding = itertools.chain(*pool.padding)
+    return (*pool.kernel, *pool.strides, *pool.dilation, *padding)
 
 
 def _grid(quantizer: ActivationQuantizer) -> jax.Array:
