@@ -1,6 +1,8 @@
 // The handler of a deployed convolution: its operands, checked, and its tasks; see conv_int8.h.
 #include "conv_int8.h"
 
+#include <cstdlib>
+#include <string>
 #include <type_traits>
 
 #include "convolution.h"
@@ -10,18 +12,24 @@ namespace {
 
 constexpr int64_t kTasksPerThread = 4;
 
-// How the work is divided: rows of the result of a task, tasks of an image, and parts of the slices.
+// How the work is divided: images and rows of the result of a task, tasks of the rows of an image,
+// and parts of the slices.
 struct Division {
-  int64_t rows, blocks, parts;
+  int64_t images, rows, blocks, parts;
 
   Division(const Int8Convolution& job, int64_t slices, int64_t threads) {
     const Geometry& g = job.Window();
-    const int64_t wanted = std::max<int64_t>(threads, 1) * kTasksPerThread;
+    const int64_t wanted = threads * kTasksPerThread;
     const int64_t share = (g.images * job.ResultRows() + wanted - 1) / wanted;
-    rows = std::clamp<int64_t>(share, 1, job.BlockRows());
-    blocks = (job.ResultRows() + rows - 1) / rows;
-    const int64_t tasks = std::max<int64_t>(g.images * blocks, 1);
     const bool whole = job.Depthwise() || job.Pooled();
+    const int64_t filling = whole ? 1 : (kSumPixels - 1) / std::max<int64_t>(g.Out(1), 1) + 1;
+    rows = std::clamp<int64_t>(std::max(share, filling), 1, job.BlockRows());
+    blocks = (job.ResultRows() + rows - 1) / rows;
+    images = 1;
+    if (!whole && !job.RowsAreColumns() && blocks == 1)
+      images = std::min(TaskScratch::Pixels(job) / std::max<int64_t>(g.Pixels(), 1), g.images / threads);
+    images = std::max<int64_t>(images, 1);
+    const int64_t tasks = std::max<int64_t>((g.images + images - 1) / images * blocks, 1);
     parts = whole ? 1 : std::clamp<int64_t>(2 * threads / tasks, 1, slices);
   }
 };
@@ -31,31 +39,39 @@ void Convolve(ffi::ThreadPool pool, const Int8Convolution& job, const Division& 
               const InstructionSet& instructions, const void* x) {
   const Geometry& g = job.Window();
   PackedWeights weights(job);
+  const int64_t rows = division.rows, blocks = division.blocks, parts = division.parts;
+  const int64_t runs = (g.images + division.images - 1) / division.images;
+  const bool shared = runs * blocks > 1;  // tasks read the same weights
   if (job.Depthwise())
     PackDepthwise(job, weights);
-  else
+  else if (shared)
     ParallelFor(pool, g.groups * weights.slices, [&](int64_t i) {
       Pack(job, instructions.dot, i / weights.slices, i % weights.slices, weights);
       instructions.end();
     });
-  const auto [rows, blocks, parts] = division;
-  ParallelFor(pool, g.images * blocks * parts, [&, rows = rows, blocks = blocks,
-                                                parts = parts](int64_t i) {
-    const int64_t part = i % parts, block = i / parts % blocks, n = i / parts / blocks;
+  ParallelFor(pool, runs * blocks * parts, [&](int64_t i) {
+    const int64_t part = i % parts, block = i / parts % blocks, run = i / parts / blocks;
+    const int64_t slice = weights.slices * part / parts;
+    const int64_t slices = weights.slices * (part + 1) / parts;
+    if (!job.Depthwise() && !shared)
+      for (int64_t own = 0; own < g.groups * (slices - slice); ++own)
+        Pack(job, instructions.dot, own % g.groups, slice + own / g.groups, weights);
     const RowRange result{block * rows, std::min(rows, job.ResultRows() - block * rows)};
     const auto [first, count] = job.SumRows(result);
     TaskScratch scratch(job, job.MostSumRows(rows));
-    const Task task{n, first, count, weights.slices * part / parts,
-                    weights.slices * (part + 1) / parts};
-    const In* image = static_cast<const In*>(x) + n * g.Image();
-    const uint8_t* columns = job.RowsAreColumns() ? scratch.codes.data() : nullptr;
-    if (std::is_same_v<In, uint8_t> && columns != nullptr && job.columns.IsWhole())
-      columns = static_cast<const uint8_t*>(x) + n * g.Image() + first * job.columns.Line();
-    else
-      FillRows(job, image, task, scratch);
-    MultiplyRows(job, weights, instructions.dot, columns, task, scratch);
+    const int64_t end = std::min((run + 1) * division.images, g.images);
+    for (int64_t n = run * division.images; n < end; ++n) {
+      const Task task{n, first, count, slice, slices, n + 1 == end};
+      const In* image = static_cast<const In*>(x) + n * g.Image();
+      const uint8_t* columns = job.RowsAreColumns() ? scratch.codes.data() : nullptr;
+      if (std::is_same_v<In, uint8_t> && columns != nullptr && job.columns.IsWhole())
+        columns = static_cast<const uint8_t*>(x) + n * g.Image() + first * job.columns.Line();
+      else
+        FillRows(job, image, task, scratch);
+      MultiplyRows(job, weights, instructions.dot, columns, task, scratch);
+      if (job.Pooled()) PoolRows(job, result, task, scratch);
+    }
     instructions.end();
-    if (job.Pooled()) PoolRows(job, result, task, scratch);
   });
 }
 
@@ -109,8 +125,10 @@ ffi::Error ConvInt8(ffi::ThreadPool pool, const ConvolutionOperands& o, ffi::Rem
   if (ffi::Error error = MakeResults(*read, o, a, job.results); error.failure()) return error;
   const InstructionSet* instructions = ChooseInstructions();
   if (instructions == nullptr)
-    return Bad("GPU_OPS_INSTRUCTIONS is none of amx_int8, avx512_vnni, avx_vnni, avx2 and plain");
-  const Division division(job, (job.Outer() + kSlice - 1) / kSlice, pool.num_threads());
+    return Bad("GPU_OPS_INSTRUCTIONS is '" + std::string(std::getenv("GPU_OPS_INSTRUCTIONS")) +
+               "', none of amx_int8, avx512_vnni, avx_vnni, avx2 and plain");
+  const Division division(job, (job.Outer() + kSlice - 1) / kSlice,
+                          std::max<int64_t>(pool.num_threads(), 1));
   if (ffi::Error error = CheckScratch(TaskScratch::Bytes(job, job.MostSumRows(division.rows)),
                                       o.x.size_bytes() + o.weights.size_bytes());
       error.failure())

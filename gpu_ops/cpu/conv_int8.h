@@ -1,15 +1,19 @@
 // A deployed convolution on CPU in one pass: the codes of a few pixels' columns, their products with
 // weight codes, and what becomes of the sums.
 //
-// A task is a block of rows of one image's result. The rows of the input that it reads are made
-// once, with their padding: units where every column element has its own border, codes where an
-// activation has one code whatever tap reads it, and the input itself where that is codes already.
-// The columns of at most `kPanelPixels` pixels are then multiplied slice by slice of the outputs; a
-// slice's sums are scaled, added to, clipped and stored as floats, as codes, or as both, a vector of
-// outputs after the other, whose constants stay in registers for all these pixels. A depthwise
-// convolution sums the taps of a vector of channels in float32, in which its sums are exact. A maximum
-// over windows of the result is taken from the floats of a task's rows, which stay in its memory.
+// A task is a block of rows of one image's result, or some whole images. The rows of the input that
+// it reads are made once, with their padding: units where every column element has its own border,
+// codes where an activation has one code whatever tap reads it, and the input itself where that is
+// codes already. The columns of some pixels, a panel, are then multiplied slice by slice of the
+// outputs. Weights that do not stay in a core's cache are read once a panel, which is large then, of
+// several images if these are small. The sums of `kSumPixels` pixels and one slice are scaled, added
+// to, clipped and stored as floats, as codes, or as both, a vector of outputs after the other, whose
+// constants stay in registers for all these pixels. A depthwise convolution sums the taps of a vector
+// of channels in float32, in which its sums are exact. A maximum over windows of the result is taken
+// from the floats of a task's rows, which stay in its memory.
 #pragma once
+
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -22,7 +26,17 @@ namespace gpu_ops {
 
 constexpr int64_t kPanelBytes = 1 << 17;
 constexpr int64_t kPooledBytes = 1 << 19;  // of the floats that a task takes maxima of
-constexpr int64_t kPanelPixels = 48;  // most of a panel, whose sums stay in the first-level cache
+constexpr int64_t kSumPixels = 48;  // most whose sums stay in the first-level cache
+
+// Bytes of a core's second-level cache that weights, or columns, may take.
+inline int64_t CacheShare() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);  // which may leave a virtual machine
+#else
+  constexpr int64_t size = 0;
+#endif
+  return (size > 0 ? size : int64_t{1} << 20) / 2;
+}
 
 // A tensor of codes of the result's shape.
 struct CodeGrid {
@@ -108,7 +122,7 @@ struct PackedWeights {
   int64_t width, slices;  // outputs of a group, filled up, and its slices
 
   explicit PackedWeights(const Int8Convolution& job)
-      : packed(job.Depthwise() ? 0 : Width(job) * job.Window().groups * job.Quads() * kQuad),
+      : packed(job.Depthwise() ? 0 : Bytes(job)),
         width(Width(job)),
         slices((width + kSlice - 1) / kSlice) {
     const int64_t groups = job.Window().groups;
@@ -124,6 +138,9 @@ struct PackedWeights {
   }
 
   static int64_t Width(const Int8Convolution& job) { return RoundTo(job.Outer(), kLane); }
+  static int64_t Bytes(const Int8Convolution& job) {
+    return Width(job) * job.Window().groups * job.Quads() * kQuad;
+  }
   int64_t First(int64_t slice) const { return slice * kSlice; }
   int64_t Count(int64_t slice) const { return std::min(kSlice, width - First(slice)); }
   int64_t At(int64_t group, int64_t slice, int64_t quads) const {
@@ -143,6 +160,7 @@ struct TaskScratch {
   Scratch<uint8_t> codes, panel, column;
   Scratch<int32_t> sums, code_sums;
   ColumnScratch pixel;
+  int64_t filled = 0;  // pixels of the panel
 
   explicit TaskScratch(const Int8Convolution& job, int64_t rows)
       : units(job.RowElement() == sizeof(float) ? RowElements(job, rows) + kSlack : 0),
@@ -150,7 +168,7 @@ struct TaskScratch {
         codes(job.RowElement() == sizeof(float) ? 0 : RowElements(job, rows) + kSlack),
         panel(job.RowsAreColumns() || job.Depthwise() ? 0 : Pixels(job) * PanelRow(job) + kSlack),
         column(job.per_element && !job.Depthwise() ? job.Window().Column() + kSlack : 0),
-        sums(job.Depthwise() ? 0 : Pixels(job) * kSlice),
+        sums(job.Depthwise() ? 0 : kSumPixels * kSlice),
         code_sums(job.Depthwise() || job.weight_bits < 8 ? 0 : Pixels(job)),
         pixel(job.columns) {}
 
@@ -161,10 +179,14 @@ struct TaskScratch {
   static int64_t PanelRow(const Int8Convolution& job) {
     return job.Window().groups * GroupRow(job);
   }
-  // Of a panel.
+  // Most of a panel, in whole tiles.
   static int64_t Pixels(const Int8Convolution& job) {
-    const int64_t pixels = kPanelBytes / std::max<int64_t>(PanelRow(job), 1);
-    return std::clamp<int64_t>(RoundTo(pixels, kTileRows), kTileRows, kPanelPixels);
+    const Geometry& g = job.Window();
+    const bool cached = PackedWeights::Bytes(job) <= CacheShare();
+    const int64_t bytes = cached ? kPanelBytes : CacheShare();
+    const int64_t most = cached ? kSumPixels : RoundTo(g.images * g.Pixels(), kTileRows);
+    const int64_t pixels = RoundTo(bytes / std::max<int64_t>(PanelRow(job), 1), kTileRows);
+    return std::min(std::max(pixels, kTileRows), most);
   }
   static int64_t RowElements(const Int8Convolution& job, int64_t rows) {
     return job.columns.InputRows(rows) * job.columns.Line();
@@ -175,16 +197,17 @@ struct TaskScratch {
   static int64_t Bytes(const Int8Convolution& job, int64_t rows) {
     const int64_t pixels = Pixels(job), pooled = job.Pooled() ? SumValues(job, rows) : 0;
     return RowElements(job, rows) * job.RowElement() + pooled * sizeof(float) +
-           pixels * PanelRow(job) +
-           pixels * (kSlice + 1) * sizeof(int32_t) + job.Window().Column() +
+           pixels * (PanelRow(job) + static_cast<int64_t>(sizeof(int32_t))) +
+           kSumPixels * kSlice * sizeof(int32_t) + job.Window().Column() +
            ColumnScratch::Bytes(job.Window());
   }
 };
 
-// A task: rows [first, first + rows) of the sums of image `n`, and slices [slice, slices) of every
-// group.
+// Rows [first, first + rows) of the sums of image `n`, and slices [slice, slices) of every group.
+// Unless they are the `last` of a task, their pixels may wait for more in the panel.
 struct Task {
   int64_t n, first, rows, slice, slices;
+  bool last;
 };
 
 // Fills the rows that a task reads, from an image of floats, of bfloat16 or of codes.

@@ -22,7 +22,7 @@ BORDER_INLINE void Finish(const Results& r, const Place& to, float* floats, Sum 
   const float *residual = r.residual, low = r.low, high = r.high;
   const uint8_t* codes = r.residual_codes;
   const Grid grid = r.residual_grid;
-  Value y[kPanelPixels];
+  Value y[kSumPixels];
   for (int64_t i = 0; i < to.count; ++i) {
     Value value = Most(kLowest, Mul(sum(i), scale));
     if (biased) value = Add(value, bias);
@@ -69,8 +69,8 @@ BORDER_INLINE void CopyCodes(const ColumnJob& job, const uint8_t* image, int64_t
   });
 }
 
-// The columns of `count` pixels from pixel `first` of a block on, each by group. The weights of what
-// fills up the last quad of a group are zero.
+// Adds the columns of `count` pixels, from pixel `first` of a block on, to the panel, each by group.
+// The weights of what fills up the last quad of a group are zero.
 template <int degree>
 BORDER_INLINE void FillPanel(const Int8Convolution& job, int64_t first, int64_t count,
                              TaskScratch& s) {
@@ -89,7 +89,7 @@ BORDER_INLINE void FillPanel(const Int8Convolution& job, int64_t first, int64_t 
   };
   const int64_t run = groups == 1 ? job.columns.TapRun() : 1;
   int64_t col = first % width, at = first / width * (width * step + next_row) + col * step;
-  uint8_t* panel = s.panel.data();
+  uint8_t* panel = s.panel.data() + s.filled * size;
   for (int64_t i = 0; i < count; ++i, panel += size) {
     if (!job.per_element) {
       const uint8_t* pixel = s.codes.data() + at;
@@ -108,12 +108,20 @@ BORDER_INLINE void FillPanel(const Int8Convolution& job, int64_t first, int64_t 
   }
 }
 
+// Calls `run(first, count)` for every `kSumPixels` of a panel's pixels.
+template <typename Run>
+inline void EachSums(int64_t pixels, Run run) {
+  for (int64_t p = 0; p < pixels; p += kSumPixels) run(p, std::min(kSumPixels, pixels - p));
+}
+
 // The sums of every pixel's codes in one group, for weights of 8 bits: a product with ones.
 inline void SumCodes(const PackedWeights& w, DotFunction dot, const uint8_t* panel, int64_t row,
-                     int64_t count, TaskScratch& s) {
+                     int64_t pixels, TaskScratch& s) {
   const int64_t quads = static_cast<int64_t>(w.ones.size()) / (kLane * kQuad);
-  dot(panel, row, count, w.ones.data(), quads, kLane, s.sums.data());
-  for (int64_t i = 0; i < count; ++i) s.code_sums.data()[i] = s.sums.data()[i * kSlice];
+  EachSums(pixels, [&](int64_t p, int64_t count) {
+    dot(panel + p * row, row, count, w.ones.data(), quads, kLane, s.sums.data());
+    for (int64_t i = 0; i < count; ++i) s.code_sums.data()[p + i] = s.sums.data()[i * kSlice];
+  });
 }
 
 // Calls `run` with the degree of a border function as a constant.
@@ -127,9 +135,9 @@ BORDER_INLINE void WithDegree(int degree, Run run) {
   }
 }
 
-// A slice's sums become results; `at` is the place of its pixels.
+// A slice's sums become results; `at` is the place of its pixels, `codes` the sums of their codes.
 VECTORISED void FinishSlice(const Int8Convolution& job, const PackedWeights& w, int64_t group,
-                            int64_t slice, const Place& at, TaskScratch& s) {
+                            int64_t slice, const Place& at, const int32_t* codes, TaskScratch& s) {
   const int64_t outer = job.Outer(), first = w.First(slice);
   const int64_t size = std::min(w.Count(slice), outer - first);
   const int32_t* constants = w.constant.data() + group * w.width + first;
@@ -137,7 +145,7 @@ VECTORISED void FinishSlice(const Int8Convolution& job, const PackedWeights& w, 
   const bool whole = w.ones.empty();
   EachValue(size, [&](int64_t o, auto value) INLINED_LAMBDA {
     using Value = decltype(value);
-    const int32_t *sums = s.sums.data() + o, *codes = s.code_sums.data();
+    const int32_t* sums = s.sums.data() + o;
     const auto constant = LoadIntegers<Value>(constants + o);
     const auto factor = LoadIntegers<Value>(factors + o);
     Place to = at;
@@ -149,28 +157,42 @@ VECTORISED void FinishSlice(const Int8Convolution& job, const PackedWeights& w, 
   });
 }
 
+// The results of the pixels of a panel, from `start` on.
+void MultiplyPanel(const Int8Convolution& job, const PackedWeights& w, DotFunction dot,
+                   const uint8_t* panel, int64_t row, const Place& start, const Task& task,
+                   TaskScratch& s) {
+  const int64_t quads = job.Quads();
+  for (int64_t group = 0; group < job.Window().groups; ++group) {
+    const uint8_t* codes = panel + group * TaskScratch::GroupRow(job);
+    if (!w.ones.empty()) SumCodes(w, dot, codes, row, start.count, s);
+    for (int64_t slice = task.slice; slice < task.slices; ++slice)
+      EachSums(start.count, [&](int64_t p, int64_t count) {
+        dot(codes + p * row, row, count, w.packed.data() + w.At(group, slice, quads), quads,
+            w.Count(slice), s.sums.data());
+        const Place place{start.pixel + p, start.local + p, count, start.outputs, 0};
+        FinishSlice(job, w, group, slice, place, s.code_sums.data() + p, s);
+      });
+  }
+}
+
 template <int degree>
 BORDER_INLINE void Multiply(const Int8Convolution& job, const PackedWeights& w, DotFunction dot,
                             const uint8_t* direct, const Task& task, TaskScratch& s) {
   const Geometry& g = job.Window();
-  const int64_t width = g.Out(1), quads = job.Quads();
+  const int64_t width = g.Out(1), most = TaskScratch::Pixels(job), pixels = task.rows * width;
   const int64_t row = direct == nullptr ? TaskScratch::PanelRow(job) : g.channels;
-  const int64_t most = TaskScratch::Pixels(job), pixels = task.rows * width;
-  for (int64_t p = 0; p < pixels; p += most) {
-    const int64_t count = std::min(most, pixels - p);
-    const int64_t pixel = (task.n * g.Out(0) + task.first) * width + p;
-    const Place place{pixel, p, count, job.outputs, 0};
+  int64_t pixel = (task.n * g.Out(0) + task.first) * width;
+  for (int64_t p = 0; p < pixels;) {
+    const int64_t count = std::min(most - s.filled, pixels - p);
     if (direct == nullptr) FillPanel<degree>(job, p, count, s);
     const uint8_t* panel = direct == nullptr ? s.panel.data() : direct + p * row;
-    for (int64_t group = 0; group < g.groups; ++group) {
-      const uint8_t* codes = panel + group * TaskScratch::GroupRow(job);
-      if (!w.ones.empty()) SumCodes(w, dot, codes, row, count, s);
-      for (int64_t slice = task.slice; slice < task.slices; ++slice) {
-        dot(codes, row, count, w.packed.data() + w.At(group, slice, quads), quads,
-            w.Count(slice), s.sums.data());
-        FinishSlice(job, w, group, slice, place, s);
-      }
-    }
+    p += count;
+    pixel += count;
+    s.filled += count;
+    if (s.filled < most && !(task.last && p == pixels)) continue;
+    const Place start{pixel - s.filled, p - s.filled, s.filled, job.outputs, 0};
+    MultiplyPanel(job, w, dot, panel, row, start, task, s);
+    s.filled = 0;
   }
 }
 
@@ -206,9 +228,9 @@ BORDER_INLINE void MultiplyDepthwise(const Int8Convolution& job, const PackedWei
                                      const Task& task, TaskScratch& s) {
   const Geometry& g = job.Window();
   const int64_t width = g.Out(1), line = job.columns.Line(), pixels = task.rows * width;
-  for (int64_t p = 0; p < pixels; p += kPanelPixels) {
-    const int64_t count = std::min(kPanelPixels, pixels - p);
-    const float* u[kPanelPixels];
+  for (int64_t p = 0; p < pixels; p += kSumPixels) {
+    const int64_t count = std::min(kSumPixels, pixels - p);
+    const float* u[kSumPixels];
     for (int64_t i = 0; i < count; ++i)
       u[i] = s.units.data() + (p + i) / width * g.stride[0] * line +
              (p + i) % width * g.stride[1] * g.channels;

@@ -154,7 +154,7 @@ const InstructionSet* Sets() {
 const InstructionSet* ChooseInstructions() {
   const char* most = std::getenv("GPU_OPS_INSTRUCTIONS");
   const InstructionSet *set = Sets(), *end = set + kInstructionSets;
-  if (most != nullptr)
+  if (most != nullptr && *most != '\0')
     while (set < end && std::strcmp(most, set->name) != 0) ++set;
   while (set < end && !set->present) ++set;
   return set == end ? nullptr : set;

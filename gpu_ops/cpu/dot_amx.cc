@@ -97,10 +97,12 @@ AMX inline void Tile(const uint8_t* codes, int64_t row, const int8_t* weights, i
 template <int kTiles>
 AMX void Rows(const uint8_t* codes, int64_t row, int64_t rows, const int8_t* weights, int64_t quads,
               int32_t* sums) {
-  for (; rows > 0; rows -= kTileRows, codes += kTileRows * row, sums += kTileRows * kSlice) {
-    ShapeTiles(rows < kTileRows ? rows : kTileRows, quads % kTileQuads);
+  if (rows >= kTileRows) ShapeTiles(kTileRows, quads % kTileQuads);
+  for (; rows >= kTileRows; rows -= kTileRows, codes += kTileRows * row, sums += kTileRows * kSlice)
     Tile<kTiles>(codes, row, weights, quads, sums);
-  }
+  if (rows == 0) return;
+  ShapeTiles(rows, quads % kTileQuads);
+  Tile<kTiles>(codes, row, weights, quads, sums);
 }
 
 void Dot(const uint8_t* codes, int64_t row, int64_t rows, const int8_t* weights, int64_t quads,

@@ -50,14 +50,14 @@ VECTORISED void PoolRows(const Int8Convolution& job, const RowRange& rows, const
   const int64_t width = g.Out(1), pixels = rows.count * width;
   const int64_t start = (task.n * g.Out(0) + rows.first) * width;
   std::vector<PoolWindow> windows;
-  for (int64_t p = 0; p < pixels; p += kPanelPixels) {
-    const int64_t count = std::min(kPanelPixels, pixels - p);
+  for (int64_t p = 0; p < pixels; p += kSumPixels) {
+    const int64_t count = std::min(kSumPixels, pixels - p);
     windows.clear();
     for (int64_t i = p; i < p + count; ++i)
       windows.emplace_back(g, rows.first + i / width, i % width, task.first);
     EachValue(job.outputs, [&](int64_t c, auto value) INLINED_LAMBDA {
       using Value = decltype(value);
-      Value y[kPanelPixels];
+      Value y[kSumPixels];
       for (int64_t i = 0; i < count; ++i)
         y[i] = Highest<Value>(g, windows[i], s.values.data() + c);
       Deliver(job.results, Place{start + p, 0, count, job.outputs, c}, y);

@@ -36,6 +36,9 @@ LAYERS = {
     "deep": ((1, 3, 3, 1200), (3, 3), 16),  # a panel holds fewer pixels than a row needs bytes
     "long": ((1, 40, 40, 16), (3, 3), 8),  # several panels
     "rows": ((7, 3, 1, 32), (1, 1), 70),  # columns are the rows themselves
+    "small": ((9, 3, 3, 16), (3, 3), 20),  # several images to a panel
+    "heavy": ((8, 4, 4, 384), (3, 3), 400, 1, 4, 8),  # above half of a cache of 2 MiB
+    "one": ((1, 3, 3, 20), (3, 3), 300),  # tasks of some slices each
     "odd": ((2, 3, 5, 7), (2, 3), 9),
     "grouped": ((2, 6, 5, 12), (3, 3), 18, 3),
     "depthwise": ((2, 6, 5, 35), (3, 3), 35, 35),
@@ -74,8 +77,15 @@ def test_a_cpu_with_vnni_is_told_nothing(monkeypatch):
 
 def test_instructions_that_nobody_knows_are_named(monkeypatch):
     monkeypatch.setenv("GPU_OPS_INSTRUCTIONS", "mmx")
-    with pytest.raises(ERRORS, match="GPU_OPS_INSTRUCTIONS is none of"):
+    with pytest.raises(ERRORS, match="GPU_OPS_INSTRUCTIONS is 'mmx', none of"):
         conv_border_int8(*layer(*LAYERS["odd"]))
+
+
+def test_an_empty_choice_of_instructions_is_none(monkeypatch):
+    monkeypatch.setenv("GPU_OPS_INSTRUCTIONS", "")
+    chosen = conv_int8._cpu.instructions()
+    monkeypatch.delenv("GPU_OPS_INSTRUCTIONS")
+    assert chosen == conv_int8._cpu.instructions()
 
 
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
