@@ -93,6 +93,8 @@ def main(argv: list[str]) -> None:
     output = Path(values.output)
     if not output.parent.is_dir():
         raise InputError(f"{output} cannot be written: {output.parent} is not a folder")
+    if output.is_dir():
+        raise InputError(f"{output} cannot be written: it is a folder")
     digits = data.load("digits")
     split = digits.calibration(digits.train_size, values.seed)
     importers.save(

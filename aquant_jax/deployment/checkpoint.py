@@ -96,7 +96,7 @@ def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
     True
 
     Args:
-      quantized: from `quantize`.
+      quantized: from `quantize`. The saved program is XLA's alone, whatever the backend.
       path: of the folder, which must not exist.
       inputs: pytree of arrays or ``jax.ShapeDtypeStruct`` with a leading sample axis, any size of
         which the saved program takes; those of the calibration set if it is None. A network that
@@ -113,7 +113,7 @@ def save(quantized: Quantized, path: str | Path, inputs: Any = None) -> None:
     if isinstance(program, Exported):
         exported = program.program
     else:
-        exported = export_program(quantized, inputs)
+        exported = export_program(quantized.with_backend(None), inputs)
     check_program(path, exported)
     program_bytes = serialize(exported)
     quantized = quantized.on_host()

@@ -5,7 +5,7 @@ clips, and quantizes for its readers, before its sums leave the cache. The rules
 
 - an addition of two values of the same shape, the other of which is then the residual;
 - a clip: maximum, minimum, or a function of these such as ``jax.nn.relu6``;
-- a maximum over windows, behind which it absorbs nothing more;
+- of a convolution, a maximum over windows, behind which it absorbs nothing more;
 - each only where nothing else reads the value before it, and where it is not quantized there.
 """
 
@@ -138,7 +138,7 @@ def _longer(program: BlockProgram, fusion: Fusion, op: Op) -> Fusion | None:
     """`fusion` with `op` behind, or None where the epilogue cannot do that."""
     shape = program.avals[fusion.result].shape
     if op.name == "reduce_window_max":  # which passes a quantized tensor on as it stands
-        pool = _pool(op, shape)
+        pool = _pool(op, shape) if fusion.op.layer.kind == "conv" else None
         return None if pool is None else fusion._replace(pool=pool)
     quantized = fusion.result in program.tensor_of
     if quantized or len(op.outputs) != 1 or program.avals[op.outputs[0]].shape != shape:

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from aquant_jax.deployment import onnx_layers, onnx_primitives
+from aquant_jax.deployment.onnx_forms import convertible
 from aquant_jax.deployment.onnx_layers import WholeWeights
 from aquant_jax.deployment.onnx_nodes import move_transposes, rewrite_nodes
-from aquant_jax.deployment.onnx_padding import plain_padding
 from aquant_jax.deployment.onnx_runtimes import ONNXRUNTIME, OPENVINO, known
 from aquant_jax.deployment.onnx_weights import ReadWeight, place_weights
 from aquant_jax.deployment.quantized import Quantized, Traced, check_quantized
@@ -127,7 +127,7 @@ def _function(quantized: Quantized, program: Traced, batch: Any, runtime: str) -
     # All calls are inlined: jax2onnx 0.17 knows no call of JAX 0.12.
     apply = _apply_of_weights(quantized, program, whole, reads)
     graph = trace(apply, weights, batch, trainable=False)
-    graph = graph._replace(ops=tuple(plain_padding(op._replace(layer=None)) for op in graph.ops))
+    graph = graph._replace(ops=tuple(convertible(op._replace(layer=None)) for op in graph.ops))
     network = extract_subgraph(graph, (), graph.outputs)
 
     def function(*values: Any) -> tuple[Any, ...]:

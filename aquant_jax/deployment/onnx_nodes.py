@@ -13,15 +13,21 @@ from aquant_jax.arithmetic.uniform import LOWEST
 
 
 def rewrite_nodes(model: Any) -> None:
-    """Rewrites max-pools and clips, and drops what nothing reads; the model computes the same.
+    """Rewrites max-pools, products and clips, and drops what nothing reads; the model computes the
+    same.
 
-    jax2onnx 0.17 pools over all four axes of an image, as spatial ones; onnxruntime knows three.
+    jax2onnx 0.17 pools over all four axes of an image, as spatial ones; onnxruntime knows three. It
+    adds a float32 zero to a product of matrices, which may have another dtype.
     The maximum and the minimum of a float tensor and a number become Relu and Clip, which runtimes
     fuse with the convolution before them. The maximum with the lowest float32 goes: it keeps XLA
     from fusing (`uniform.product`).
     """
+    from onnx import numpy_helper
+
+    scalars = {v.name: numpy_helper.to_array(v) for v in model.graph.initializer if not v.dims}
     _max_pools(model.graph)
-    _clips(model.graph)
+    _products(model.graph, scalars)
+    _clips(model.graph, scalars)
     read = {name for node in model.graph.node for name in node.input}
     for value in list(model.graph.initializer):
         if value.name not in read:  # jax2onnx leaves some behind
@@ -64,10 +70,15 @@ def _max_pools(graph: Any) -> None:
             graph.node.append(node)
 
 
-def _clips(graph: Any) -> None:
-    from onnx import helper, numpy_helper
+def _products(graph: Any, scalars: dict[str, np.ndarray]) -> None:
+    for node in graph.node:
+        if node.op_type == "Gemm" and len(node.input) == 3 and scalars.get(node.input[2]) == 0:
+            del node.input[2]
 
-    scalars = {v.name: numpy_helper.to_array(v) for v in graph.initializer if len(v.dims) == 0}
+
+def _clips(graph: Any, scalars: dict[str, np.ndarray]) -> None:
+    from onnx import helper
+
     # Runtimes have no Relu of integers.
     numbers = {name: scalar for name, scalar in scalars.items() if scalar.dtype.kind not in "iu"}
     outputs = {value.name for value in graph.output}
@@ -82,7 +93,7 @@ def _clips(graph: Any) -> None:
         bounds = [name for name in node.input if name in numbers]
         if node.op_type not in ("Max", "Min") or len(bounds) != 1 or len(values) != 1:
             graph.node.append(node)
-        elif node.op_type == "Max" and numbers[bounds[0]] == LOWEST and out not in outputs:
+        elif node.op_type == "Max" and float(numbers[bounds[0]]) == LOWEST and out not in outputs:
             same[out] = values[0]
         elif node.op_type == "Max":
             relu = numbers[bounds[0]] == 0

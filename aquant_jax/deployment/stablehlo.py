@@ -81,7 +81,7 @@ class Exported:
         if quantized.backend is not None:
             raise InputError(
                 f"a restored network runs the program that it was saved with, "
-                f"not {quantized.backend}: choose the backend where it is exported"
+                f"not {quantized.backend}: give the backend to what aq.quantize returns"
             )
         run = functools.partial(self._call, state_of(quantized))
         try:

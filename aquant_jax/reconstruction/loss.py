@@ -56,9 +56,9 @@ def _without_masks(
 ) -> tuple[jax.Array, jax.Array]:
     """Both in float32 or wider, with `fill` where both are masked: the same huge number."""
     dtype = np.promote_types(output.dtype, np.float32)
+    output, target = output.astype(dtype), target.astype(dtype)  # first: float16 ends below MASK
     masked = (jnp.abs(target) > MASK) & (output == target)
-    output, target = (jnp.where(masked, fill, value.astype(dtype)) for value in (output, target))
-    return output, target
+    return jnp.where(masked, fill, output), jnp.where(masked, fill, target)
 
 
 def rounding_loss(

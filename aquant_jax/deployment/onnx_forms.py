@@ -1,9 +1,12 @@
-"""Padding in the forms that jax2onnx converts: of the ends of axes whose sizes it knows."""
+"""Ops in the forms that jax2onnx converts and runtimes run.
+
+jax2onnx pads the ends of axes whose sizes it knows. onnxruntime selects no booleans, so logic does.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,8 +19,10 @@ from aquant_jax.graph.ir import PAD_WITH_VALUE, Op
 PaddingConfig = Sequence[tuple[int, int, int]]  # low, high and interior of every axis
 
 
-def plain_padding(op: Op) -> Op:
-    """The op, which has no layer, with its padding in such forms."""
+def convertible(op: Op) -> Op:
+    """The op, which has no layer, in such a form."""
+    if op.name == "select_n":
+        return op._replace(call=functools.partial(_select, op.call))
     if op.name in ("pad", PAD_WITH_VALUE):
         return op._replace(call=lambda x, value: [pad(x, value, op.params["padding_config"])])
     if op.name == "conv_general_dilated" and not _is_known(op.params):
@@ -30,6 +35,14 @@ def _is_known(params: dict[str, Any]) -> bool:
     if any(dilation > 1 for dilation in params["lhs_dilation"]):
         return all(stride == 1 for stride in params["window_strides"])
     return all(end >= 0 for pair in params["padding"] for end in pair)
+
+
+def _select(call: Callable[..., list[Any]], which: AnyArray, *cases: AnyArray) -> list[Any]:
+    """`lax.select_n`, of masks too."""
+    if which.dtype != bool or cases[0].dtype != bool:
+        return call(which, *cases)
+    off, on = cases
+    return [(which & on) | (~which & off)]
 
 
 def _convolve(
