@@ -17,7 +17,7 @@ def rewrite_nodes(model: Any) -> None:
     same.
 
     jax2onnx 0.17 pools over all four axes of an image, as spatial ones; onnxruntime knows three. It
-    adds a float32 zero to a product of matrices, which may have another dtype.
+    adds a float32 zero to a product of matrices, whatever its dtype.
     The maximum and the minimum of a float tensor and a number become Relu and Clip, which runtimes
     fuse with the convolution before them. The maximum with the lowest float32 goes: it keeps XLA
     from fusing (`uniform.product`).
@@ -71,8 +71,15 @@ def _max_pools(graph: Any) -> None:
 
 
 def _products(graph: Any, scalars: dict[str, np.ndarray]) -> None:
+    from onnx import helper
+
+    # Without the zero onnxruntime fuses those of float32, and computes something else.
+    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
     for node in graph.node:
-        if node.op_type == "Gemm" and len(node.input) == 3 and scalars.get(node.input[2]) == 0:
+        if node.op_type != "Gemm" or len(node.input) < 3 or node.output[0] not in types:
+            continue
+        zero = scalars.get(node.input[2])
+        if zero == 0 and zero.dtype != helper.tensor_dtype_to_np_dtype(types[node.output[0]]):
             del node.input[2]
 
 
