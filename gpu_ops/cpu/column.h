@@ -120,6 +120,12 @@ BORDER_INLINE void Store(const Grid& grid, float shift, const Wide& code, Out* t
   }
 }
 
+BORDER_INLINE void StoreInteger(const Wide& whole, int32_t* to) {
+  const auto integers = __builtin_convertvector(whole.lanes, Wide::Integers);
+  std::memcpy(to, &integers, sizeof integers);
+}
+BORDER_INLINE void StoreInteger(float whole, int32_t* to) { *to = static_cast<int32_t>(whole); }
+
 // Calls `each(i, value)` for a run of `count` elements: with a Wide for `kWide` from i on, where the
 // last may overlap the one before, or, where they are too few, with a float for each.
 template <typename Each>

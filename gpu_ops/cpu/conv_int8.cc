@@ -26,7 +26,7 @@ struct Division {
     rows = std::clamp<int64_t>(std::max(share, filling), 1, job.BlockRows());
     blocks = (job.ResultRows() + rows - 1) / rows;
     images = 1;
-    if (!whole && !job.RowsAreColumns() && blocks == 1)
+    if (!whole && job.NeedsPanel() && blocks == 1)
       images = std::min(TaskScratch::Pixels(job) / std::max<int64_t>(g.Pixels(), 1), g.images / threads);
     images = std::max<int64_t>(images, 1);
     const int64_t tasks = std::max<int64_t>((g.images + images - 1) / images * blocks, 1);
@@ -36,8 +36,9 @@ struct Division {
 
 template <typename In>
 void Convolve(ffi::ThreadPool pool, const Int8Convolution& job, const Division& division,
-              const InstructionSet& instructions, const void* x) {
+              const void* x) {
   const Geometry& g = job.Window();
+  const auto end = job.instructions->end;
   PackedWeights weights(job);
   const int64_t rows = division.rows, blocks = division.blocks, parts = division.parts;
   const int64_t runs = (g.images + division.images - 1) / division.images;
@@ -46,8 +47,8 @@ void Convolve(ffi::ThreadPool pool, const Int8Convolution& job, const Division& 
     PackDepthwise(job, weights);
   else if (shared)
     ParallelFor(pool, g.groups * weights.slices, [&](int64_t i) {
-      Pack(job, instructions.dot, i / weights.slices, i % weights.slices, weights);
-      instructions.end();
+      Pack(job, i / weights.slices, i % weights.slices, weights);
+      end();
     });
   ParallelFor(pool, runs * blocks * parts, [&](int64_t i) {
     const int64_t part = i % parts, block = i / parts % blocks, run = i / parts / blocks;
@@ -55,23 +56,23 @@ void Convolve(ffi::ThreadPool pool, const Int8Convolution& job, const Division& 
     const int64_t slices = weights.slices * (part + 1) / parts;
     if (!job.Depthwise() && !shared)
       for (int64_t own = 0; own < g.groups * (slices - slice); ++own)
-        Pack(job, instructions.dot, own % g.groups, slice + own / g.groups, weights);
+        Pack(job, own % g.groups, slice + own / g.groups, weights);
     const RowRange result{block * rows, std::min(rows, job.ResultRows() - block * rows)};
     const auto [first, count] = job.SumRows(result);
     TaskScratch scratch(job, job.MostSumRows(rows));
-    const int64_t end = std::min((run + 1) * division.images, g.images);
-    for (int64_t n = run * division.images; n < end; ++n) {
-      const Task task{n, first, count, slice, slices, n + 1 == end};
+    const int64_t images = std::min((run + 1) * division.images, g.images);
+    for (int64_t n = run * division.images; n < images; ++n) {
+      const Task task{n, first, count, slice, slices, n + 1 == images};
       const In* image = static_cast<const In*>(x) + n * g.Image();
       const uint8_t* columns = job.RowsAreColumns() ? scratch.codes.data() : nullptr;
       if (std::is_same_v<In, uint8_t> && columns != nullptr && job.columns.IsWhole())
         columns = static_cast<const uint8_t*>(x) + n * g.Image() + first * job.columns.Line();
       else
         FillRows(job, image, task, scratch);
-      MultiplyRows(job, weights, instructions.dot, columns, task, scratch);
+      MultiplyRows(job, weights, columns, task, scratch);
       if (job.Pooled()) PoolRows(job, result, task, scratch);
     }
-    instructions.end();
+    end();
   });
 }
 
@@ -87,6 +88,28 @@ Geometry Flattened(const Geometry& g) {
   return flat;
 }
 
+// The largest of some values without their signs; infinite where one is not a number.
+float Largest(const float* values, int64_t count) {
+  float largest = 0.0f;
+  bool numbers = true;
+  for (int64_t i = 0; i < count; ++i) {
+    largest = std::max(largest, std::abs(values[i]));
+    numbers = numbers && values[i] == values[i];
+  }
+  return numbers ? largest : kInfinity;
+}
+
+// No value before it is clipped is larger without its sign, with room for rounding; infinite where
+// floats are added, which may be anything.
+float MostValue(const Results& r, int64_t outputs, int64_t elements) {
+  if (r.residual != nullptr) return kInfinity;
+  const float code = 255.0f, sum = code * code * static_cast<float>(elements);
+  float most = sum * Largest(r.scale, outputs);
+  if (r.bias != nullptr) most += Largest(r.bias, outputs);
+  if (r.residual_codes != nullptr) most += code * r.residual_grid.step;
+  return 2.0f * most;
+}
+
 // What becomes of the sums, by grids and zero points whose values are checked here.
 ffi::Error MakeResults(const DeployedConvolution& c, const ConvolutionOperands& o,
                        const ConvolutionAttributes& a, Results& r) {
@@ -99,12 +122,19 @@ ffi::Error MakeResults(const DeployedConvolution& c, const ConvolutionOperands& 
     const float* grid = o.residual_grid.typed_data();
     r.residual_grid = MakeGrid(grid[0], grid[1], 8);
   }
+  const float most = MostValue(r, c.outputs, c.geometry.Taps() * c.geometry.Inner());
+  r.finite = most < kInfinity;
   if (c.values != nullptr) WillWrite(c.values, c.Count() * sizeof(float));
   for (const CodeTensor& tensor : c.codes) {
     const float step = tensor.grid[0], zero = tensor.grid[1];
     if (ffi::Error error = CheckGrid(step, zero, tensor.bits); error.failure()) return error;
-    r.codes.push_back({MakeGrid(step, zero, tensor.bits), tensor.phi, tensor.coefficients,
-                       tensor.codes});
+    CodeGrid codes{MakeGrid(step, zero, tensor.bits), tensor.phi, tensor.coefficients, tensor.codes};
+    // A window of padding alone has no value.
+    codes.bounded = !c.Pooled() && most * codes.grid.inv_step < kMaxUnits / 2;
+    codes.positive = codes.bounded && r.low >= 0.0f && zero == 0.0f &&
+                     codes.phi != Phi::kIdentity &&
+                     Largest(codes.coefficients, 3 * c.outputs) < kMaxUnits;
+    r.codes.push_back(codes);
     WillWrite(tensor.codes, c.Count());
   }
   return ffi::Error::Success();
@@ -121,10 +151,10 @@ ffi::Error ConvInt8(ffi::ThreadPool pool, const ConvolutionOperands& o, ffi::Rem
   const Geometry& g = read->geometry;
   const ColumnJob columns{read->Pooled() ? g : Flattened(g), grid, read->border, 0.0f};
   Int8Convolution job{columns, read->pool, read->per_element, read->outputs,
-                      a.weight_bits, o.weights.typed_data(), o.weight_zero.typed_data(), {}};
+                      a.weight_bits, o.weights.typed_data(), o.weight_zero.typed_data(), {},
+                      ChooseInstructions()};
   if (ffi::Error error = MakeResults(*read, o, a, job.results); error.failure()) return error;
-  const InstructionSet* instructions = ChooseInstructions();
-  if (instructions == nullptr)
+  if (job.instructions == nullptr)
     return Bad("GPU_OPS_INSTRUCTIONS is '" + std::string(std::getenv("GPU_OPS_INSTRUCTIONS")) +
                "', none of amx_int8, avx512_vnni, avx_vnni, avx2 and plain");
   const Division division(job, (job.Outer() + kSlice - 1) / kSlice,
@@ -136,7 +166,7 @@ ffi::Error ConvInt8(ffi::ThreadPool pool, const ConvolutionOperands& o, ffi::Rem
   const auto convolve = o.x.element_type() == ffi::F32    ? Convolve<float>
                         : o.x.element_type() == ffi::BF16 ? Convolve<uint16_t>
                                                           : Convolve<uint8_t>;
-  convolve(pool, job, division, *instructions, o.x.untyped_data());
+  convolve(pool, job, division, o.x.untyped_data());
   return ffi::Error::Success();
 }
 

@@ -44,6 +44,8 @@ struct CodeGrid {
   Phi phi;
   const float* coefficients;  // b0, b1, b2 of every channel
   uint8_t* codes;
+  bool bounded = false;   // no value is near 2^23 units, or not a number
+  bool positive = false;  // nor below zero, which is code 0; and all borders are below 1
 };
 
 // What becomes of the sums; absent operands are null.
@@ -54,6 +56,7 @@ struct Results {
   float low, high;
   float* values;
   std::vector<CodeGrid> codes;
+  bool finite = false;  // all values are
 };
 
 // Rows [first, first + count) of an image.
@@ -70,6 +73,7 @@ struct Int8Convolution {
   const uint8_t* weights;
   const float* weight_zero;
   Results results;
+  const InstructionSet* instructions;
 
   const Geometry& Window() const { return columns.g; }
   int64_t Outer() const { return outputs / columns.g.groups; }
@@ -86,6 +90,9 @@ struct Int8Convolution {
     return !per_element && !Depthwise() && g.groups == 1 && g.Taps() == 1 && g.stride[0] == 1 &&
            g.stride[1] == 1 && g.channels % kQuad == 0;
   }
+  // Codes are multiplied where they lie in the rows, in tiles that are mostly full.
+  bool RowsAreTiles() const;
+  bool NeedsPanel() const { return !Depthwise() && !RowsAreColumns() && !RowsAreTiles(); }
   bool Pooled() const { return pool.Taps() > 0; }
   int64_t ResultRows() const { return Pooled() ? pool.Out(0) : Window().Out(0); }
   // The rows of sums that these rows of the result are made of.
@@ -148,17 +155,31 @@ struct PackedWeights {
   }
 };
 
+inline bool Int8Convolution::RowsAreTiles() const {
+  const Geometry& g = columns.g;
+  return instructions->tap_dot != nullptr && !per_element && !RowsAreColumns() && g.groups == 1 &&
+         g.channels % kTileBytes == 0 && 4 * g.Out(1) >= 3 * RoundTo(g.Out(1), kTileRows) &&
+         PackedWeights::Bytes(*this) <= CacheShare();
+}
+
 // Fills the weights of one slice of one group.
-void Pack(const Int8Convolution& job, DotFunction dot, int64_t group, int64_t slice,
-          PackedWeights& to);
+void Pack(const Int8Convolution& job, int64_t group, int64_t slice, PackedWeights& to);
 // Fills the weights of a depthwise convolution, [taps, channels].
 void PackDepthwise(const Int8Convolution& job, PackedWeights& to);
+
+// A slice of the outputs of `kSumPixels` pixels: their values, `kSlice` apart, and beside them the
+// residuals that are added, and then the codes.
+struct Strip {
+  Scratch<float> values{kSumPixels * kSlice}, residuals{kSumPixels * kSlice};
+  Scratch<int32_t> codes{kSumPixels * kSlice};
+};
 
 // Memory of one task, of `rows` rows of sums.
 struct TaskScratch {
   Scratch<float> units, values;
   Scratch<uint8_t> codes, panel, column;
   Scratch<int32_t> sums, code_sums;
+  Strip strip;
   ColumnScratch pixel;
   int64_t filled = 0;  // pixels of the panel
 
@@ -166,7 +187,7 @@ struct TaskScratch {
       : units(job.RowElement() == sizeof(float) ? RowElements(job, rows) + kSlack : 0),
         values(job.Pooled() ? SumValues(job, rows) : 0),
         codes(job.RowElement() == sizeof(float) ? 0 : RowElements(job, rows) + kSlack),
-        panel(job.RowsAreColumns() || job.Depthwise() ? 0 : Pixels(job) * PanelRow(job) + kSlack),
+        panel(job.NeedsPanel() ? Pixels(job) * PanelRow(job) + kSlack : 0),
         column(job.per_element && !job.Depthwise() ? job.Window().Column() + kSlack : 0),
         sums(job.Depthwise() ? 0 : kSumPixels * kSlice),
         code_sums(job.Depthwise() || job.weight_bits < 8 ? 0 : Pixels(job)),
@@ -198,7 +219,7 @@ struct TaskScratch {
     const int64_t pixels = Pixels(job), pooled = job.Pooled() ? SumValues(job, rows) : 0;
     return RowElements(job, rows) * job.RowElement() + pooled * sizeof(float) +
            pixels * (PanelRow(job) + static_cast<int64_t>(sizeof(int32_t))) +
-           kSumPixels * kSlice * sizeof(int32_t) + job.Window().Column() +
+           kSumPixels * kSlice * 4 * sizeof(int32_t) + job.Window().Column() +
            ColumnScratch::Bytes(job.Window());
   }
 };
@@ -217,8 +238,8 @@ void FillRows(const Int8Convolution& job, const uint8_t* image, const Task& task
 
 // The results of a task, or, of a pooled convolution, its floats. `direct` is where its columns lie,
 // if they are not made of the rows.
-void MultiplyRows(const Int8Convolution& job, const PackedWeights& w, DotFunction dot,
-                  const uint8_t* direct, const Task& task, TaskScratch& s);
+void MultiplyRows(const Int8Convolution& job, const PackedWeights& w, const uint8_t* direct,
+                  const Task& task, TaskScratch& s);
 
 // Rows of the result of a pooled convolution, from the floats of a task that has multiplied.
 void PoolRows(const Int8Convolution& job, const RowRange& rows, const Task& task, TaskScratch& s);

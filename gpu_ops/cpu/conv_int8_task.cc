@@ -12,26 +12,48 @@ namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-// What becomes of the sums of one output of some pixels, or of `kWide`; `sum` gives that of a pixel.
-// A maximum is taken of `floats`, if they are not null.
-template <typename Value, typename Sum>
-BORDER_INLINE void Finish(const Results& r, const Place& to, float* floats, Sum sum) {
-  const bool biased = r.bias != nullptr;
-  const Value scale = Load<Value>(r.scale + to.first);
-  const Value bias = biased ? Load<Value>(r.bias + to.first) : Value(0.0f);
-  const float *residual = r.residual, low = r.low, high = r.high;
-  const uint8_t* codes = r.residual_codes;
+// What becomes of the sums of the outputs of some pixels; `sum` gives those of a pixel from output o
+// on. A maximum is taken of `floats`, if they are not null. Residuals of a whole slice are decoded at
+// first, see Requantize.
+template <typename Sum>
+BORDER_INLINE void Finish(const Results& r, const Place& to, float* floats, Strip& strip, Sum sum) {
+  const bool biased = r.bias != nullptr, finite = r.finite, limited = r.high < kInfinity;
+  const float *residual = r.residual == nullptr ? nullptr : r.residual + to.At(0);
+  const float low = r.low, high = r.high;
+  const uint8_t* codes = r.residual_codes == nullptr ? nullptr : r.residual_codes + to.At(0);
   const Grid grid = r.residual_grid;
-  Value y[kSumPixels];
-  for (int64_t i = 0; i < to.count; ++i) {
-    Value value = Most(kLowest, Mul(sum(i), scale));
-    if (biased) value = Add(value, bias);
-    if (residual != nullptr) value = Add(value, Load<Value>(residual + to.At(i)));
-    if (codes != nullptr) value = Add(value, Dequantize(Load<Value>(codes + to.At(i)), grid));
-    y[i] = Clip(value, low, high);
-    if (floats != nullptr) std::memcpy(floats + to.LocalAt(i), y + i, sizeof(Value));
+  const int64_t count = to.count, outputs = to.outputs;
+  int64_t apart = outputs;  // of residuals
+  if (codes != nullptr && to.size == kSlice) {
+    float* decoded = strip.residuals.data();
+    for (int64_t i = 0; i < count; ++i)
+      EACH(o, kSlice)
+        decoded[i * kSlice + o] = Dequantize(static_cast<float>(codes[i * outputs + o]), grid);
+    codes = nullptr;
+    residual = decoded;
+    apart = kSlice;
   }
-  if (floats == nullptr) Deliver(r, to, y);
+  float* values = floats != nullptr   ? floats + to.LocalAt(0)
+                  : r.codes.empty()   ? r.values + to.At(0)
+                                      : strip.values.data();
+  const int64_t row = values == strip.values.data() ? kSlice : outputs;
+  EachValue(to.size, [&](int64_t o, auto value) INLINED_LAMBDA {
+    using Value = decltype(value);
+    const Value scale = Load<Value>(r.scale + to.first + o);
+    const Value bias = biased ? Load<Value>(r.bias + to.first + o) : Value(0.0f);
+    const auto next = sum(o, value);
+    for (int64_t i = 0; i < count; ++i) {
+      Value y = Mul(next(i), scale);
+      if (!finite) y = Most(kLowest, y);
+      if (biased) y = Add(y, bias);
+      if (residual != nullptr) y = Add(y, Load<Value>(residual + i * apart + o));
+      if (codes != nullptr) y = Add(y, Dequantize(Load<Value>(codes + i * outputs + o), grid));
+      y = Most(low, y);
+      if (limited) y = Least(high, y);
+      std::memcpy(values + i * row + o, &y, sizeof y);
+    }
+  });
+  if (values == strip.values.data()) Deliver(r, to, strip.values.data(), strip.codes.data());
 }
 
 // The rows of the input, as codes with one border a channel. `T` is uint8_t, or float for codes less
@@ -135,32 +157,29 @@ BORDER_INLINE void WithDegree(int degree, Run run) {
   }
 }
 
-// A slice's sums become results; `at` is the place of its pixels, `codes` the sums of their codes.
+// A slice's sums become results; `to` is the place of its pixels, `codes` the sums of their codes.
 VECTORISED void FinishSlice(const Int8Convolution& job, const PackedWeights& w, int64_t group,
-                            int64_t slice, const Place& at, const int32_t* codes, TaskScratch& s) {
-  const int64_t outer = job.Outer(), first = w.First(slice);
-  const int64_t size = std::min(w.Count(slice), outer - first);
-  const int32_t* constants = w.constant.data() + group * w.width + first;
-  const int32_t* factors = w.factor.data() + group * w.width + first;
+                            int64_t slice, Place to, const int32_t* codes, TaskScratch& s) {
+  const int64_t first = group * w.width + w.First(slice);
   const bool whole = w.ones.empty();
-  EachValue(size, [&](int64_t o, auto value) INLINED_LAMBDA {
+  to.first = group * job.Outer() + w.First(slice);
+  to.size = std::min(w.Count(slice), job.Outer() - w.First(slice));
+  Finish(job.results, to, s.values.data(), s.strip, [&](int64_t o, auto value) INLINED_LAMBDA {
     using Value = decltype(value);
     const int32_t* sums = s.sums.data() + o;
-    const auto constant = LoadIntegers<Value>(constants + o);
-    const auto factor = LoadIntegers<Value>(factors + o);
-    Place to = at;
-    to.first = group * outer + first + o;
-    Finish<Value>(job.results, to, s.values.data(), [=](int64_t i) INLINED_LAMBDA {
+    const auto constant = LoadIntegers<Value>(w.constant.data() + first + o);
+    const auto factor = LoadIntegers<Value>(w.factor.data() + first + o);
+    return [=](int64_t i) INLINED_LAMBDA {
       const auto sum = LoadIntegers<Value>(sums + i * kSlice) + constant;
       return ToFloats(whole ? sum : sum + factor * codes[i]);
-    });
+    };
   });
 }
 
 // The results of the pixels of a panel, from `start` on.
-void MultiplyPanel(const Int8Convolution& job, const PackedWeights& w, DotFunction dot,
-                   const uint8_t* panel, int64_t row, const Place& start, const Task& task,
-                   TaskScratch& s) {
+void MultiplyPanel(const Int8Convolution& job, const PackedWeights& w, const uint8_t* panel,
+                   int64_t row, const Place& start, const Task& task, TaskScratch& s) {
+  const DotFunction dot = job.instructions->dot;
   const int64_t quads = job.Quads();
   for (int64_t group = 0; group < job.Window().groups; ++group) {
     const uint8_t* codes = panel + group * TaskScratch::GroupRow(job);
@@ -169,14 +188,14 @@ void MultiplyPanel(const Int8Convolution& job, const PackedWeights& w, DotFuncti
       EachSums(start.count, [&](int64_t p, int64_t count) {
         dot(codes + p * row, row, count, w.packed.data() + w.At(group, slice, quads), quads,
             w.Count(slice), s.sums.data());
-        const Place place{start.pixel + p, start.local + p, count, start.outputs, 0};
-        FinishSlice(job, w, group, slice, place, s.code_sums.data() + p, s);
+        const Place to{start.pixel + p, start.local + p, count, start.outputs, 0, 0};
+        FinishSlice(job, w, group, slice, to, s.code_sums.data() + p, s);
       });
   }
 }
 
 template <int degree>
-BORDER_INLINE void Multiply(const Int8Convolution& job, const PackedWeights& w, DotFunction dot,
+BORDER_INLINE void Multiply(const Int8Convolution& job, const PackedWeights& w,
                             const uint8_t* direct, const Task& task, TaskScratch& s) {
   const Geometry& g = job.Window();
   const int64_t width = g.Out(1), most = TaskScratch::Pixels(job), pixels = task.rows * width;
@@ -190,9 +209,36 @@ BORDER_INLINE void Multiply(const Int8Convolution& job, const PackedWeights& w, 
     pixel += count;
     s.filled += count;
     if (s.filled < most && !(task.last && p == pixels)) continue;
-    const Place start{pixel - s.filled, p - s.filled, s.filled, job.outputs, 0};
-    MultiplyPanel(job, w, dot, panel, row, start, task, s);
+    const Place start{pixel - s.filled, p - s.filled, s.filled, job.outputs, 0, 0};
+    MultiplyPanel(job, w, panel, row, start, task, s);
     s.filled = 0;
+  }
+}
+
+// The results of a task whose codes are multiplied where they lie, two runs of pixels at a time.
+void MultiplyTiles(const Int8Convolution& job, const PackedWeights& w, const Task& task,
+                   TaskScratch& s) {
+  const Geometry& g = job.Window();
+  const TapDotFunction dot = job.instructions->tap_dot;
+  const int64_t width = g.Out(1), pixels = task.rows * width, step = g.stride[1] * g.channels;
+  const int64_t row = g.stride[0] * job.columns.Line();
+  const int64_t pixel = (task.n * g.Out(0) + task.first) * width;
+  TapCodes codes{{}, {}, step, g.channels, s.pixel.taps};
+  for (int64_t p = 0, end = 0; p < pixels; p = end) {
+    for (int64_t run = 0; run < 2; ++run) {
+      codes.first[run] = s.codes.data() + end / width * row + end % width * step;
+      codes.count[run] = std::min({kTileRows, width - end % width, pixels - end});
+      end += codes.count[run];
+    }
+    int32_t* code_sums = s.code_sums.data();
+    if (!w.ones.empty()) {
+      dot(codes, w.ones.data(), kLane, s.sums.data());
+      for (int64_t i = 0; i < end - p; ++i) code_sums[i] = s.sums.data()[i * kSlice];
+    }
+    for (int64_t slice = task.slice; slice < task.slices; ++slice) {
+      dot(codes, w.packed.data() + w.At(0, slice, job.Quads()), w.Count(slice), s.sums.data());
+      FinishSlice(job, w, 0, slice, {pixel + p, p, end - p, job.outputs, 0, 0}, code_sums, s);
+    }
   }
 }
 
@@ -234,11 +280,13 @@ BORDER_INLINE void MultiplyDepthwise(const Int8Convolution& job, const PackedWei
     for (int64_t i = 0; i < count; ++i)
       u[i] = s.units.data() + (p + i) / width * g.stride[0] * line +
              (p + i) % width * g.stride[1] * g.channels;
-    EachValue(g.channels, [&](int64_t c, auto value) INLINED_LAMBDA {
-      const int64_t pixel = (task.n * g.Out(0) + task.first) * width + p;
-      const Place to{pixel, p, count, job.outputs, c};
-      Finish<decltype(value)>(job.results, to, s.values.data(), [&](int64_t i) INLINED_LAMBDA {
-        return DepthwiseSum<degree, decltype(value)>(job, w.depthwise.data(), u[i], s.pixel, c);
+    const int64_t pixel = (task.n * g.Out(0) + task.first) * width + p;
+    EachSlice(g.channels, [&](int64_t first, int64_t size) INLINED_LAMBDA {
+      const Place to{pixel, p, count, job.outputs, first, size};
+      Finish(job.results, to, s.values.data(), s.strip, [&](int64_t o, auto value) INLINED_LAMBDA {
+        return [&, c = first + o](int64_t i) INLINED_LAMBDA {
+          return DepthwiseSum<degree, decltype(value)>(job, w.depthwise.data(), u[i], s.pixel, c);
+        };
       });
     });
   }
@@ -284,13 +332,14 @@ ROWS(uint16_t)
 ROWS(uint8_t)
 #undef ROWS
 
-VECTORISED void MultiplyRows(const Int8Convolution& job, const PackedWeights& w, DotFunction dot,
+VECTORISED void MultiplyRows(const Int8Convolution& job, const PackedWeights& w,
                              const uint8_t* direct, const Task& task, TaskScratch& s) {
+  if (job.RowsAreTiles()) return MultiplyTiles(job, w, task, s);
   WithDegree(job.per_element ? job.columns.border.degree : -1, [&](auto degree) INLINED_LAMBDA {
     if (job.Depthwise())
       MultiplyDepthwise<degree.value>(job, w, task, s);
     else
-      Multiply<degree.value>(job, w, dot, direct, task, s);
+      Multiply<degree.value>(job, w, direct, task, s);
   });
 }
 

@@ -19,8 +19,7 @@ BORDER_INLINE void PackQuad(const uint8_t* a, const uint8_t* b, const uint8_t* c
 
 }  // namespace
 
-VECTORISED void Pack(const Int8Convolution& job, DotFunction dot, int64_t group, int64_t slice,
-                     PackedWeights& to) {
+VECTORISED void Pack(const Int8Convolution& job, int64_t group, int64_t slice, PackedWeights& to) {
   const int64_t outer = job.Outer(), quads = job.Quads(), elements = job.Elements();
   const int64_t first = to.First(slice), count = to.Count(slice);
   const int64_t real = std::min(count, outer - first), at = group * outer + first;
@@ -39,7 +38,7 @@ VECTORISED void Pack(const Int8Convolution& job, DotFunction dot, int64_t group,
   }
   int32_t total[kSlice];
   const std::vector<uint8_t> ones(quads * kQuad, 1);
-  dot(ones.data(), 0, 1, packed, quads, count, total);
+  job.instructions->dot(ones.data(), 0, 1, packed, quads, count, total);
   const int32_t zero = static_cast<int32_t>(job.columns.grid.zero);
   for (int64_t o = 0; o < real; ++o) {
     const int64_t index = group * to.width + first + o;

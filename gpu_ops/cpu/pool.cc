@@ -55,12 +55,16 @@ VECTORISED void PoolRows(const Int8Convolution& job, const RowRange& rows, const
     windows.clear();
     for (int64_t i = p; i < p + count; ++i)
       windows.emplace_back(g, rows.first + i / width, i % width, task.first);
-    EachValue(job.outputs, [&](int64_t c, auto value) INLINED_LAMBDA {
-      using Value = decltype(value);
-      Value y[kSumPixels];
-      for (int64_t i = 0; i < count; ++i)
-        y[i] = Highest<Value>(g, windows[i], s.values.data() + c);
-      Deliver(job.results, Place{start + p, 0, count, job.outputs, c}, y);
+    EachSlice(job.outputs, [&](int64_t first, int64_t size) INLINED_LAMBDA {
+      float* y = s.strip.values.data();
+      EachValue(size, [&](int64_t o, auto value) INLINED_LAMBDA {
+        for (int64_t i = 0; i < count; ++i) {
+          value = Highest<decltype(value)>(g, windows[i], s.values.data() + first + o);
+          std::memcpy(y + i * kSlice + o, &value, sizeof value);
+        }
+      });
+      const Place to{start + p, 0, count, job.outputs, first, size};
+      Deliver(job.results, to, y, s.strip.codes.data());
     });
   }
 }

@@ -8,36 +8,60 @@
 
 namespace gpu_ops {
 
-// Where the outputs of some pixels lie, from `first` on: in a tensor, and in the floats of a task.
+// Where `size` outputs of some pixels lie, from `first` on: in a tensor, and in the floats of a task.
 struct Place {
-  int64_t pixel, local, count, outputs, first;
+  int64_t pixel, local, count, outputs, first, size;
 
   int64_t At(int64_t i) const { return (pixel + i) * outputs + first; }
   int64_t LocalAt(int64_t i) const { return (local + i) * outputs + first; }
 };
 
-// The codes of one output of some pixels, or of `kWide`, from their values.
-template <typename Value>
-BORDER_INLINE void Requantize(const CodeGrid& tensor, const Place& to, const Value* y) {
-  const float* at = tensor.coefficients + to.first;
-  const Value b[] = {Load<Value>(at), Load<Value>(at + to.outputs), Load<Value>(at + 2 * to.outputs)};
-  const Grid grid = tensor.grid;
-  const Phi phi = tensor.phi;
-  uint8_t* codes = tensor.codes;
-  for (int64_t i = 0; i < to.count; ++i) {
-    const Value u = ToUnits(y[i], grid.inv_step);
-    const Value border = Horner(2, [&](int power) INLINED_LAMBDA { return b[power]; }, u);
-    Store(grid, 0.0f, Code(u, ApplyPhi(phi, border), grid), codes + to.At(i));
+// Calls `run(first, size)` for every slice of the outputs. Of a rest that is no vector, the slice
+// starts within the one before.
+template <typename Run>
+BORDER_INLINE void EachSlice(int64_t outputs, Run run) {
+  for (int64_t first = 0; first < outputs; first += kSlice) {
+    const int64_t start = std::min(first, std::max<int64_t>(outputs - kWide, 0));
+    run(start, std::min(kSlice, outputs - start));
   }
 }
 
-// The results of one output of some pixels, or of `kWide`, from their values.
-template <typename Value>
-BORDER_INLINE void Deliver(const Results& r, const Place& to, const Value* y) {
-  float* values = r.values;
-  if (values != nullptr)
-    for (int64_t i = 0; i < to.count; ++i) std::memcpy(values + to.At(i), y + i, sizeof(Value));
-  for (const CodeGrid& tensor : r.codes) Requantize(tensor, to, y);
+// The codes of the outputs from their values, `kSlice` apart for every pixel. Those of a whole slice
+// become bytes at last, in a third of the instructions that vectors take one by one.
+BORDER_INLINE void Requantize(const CodeGrid& tensor, const Place& to, const float* y,
+                              int32_t* integers) {
+  const Grid grid = tensor.grid;
+  const Phi phi = tensor.phi;
+  const bool bounded = tensor.bounded, positive = tensor.positive, whole = to.size == kSlice;
+  const int64_t count = to.count, outputs = to.outputs;
+  uint8_t* codes = tensor.codes + to.At(0);
+  EachValue(to.size, [&](int64_t o, auto value) INLINED_LAMBDA {
+    using Value = decltype(value);
+    const float* at = tensor.coefficients + to.first + o;
+    const Value b[] = {Load<Value>(at), Load<Value>(at + outputs), Load<Value>(at + 2 * outputs)};
+    for (int64_t i = 0; i < count; ++i) {
+      Value u = Mul(Load<Value>(y + i * kSlice + o), grid.inv_step);
+      if (!bounded) u = Clip(u, -kMaxUnits, kMaxUnits);
+      const Value border = Horner(2, [&](int power) INLINED_LAMBDA { return b[power]; }, u);
+      Value code = Ceil(Sub(u, ApplyPhi(phi, border)));
+      if (!positive) code = Most(Add(code, grid.zero), 0.0f);
+      code = Least(code, grid.top);
+      if (whole)
+        StoreInteger(code, integers + i * kSlice + o);
+      else
+        Store(grid, 0.0f, code, codes + i * outputs + o);
+    }
+  });
+  for (int64_t i = 0; whole && i < count; ++i)
+    EACH(o, kSlice) codes[i * outputs + o] = static_cast<uint8_t>(integers[i * kSlice + o]);
+}
+
+// The results of the outputs, from their values, `kSlice` apart for every pixel.
+BORDER_INLINE void Deliver(const Results& r, const Place& to, const float* y, int32_t* integers) {
+  if (r.values != nullptr)
+    for (int64_t i = 0; i < to.count; ++i)
+      std::memcpy(r.values + to.At(i), y + i * kSlice, to.size * sizeof(float));
+  for (const CodeGrid& tensor : r.codes) Requantize(tensor, to, y, integers);
 }
 
 }  // namespace gpu_ops
