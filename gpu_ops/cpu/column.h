@@ -136,6 +136,27 @@ BORDER_INLINE void EachValue(int64_t count, Each each) {
     for (int64_t i = 0; i < count; i += kWide) each(std::min(i, count - kWide), Wide());
 }
 
+// Stores the codes of a run of elements: `code(i, value)` gives that of element i, or those of a Wide.
+// Bytes are stored by four vectors, which takes a third of the instructions of one by one.
+template <typename Out, typename CodeOf>
+BORDER_INLINE void StoreRun(const Grid& grid, float shift, int64_t size, Out* out, CodeOf code) {
+  constexpr int64_t kRun = 4 * kWide;
+  int64_t i = 0;
+  if constexpr (sizeof(Out) == 1) {
+    for (; i + kRun <= size; i += kRun) {
+      int32_t integers[kRun];
+      for (int64_t j = 0; j < kRun; j += kWide)
+        StoreInteger(Sub(code(i + j, Wide()), shift), integers + j);
+      EACH(j, kRun) out[i + j] = static_cast<Out>(integers[j]);
+    }
+    if (i == size) return;
+  }
+  const int64_t start = std::min(i, std::max<int64_t>(size - kWide, 0));
+  EachValue(size - start, [=](int64_t j, auto value) INLINED_LAMBDA {
+    Store(grid, shift, code(start + j, value), out + start + j);
+  });
+}
+
 // Copies whole vectors, up to kSlack bytes more than `size` elements: calls of memcpy take longer
 // than short runs of taps do.
 template <typename T>
@@ -241,9 +262,9 @@ template <typename Out>
 BORDER_INLINE void Codes(const ColumnJob& job, const float* u, const float* border, int64_t size,
                          Out* out) {
   // Copies, as a store to int8 could change anything that is not.
-  EachValue(size, [=, grid = job.grid, shift = job.shift](int64_t i, auto value) INLINED_LAMBDA {
+  StoreRun(job.grid, job.shift, size, out, [=, grid = job.grid](int64_t i, auto value) INLINED_LAMBDA {
     using Value = decltype(value);
-    Store(grid, shift, Code(Load<Value>(u + i), Load<Value>(border + i), grid), out + i);
+    return Code(Load<Value>(u + i), Load<Value>(border + i), grid);
   });
 }
 
@@ -262,9 +283,8 @@ template <int degree, typename Out>
 BORDER_INLINE void OwnCodes(const ColumnJob& job, const float* u, const float* at, int64_t power,
                             int64_t size, Out* out) {
   const Phi phi = job.border.phi;
-  EachValue(size, [=, grid = job.grid, shift = job.shift](int64_t i, auto value) INLINED_LAMBDA {
-    const auto units = Load<decltype(value)>(u + i);
-    Store(grid, shift, OwnCode<degree>(grid, phi, units, at + i, power), out + i);
+  StoreRun(job.grid, job.shift, size, out, [=, grid = job.grid](int64_t i, auto value) INLINED_LAMBDA {
+    return OwnCode<degree>(grid, phi, Load<decltype(value)>(u + i), at + i, power);
   });
 }
 

@@ -64,7 +64,7 @@ BORDER_INLINE void FillCodes(const ColumnJob& job, const In* image, int64_t firs
   const Geometry& g = job.g;
   // Of few channels, the coefficients of several pixels make a vector.
   const int64_t size = g.width * g.channels;
-  const int64_t period = (g.channels < kWide ? kWide : 1) * g.channels;
+  const int64_t period = (g.channels < kWide ? 4 * kWide : 1) * g.channels;
   std::vector<float> repeated((degree + 1) * period);
   for (int64_t i = 0; i < static_cast<int64_t>(repeated.size()); ++i)
     repeated[i] = job.border.coefficients[i / period * g.channels + i % g.channels];
@@ -73,9 +73,9 @@ BORDER_INLINE void FillCodes(const ColumnJob& job, const In* image, int64_t firs
   const Phi phi = job.border.phi;
   FillRows(job, image, first, rows, padding, to, [=](const In* from, T* out) INLINED_LAMBDA {
     for (int64_t left = size; left > 0; left -= period, from += period, out += period)
-      EachValue(std::min(period, left), [=](int64_t i, auto value) INLINED_LAMBDA {
+      StoreRun(grid, 0.0f, std::min(period, left), out, [=](int64_t i, auto value) INLINED_LAMBDA {
         const auto u = ToUnits(Load<decltype(value)>(from + i), grid.inv_step);
-        Store(grid, 0.0f, OwnCode<degree>(grid, phi, u, own + i, period), out + i);
+        return OwnCode<degree>(grid, phi, u, own + i, period);
       });
   });
 }
@@ -222,12 +222,14 @@ void MultiplyTiles(const Int8Convolution& job, const PackedWeights& w, const Tas
   const TapDotFunction dot = job.instructions->tap_dot;
   const int64_t width = g.Out(1), pixels = task.rows * width, step = g.stride[1] * g.channels;
   const int64_t row = g.stride[0] * job.columns.Line();
+  // Runs of one length, as shaping tiles takes time.
+  const int64_t runs = (width + kTileRows - 1) / kTileRows, length = (width + runs - 1) / runs;
   const int64_t pixel = (task.n * g.Out(0) + task.first) * width;
   TapCodes codes{{}, {}, step, g.channels, s.pixel.taps};
   for (int64_t p = 0, end = 0; p < pixels; p = end) {
     for (int64_t run = 0; run < 2; ++run) {
       codes.first[run] = s.codes.data() + end / width * row + end % width * step;
-      codes.count[run] = std::min({kTileRows, width - end % width, pixels - end});
+      codes.count[run] = std::min({length, width - end % width, pixels - end});
       end += codes.count[run];
     }
     int32_t* code_sums = s.code_sums.data();

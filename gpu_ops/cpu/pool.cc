@@ -28,17 +28,21 @@ struct PoolWindow {
   }
 };
 
-// The highest value of a channel in a window, or of `kWide`; not a number where one is.
+// The highest value of a channel in a window, or of `kWide`; not a number where one is, unless all
+// are finite.
 template <typename Value>
-BORDER_INLINE Value Highest(const Geometry& g, const PoolWindow& window, const float* channel) {
+BORDER_INLINE Value Highest(const Geometry& g, const PoolWindow& window, const float* channel,
+                            bool finite) {
   const int64_t row = g.dilation[0] * g.width * g.channels, col = g.dilation[1] * g.channels;
   const auto [top, rows] = window.taps[0];
   const auto [left, cols] = window.taps[1];
   const int64_t first = window.at + top * row + left * col;
   Value highest = -kInfinity;
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; ++j)
-      highest = Higher(highest, Load<Value>(channel + (first + i * row + j * col)));
+    for (int64_t j = 0; j < cols; ++j) {
+      const Value value = Load<Value>(channel + (first + i * row + j * col));
+      highest = finite ? Most(value, highest) : Higher(highest, value);
+    }
   return highest;
 }
 
@@ -49,6 +53,7 @@ VECTORISED void PoolRows(const Int8Convolution& job, const RowRange& rows, const
   const Geometry& g = job.pool;
   const int64_t width = g.Out(1), pixels = rows.count * width;
   const int64_t start = (task.n * g.Out(0) + rows.first) * width;
+  const bool finite = job.results.finite;
   std::vector<PoolWindow> windows;
   for (int64_t p = 0; p < pixels; p += kSumPixels) {
     const int64_t count = std::min(kSumPixels, pixels - p);
@@ -59,7 +64,7 @@ VECTORISED void PoolRows(const Int8Convolution& job, const RowRange& rows, const
       float* y = s.strip.values.data();
       EachValue(size, [&](int64_t o, auto value) INLINED_LAMBDA {
         for (int64_t i = 0; i < count; ++i) {
-          value = Highest<decltype(value)>(g, windows[i], s.values.data() + first + o);
+          value = Highest<decltype(value)>(g, windows[i], s.values.data() + first + o, finite);
           std::memcpy(y + i * kSlice + o, &value, sizeof value);
         }
       });

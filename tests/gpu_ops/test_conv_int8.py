@@ -38,6 +38,8 @@ LAYERS = {
     "rows": ((7, 3, 1, 32), (1, 1), 70),  # columns are the rows themselves
     "small": ((9, 3, 3, 16), (3, 3), 20),  # several images to a panel
     "heavy": ((8, 4, 4, 384), (3, 3), 400, 1, 4, 8),  # above half of a cache of 2 MiB
+    "tiles": ((2, 3, 28, 64), (3, 3), 112),  # codes lie in the rows as AMX reads them
+    "tile bytes": ((1, 5, 29, 128), (1, 1), 70, 1, 4, 8, (2, 2)),  # the same, with sums of codes
     "one": ((1, 3, 3, 20), (3, 3), 300),  # tasks of some slices each
     "odd": ((2, 3, 5, 7), (2, 3), 9),
     "grouped": ((2, 6, 5, 12), (3, 3), 18, 3),
@@ -124,19 +126,24 @@ WANTED = {
 }
 
 
-@pytest.mark.parametrize("values", [True, False], ids=["values", "codes"])
-@pytest.mark.parametrize("name", ["wide", "rows", "grouped", "depthwise"])
-def test_results_are_quantized_for_their_readers(name, values):
-    operands = layer(*LAYERS[name])
-    outputs, rng = operands[3].scale.size, rng_of(2)
-    wanted = tuple(
+def requantizations(rng, outputs, zero):
+    """Those of `WANTED`; a zero point is `zero` and its border's degree, or 0."""
+    return tuple(
         Requantization(
-            ActivationQuantizer(jnp.float32(1.3 + degree), jnp.float32(degree + 1)),
+            ActivationQuantizer(jnp.float32(1.3 + degree), jnp.float32(zero * (degree + 1))),
             rounding,
             channel_border(rng, outputs, degree) if rounding.border else {},
         )
         for rounding, degree in WANTED.values()
     )
+
+
+@pytest.mark.parametrize("values", [True, False], ids=["values", "codes"])
+@pytest.mark.parametrize("name", ["wide", "tiles", "rows", "grouped", "depthwise"])
+def test_results_are_quantized_for_their_readers(name, values):
+    operands = layer(*LAYERS[name])
+    outputs, rng = operands[3].scale.size, rng_of(2)
+    wanted = requantizations(rng, outputs, zero=1)
     y = conv_border_int8(*operands).values
     residual = Codes(jnp.asarray(rng.integers(0, 256, y.shape), jnp.uint8), GRID)
     epilogue = Epilogue(
@@ -146,6 +153,21 @@ def test_results_are_quantized_for_their_readers(name, values):
     found, expected = conv_border_int8(*operands, epilogue), by_columns(*operands, epilogue)
     assert (found.values is None) == (not values)
     assert [len(np.unique(codes)) > 2 for codes in found.codes] == [True] * len(wanted)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("low", [0.0, -np.inf])
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e38])  # values are finite, above 2^23 units, infinite
+@pytest.mark.parametrize("name", ["tiles", "depthwise"])
+def test_bounds_that_are_known_change_no_bit(name, scale, low):
+    *others, weights, rounding, geometry = layer(*LAYERS[name])
+    weights = weights._replace(scale=np.float32(scale) * weights.scale)
+    operands = (*others, weights, rounding, geometry)
+    wanted = requantizations(rng_of(2), weights.scale.size, zero=0)
+    epilogue = Epilogue(low=low, requantizations=wanted)
+    found, expected = conv_border_int8(*operands, epilogue), by_columns(*operands, epilogue)
+    assert np.isinf(expected.values).any() == (scale == 1e38)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -180,11 +202,16 @@ def test_a_maximum_is_taken_before_results_are_stored(name, pool):
 
 def test_not_a_number_has_the_code_zero():
     x, *others = layer(*LAYERS["odd"])
-    wanted = (Requantization(GRID, Rounding(4), {}),)
-    epilogue = Epilogue(bias=np.full(9, np.nan, np.float32), requantizations=wanted)
+    positive = ActivationQuantizer(GRID.step_size, jnp.float32(0))
+    border = channel_border(rng_of(1), 9)
+    clamped = Requantization(positive, Rounding(4, "quadratic", "clamp", per_channel=True), border)
+    epilogue = Epilogue(
+        bias=np.full(9, np.nan, np.float32), low=0.0,
+        requantizations=(Requantization(GRID, Rounding(4), {}), clamped),
+    )  # fmt: skip
     results = conv_border_int8(x, *others, epilogue)
     assert np.isnan(results.values).all()
-    assert not np.any(results.codes[0])
+    assert not np.any(results.codes)
 
 
 @pytest.mark.parametrize("values", [True, False], ids=["values and codes", "codes"])
