@@ -38,7 +38,7 @@ LAYERS = {
     "rows": ((7, 3, 1, 32), (1, 1), 70),  # columns are the rows themselves
     "small": ((9, 3, 3, 16), (3, 3), 20),  # several images to a panel
     "heavy": ((8, 4, 4, 384), (3, 3), 400, 1, 4, 8),  # above half of a cache of 2 MiB
-    "tiles": ((2, 3, 28, 64), (3, 3), 112),  # codes lie in the rows as AMX reads them
+    "tiles": ((2, 3, 27, 64), (3, 3), 112),  # codes lie in the rows as AMX reads them
     "tile bytes": ((1, 5, 29, 128), (1, 1), 70, 1, 4, 8, (2, 2)),  # the same, with sums of codes
     "one": ((1, 3, 3, 20), (3, 3), 300),  # tasks of some slices each
     "odd": ((2, 3, 5, 7), (2, 3), 9),
@@ -123,6 +123,7 @@ WANTED = {
     "constant": (Rounding(8, "constant", "identity"), 0),
     "linear": (Rounding(2, "linear", "clamp"), 1),
     "quadratic": (Rounding(4, "quadratic", "clamp"), 2),
+    "free": (Rounding(4, "quadratic", "identity"), 2),
 }
 
 
@@ -157,14 +158,14 @@ def test_results_are_quantized_for_their_readers(name, values):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("low", [0.0, -np.inf])
+@pytest.mark.parametrize(("low", "zero"), [(0.0, 0), (0.0, 1), (-np.inf, 0)])
 @pytest.mark.parametrize("scale", [1.0, 1e6, 1e38])  # values are finite, above 2^23 units, infinite
 @pytest.mark.parametrize("name", ["tiles", "depthwise"])
-def test_bounds_that_are_known_change_no_bit(name, scale, low):
+def test_bounds_that_are_known_change_no_bit(name, scale, low, zero):
     *others, weights, rounding, geometry = layer(*LAYERS[name])
     weights = weights._replace(scale=np.float32(scale) * weights.scale)
     operands = (*others, weights, rounding, geometry)
-    wanted = requantizations(rng_of(2), weights.scale.size, zero=0)
+    wanted = requantizations(rng_of(2), weights.scale.size, zero)
     epilogue = Epilogue(low=low, requantizations=wanted)
     found, expected = conv_border_int8(*operands, epilogue), by_columns(*operands, epilogue)
     assert np.isinf(expected.values).any() == (scale == 1e38)
@@ -198,6 +199,17 @@ def test_a_maximum_is_taken_before_results_are_stored(name, pool):
     assert np.nanmax(expected.values) > -1
     np.testing.assert_array_equal(found.values, expected.values)
     np.testing.assert_array_equal(found.codes, expected.codes)
+
+
+def test_a_window_of_padding_alone_has_the_lowest_code():
+    operands = layer(*LAYERS["odd"])
+    geometry = ConvGeometry((3, 5), *POOLS["padding alone"])
+    wanted = requantizations(rng_of(2), 9, zero=0)
+    epilogue = Epilogue(low=0.0, pool=geometry, requantizations=wanted)
+    found, expected = conv_border_int8(*operands, epilogue), by_columns(*operands, epilogue)
+    assert np.isneginf(found.values).any()
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_not_a_number_has_the_code_zero():

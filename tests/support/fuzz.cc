@@ -9,6 +9,7 @@
 #include "../../gpu_ops/cpu/border_columns.cc"
 #include "../../gpu_ops/cpu/border_conv.cc"
 #include "../../gpu_ops/cpu/conv_int8.cc"
+#include "../../gpu_ops/cpu/conv_int8_rows.cc"
 #include "../../gpu_ops/cpu/conv_int8_task.cc"
 #include "../../gpu_ops/cpu/depthwise.cc"
 #include "../../gpu_ops/cpu/dot.cc"
