@@ -79,7 +79,7 @@ def search(net, place):
             outputs = [normal(rng, BATCH, POSITIONS, CHANNELS) for _ in range(LAYERS)]
             outputs[1:] = [np.maximum(values, 0.0) for values in outputs[1:]]
             for values in outputs:
-                values[~net.valid_mask[rows]] = 9.0  # padding
+                values[~net.valid_mask[rows]] = np.nan  # padding
             yield rows, [place(values) for values in outputs]
 
     return observe_ranges.observe_ranges(net, [program], run_float)
