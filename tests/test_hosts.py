@@ -6,11 +6,15 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from aquant_jax.arithmetic.range_search import BINS
 from launch import quantize
 from tests.support import two_processes
 from tests.support.process import REPOSITORY
+
+TENSORS, WORDS = 7, 2  # words of 32 bits, in a float64
 
 
 def free_port():
@@ -60,12 +64,23 @@ def two(tmp_path_factory):
     return ends, [found_in(folder, process) for process in range(2)]
 
 
-def test_the_codes_are_those_of_one_process(two, tmp_path):
+def test_codes_and_step_sizes_are_those_of_one_process(two, tmp_path):
     code, _, err = end(start(tmp_path, 4))
     assert code == 0, err
-    expected = found_in(tmp_path)["codes"]
-    assert [found["codes"] for found in two[1]] == [expected, expected]
+    one = found_in(tmp_path)
+    assert [found["codes"] for found in two[1]] == [one["codes"]] * 2
     assert two[1][0]["devices"] == [4, 4]
+    one, *ranges = [found["ranges"] for found in (one, *two[1])]
+    for found in ranges:
+        assert found["quantizers"] == one["quantizers"]
+        ends, bins = [TENSORS, 2 * WORDS], [TENSORS, 2, BINS * WORDS]
+        assert found["sent"] == [[4], bins, ends]  # and results, one for each device
+    for places in one["quantizers"].values():
+        assert places == places[:1] * 3
+    first, second = (np.array(found["counted"]).reshape(2, 3) for found in ranges)
+    samples, everywhere, channels = np.transpose(first + second)  # of which each is counted once
+    assert samples.tolist() == everywhere.tolist() == channels.tolist() == first[:, 1].tolist()
+    assert second[:, [0, 2]].all()
 
 
 def test_all_read_the_blocks_that_the_first_has_written(two):

@@ -53,9 +53,16 @@ def test_the_same_devices_give_the_same_bits(found):
 
 @pytest.mark.parametrize("mesh", ["4x1", "2x2"])
 def test_every_device_searches_scales_of_its_share_of_the_channels(found, mesh):
-    """Of 4 and of 6; one row is the histogram of an activation."""
+    """Of 4 and of 6; one row is the histogram of an activation, and 4 are those of a group."""
     assert found["one"]["rows"] == [[1, 1], [4, 4], [6, 6]]
-    assert found[mesh]["rows"] == [[1, 1], [4, 1], [8, 2]]
+    assert found[mesh]["rows"] == [[4, 1], [8, 2]]
+
+
+@pytest.mark.parametrize("devices", ["2", "4"])
+def test_step_sizes_are_those_of_one_device(found, devices):
+    """To the bit, where the float network's values are."""
+    assert len(found["ranges"]["one"]["quantizers"]["all"][0]) == 7
+    assert found["ranges"][devices] == found["ranges"]["one"]
 
 
 @pytest.mark.parametrize("mesh", ["4x1", "2x2"])
@@ -69,6 +76,12 @@ def test_a_step_gathers_no_cache(found, mesh):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_device_computes_its_share_of_a_batch(found, mesh):
     assert set(found[mesh]["images"]) == {8 // int(mesh[0])}
+
+
+@pytest.mark.parametrize("mesh", ["4x1", "2x2"])
+def test_every_device_scores_its_share_of_a_batch(found, mesh):
+    """Of eight samples; devices along the axis `model` too."""
+    assert found[mesh]["scored"] == [2] * 4
 
 
 @pytest.mark.parametrize(("mesh", "share"), [("4x1", 1), ("2x2", 2)])

@@ -7,7 +7,7 @@ points: all of them up to 6 bits; from 7 bits, sixteen of them and then those ar
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -83,7 +83,7 @@ def _pairs(
 
 def _search(
     values: Float[np.ndarray, "rows n"],
-    mass: Float[np.ndarray, "#rows #n"],
+    mass: Float[ArrayLike, "#rows #n"],
     span: Float[np.ndarray, "rows"],
     rounds: list[Float[np.ndarray, "_ 2"]],
     bits: int,
@@ -192,6 +192,56 @@ def search_weight_range(
     return WeightRange(scale, zero)
 
 
+class Histogram(NamedTuple):
+    """The values of an activation tensor in 4,096 bins of equal width.
+
+    Attributes:
+      low, high: the ends of the bins; zero is between them.
+      bins: float64, the number of values in each bin and their sum.
+    """
+
+    low: float
+    high: float
+    bins: Float[np.ndarray, "2 bins"]
+
+    @property
+    def sides(self) -> tuple[bool, bool]:
+        """Whether there are values below zero, and above; histograms with the same sides have the
+        same candidates."""
+        return self.low < 0.0, self.high > 0.0
+
+
+def make_histogram(values: Float[np.ndarray, "n"], ends: tuple[float, float]) -> Histogram:
+    """The histogram of float32 values between these ends."""
+    low, high = min(ends[0], 0.0), max(ends[1], 0.0)
+    if high == low:
+        return Histogram(low, high, np.zeros((2, BINS)))
+    lift = float(_lift(np.array([high - low]))[0])
+    lifted = (values - low) * np.float32(lift)
+    index = np.minimum((lifted * (BINS / ((high - low) * lift))).astype(np.int32), BINS - 1)
+    bins = [np.bincount(index, weights, BINS) for weights in (None, values)]
+    return Histogram(low, high, np.array(bins, np.float64))
+
+
+def search_histograms(
+    histograms: Sequence[Histogram], bits: int, place: Place = jnp.asarray
+) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
+    """Step size and zero point of every tensor.
+
+    Args:
+      histograms: of the tensors, with the same sides, at least one.
+      bits: 2 to 8.
+      place: see `search_weight_range`.
+    """
+    low, high, bins = (np.array(part) for part in zip(*histograms, strict=True))
+    count, total = bins[:, 0], bins[:, 1]
+    centres = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+    mass = (count / count.sum(axis=1, keepdims=True)).astype(np.float32)
+    rounds = _candidates(low, high, bits)
+    span = (high - low).astype(np.float32)
+    return _search(centres.astype(np.float32), place(mass), span, rounds, bits, place)
+
+
 def search_activation_range(
     values: Shaped[ArrayLike, "..."], bits: int, ends: tuple[float, float] | None = None
 ) -> ActivationQuantizer:
@@ -209,20 +259,8 @@ def search_activation_range(
       The quantizer; step size 1 and zero point 0 where every value is zero.
     """
     flat = np.asarray(values, np.float32).ravel()
-    low, high = ends or (float(flat.min()), float(flat.max()))
-    low, high = min(low, 0.0), max(high, 0.0)
-    if high == low:
+    histogram = make_histogram(flat, ends or (float(flat.min()), float(flat.max())))
+    if not any(histogram.sides):
         return ActivationQuantizer(jnp.float32(1.0), jnp.float32(0.0))
-    lift = float(_lift(np.array([high - low]))[0])
-    lifted = (flat - low) * np.float32(lift)
-    index = np.minimum((lifted * (BINS / ((high - low) * lift))).astype(np.int32), BINS - 1)
-    count = np.bincount(index, minlength=BINS)
-    total = np.bincount(index, weights=flat, minlength=BINS)
-    used = count > 0
-    centres = np.zeros(BINS, np.float32)
-    centres[used] = total[used] / count[used]
-    mass = (count / flat.size).astype(np.float32)
-    rounds = _candidates(np.array([low]), np.array([high]), bits)
-    span = np.array([high - low], np.float32)
-    scale, zero = _search(centres[None], mass[None], span, rounds, bits)
+    scale, zero = search_histograms([histogram], bits)
     return ActivationQuantizer(scale[0], zero[0])

@@ -109,6 +109,24 @@ def read(leaf: Any) -> Any:
     return _in_numpy(leaf)
 
 
+def parts(array: Any) -> list[tuple[tuple[slice, ...], np.ndarray]]:
+    """The parts of an array that this process answers for, behind their places in it. Each element
+    is in one part of one process; one process alone has the whole."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+        return [(shard.index, np.asarray(shard.data)) for shard in shards]
+    return [((slice(None),) * array.ndim, np.asarray(array))]
+
+
+def of_processes(values: np.ndarray) -> np.ndarray:
+    """The float64 `values` of every process of the mesh in force, along a new first axis; all call
+    this together, with the same shape."""
+    if not several_processes():
+        return values[None]
+    words = values.view(np.uint32)  # JAX would round float64
+    return np.asarray(multihost_utils.process_allgather(words)).view(np.float64)
+
+
 def whole(tree: Any, mesh: Mesh | None) -> Any:
     """A pytree of arrays that a process can read, on a mesh of several: see `read`."""
     return jax.tree.map(read, tree) if mesh is not None and mesh.is_multi_process else tree

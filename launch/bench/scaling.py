@@ -139,10 +139,11 @@ class Recorder(aq.Compiler):
         return functools.partial(self._call, key, super().get(key, build, **options))
 
     def _call(self, key: Any, function: Any, *arguments: Any) -> Any:
-        if key not in self._compiled:
+        known = key, jax.tree.structure(arguments)  # borders or none
+        if known not in self._compiled:
             compiled = function.lower(*arguments).compile()
-            self._compiled[key] = compiled, analysis(compiled)
-        compiled, figures = self._compiled[key]
+            self._compiled[known] = compiled, analysis(compiled)
+        compiled, figures = self._compiled[known]
         if key[0] == STEP and self.block not in (same := self.steps.setdefault(key, [])):
             same.append(self.block)
         name = key[0]

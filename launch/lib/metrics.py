@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aquant_jax import models
 from aquant_jax.errors import InputError, install_command, reason
-from aquant_jax.reconstruction.devices import DATA, put, read
+from aquant_jax.reconstruction.devices import put, read
 
 TOP_K = (1, 5)
 Predict = Callable[[Any], Any]
@@ -84,7 +84,7 @@ def evaluate_batches(
         batches: inputs [n, ...] and their labels [n], integers in 0 .. classes - 1.
         num_classes: how many the labels are of, if it must be as many as the logits have.
         metric: ``top1``, or a key of `METRICS`.
-        mesh: devices to split the samples of a batch over; see ``aquant_jax.quantize``.
+        mesh: devices to split the samples of a batch over, all of them, whatever their axis.
 
     Returns:
         ``{"top1": percent, "top5": percent, "samples": count}``, top-5 only with more than five
@@ -182,12 +182,12 @@ def _predicted(
 ) -> Iterator[tuple[Any, np.ndarray]]:
     """Hands logits out one batch late: the device has the next while the host waits for them."""
     compiled = jax.jit(lambda batch: predict(batch))  # predict itself need not be hashable
-    size, started, devices = 0, None, mesh.shape[DATA] if mesh else 1
+    size, started, devices = 0, None, mesh.size if mesh else 1
     for inputs, labels in batches:
         size = size or devices * math.ceil(len(labels) / devices)
         padded = jax.tree.map(lambda leaf, size=size: pad(leaf, size), inputs)
         if mesh is not None:
-            padded = put(padded, NamedSharding(mesh, PartitionSpec(DATA)))
+            padded = put(padded, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
         latest = compiled(padded), labels
         if started is not None:
             yield read(started[0]), started[1]

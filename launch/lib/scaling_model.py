@@ -84,7 +84,8 @@ class Device(NamedTuple):
         overhead, host_overhead: of a call: the launches of its kernels; and of Python, where a call
             is one step, because caches are on the host.
         flops_share, bandwidth_share: of the peaks, that a step reaches.
-        search: elements a second of the range search of activations, on the host.
+        search: elements a second of the range search of activations, on the host. Each device of
+            `data` has a process, which counts those of its own samples.
     """
 
     flops: float
@@ -224,7 +225,7 @@ def cost_of(
         spent["host"] = moved / device.host_link
     forwards = FORWARDS * schedule.samples / schedule.batch / PASSES
     searched = sum(min(MOST_ELEMENTS, schedule.init_samples * n) for n in block.searched)
-    total = (schedule.steps + forwards) * sum(spent.values()) + searched / device.search
+    total = (schedule.steps + forwards) * sum(spent.values()) + searched / device.search / mesh.data
     return BlockCost(found, memory, schedule.accumulate, on_host, fits, spent, total)
 
 

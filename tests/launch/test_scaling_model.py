@@ -82,7 +82,7 @@ def test_seconds_of_a_block():
         "overhead": 0.25,
     }
     calls = 100 + 3 * 32 / 8 / 3
-    assert found.total == pytest.approx(calls * sum(found.seconds.values()) + 32 * 20 / 1e3 * 8)
+    assert found.total == pytest.approx(calls * sum(found.seconds.values()) + 32 * 20 / 1e3 * 8 / 4)
     assert (found.accumulate, found.caches_on_host, found.fits) == (1, False, True)
     between = cost_of(BLOCK, SCHEDULE, Mesh(8), DEVICE, COSTS)
     assert between.seconds["links"] == between.step.sent(Mesh(8)) / 10

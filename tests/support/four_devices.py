@@ -13,7 +13,8 @@ import aquant_jax as aq
 import gpu_ops
 from aquant_jax.arithmetic import range_search
 from aquant_jax.reconstruction import optimize
-from tests.support import ir_contexts
+from launch.lib import metrics
+from tests.support import ir_contexts, searched_ranges
 from tests.support.nets import conv, images, normal, rng_of
 
 SAMPLES = 22  # which neither 4 devices nor batches of 8 divide
@@ -98,6 +99,21 @@ def quantized(mesh, compiler=None, recipe=RECIPE):
     return found | {"bits": digest(jax.tree.leaves(result)), "outputs": outputs}
 
 
+def scored(mesh):
+    """How many of eight samples each device scores."""
+    (apply, variables), shares, read = network(), [], metrics.read
+
+    def recorded(logits):
+        shares.extend(len(shard.data) for shard in logits.addressable_shards)
+        return read(logits)
+
+    metrics.read = recorded
+    labels = np.arange(8) % 6
+    metrics.evaluate_batches(lambda x: apply(variables, x), [(images(0, 8), labels)], mesh=mesh)
+    metrics.read = read
+    return shares
+
+
 def main():
     optimize.LOG_EVERY = 1
     drawn, draw = [], optimize.draw_batches
@@ -111,9 +127,13 @@ def main():
         rows.add((len(operands[0]), len(operands[0].addressable_shards[0].data)))
         return search(operands, *arguments)
 
-    optimize.draw_batches, range_search._around = recorded, searched
     ir_contexts.share()
-    found = {"one": quantized(None) | {"rows": sorted(rows)}}
+    ranges = {"one": searched_ranges.searched(None, ["samples"])}
+    for count in (2, 4):
+        mesh = jax.make_mesh((count,), ("data",), devices=jax.devices()[:count])
+        ranges[str(count)] = searched_ranges.searched(mesh, ["samples"])
+    optimize.draw_batches, range_search._around = recorded, searched
+    found = {"one": quantized(None) | {"rows": sorted(rows)}, "ranges": ranges}
     for data, model in ((1, 1), (4, 1), (2, 2)):
         spy, drawn[:] = Spy(), []
         rows.clear()
@@ -121,7 +141,7 @@ def main():
         result = quantized(mesh, spy)
         result |= {"gathered": spy.gathered, "reduced": spy.reduced}
         result |= {"shares": spy.shares, "caches": spy.caches, "images": spy.images}
-        result |= {"batches": digest(drawn), "rows": sorted(rows)}
+        result |= {"batches": digest(drawn), "rows": sorted(rows), "scored": scored(mesh)}
         found[f"{data}x{model}"] = result
         if (data, model) == (4, 1):
             found["again"] = quantized(mesh, spy)

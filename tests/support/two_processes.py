@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 import aquant_jax as aq
 from launch.lib import command_line, hosts, meshes
+from tests.support import searched_ranges
 from tests.support.nets import mlp, normal, rng_of
 
 RECIPE = aq.recipes.qdrop(3, 8, steps=4, batch_size=8)
@@ -89,6 +90,7 @@ def main(argv):
     watchers = Watcher(process == values.dies), Watcher()
     recipe = RECIPE if values.dies is None else NEAREST
     found = run(mesh, store, recipe=recipe, observer=watchers[0])
+    found["ranges"] = searched_ranges.searched(mesh)
     if hosts.connected():
         found["again"] = run(mesh, store, observer=watchers[1])
         found["learned"] = [watcher.learned for watcher in watchers]
