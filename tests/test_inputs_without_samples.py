@@ -10,6 +10,7 @@ import aquant_jax as aq
 import gpu_ops
 from tests.support.nets import normal, relative_error, rng_of
 
+COMPILER = aq.Compiler()
 BATCH, LENGTH, WIDTH = 8, 6, 12
 SHAPES = {
     "in": (WIDTH, WIDTH), "place": (LENGTH, WIDTH), "router": (WIDTH, 3), "mid": (WIDTH, WIDTH),
@@ -38,7 +39,7 @@ def decode(v, x):
 
 def quantize(recipe, apply=decode, calibration=X):
     recipe = recipe.replace(batch_size=BATCH)
-    return aq.quantize(apply, V, calibration, recipe, observer=aq.Observer())
+    return aq.quantize(apply, V, calibration, recipe, observer=aq.Observer(), compiler=COMPILER)
 
 
 def test_a_description_names_the_outputs_that_are_no_target():

@@ -1,5 +1,6 @@
 """Loops and branches with weights in them: every kind quantized, run in integers and saved."""
 
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -34,9 +35,9 @@ def pattern(function):
     return function
 
 
-def foreign(function):
+def foreign(function, marks=()):
     """A network of another library."""
-    FOREIGN.append(pytest.param(function, id=function.__name__))
+    FOREIGN.append(pytest.param(function, id=function.__name__, marks=marks))
     return function
 
 
@@ -219,7 +220,8 @@ def equinox_lstm():
     return Pattern(apply, variables, ["0/weight_ih", "0/weight_hh", "1/weight"])
 
 
-@foreign
+# Keras's loop is that of `recurrent`; tests/test_models_nobody_wrote.py has its stateless call.
+@functools.partial(foreign, marks=pytest.mark.slow)
 def keras_lstm():
     os.environ.setdefault("KERAS_BACKEND", "jax")
     keras = pytest.importorskip("keras")

@@ -466,6 +466,19 @@ def test_folding_changes_nothing(case):
     assert max(errors(run_folded(case.net, case.x), case.expected)) < case.tolerance
 
 
+# keras_cnn and linen_decoder have the layers of keras_decoder. Of layers over one axis and of half
+# precision there are tests in tests/deployment/test_onnx_integers.py and tests/test_quantize.py.
+SLOW = ("keras_decoder", "one_dimensional", "half_precision")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(*p.values, id=p.id, marks=[*p.marks, *[pytest.mark.slow] * (p.id in SLOW)])
+        for p in MODELS
+    ],
+    indirect=True,
+)
 def test_eight_bits_are_close_to_float(case):
     recipe = aq.recipes.nearest(8, 8, batch_size=BATCH)
     quantized = aq.quantize(
@@ -474,6 +487,5 @@ def test_eight_bits_are_close_to_float(case):
     found = quantized(case.x)
     assert 0 < max(errors(found, case.expected)) < 0.02
     # Up to a code on a near-tie: compiled otherwise, sums are rounded otherwise.
-    assert max(errors(jax.jit(quantized)(case.x), found)) < 5e-3
-    assert max(errors(quantized(head(case.x, 3)), head(found, 3))) < 5e-3
+    assert max(errors(jax.jit(quantized)(head(case.x, 3)), head(found, 3))) < 5e-3
     assert max(errors(quantized.with_backend(gpu_ops.backend())(case.x), found)) < 5e-3

@@ -40,7 +40,8 @@ def allocate(budget, folder=None, choices=CHOICES, recipe=RECIPE, net=NET, x=X, 
 
 
 def rounded(recipe, net=NET, x=X):
-    return aq.quantize(*net, x, recipe.replace(steps=0), observer=aq.Observer())
+    recipe = recipe.replace(steps=0)
+    return aq.quantize(*net, x, recipe, observer=aq.Observer(), compiler=COMPILER)
 
 
 def divergence(quantized):

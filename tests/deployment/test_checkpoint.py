@@ -53,9 +53,8 @@ def test_restores_codes_and_outputs_bit_for_bit(tmp_path, bits, border_format, g
     aq.save(one, tmp_path / "saved")
     two = aq.restore(tmp_path / "saved")
     assert_same_network(one, two)
-    for x in (X, X[:1], np.concatenate([X, X[:3]])):
-        np.testing.assert_array_equal(two(x), one(x))
-        np.testing.assert_array_equal(jax.jit(two)(x), one(x))
+    for x, run in ((X[:1], jax.jit(two)), (np.concatenate([X, X[:3]]), two)):
+        np.testing.assert_array_equal(run(x), one(x))
     assert two.recipe == one.recipe
     for left, right in zip(two.summary(), one.summary(), strict=True):
         assert str(left) == str(right)

@@ -16,11 +16,10 @@ from aquant_jax.deployment import onnx_runtimes
 from aquant_jax.deployment.onnx import to_onnx
 from aquant_jax.errors import InputError
 from tests.support.nets import normal, rng_of
-from tests.support.onnx_marks import IGNORED_WARNINGS
+from tests.support.onnx_marks import IGNORED_WARNINGS, NEEDS_JAX2ONNX
 
 onnx = pytest.importorskip("onnx", reason="needs aquant-jax[onnx]")
-pytest.importorskip("jax2onnx", reason="needs aquant-jax[onnx]")
-pytestmark = IGNORED_WARNINGS
+pytestmark = [*IGNORED_WARNINGS, NEEDS_JAX2ONNX]
 RUNTIMES = [
     pytest.param(
         runtime,
@@ -208,10 +207,11 @@ def test_outputs_are_the_references_and_products_in_int8(
     network = quantized(net, granularity, bits)
     path = written(network, runtime, tmp_path)
     run = onnx_runtimes.load(path, runtime)
-    for x in (X, X[:1]):
-        (found,), expected = run(x), np.asarray(network(x))
-        assert np.ptp(expected) > 0.1
-        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+    expected = np.asarray(network(X))
+    for samples in (len(X), 1):
+        (found,) = run(X[:samples])
+        assert np.ptp(expected[:samples]) > 0.1
+        np.testing.assert_allclose(found, expected[:samples], rtol=2e-5, atol=2e-5)
     if int8:
         assert int8_layers(path, runtime) == int8[runtime]
     if int8 and runtime == "openvino" and net is same_padding:  # at both ends; it moves none itself

@@ -8,12 +8,13 @@ from jax import lax
 
 import aquant_jax as aq
 from tests.support.nets import conv, normal, rng_of
+from tests.support.onnx_marks import IGNORED_WARNINGS, NEEDS_JAX2ONNX
 
-pytest.importorskip("jax2onnx", reason="needs aquant-jax[onnx]")
 pytest.importorskip("onnxruntime", reason="needs aquant-jax[onnx]")
 
 from aquant_jax.deployment import onnx, onnx_runtimes
 
+pytestmark = [*IGNORED_WARNINGS, NEEDS_JAX2ONNX]
 WEIGHTS = {"a": normal(rng_of(0), 3, 3, 4, 4), "b": normal(rng_of(1), 3, 3, 4, 4)}
 X = normal(rng_of(2), 6, 9, 8, 4)
 

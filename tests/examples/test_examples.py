@@ -57,7 +57,9 @@ SHORT = {
 }
 
 # Their frameworks and loops have tests of their own, or a notebook.
-SLOW = ("character_stack", "equinox_model", "haiku_model", "keras_model", "rnn_digits")
+SLOW = (
+    "character_stack", "equinox_model", "haiku_model", "keras_model", "linen_model", "rnn_digits",
+)  # fmt: skip
 
 
 def _is_installed(package):

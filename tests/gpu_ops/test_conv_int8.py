@@ -181,8 +181,21 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS.keys())
-@pytest.mark.parametrize("name", ["wide", "long", "rows", "odd", "depthwise", "bytes"])
+# A layer of several panels and slices takes every maximum, and every other layer one.
+EVERY_POOL = ("wide", "long")
+
+
+@pytest.mark.parametrize(
+    ("name", "pool"),
+    [
+        pytest.param(
+            name, pool, id=f"{name}-{kind}",
+            marks=[pytest.mark.slow] * (name not in EVERY_POOL and kind != "uneven"),
+        )
+        for name in (*EVERY_POOL, "rows", "odd", "depthwise", "bytes")
+        for kind, pool in POOLS.items()
+    ],
+)  # fmt: skip
 def test_a_maximum_is_taken_before_results_are_stored(name, pool):
     operands = layer(*LAYERS[name])
     y, rng = conv_border_int8(*operands).values, rng_of(3)

@@ -71,7 +71,7 @@ outcomes(lambda: call(x, weights), [300])
 @functools.cache
 def measured(threads):
     """The outcomes of the calls above, one line each."""
-    program = f"LIMITS = {LIMITS}{LIMITED}{SCARCE}{WIDE}"
+    program = f"LIMITS = {LIMITS}{LIMITED}{SCARCE}{WIDE if threads == 1 else ''}"
     # glibc has address space in reserve for each thread, and keeps what is freed: 4 MB may do.
     glibc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
     done = run_python(program, NPROC=str(threads), **glibc)

@@ -1,5 +1,7 @@
 """Blocks of networks in which values stay live over many layers: decoders, UNets."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -99,11 +101,12 @@ def test_such_blocks_are_learned_resumed_and_run_in_integers(tmp_path):
             if report.index == 2:
                 raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        aq.quantize(apply, variables, X, recipe, observer=Stop(), resume=tmp_path / "blocks")
-    resumed = aq.quantize(
-        apply, variables, X, recipe, compiler=compiler, resume=tmp_path / "blocks"
+    again = functools.partial(
+        aq.quantize, apply, variables, X, recipe, compiler=compiler, resume=tmp_path / "blocks"
     )
+    with pytest.raises(KeyboardInterrupt):
+        again(observer=Stop())
+    resumed = again()
     for path, layer in learned.layers.items():
         np.testing.assert_array_equal(layer.codes, resumed.layers[path].codes)
     np.testing.assert_array_equal(resumed(X), learned(X))

@@ -14,6 +14,7 @@ from tests.graph.test_trace import replay
 from tests.support.nets import conv, normal, relative_error, rng_of
 
 BATCH = 8
+COMPILER = aq.Compiler()
 X = normal(rng_of(0), 4 * BATCH, 16)
 SHAPES = {"in": (16, 16), "up": (16, 24), "bias": (1, 24), "down": (24, 16), "head": (16, 5)}
 V = {
@@ -55,7 +56,6 @@ MESHES = {
     "one device": (layers_over({"model": 1}), 16),
     "channels": (layers_over({"model": 4}), 64),
     "unchecked": (layers_over({"model": 4}, check_vma=False), 64),
-    "samples and channels": (layers_over({"data": 2, "model": 2}, Spec("data")), 32),
     "two names of an axis": (layers_over({"a": 2, "b": 2, "model": 2}, Spec(("b", "a"))), 32),
 }
 
@@ -63,7 +63,7 @@ MESHES = {
 @pytest.mark.parametrize(("apply", "grids"), MESHES.values(), ids=MESHES)
 def test_sharded_layers_are_quantized(apply, grids, tmp_path):
     recipe = aq.recipes.nearest(8, 8, batch_size=BATCH)
-    quantized = aq.quantize(apply, V, X, recipe, observer=aq.Observer())
+    quantized = aq.quantize(apply, V, X, recipe, observer=aq.Observer(), compiler=COMPILER)
     assert not quantized.unquantized
     assert list(quantized.layers) == ["in", "up", "down", "head"]
     # A shard of `down` sums a part of the inputs, so that each has grids of its own.

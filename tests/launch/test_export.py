@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,11 @@ from aquant_jax.errors import InputError
 from aquant_jax.storage import archive
 from launch import export
 from tests.support.nets import conv, images, mlp, normal, rng_of, small_net
-from tests.support.onnx_marks import IGNORED_WARNINGS
+from tests.support.onnx_marks import IGNORED_WARNINGS, NEEDS_JAX2ONNX
 from tests.support.process import run_python
 
 onnx = pytest.importorskip("onnx", reason="needs aquant-jax[onnx]")
-pytest.importorskip("jax2onnx", reason="needs aquant-jax[onnx]")
-pytestmark = IGNORED_WARNINGS
+pytestmark = [*IGNORED_WARNINGS, NEEDS_JAX2ONNX]
 X = images(0, 8, size=5)
 
 
@@ -88,8 +88,11 @@ def test_onnxruntime_gives_the_same_outputs(tmp_path, net, granularity, bits):
     path = tmp_path / "network.onnx"
     path.write_bytes(model.SerializeToString())
     run = onnx_runtimes.load(path)
-    for x in (X, X[:1], np.concatenate([X, X[:3]])):
-        assert_same_outputs(run(x), network(x))
+    several = np.concatenate([X, X[:3]])
+    expected = network(several)
+    for samples in (len(several), len(X), 1):
+        first = jax.tree.map(lambda y, samples=samples: y[:samples], expected)
+        assert_same_outputs(run(several[:samples]), first)
     kinds = {t.name: t.data_type for t in model.graph.initializer if t.name.endswith(":codes")}
     small = {spec.path for spec in network.specs if spec.weight_bits <= 4}
     assert {kinds[f"{path}:codes"] for path in small} == {onnx.TensorProto.UINT4}
@@ -203,6 +206,8 @@ def test_every_format_reproduces_all_predictions(argv, tmp_path, capsys, name):
 
 
 def test_an_export_that_is_another_network_is_not_kept(argv, tmp_path, capsys, monkeypatch):
+    model = SimpleNamespace(SerializeToString=lambda: b"")
+    monkeypatch.setattr(onnx_export, "to_onnx", lambda *_: model)
     monkeypatch.setattr(onnx_runtimes, "load", lambda *_: lambda x: [np.eye(10)[[0] * len(x)]])
     assert export.main([*argv, "--format=onnx"]) == 2
     assert "network.onnx is not the network: " in capsys.readouterr().err

@@ -149,12 +149,20 @@ def drop_zero(gradients):
     return x, tensor.step_size, coefficients, kernel
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        # The strided case, too, has borders for each tap.
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name == "2x3 each tap"))
+        for name, case in CASES.items()
+    ],
+)
 def test_gradients_are_the_autodiff_of_the_forward_pass(case):
     assert_gradients(case, masked=True)
 
 
 def test_gradients_without_a_mask():
-    assert_gradients(CASES["2x3"], masked=False)
+    assert_gradients(CASES["1-D strided"], masked=False)
 
 
 def test_taps_are_those_of_im2col(case):

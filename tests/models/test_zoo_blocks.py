@@ -106,12 +106,25 @@ def blocks_of(net):
     return found
 
 
+# Their siblings have the same code. tests/models counts the parameters and layers of all.
+SLOW = (
+    "efficientnet_lite0", "efficientnet_lite2", "regnetx_3200mf",
+    "resnet32_cifar", "resnet44_cifar", "resnet56_cifar",
+)  # fmt: skip
+
+
 def in_order(program):
     name, layers = program.split(": ")
     return f"{name}: {', '.join(sorted(layers.split(', ')))}"
 
 
-@pytest.mark.parametrize("name", sorted(models.MODELS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name in sorted(models.MODELS)
+    ],
+)
 def test_blocks_are_those_of_the_paper(name):
     assert blocks_of(prepare(name, SIZES[name])) == [in_order(block) for block in BLOCKS[name]]
     assert len(BLOCKS[name]) == COUNTS[name]

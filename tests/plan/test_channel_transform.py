@@ -22,6 +22,7 @@ from tests.support.nets import conv, normal, rng_of
 
 pytestmark = pytest.mark.usefixtures("few_candidates")
 
+COMPILER = aq.Compiler()
 KINDS = ("shift_scale", "hadamard")
 SHIFT_SCALE = recipe(transforms=("shift_scale",))
 tiny_bert = functools.partial(bert, layers=1)
@@ -122,7 +123,8 @@ def test_a_norm_takes_up_a_shift_and_a_scale():
 
 def quantize(net, x, **fields):
     apply, variables = net
-    return aq.quantize(apply, variables, x, recipe(**fields), observer=aq.Observer())
+    options = {"observer": aq.Observer(), "compiler": COMPILER}
+    return aq.quantize(apply, variables, x, recipe(**fields), **options)
 
 
 def test_channels_of_large_range_cost_no_accuracy():

@@ -61,7 +61,11 @@ def test_the_float_network_stays_the_same(kind):
 
 def test_channels_of_unequal_range_cost_no_accuracy_and_run_in_integers():
     (apply, variables), x = inverted(), images(1, 16)
-    plain, better = (aq.quantize(apply, variables, x, chosen) for chosen in (recipe(), SHIFT_SCALE))
+    compiler = aq.Compiler()
+    plain, better = (
+        aq.quantize(apply, variables, x, chosen, compiler=compiler)
+        for chosen in (recipe(), SHIFT_SCALE)
+    )
     expected = apply(variables, x)
     assert relative_error(better(x), expected) < relative_error(plain(x), expected) / 2
     in_integers = better.with_backend(gpu_ops.backend())(x)
