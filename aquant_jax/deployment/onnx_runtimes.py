@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.errors import InputError, install_command, reason
@@ -31,8 +32,9 @@ def load(path: str | Path, runtime: str = ONNXRUNTIME) -> Callable:
       runtime: "onnxruntime" or "openvino".
 
     Returns:
-      Takes a pytree of arrays, leaves in the order of the file's inputs; gives a list of arrays.
-      A number of samples that is fixed in the file is run in batches of that size.
+      Takes a pytree of arrays, leaves in the order of the file's inputs and of the dtypes that JAX
+      gives them; gives a list of arrays. A number of samples that is fixed in the file is run in
+      batches of that size.
 
     Raises:
       InputError: the runtime is unknown, is not installed or cannot read the file.
@@ -58,7 +60,7 @@ def _onnxruntime(path: str | Path) -> tuple[Callable, Any]:
     inputs = session.get_inputs()
 
     def once(batch: Any) -> Any:
-        leaves = map(np.asarray, jax.tree.leaves(batch))
+        leaves = _leaves(batch)
         return session.run(None, {i.name: a for i, a in zip(inputs, leaves, strict=True)})
 
     return once, inputs[0].shape[0]
@@ -73,7 +75,12 @@ def _openvino(path: str | Path) -> tuple[Callable, Any]:
     size = compiled.inputs[0].partial_shape[0]
 
     def once(batch: Any) -> Any:
-        found = compiled([np.asarray(leaf) for leaf in jax.tree.leaves(batch)])
+        found = compiled(_leaves(batch))
         return [found[output] for output in compiled.outputs]
 
     return once, size.get_length() if size.is_static else "samples"
+
+
+def _leaves(batch: Any) -> list[np.ndarray]:
+    """The arrays of a batch, of the dtypes that JAX gives them: int32 for int64, say."""
+    return [np.asarray(leaf, jnp.result_type(leaf)) for leaf in jax.tree.leaves(batch)]

@@ -101,7 +101,8 @@ def test_onnxruntime_gives_the_same_bits_where_all_sums_are_of_whole_numbers(tmp
     network = aq.quantize(*mlp(sizes=(6, 64, 4)), x, recipe, observer=aq.Observer())
     path = tmp_path / "network.onnx"
     path.write_bytes(onnx_export.to_onnx(network).SerializeToString())
-    np.testing.assert_array_equal(onnx_runtimes.load(path)(x)[0], network(x))
+    for inputs in (x, x.astype(np.float64)):  # NumPy's default, which JAX takes too
+        np.testing.assert_array_equal(onnx_runtimes.load(path)(inputs)[0], network(x))
 
 
 def test_onnx_names_inputs_and_outputs_by_their_paths():
@@ -222,6 +223,12 @@ def test_one_sample_in_a_hundred_may_differ(classes):
 
 
 def test_wrong_folders_are_one_line(argv, tmp_path, capsys):
+    identity = tmp_path / "run" / "run.json"
+    run = json.loads(identity.read_text())
+    del run["config"]["weights"]
+    identity.write_text(json.dumps(run))
+    assert export.main([*argv, "--format=onnx"]) == 2
+    assert f"{identity} is damaged: it lacks the config" in capsys.readouterr().err
     (tmp_path / "run" / "results.json").unlink()
     assert export.main([*argv, "--format=onnx"]) == 2
     assert "holds no finished run: there is no results.json" in capsys.readouterr().err
