@@ -63,7 +63,7 @@ def _onnxruntime(path: str | Path) -> tuple[Callable, Any]:
         leaves = _leaves(batch)
         return session.run(None, {i.name: a for i, a in zip(inputs, leaves, strict=True)})
 
-    return once, inputs[0].shape[0]
+    return once, next(i.shape[0] for i in inputs if i.shape)  # a scalar has no samples
 
 
 def _openvino(path: str | Path) -> tuple[Callable, Any]:
@@ -72,7 +72,7 @@ def _openvino(path: str | Path) -> tuple[Callable, Any]:
     # Without the hint, a CPU with bfloat16 multiplies in it what is not int8.
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(str(path), "CPU", options)
-    size = compiled.inputs[0].partial_shape[0]
+    size = next(i.partial_shape[0] for i in compiled.inputs if len(i.partial_shape))
 
     def once(batch: Any) -> Any:
         found = compiled(_leaves(batch))

@@ -96,13 +96,19 @@ def test_onnxruntime_gives_the_same_outputs(tmp_path, net, granularity, bits):
 
 
 def test_onnxruntime_gives_the_same_bits_where_all_sums_are_of_whole_numbers(tmp_path):
-    x = normal(rng_of(0), 32, 6)
+    x, (apply, variables) = normal(rng_of(0), 32, 6), mlp(sizes=(6, 64, 4))
     recipe = aq.recipes.nearest(4, 4, batch_size=8, quantize_input=True)
-    network = aq.quantize(*mlp(sizes=(6, 64, 4)), x, recipe, observer=aq.Observer())
+    inputs = {"gain": np.float32(2), "x": x}
+    network = aq.quantize(
+        lambda v, x: x["gain"] * apply(v, x["x"]), variables, inputs, recipe, observer=aq.Observer()
+    )
     path = tmp_path / "network.onnx"
     path.write_bytes(onnx_export.to_onnx(network).SerializeToString())
-    for inputs in (x, x.astype(np.float64)):  # NumPy's default, which JAX takes too
-        np.testing.assert_array_equal(onnx_runtimes.load(path)(inputs)[0], network(x))
+    for batch in (
+        inputs,
+        {**inputs, "x": x.astype(np.float64)},
+    ):  # NumPy's default
+        np.testing.assert_array_equal(onnx_runtimes.load(path)(batch)[0], network(inputs))
 
 
 def test_onnx_names_inputs_and_outputs_by_their_paths():
@@ -119,13 +125,14 @@ def test_onnx_names_inputs_and_outputs_by_their_paths():
 
 
 def test_a_size_that_must_be_known_is_fixed(tmp_path):
-    kernel = normal(rng_of(0), 75, 4)
+    kernel, cumsum = normal(rng_of(0), 75, 4), jnp.cumsum
     network = aq.quantize(
-        lambda variables, x: x.reshape(len(x), -1) @ variables["kernel"],
+        lambda variables, x: jnp.cumsum(x.reshape(len(x), -1), 1) @ variables["kernel"],
         {"kernel": kernel}, X, aq.recipes.nearest(batch_size=4), observer=aq.Observer(),
     )  # fmt: skip
     path = tmp_path / "network.onnx"
     path.write_bytes(onnx_export.to_onnx(network).SerializeToString())
+    assert jnp.cumsum is cumsum  # jax2onnx replaces it
     assert_same_outputs(onnx_runtimes.load(path)(X[:7]), network(X[:7]))
     program = stablehlo.self_contained(network)
     np.testing.assert_allclose(program.call(X[:4]), network(X[:4]), rtol=1e-5)
