@@ -215,7 +215,9 @@ def read_run(workdir: str) -> dict[str, Any]:
     run = run_directory.finished(workdir)
     if run.get("program") != "quantize":
         raise InputError(f"{workdir} holds a run of launch.{run.get('program')}")
-    if not isinstance(run.get("config"), dict) or not isinstance(run.get("data_dir"), str):
+    config = run.get("config")
+    whole = isinstance(config, dict) and not [n for n in command_line.REQUIRED if n not in config]
+    if not whole or not isinstance(run.get("data_dir"), str):
         raise InputError(
             f"{Path(workdir) / run_directory.IDENTITY} is damaged: it lacks the config"
         )

@@ -141,7 +141,7 @@ def train(
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     records: list[dict[str, float]] = []
     directory.begin()
-    with ocp.CheckpointManager(directory.epochs.absolute(), options=options) as manager:
+    with ocp.CheckpointManager(directory.epochs.resolve(), options=options) as manager:
         if manager.latest_step():
             state, records = restore(manager, state, directory.epochs)
         for record in records:

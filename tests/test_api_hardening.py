@@ -208,6 +208,7 @@ def test_what_is_not_an_argument_is_named(options, words):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
+        (lambda net: net(X.tolist()), r"^no input has a sample axis; inputs are arrays"),
         (lambda net: net.with_backend(aq), r"^backend is of type module; .* gpu_ops\.backend\(\)"),
         (
             inspect.unwrap(aq.describe),

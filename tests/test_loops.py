@@ -292,6 +292,17 @@ def test_learning_is_better_than_nearest(build, preset):
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("stage", ["steps", "finetune_steps"])
+def test_a_block_without_a_gradient_is_one_line(stage):
+    def apply(v, x):
+        halve = lambda c: (c[0] + 1, c[1] / 2)  # noqa: E731
+        return lax.while_loop(lambda c: c[0] < 3, halve, (0, x @ v["k"]))[1] @ v["head"]
+
+    recipe = aq.recipes.nearest(batch_size=BATCH, finetune_held_out=0.5, **{stage: 1})
+    with pytest.raises(aq.InputError, match=r"^the block of k has no gradient; .*while_loop"):
+        aq.quantize(apply, weights(k=(8, 4), head=(4, 3)), X[:, 0], recipe, compiler=COMPILER)
+
+
 def test_a_recurrent_weight_has_one_grid_and_its_program_does_not_grow():
     variables = weights(u=(8, 8), k=(8, 8), head=(8, 5))
     sizes = []

@@ -74,10 +74,7 @@ def to_onnx(quantized: Quantized, inputs: Any = None, runtime: str = ONNXRUNTIME
     for batch in batches_of(shapes, quantized.recipe.reconstruction.batch_size):
         try:
             network = _function(quantized, program, batch, runtime)
-            model = jax2onnx.to_onnx(
-                network.function, network.arguments, opset=OPSET, model_name="aquant",
-                input_names=network.names[0], output_names=network.names[1],
-            )  # fmt: skip
+            model = _converted(jax2onnx, network)
         except Exception as error:  # of a network that does anything with a size, or of jax2onnx
             problem = problem or error
             continue
@@ -93,6 +90,22 @@ def _imported(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise InputError(f"ONNX needs {package}: {install_command('onnx')}") from error
+
+
+def _converted(jax2onnx: Any, network: _Function) -> Any:
+    """The model of a network.
+
+    jax2onnx loads its plugins in its first conversion. One of them replaces `jnp.cumsum` for good,
+    by a function whose axis cannot be given by position.
+    """
+    cumsum = jnp.cumsum
+    try:
+        return jax2onnx.to_onnx(
+            network.function, network.arguments, opset=OPSET, model_name="aquant",
+            input_names=network.names[0], output_names=network.names[1],
+        )  # fmt: skip
+    finally:
+        jnp.cumsum = cumsum
 
 
 class _Function(NamedTuple):

@@ -25,6 +25,8 @@ def convertible(op: Op) -> Op:
         return op._replace(call=functools.partial(_select, op.call))
     if op.name in ("pad", PAD_WITH_VALUE):
         return op._replace(call=lambda x, value: [pad(x, value, op.params["padding_config"])])
+    if op.name == "dot_general" and not any(op.params["dimension_numbers"][0]):
+        return op._replace(call=functools.partial(_multiply, op.params))
     if op.name == "conv_general_dilated" and not _is_known(op.params):
         return op._replace(call=functools.partial(_convolve, op.params))
     return op
@@ -35,6 +37,24 @@ def _is_known(params: dict[str, Any]) -> bool:
     if any(dilation > 1 for dilation in params["lhs_dilation"]):
         return all(stride == 1 for stride in params["window_strides"])
     return all(end >= 0 for pair in params["padding"] for end in pair)
+
+
+def _multiply(
+    params: dict[str, Any], left: Shaped[AnyArray, "..."], right: Shaped[AnyArray, "..."]
+) -> list[Shaped[Array, "..."]]:
+    """A product that sums over no axis; jax2onnx writes two of its batch axes twice."""
+    _, batch = params["dimension_numbers"]
+    rest = [
+        [i for i in range(x.ndim) if i not in b] for x, b in zip((left, right), batch, strict=True)
+    ]
+    dtype = params["preferred_element_type"] or left.dtype
+    x, y = (
+        lax.transpose(value, (*axes, *others)).astype(dtype)
+        for value, axes, others in zip((left, right), batch, rest, strict=True)
+    )
+    x = jnp.expand_dims(x, range(x.ndim, x.ndim + len(rest[1])))
+    y = jnp.expand_dims(y, range(len(batch[1]), len(batch[1]) + len(rest[0])))
+    return [x * y]
 
 
 def _select(call: Callable[..., list[Any]], which: AnyArray, *cases: AnyArray) -> list[Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.errors import InputError, install_command, reason
@@ -31,8 +32,9 @@ def load(path: str | Path, runtime: str = ONNXRUNTIME) -> Callable:
       runtime: "onnxruntime" or "openvino".
 
     Returns:
-      Takes a pytree of arrays, leaves in the order of the file's inputs; gives a list of arrays.
-      A number of samples that is fixed in the file is run in batches of that size.
+      Takes a pytree of arrays, leaves in the order of the file's inputs and of the dtypes that JAX
+      gives them; gives a list of arrays. A number of samples that is fixed in the file is run in
+      batches of that size.
 
     Raises:
       InputError: the runtime is unknown, is not installed or cannot read the file.
@@ -58,10 +60,10 @@ def _onnxruntime(path: str | Path) -> tuple[Callable, Any]:
     inputs = session.get_inputs()
 
     def once(batch: Any) -> Any:
-        leaves = map(np.asarray, jax.tree.leaves(batch))
+        leaves = _leaves(batch)
         return session.run(None, {i.name: a for i, a in zip(inputs, leaves, strict=True)})
 
-    return once, inputs[0].shape[0]
+    return once, next(i.shape[0] for i in inputs if i.shape)  # a scalar has no samples
 
 
 def _openvino(path: str | Path) -> tuple[Callable, Any]:
@@ -70,10 +72,15 @@ def _openvino(path: str | Path) -> tuple[Callable, Any]:
     # Without the hint, a CPU with bfloat16 multiplies in it what is not int8.
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(str(path), "CPU", options)
-    size = compiled.inputs[0].partial_shape[0]
+    size = next(i.partial_shape[0] for i in compiled.inputs if len(i.partial_shape))
 
     def once(batch: Any) -> Any:
-        found = compiled([np.asarray(leaf) for leaf in jax.tree.leaves(batch)])
+        found = compiled(_leaves(batch))
         return [found[output] for output in compiled.outputs]
 
     return once, size.get_length() if size.is_static else "samples"
+
+
+def _leaves(batch: Any) -> list[np.ndarray]:
+    """The arrays of a batch, of the dtypes that JAX gives them: int32 for int64, say."""
+    return [np.asarray(leaf, jnp.result_type(leaf)) for leaf in jax.tree.leaves(batch)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Inexact, Key
 
 from aquant_jax.arithmetic.array_types import AnyArray
 from aquant_jax.arithmetic.uniform import ActivationQuantizer, fake_quantize
+from aquant_jax.errors import InputError, reason
 from aquant_jax.graph.ir import Atom, Graph, Op
 from aquant_jax.graph.subgraph import (
     BlockInputs,
@@ -170,6 +172,24 @@ def _masks(
         return masks[value_id]
 
     return mask
+
+
+@contextlib.contextmanager
+def differentiating(program: BlockProgram) -> Iterator[None]:
+    """A context in which a block is differentiated.
+
+    Raises:
+      InputError: it has an op without a derivative, such as a `while` loop or a callback.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (NotImplementedError, ValueError) as error:  # JAX's differ from op to op
+        layers = ", ".join(spec.path for spec in program.specs)
+        raise InputError(
+            f"the block of {layers} has no gradient; round it to nearest (steps=0): {reason(error)}"
+        ) from error
 
 
 def random_keep(

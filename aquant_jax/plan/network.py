@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
+from aquant_jax.errors import InputError
 from aquant_jax.graph.fold import Folded
 from aquant_jax.graph.ir import Graph
 from aquant_jax.graph.partition import Block
@@ -68,12 +69,12 @@ def count_samples(inputs: Any) -> Any:
     """The number of samples of a pytree of inputs, on the first axis of those that have axes.
 
     Raises:
-      ValueError: none has.
+      InputError: none has.
     """
     for leaf in jax.tree.leaves(inputs):
         if np.ndim(leaf):
             return leaf.shape[0]
-    raise ValueError("no input has a sample axis")
+    raise InputError("no input has a sample axis; inputs are arrays, of one sample or more")
 
 
 def take_samples(leaf: Any, index: Any) -> Any:

@@ -224,8 +224,8 @@ def open_block_store(
       call: gives the `fingerprint` of the call.
 
     Raises:
-      InputError: see `BlockStore` and `_read_owner`; another process holds the folder; a restart
-        without a folder.
+      InputError: see `BlockStore`, `_read_owner` and `archive.check_path`; another process holds
+        the folder; a restart without a folder.
     """
     if folder is None:
         if restart_from is not None:
@@ -233,6 +233,7 @@ def open_block_store(
         yield None
         return
     path, identity = Path(folder), call()
+    archive.check_path(path)
     with hold(path, functools.partial(_read_owner, path, identity, restart_from)) as owner:
         yield BlockStore(path, owner, identity, restart_from)
 

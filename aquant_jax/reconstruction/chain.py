@@ -15,7 +15,12 @@ from aquant_jax.graph.subgraph import BlockInputs, constant_inputs
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import Weights
 from aquant_jax.layers.rematerialize import rematerialized
-from aquant_jax.plan.block_program import BlockProgram, forward, make_block_program
+from aquant_jax.plan.block_program import (
+    BlockProgram,
+    differentiating,
+    forward,
+    make_block_program,
+)
 from aquant_jax.plan.network import Network
 from aquant_jax.reconstruction.devices import everywhere, settled
 
@@ -182,7 +187,8 @@ def _pullback(
         return inexact(program, program.subgraph.outputs, outputs)
 
     differentiable = inexact(program, ids, inputs.boundary)
-    return jax.vjp(run, weights, activations, differentiable)[1]
+    with differentiating(program):
+        return jax.vjp(run, weights, activations, differentiable)[1]
 
 
 def _backward(
@@ -193,7 +199,8 @@ def _backward(
     inputs: BlockInputs,
     cotangents: Sequence[jax.Array],
 ) -> tuple[Any, Any, Any]:
-    return _pullback(program, layer, weights, activations, inputs)(list(cotangents))
+    with differentiating(program):
+        return _pullback(program, layer, weights, activations, inputs)(list(cotangents))
 
 
 def _add(total: dict[str, Any], name: str, gradient: Any) -> None:

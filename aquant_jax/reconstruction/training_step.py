@@ -17,7 +17,7 @@ from aquant_jax.arithmetic.uniform import ActivationQuantizer, lsq_gradient_scal
 from aquant_jax.graph.subgraph import BlockInputs
 from aquant_jax.layers.fake_quant import Weights, per_channel
 from aquant_jax.layers.rematerialize import rematerialized
-from aquant_jax.plan.block_program import BlockProgram, forward, random_keep
+from aquant_jax.plan.block_program import BlockProgram, differentiating, forward, random_keep
 from aquant_jax.recipe import Reconstruction
 from aquant_jax.reconstruction.activation_cache import Cache, take
 from aquant_jax.reconstruction.devices import take_batch
@@ -136,6 +136,9 @@ def gradients_of(
       trainer, params, quantizers, data: of the block.
       key: of the run.
       where: the step, the number of the part, and the samples in it.
+
+    Raises:
+      InputError: see `differentiating`.
     """
     program, learning = trainer.program, trainer.learning
     step, part, index = where
@@ -162,7 +165,8 @@ def gradients_of(
         error = output_loss(program, outputs, targets, learning.loss_power, valid_mask)
         return error + rounding_loss(learning, params["alpha"], step), error
 
-    (_, loss), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    with differentiating(program):
+        (_, loss), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return loss, gradients
 
 

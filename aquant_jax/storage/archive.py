@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from logging import LogRecord
@@ -45,7 +46,7 @@ INDEX = "index.json"
 ARRAYS = "arrays"
 PAYLOAD = "payload"
 LAYOUT = 3  # version of archives written now; earlier ones have other names of fields
-WRITTEN_BY = {1: "aquant-jax 0.1.0", 2: "an earlier aquant-jax 0.2.0.dev0"}
+WRITTEN_BY = {"1": "aquant-jax 0.1.0", "2": "an earlier aquant-jax 0.2.0.dev0"}
 INLINE = 1024  # bytes of a value that tensorstore compresses; longer ones take their own bytes
 
 
@@ -117,6 +118,7 @@ def write(
     Raises:
       InputError: the folder exists, or cannot be written.
     """
+    check_path(path)
     if path.exists():
         raise InputError(f"{path} already exists; nothing was written")
     payload, index = _payload(arrays, bits or {})
@@ -141,12 +143,21 @@ def write(
         raise InputError(f"{path} cannot be written: {reason(error)}") from error
 
 
+def check_path(path: Path) -> None:
+    """InputError where orbax or tensorstore would write an archive elsewhere than into `path`.
+
+    Orbax takes a path for a pattern, and tensorstore a backslash for a slash.
+    """
+    if found := re.search(r"[*?[\\]", str(path.resolve())):
+        raise InputError(f"{path} cannot be written: orbax takes no {found[0]!r} in a path")
+
+
 def _write_payload(path: Path, payload: np.ndarray) -> None:
     tree = ocp.args.PyTreeSave({PAYLOAD: payload})
     logger = logging.get_absl_logger()
     logger.addFilter(_is_not_raised)
     try:
-        _checkpointer().save((path / ARRAYS).absolute(), args=tree)
+        _checkpointer().save(path.resolve() / ARRAYS, args=tree)
     finally:
         logger.removeFilter(_is_not_raised)
 
@@ -215,7 +226,7 @@ def written_by(layout: Any) -> str:
     >>> written_by(1)
     'layout 1, written by aquant-jax 0.1.0; this version reads layout 3'
     """
-    writer = WRITTEN_BY.get(layout, "another version of aquant-jax")
+    writer = WRITTEN_BY.get(str(layout), "another version of aquant-jax")
     return (
         f"layout {printable(str(layout))}, written by {writer}; this version reads layout {LAYOUT}"
     )
@@ -234,7 +245,7 @@ def read_payload(path: Path, size: int | None = None) -> np.ndarray:
     Raises:
       ValueError: the files hold another number of bytes, or in another form.
     """
-    folder = path.absolute() / ARRAYS
+    folder = path.resolve() / ARRAYS  # tensorstore takes no ".." in a path
     metadata: dict[str, Any] = {"dtype": "|u1", "compressor": None, "filters": None}
     if size is not None:
         stored = sum(sizes(folder).values())

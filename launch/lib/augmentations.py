@@ -80,6 +80,6 @@ def get(name: str | None) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
     """
     if not name:
         return None
-    if name not in AUGMENTATIONS:
+    if not isinstance(name, str) or name not in AUGMENTATIONS:
         raise InputError(f"unknown augment {name!r}; known: {', '.join(AUGMENTATIONS)}")
     return AUGMENTATIONS[name]

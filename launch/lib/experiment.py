@@ -248,10 +248,13 @@ def open_data(config: Config, data_dir: str) -> tuple[data.Dataset, data.Dataset
     """The data set to score on, and the one to calibrate on.
 
     Raises:
-        InputError: an unknown data set, one that is not in ``data_dir``, a size in the config that
-            is not a whole number, an unknown augmentation, or fields that BERT lacks.
+        InputError: an unknown data set, one that is not in ``data_dir``, a field of the config that
+            is not a string or a whole number, an unknown augmentation, or fields that BERT lacks.
     """
     augmentations.get(config.get("augment"))
+    for name in ("model", "weights", "dataset"):
+        if not isinstance(value := config[name], str):
+            raise InputError(f"config field {name} is {value!r}; it must be a string")
     for name in ("calibration_size", "eval_batch_size", "test_limit", *LENGTHS):
         value = config.get(name, 1)
         positive = isinstance(value, int) and not isinstance(value, bool) and value > 0

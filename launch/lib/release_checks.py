@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 from aquant_jax.errors import InputError
+from aquant_jax.storage.parsing import malformed
 
 ADDRESS = "https://github.com/OWNER/"  # stands in the files until the project has an address
 IN_WHEEL = (
@@ -78,7 +79,7 @@ def check_tree(root: Path, version: str) -> None:
 
 def check_wheel(path: Path) -> None:
     """A wheel has both packages, their data and one compiled module, and no sources of it."""
-    with zipfile.ZipFile(path) as archive:
+    with malformed(path), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     _check_names(path.name, names, IN_WHEEL)
     metadata = re.compile(r"aquant_jax-[^/]+\.dist-info/")
@@ -94,7 +95,7 @@ def check_wheel(path: Path) -> None:
 
 def check_sdist(path: Path) -> None:
     """A source distribution has what a build and the tests need."""
-    with tarfile.open(path) as archive:
+    with malformed(path), tarfile.open(path) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]
     _check_names(path.name, names, IN_SDIST)
 

@@ -115,6 +115,8 @@ def test_corrupt_images_end_the_run_or_are_counted_and_named(argv, config, root,
         ({"preprocessing": {"interpolation": "cubic"}}, "bicubic"),
         ({"test_limit": 21}, "21 test samples asked"),
         ({"eval_batch_size": 0}, "batch_size is 0"),
+        ({"weights": None}, "weights is None; it must be a string"),
+        ({"augment": ["shift"]}, "unknown augment ['shift']"),
     ],
 )
 def test_bad_data_is_one_line_before_anything_is_scored(argv, config, root, capsys, fields, word):

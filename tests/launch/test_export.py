@@ -99,12 +99,22 @@ def test_onnxruntime_gives_the_same_outputs(tmp_path, net, granularity, bits):
 
 
 def test_onnxruntime_gives_the_same_bits_where_all_sums_are_of_whole_numbers(tmp_path):
-    x = normal(rng_of(0), 32, 6)
+    x, (apply, variables) = normal(rng_of(0), 32, 6), mlp(sizes=(6, 64, 4))
     recipe = aq.recipes.nearest(4, 4, batch_size=8, quantize_input=True)
-    network = aq.quantize(*mlp(sizes=(6, 64, 4)), x, recipe, observer=aq.Observer())
+    inputs = {"gain": np.float32(2), "x": x}
+
+    def squared(v, x):
+        y = apply(v, x["x"])
+        return x["gain"] * jnp.einsum("nc,ndc->ncd", y, y[:, None])  # sums over no axis
+
+    network = aq.quantize(squared, variables, inputs, recipe, observer=aq.Observer())
     path = tmp_path / "network.onnx"
     path.write_bytes(onnx_export.to_onnx(network).SerializeToString())
-    np.testing.assert_array_equal(onnx_runtimes.load(path)(x)[0], network(x))
+    for batch in (
+        inputs,
+        {**inputs, "x": x.astype(np.float64)},
+    ):  # NumPy's default
+        np.testing.assert_array_equal(onnx_runtimes.load(path)(batch)[0], network(inputs))
 
 
 def test_onnx_names_inputs_and_outputs_by_their_paths():
@@ -121,13 +131,14 @@ def test_onnx_names_inputs_and_outputs_by_their_paths():
 
 
 def test_a_size_that_must_be_known_is_fixed(tmp_path):
-    kernel = normal(rng_of(0), 75, 4)
+    kernel, cumsum = normal(rng_of(0), 75, 4), jnp.cumsum
     network = aq.quantize(
-        lambda variables, x: x.reshape(len(x), -1) @ variables["kernel"],
+        lambda variables, x: jnp.cumsum(x.reshape(len(x), -1), 1) @ variables["kernel"],
         {"kernel": kernel}, X, aq.recipes.nearest(batch_size=4), observer=aq.Observer(),
     )  # fmt: skip
     path = tmp_path / "network.onnx"
     path.write_bytes(onnx_export.to_onnx(network).SerializeToString())
+    assert jnp.cumsum is cumsum  # jax2onnx replaces it
     assert_same_outputs(onnx_runtimes.load(path)(X[:7]), network(X[:7]))
     program = stablehlo.self_contained(network)
     np.testing.assert_allclose(program.call(X[:4]), network(X[:4]), rtol=1e-5)
@@ -227,6 +238,12 @@ def test_one_sample_in_a_hundred_may_differ(classes):
 
 
 def test_wrong_folders_are_one_line(argv, tmp_path, capsys):
+    identity = tmp_path / "run" / "run.json"
+    run = json.loads(identity.read_text())
+    del run["config"]["weights"]
+    identity.write_text(json.dumps(run))
+    assert export.main([*argv, "--format=onnx"]) == 2
+    assert f"{identity} is damaged: it lacks the config" in capsys.readouterr().err
     (tmp_path / "run" / "results.json").unlink()
     assert export.main([*argv, "--format=onnx"]) == 2
     assert "holds no finished run: there is no results.json" in capsys.readouterr().err

@@ -127,6 +127,10 @@ def test_a_source_distribution(tmp_path):
             checks.check_sdist(path)
     with pytest.raises(InputError, match=r"a.tar.gz lacks gpu_ops/bindings.cc"):
         checks.check_sdist(path)
+    path.write_bytes(path.read_bytes()[:50])  # as of a build that was killed
+    for check in (checks.check_sdist, checks.check_wheel):
+        with pytest.raises(InputError, match=r"a.tar.gz is malformed: "):
+            check(path)
 
 
 def test_needed_files_are_in_the_repository():

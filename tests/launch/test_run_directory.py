@@ -236,6 +236,7 @@ def test_a_workdir_that_is_a_file(tmp_path, below):
         ("run.json", "{", r"run\.json is not JSON"),
         ("run.json", "[]", r"run\.json is damaged: it holds \[\], not an object"),
         ("run.json", "null", r"run\.json is damaged: it holds None, not an object"),
+        ("run.json", '{"layout": []}', r"layout \[\], written by another version of aquant-jax"),
         ("results.json", "3", r"results\.json is damaged: it holds 3, not an object"),
     ],
 )

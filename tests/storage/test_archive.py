@@ -42,6 +42,20 @@ def test_everything_comes_back(folder):
         assert found.tobytes() == expected.tobytes()
 
 
+def test_a_path_may_lead_back(folder):
+    path = folder / ".." / "ü" / ".." / "other"
+    (folder.parent / "ü").mkdir()
+    write(path)
+    assert archive.read(path).files == archive.read(folder).files
+
+
+@pytest.mark.parametrize("name", ["[v1]", "v?", "v*", "v\\1"])
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="cannot be written: orbax takes no"):
+        write(tmp_path / name / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_arrays_take_their_own_bytes(tmp_path):
     big = {"codes": np.random.default_rng(0).integers(0, 4, 400_000, dtype=np.uint8)}
     archive.write(tmp_path / "saved", big, {}, bits={"codes": 2})
