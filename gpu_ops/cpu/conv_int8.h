@@ -4,13 +4,17 @@
 // A task is a block of rows of one image's result, or some whole images. The rows of the input that
 // it reads are made once, with their padding: units where every column element has its own border,
 // codes where an activation has one code whatever tap reads it, and the input itself where that is
-// codes already. The columns of some pixels, a panel, are then multiplied slice by slice of the
-// outputs. Weights that do not stay in a core's cache are read once a panel, which is large then, of
-// several images if these are small. The sums of `kSumPixels` pixels and one slice are scaled, added
-// to, clipped and stored as floats, as codes, or as both, a vector of outputs after the other, whose
-// constants stay in registers for all these pixels. A depthwise convolution sums the taps of a vector
-// of channels in float32, in which its sums are exact. A maximum over windows of the result is taken
-// from the floats of a task's rows, which stay in its memory.
+// codes already. Where AMX finds the channels of a tap in whole tiles, it multiplies codes where they
+// lie in these rows, two runs of pixels at a time. Else the columns of some pixels, a panel, are
+// gathered and multiplied slice by slice of the outputs. Weights that do not stay in a core's cache
+// are read once a panel, which is large then, of several images if these are small.
+//
+// The sums of up to `kSumPixels` pixels and one slice are scaled, added to, clipped and stored as
+// floats, as codes, or as both, a vector of outputs after the other, whose constants stay in
+// registers for all these pixels. Operations that a bound on all values makes idle are left out. A
+// depthwise convolution sums the taps of a vector of channels in float32, in which its sums are
+// exact. A maximum over windows of the result is taken from the floats of a task's rows, which stay
+// in its memory.
 #pragma once
 
 #include <unistd.h>
