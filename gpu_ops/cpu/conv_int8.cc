@@ -99,15 +99,15 @@ float Largest(const float* values, int64_t count) {
   return numbers ? largest : kInfinity;
 }
 
-// No value before it is clipped is larger without its sign, with room for rounding; infinite where
-// floats are added, which may be anything.
+// No clipped value is larger without its sign, with room for rounding; infinite where floats are
+// added, which may be anything.
 float MostValue(const Results& r, int64_t outputs, int64_t elements) {
   if (r.residual != nullptr) return kInfinity;
   const float code = 255.0f, sum = code * code * static_cast<float>(elements);
   float most = sum * Largest(r.scale, outputs);
   if (r.bias != nullptr) most += Largest(r.bias, outputs);
   if (r.residual_codes != nullptr) most += code * r.residual_grid.step;
-  return 2.0f * most;
+  return std::max({2.0f * most, r.low, -r.high});
 }
 
 // What becomes of the sums, by grids and zero points whose values are checked here.

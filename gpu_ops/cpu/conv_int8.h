@@ -194,7 +194,7 @@ struct TaskScratch {
         panel(job.NeedsPanel() ? Pixels(job) * PanelRow(job) + kSlack : 0),
         column(job.per_element && !job.Depthwise() ? job.Window().Column() + kSlack : 0),
         sums(job.Depthwise() ? 0 : kSumPixels * kSlice),
-        code_sums(job.Depthwise() || job.weight_bits < 8 ? 0 : Pixels(job)),
+        code_sums(job.Depthwise() || job.weight_bits < 8 ? 0 : CodeSums(job)),
         pixel(job.columns) {}
 
   // Bytes of a pixel's codes in one group, and in a panel.
@@ -213,6 +213,10 @@ struct TaskScratch {
     const int64_t pixels = RoundTo(bytes / std::max<int64_t>(PanelRow(job), 1), kTileRows);
     return std::min(std::max(pixels, kTileRows), most);
   }
+  // Of a panel, or of two runs of pixels.
+  static int64_t CodeSums(const Int8Convolution& job) {
+    return std::max(Pixels(job), 2 * kTileRows);
+  }
   static int64_t RowElements(const Int8Convolution& job, int64_t rows) {
     return job.columns.InputRows(rows) * job.columns.Line();
   }
@@ -220,9 +224,9 @@ struct TaskScratch {
     return rows * job.Window().Out(1) * job.outputs;
   }
   static int64_t Bytes(const Int8Convolution& job, int64_t rows) {
-    const int64_t pixels = Pixels(job), pooled = job.Pooled() ? SumValues(job, rows) : 0;
+    const int64_t pooled = job.Pooled() ? SumValues(job, rows) : 0;
     return RowElements(job, rows) * job.RowElement() + pooled * sizeof(float) +
-           pixels * (PanelRow(job) + static_cast<int64_t>(sizeof(int32_t))) +
+           Pixels(job) * PanelRow(job) + CodeSums(job) * sizeof(int32_t) +
            kSumPixels * kSlice * 4 * sizeof(int32_t) + job.Window().Column() +
            ColumnScratch::Bytes(job.Window());
   }

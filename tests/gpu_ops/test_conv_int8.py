@@ -40,6 +40,7 @@ LAYERS = {
     "heavy": ((8, 4, 4, 384), (3, 3), 400, 1, 4, 8),  # above half of a cache of 2 MiB
     "tiles": ((2, 3, 27, 64), (3, 3), 112),  # codes lie in the rows as AMX reads them
     "tile bytes": ((1, 5, 29, 128), (1, 1), 70, 1, 4, 8, (2, 2)),  # the same, with sums of codes
+    "long tiles": ((1, 2, 15, 1024), (3, 3), 16, 1, 4, 8),  # more pixels than a panel would have
     "one": ((1, 3, 3, 20), (3, 3), 300),  # tasks of some slices each
     "odd": ((2, 3, 5, 7), (2, 3), 9),
     "grouped": ((2, 6, 5, 12), (3, 3), 18, 3),
