@@ -5,6 +5,7 @@ import dataclasses
 import html.parser
 import logging
 import re
+import runpy
 import sys
 import warnings
 from importlib.util import find_spec
@@ -204,7 +205,8 @@ def test_a_notebook_is_a_page_with_its_outputs(tmp_path, site):
         ),
     ]
     nbformat.write(v4.new_notebook(cells=cells), tmp_path / "x.ipynb")
-    markdown, figures = sys.modules["notebook_pages"].converted(tmp_path / "x.ipynb")
+    pages = runpy.run_path(str(REPOSITORY / "docs" / "site" / "notebook_pages.py"))
+    markdown, figures = pages["converted"](tmp_path / "x.ipynb")
     assert "[Open in Colab](https://y)" in markdown
     assert "    bold\n" in markdown
     assert '??? abstract "Set-up cell"\n\n    ```python\n    line_0 = 0\n' in markdown

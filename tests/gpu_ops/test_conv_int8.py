@@ -38,7 +38,7 @@ LAYERS = {
     "rows": ((7, 3, 1, 32), (1, 1), 70),  # columns are the rows themselves
     "small": ((9, 3, 3, 16), (3, 3), 20),  # several images to a panel
     "heavy": ((8, 4, 4, 384), (3, 3), 400, 1, 4, 8),  # above half of a cache of 2 MiB
-    "tiles": ((2, 3, 27, 64), (3, 3), 112),  # codes lie in the rows as AMX reads them
+    "tiles": ((2, 3, 38, 64), (3, 3), 112),  # codes lie in the rows as AMX reads them
     "tile bytes": ((1, 5, 29, 128), (1, 1), 70, 1, 4, 8, (2, 2)),  # the same, with sums of codes
     "long tiles": ((1, 2, 15, 1024), (3, 3), 16, 1, 4, 8),  # more pixels than a panel would have
     "one": ((1, 3, 3, 20), (3, 3), 300),  # tasks of some slices each
