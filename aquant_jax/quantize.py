@@ -220,8 +220,7 @@ def _quantize(
     with contextlib.ExitStack() as stack:
         stack.enter_context(devices.in_force(shared.mesh))
         folder = next(iter(folders.values()))
-        wanted = net, shared.memory_limit, folder, len(folders)
-        memory = hosts.together(functools.partial(plan_memory, *wanted))
+        memory = plan_memory(net, shared.memory_limit, folder, len(folders))
         runs = _runs(net, calibration, shared, memory, zip(folders, observers, strict=True))
         for i, (seed, folder) in enumerate(folders.items()):
             opened = hosts.open_blocks(folder, restart_from, functools.partial(call, seed))

@@ -89,6 +89,14 @@ def test_all_read_the_blocks_that_the_first_has_written(two):
         assert found["learned"] == [2, 0]
 
 
+def test_caches_that_do_not_fit_leave_the_devices_of_all(two):
+    for found in two[1]:
+        none, some = found["less"]
+        assert [none["codes"], some["codes"]] == [found["codes"]] * 2
+        assert set(none["places"]) == {"disk"}
+        assert set(some["places"]) == {"device", "disk"}
+
+
 def test_only_the_first_prints(two):
     assert [out for _, out, _ in two[0]] == ["done\n", ""]
     assert [err for _, _, err in two[0]] == ["", ""]

@@ -131,14 +131,12 @@ def test_rematerialized_layers_learn_the_same(monkeypatch, whole):
         assert block.step < before.step
 
 
-@pytest.mark.parametrize(("several", "more"), [(False, "lower"), (True, "caches of several pro")])
-def test_a_block_that_does_not_fit_is_named_with_both_sizes(monkeypatch, tmp_path, several, more):
-    monkeypatch.setattr(memory.devices, "several_processes", lambda: several)
+def test_a_block_that_does_not_fit_is_named_with_both_sizes(monkeypatch, tmp_path):
     apply, variables = two_convolutions()
     monkeypatch.setattr(memory, "free_bytes", lambda limit=None: 1000)
     with pytest.raises(
         InputError,
-        match=r"block 0 \S+ needs about \S+ [KM]iB of memory on \S+, and 1000 bytes .*; " + more,
+        match=r"block 0 \S+ needs about \S+ [KM]iB of memory on \S+, and 1000 bytes .*; lower",
     ):
         aq.quantize(
             apply, variables, images(0, SAMPLES), recipe(), observer=aq.Observer(),

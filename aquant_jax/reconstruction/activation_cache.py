@@ -17,6 +17,7 @@ from aquant_jax.reconstruction.devices import (
     several_processes,
     split_batch,
     split_samples,
+    take_batch,
     write,
 )
 from aquant_jax.storage.mapped_array import MappedArray
@@ -87,7 +88,7 @@ def load(samples: Any, batches: Iterable[np.ndarray]) -> Iterator[tuple[Any, np.
 
     def place(found: list[Any], rows: np.ndarray) -> tuple[Any, np.ndarray]:
         placed = [
-            split_samples(leaf if there else leaf[rows]) if np.ndim(leaf) else leaf
+            (split_samples(leaf) if there else take_batch(leaf, rows)) if np.ndim(leaf) else leaf
             for leaf, there in zip(found, elsewhere, strict=True)
         ]
         return tree.unflatten(placed), np.arange(len(rows), dtype=np.int32)
@@ -162,7 +163,7 @@ def _written(array: Any, value: jax.Array, scale: np.float32, position: int) -> 
     if isinstance(array, jax.Array):
         return _write(array, value, scale, position)
     rows = slice(position, position + len(value))
-    array[rows] = np.asarray(_encode(value, scale, array.dtype))
+    array[rows] = np.asarray(read(_encode(value, scale, array.dtype)))
     return array
 
 

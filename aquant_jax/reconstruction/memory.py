@@ -3,16 +3,22 @@
 A block is learned from cached activations of all calibration samples, which are read batch by
 batch. They lie on the device while they fit there, else in the memory of the host, else in files.
 Where they lie changes no bit of the result.
+
+Of several processes, each keeps all samples of a cache that leaves its devices, so that it reads a
+batch without the others.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 import math
 import resource
 import shutil
+import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +31,7 @@ from aquant_jax.graph.partition import Block
 from aquant_jax.graph.subgraph import extract_subgraph
 from aquant_jax.plan.checks import boundary_bytes
 from aquant_jax.plan.network import Network
-from aquant_jax.reconstruction import devices
+from aquant_jax.reconstruction import devices, hosts
 from aquant_jax.reconstruction.activation_cache import Allocate
 from aquant_jax.storage.mapped_array import MappedArray
 
@@ -44,7 +50,7 @@ class BlockMemory(NamedTuple):
 
     Attributes:
       name: of the block.
-      step: activations and gradients of one batch.
+      step: activations and gradients of one batch, on each device.
       state: weights, learned parameters and optimizer state.
       caches: of the model's inputs, of its inputs and of its outputs; see `MemoryPlan.places`.
     """
@@ -61,20 +67,22 @@ class MemoryPlan(NamedTuple):
     Attributes:
       blocks: what every block needs.
       places: of the caches: those of the model's inputs, and then of the outputs of every block.
-      free: bytes that there are in every place.
+      free: bytes that there are in every place, for each process.
       folder: of the files.
+      share: devices with memory of their own that a cache is split over while it lies on them.
     """
 
     blocks: tuple[BlockMemory, ...]
     places: tuple[str, ...]
     free: dict[str, int]
     folder: Path
+    share: int
 
     def allocate(self, index: int) -> Allocate:
         """What makes the arrays of the outputs of block number `index`."""
         place = self.places[index + 1]
         if place == DISK:
-            return lambda samples, shape, dtype: MappedArray(self.folder, (samples, *shape), dtype)
+            return self._on_disk
         return devices.empty if place == DEVICE else _on_host
 
     @property
@@ -88,8 +96,12 @@ class MemoryPlan(NamedTuple):
         needed = dict.fromkeys(self.free, 0)
         needed[DEVICE] = block.step + block.state
         for place, size in zip(self._places_of(index), block.caches, strict=True):
-            needed[place] += size
+            needed[place] += size // self.share if place == DEVICE else size
         return needed
+
+    def _on_disk(self, samples: int, shape: tuple[int, ...], dtype: Any) -> MappedArray:
+        make = functools.partial(MappedArray, self.folder, (samples, *shape), dtype)
+        return hosts.together(make)
 
     def _places_of(self, index: int) -> tuple[str, str, str]:
         return self.places[0], self.places[index], self.places[index + 1]
@@ -157,26 +169,30 @@ def plan_memory(
 ) -> MemoryPlan:
     """Decide where caches lie: what does not fit on the device, largest first, lies elsewhere.
 
+    All processes of the mesh in force call this together, and decide alike.
+
     Args:
       net: the network.
       limit: see `free_bytes`.
-      folder: for files; None takes that of temporary files.
+      folder: for files, which all processes see; None takes that of temporary files.
       seeds: quantized networks that are made at once.
 
     Raises:
       InputError: a block does not fit (the message names it and both sizes).
     """
+    files = Path(folder or tempfile.gettempdir())
+    free = _least(_free_places(limit, files), shared=() if folder is None else (DISK,))
+    return hosts.together(lambda: _planned(net, limit, files, free, seeds))
+
+
+def _planned(
+    net: Network, limit: int | None, files: Path, free: dict[str, int], seeds: int
+) -> MemoryPlan:
     on_cpu, several = jax.default_backend() == "cpu", devices.several_processes()
     share = jax.process_count() if several and on_cpu else devices.count()
     share = 1 if on_cpu and not several else share  # devices of a CPU share its memory
     blocks = tuple(_needs(net, block, seeds, share) for block in net.blocks)
-    files = Path(folder or tempfile.gettempdir())
-    free = {DEVICE: free_bytes(limit)}
-    if not on_cpu and not several:
-        free[HOST] = psutil.virtual_memory().available
-    if not several:  # which would have to decide alike
-        free[DISK] = shutil.disk_usage(_existing(files)).free
-    plan = MemoryPlan(blocks, (DEVICE,) * (len(blocks) + 1), free, files)
+    plan = MemoryPlan(blocks, (DEVICE,) * (len(blocks) + 1), free, files, share)
     for place, other in zip(list(free), list(free)[1:], strict=False):
         for index in range(len(blocks)):
             plan = _fitted(plan, index, place, other)
@@ -190,12 +206,40 @@ def plan_memory(
     return plan
 
 
+def _free_places(limit: int | None, files: Path) -> dict[str, int]:
+    """Bytes that are free in every place that this process can use."""
+    free = {DEVICE: free_bytes(limit)}
+    if jax.default_backend() != "cpu":
+        free[HOST] = psutil.virtual_memory().available
+    return free | {DISK: shutil.disk_usage(_existing(files)).free}
+
+
+def _least(free: dict[str, int], shared: Collection[str]) -> dict[str, int]:
+    """What every process can have, where all take as much.
+
+    Args:
+      free: of this process.
+      shared: places that are the same for all of them. Others belong to a machine, but a GPU's
+        memory to one process.
+    """
+    if not devices.several_processes():
+        return free
+    found = hosts.exchange([socket.gethostname(), free])
+    machines = collections.Counter(machine for machine, _ in found)
+
+    def part(place: str, machine: str, size: int) -> int:
+        if place == DEVICE and HOST in free:
+            return size
+        return size // (len(found) if place in shared else machines[machine])
+
+    return {place: min(part(place, of, sizes[place]) for of, sizes in found) for place in free}
+
+
 def _advice(place: str, limit: int | None) -> str:
     if place == DISK:
         return " there; choose another folder"
     of = "" if limit is None else f" of memory_limit {byte_size(limit)}"
-    stay = "caches of several processes stay on their devices; " * devices.several_processes()
-    return f"{of}; {stay}lower batch_size, raise accumulate, or set rematerialize"
+    return f"{of}; lower batch_size, raise accumulate, or set rematerialize"
 
 
 def _fitted(plan: MemoryPlan, index: int, place: str, other: str) -> MemoryPlan:
@@ -223,10 +267,10 @@ def _needs(net: Network, block: Block, seeds: int, share: int) -> BlockMemory:
         step, state = copies * (values + sum(layers)), STATE_COPIES * weights
 
     def cached(values: Sequence[int], times: int) -> int:
-        return times * boundary_bytes(graph, values, net.samples) // share
+        return times * boundary_bytes(graph, values, net.samples)
 
     leaves = [graph.avals[i] for i in graph.inputs if graph.avals[i].shape]
-    inputs = sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in leaves) * net.samples // share
+    inputs = sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in leaves) * net.samples
     end = 0 if block is net.blocks[-1] else cached(block.end, 1 + seeds)
     targets = 0 if end and block.targets == block.end else cached(block.targets, 1)
     caches = inputs, cached(block.start, 1 + seeds), end + targets

@@ -14,6 +14,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 import aquant_jax as aq
+from aquant_jax.reconstruction import memory
 from launch.lib import command_line, hosts, meshes
 from tests.support import searched_ranges
 from tests.support.nets import mlp, normal, rng_of
@@ -35,7 +36,10 @@ class Watcher(aq.Observer):
     """Counts the blocks that are learned, or kills the parent at the second, and waits for it."""
 
     def __init__(self, kills=False):
-        self.kills, self.learned = kills, 0
+        self.kills, self.learned, self.plan = kills, 0, None
+
+    def on_memory(self, plan):
+        self.plan = plan
 
     def on_block_start(self, index, block):
         self.learned += 1
@@ -57,6 +61,23 @@ def run(mesh, store, samples=None, recipe=RECIPE, observer=None):
         return str(error)
     codes = [np.asarray(layer.codes).tolist() for layer in result.layers.values()]
     return {"codes": codes, "devices": [report.devices for report in result.reports]}
+
+
+def in_less_memory(mesh, process):
+    """Codes and places of caches where none fits on the devices, and where not all of them do."""
+    found, copies = [], ("STEP_COPIES", "STATE_COPIES", "FORWARD_COPIES", "FORWARD_STATE_COPIES")
+    for name in copies:
+        setattr(memory, name, 0)
+    whole = Watcher()
+    run(mesh, None, observer=whole)
+    most = max(whole.plan.needs(i)["device"] for i in range(2))
+    # The first process has more, and processes of one machine share what there is.
+    for least in (0, 2 * most - 1):
+        memory.free_bytes = lambda limit=None, least=least: least if process else 10**9
+        watcher = Watcher()
+        codes = run(mesh, None, observer=watcher)["codes"]
+        found.append({"codes": codes, "places": watcher.plan.places})
+    return found
 
 
 def bad_input(mesh, workdir, process):
@@ -95,6 +116,7 @@ def main(argv):
         found["again"] = run(mesh, store, observer=watchers[1])
         found["learned"] = [watcher.learned for watcher in watchers]
         found["messages"] = bad_input(mesh, values.workdir, process)
+        found["less"] = in_less_memory(mesh, process)
     Path(values.workdir, f"{process}.json").write_text(json.dumps(found))
     print("done")
 
