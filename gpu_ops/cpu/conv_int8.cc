@@ -2,6 +2,7 @@
 #include "conv_int8.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <type_traits>
 
@@ -88,15 +89,21 @@ Geometry Flattened(const Geometry& g) {
   return flat;
 }
 
-// The largest of some values without their signs; infinite where one is not a number.
-float Largest(const float* values, int64_t count) {
-  float largest = 0.0f;
-  bool numbers = true;
+// The largest of some values without their signs; infinite where one is not a number. Without signs,
+// floats are ordered as their bits are, and those that are not numbers come last.
+VECTORISED float Largest(const float* values, int64_t count) {
+  const float infinite = kInfinity;
+  int32_t largest = 0, most;
+  std::memcpy(&most, &infinite, sizeof most);
   for (int64_t i = 0; i < count; ++i) {
-    largest = std::max(largest, std::abs(values[i]));
-    numbers = numbers && values[i] == values[i];
+    int32_t bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    largest = std::max(largest, bits & 0x7fffffff);
   }
-  return numbers ? largest : kInfinity;
+  largest = std::min(largest, most);
+  float value;
+  std::memcpy(&value, &largest, sizeof value);
+  return value;
 }
 
 // No clipped value is larger without its sign, with room for rounding; infinite where floats are
