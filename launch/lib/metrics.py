@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -107,6 +108,55 @@ def evaluate_batches(
     rank = np.concatenate(ranks)
     scores = {f"top{k}": 100.0 * float(np.mean(rank < k)) for k in TOP_K if k == 1 or k < classes}
     return {**scores, "samples": len(rank)}
+
+
+def compare_batches(
+    reference: Predict,
+    predict: Predict,
+    batches: Iterable[tuple[Any, np.ndarray]],
+    mesh: Mesh | None = None,
+) -> dict[str, float]:
+    """How near a network's classes are to those of another; labels have no part in it.
+
+    Args:
+        reference: as `predict` of ``evaluate_batches``, the network to compare with.
+        predict: the network that is compared.
+        batches, mesh: see ``evaluate_batches``.
+
+    Returns:
+        ``{"agreement": percent of the samples with the same class, "divergence": nats,
+        "samples": count}``; the divergence is the mean of KL(reference || predict).
+
+    Raises:
+        InputError: nothing to compare, or outputs that are not logits [batch, classes] of as many
+            classes, two or more.
+    """
+
+    def both(inputs: Any) -> jax.Array:
+        found = [jnp.asarray(network(inputs)) for network in (reference, predict)]
+        shapes = [tuple(output.shape) for output in found]
+        if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][1] < 2:
+            raise InputError(
+                f"the float network gives {shapes[0]} and the quantized one {shapes[1]}; both "
+                f"must give logits of the same classes"
+            )
+        return jnp.stack([output.astype(np.float32) for output in found], axis=1)
+
+    predicted = _predicted(both, batches, mesh)
+    parts = [np.asarray(logits)[: len(labels)] for logits, labels in predicted]
+    if not parts:
+        raise InputError("cannot compare networks on 0 samples")
+    logits = np.concatenate(parts)
+    if not np.isfinite(logits).all():
+        raise InputError("a network gives values that are NaN or infinite")
+    logs = np.asarray(jax.nn.log_softmax(logits))
+    same = logits[:, 0].argmax(-1) == logits[:, 1].argmax(-1)
+    divergence = np.sum(np.exp(logs[:, 0]) * (logs[:, 0] - logs[:, 1]), axis=-1)
+    return {
+        "agreement": 100.0 * float(np.mean(same)),
+        "divergence": float(np.mean(divergence)),
+        "samples": len(logits),
+    }
 
 
 def _evaluate_metric(

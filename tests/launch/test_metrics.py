@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from aquant_jax.errors import InputError
-from launch.lib.metrics import evaluate, evaluate_batches, label_ranks
+from launch.lib.metrics import compare_batches, evaluate, evaluate_batches, label_ranks
 
 
 def random_logits(n=23, classes=10):
@@ -23,6 +23,37 @@ def test_agrees_with_sorting_for_every_batch_size():
     for batch_size in (1, 5, 22, 23, 100):
         metrics = evaluate(lambda x: x, logits, labels, batch_size)
         assert metrics == pytest.approx(expected)
+
+
+def test_networks_are_compared_without_labels():
+    """The last batch is padded, which is not counted."""
+    logits = random_logits(classes=4)
+    batches = [(logits[start : start + 10], np.zeros(10)[: 23 - start]) for start in (0, 10, 20)]
+    factors = np.array([[1.0, 0.1, 1.0, 1.0]], np.float32)
+    found = compare_batches(lambda x: x, lambda x: x * jnp.asarray(factors), batches)
+    other = logits * factors
+    p, q = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in (logits, other))
+    same = np.mean(logits.argmax(1) == other.argmax(1))
+    assert 0.5 < same < 1
+    expected = {
+        "agreement": 100 * same,
+        "divergence": np.mean(np.sum(p * np.log(p / q), axis=1)),
+        "samples": 23,
+    }
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (lambda x: x[:, :3], r"gives \(23, 4\) and the quantized one \(23, 3\); both must give"),
+        (lambda x: x * np.nan, "a network gives values that are NaN or infinite"),
+    ],
+)
+def test_networks_that_cannot_be_compared_are_an_error(network, message):
+    logits = random_logits(classes=4)
+    with pytest.raises(InputError, match=message):
+        compare_batches(lambda x: x, network, [(logits, np.zeros(23))])
 
 
 def test_compiles_once():

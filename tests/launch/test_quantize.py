@@ -6,10 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import aquant_jax as aq
-from aquant_jax import models
+from aquant_jax import data, models
 from launch import evaluate, quantize
 from launch.lib import experiment
 from tests.launch.conftest import DIGITS, SMALL
@@ -199,6 +200,17 @@ def test_a_saved_network_is_scored_from_itself_alone(nearest_run, capsys, monkey
     assert "borders add 0.00%" in out
     assert evaluate.main([*argv, f"--checkpoint={nearest_run}"]) == 2
     assert f"{nearest_run} is not a checkpoint: manifest.json" in capsys.readouterr().err
+
+
+def test_a_saved_network_is_compared_with_the_float_one(nearest_run, capsys):
+    argv = ["evaluate", "--config=configs/digits.py", "--config.test_limit=60", "--against_float"]
+    checkpoint = nearest_run / "quantized"
+    assert evaluate.main([*argv, f"--checkpoint={checkpoint}"]) == 0
+    images = data.load("digits").test(60).inputs
+    apply, variables = models.create("digits_cnn", models.EMBEDDED["digits_cnn"])
+    both = aq.restore(checkpoint)(images), apply(variables, images)
+    same = np.mean(np.equal(*(np.argmax(logits, axis=-1) for logits in both)))
+    assert f"the class of the float network for {100 * same:.2f}% of 60" in capsys.readouterr().out
 
 
 def test_a_restart_keeps_the_blocks_before_and_replaces_the_results(finished_run, tmp_path, capsys):
