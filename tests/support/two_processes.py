@@ -63,21 +63,16 @@ def run(mesh, store, samples=None, recipe=RECIPE, observer=None):
     return {"codes": codes, "devices": [report.devices for report in result.reports]}
 
 
-def in_less_memory(mesh, process):
-    """Codes and places of caches where none fits on the devices, and where not all of them do."""
-    found, copies = [], ("STEP_COPIES", "STATE_COPIES", "FORWARD_COPIES", "FORWARD_STATE_COPIES")
-    for name in copies:
+def in_less_memory(mesh, plan, process):
+    """Codes and places of caches where not all of them fit on the devices."""
+    for name in ("STEP_COPIES", "STATE_COPIES", "FORWARD_COPIES", "FORWARD_STATE_COPIES"):
         setattr(memory, name, 0)
-    whole = Watcher()
-    run(mesh, None, observer=whole)
-    most = max(whole.plan.needs(i)["device"] for i in range(2))
+    most = max(sum(block.caches) // plan.share for block in plan.blocks)
     # The first process has more, and processes of one machine share what there is.
-    for least in (0, 2 * most - 1):
-        memory.free_bytes = lambda limit=None, least=least: least if process else 10**9
-        watcher = Watcher()
-        codes = run(mesh, None, observer=watcher)["codes"]
-        found.append({"codes": codes, "places": watcher.plan.places})
-    return found
+    memory.free_bytes = lambda limit=None: 2 * most - 1 if process else 10**9
+    watcher = Watcher()
+    codes = run(mesh, None, observer=watcher)["codes"]
+    return {"codes": codes, "places": watcher.plan.places}
 
 
 def bad_input(mesh, workdir, process):
@@ -116,7 +111,7 @@ def main(argv):
         found["again"] = run(mesh, store, observer=watchers[1])
         found["learned"] = [watcher.learned for watcher in watchers]
         found["messages"] = bad_input(mesh, values.workdir, process)
-        found["less"] = in_less_memory(mesh, process)
+        found["less"] = in_less_memory(mesh, watchers[0].plan, process)
     Path(values.workdir, f"{process}.json").write_text(json.dumps(found))
     print("done")
 
