@@ -19,6 +19,7 @@ from absl import flags
 from aquant_jax import models
 from aquant_jax.errors import InputError
 from aquant_jax.models import importers
+from aquant_jax.plan.checks import check_variables
 from launch.lib import command_line
 
 
@@ -38,6 +39,10 @@ def main(argv: list[str]) -> None:
     if target.suffix != ".safetensors":
         raise InputError(f"--to={target} must end in .safetensors")
     _, variables = models.create(values.model, values["from"].value)
+    try:
+        check_variables(variables)
+    except InputError as error:
+        raise InputError(f"{values['from'].value}: {error}") from error
     content = importers.serialize(variables)
     if not target.exists():
         importers.write(target, content)

@@ -17,6 +17,7 @@ Example:
     python -m launch.export --workdir=runs/x --format=onnx
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -245,6 +246,8 @@ def main(argv: list[str]) -> None:
             raise InputError(f"{target} cannot be written: {error.strerror}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds other formats, or was never made
+                target.parent.rmdir()
     print(f"in {target}: {sum(sizes.values()):,} bytes")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from aquant_jax.arithmetic import border as borders
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.deployment import stacked
+from aquant_jax.deployment.explicit_axes import with_auto_axes
 from aquant_jax.deployment.integer_program import run_integers
 from aquant_jax.deployment.layer_summary import LayerSummary
 from aquant_jax.deployment.states import on_host, store_stacked
@@ -170,7 +171,7 @@ class Quantized:
 
     def __call__(self, x: Any) -> Any:
         """Run the network on a batch of any size; the same pytree of outputs as the float one."""
-        return _run(self, x)
+        return with_auto_axes(_run, self, x)
 
     def with_backend(self, backend: Backend | None) -> Quantized:
         """The same network, run by `backend`: the same codes, outputs within float rounding.

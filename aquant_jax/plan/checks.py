@@ -201,6 +201,9 @@ def _check_numbers(path: str, dtype: Any) -> None:
         order = path.startswith("calibration/") and jnp.issubdtype(dtype, jax.dtypes.prng_key)
         hint = f"; random keys belong to the variables: {ORDER}" if order else ""
         raise InputError(f"{path} has dtype {dtype}, which is not one of numbers{hint}")
+    widest = 16 if jnp.issubdtype(dtype, jnp.complexfloating) else 8
+    if np.dtype(dtype).itemsize > widest:
+        raise InputError(f"{path} has dtype {dtype}, which JAX lacks; cast it to float32")
 
 
 def row_parts(array: np.ndarray) -> Iterator[np.ndarray]:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import aquant_jax as aq
 import gpu_ops
@@ -31,6 +32,17 @@ def test_it_can_be_jitted_and_called_on_any_batch():
     np.testing.assert_allclose(q(X[:3]), y[:3], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(q(np.concatenate([X, X]))[8:], y, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(q(X[:1]), y[:1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [None, gpu_ops.backend()], ids=["reference", "gpu_ops"])
+def test_outputs_are_split_as_inputs_by_the_explicit_axes_of_a_mesh(backend):
+    q = quantized().with_backend(backend)
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(AxisType.Explicit,))
+    x = jax.device_put(X, NamedSharding(mesh, PartitionSpec("rows")))
+    for run in (q, jax.jit(q)):
+        y = run(x)
+        assert jax.typeof(y).sharding.spec == PartitionSpec("rows", None)
+        np.testing.assert_array_equal(y, q(X))
 
 
 def test_it_is_a_pytree():

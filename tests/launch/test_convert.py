@@ -238,6 +238,14 @@ class TestRefusals:
         importers.save(path, variables) if ours else save_file(state, path)
         refused(run("w.safetensors"), "linear.", "100 classes, and the model has 10")
 
+    def test_values_that_are_not_finite(self, tmp_path, run, variables):
+        bias = np.asarray(variables["params"]["linear"]["bias"]).copy()
+        bias[3] = np.inf
+        variables["params"]["linear"]["bias"] = bias
+        importers.save(tmp_path / "w.safetensors", variables)
+        refused(run("w.safetensors"), "w.safetensors: variables/params/linear/bias has 1 of 10")
+        assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
     def test_unknown_model(self, run):
         refused(run("w.pth", model="resnet19"), "unknown model 'resnet19'")
 

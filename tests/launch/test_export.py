@@ -222,7 +222,7 @@ def test_an_export_that_is_another_network_is_not_kept(argv, tmp_path, capsys, m
     monkeypatch.setattr(onnx_runtimes, "load", lambda *_: lambda x: [np.eye(10)[[0] * len(x)]])
     assert export.main([*argv, "--format=onnx"]) == 2
     assert "network.onnx is not the network: " in capsys.readouterr().err
-    assert list((tmp_path / "run" / "export").iterdir()) == []
+    assert not (tmp_path / "run" / "export").exists()
 
 
 @pytest.mark.parametrize("classes", [10, 0], ids=["classes", "outputs"])

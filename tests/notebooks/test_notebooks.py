@@ -49,8 +49,6 @@ SHORT = {
         r"4 of 4 weighted ops quantized.*Keras +float.*Conv_7.*predicted degradation.*report\.html",
     ),
 }
-# Each of their steps has tests of its own.
-SLOW = ("bert_glue", "deploy", "gpu_kernel", "your_model")
 SAME = "# The rest of this cell is the same in all notebooks."
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
@@ -66,11 +64,9 @@ def test_every_notebook_is_tested():
         execute.main(["nothing"])
 
 
+@pytest.mark.slow  # each of their steps has tests of its own
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(SHORT)],
-)
+@pytest.mark.parametrize("name", sorted(SHORT))
 def test_a_notebook_runs(name, tmp_path, monkeypatch):
     parameters, packages, expected = SHORT[name]
     for package in packages:

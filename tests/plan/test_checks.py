@@ -71,7 +71,7 @@ def test_calibration_leaves_that_do_not_fit_together():
         check_calibration({"a": np.float32(1.0)}, NEAREST)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.complex128, object])
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128, np.longdouble, object])
 def test_wrong_dtypes_of_the_calibration_set_are_named(dtype):
     with pytest.raises(InputError, match=rf"calibration.* {np.dtype(dtype)}"):
         quantize(calibration=images(0, 8).astype(dtype))
