@@ -11,6 +11,8 @@ JAX ?= jax
 BUILT_FROM := pyproject.toml $(wildcard CMakeLists.txt gpu_ops/CMakeLists.txt gpu_ops/*.cc gpu_ops/*/*.cc gpu_ops/*/*.cu gpu_ops/*/*.h)
 # Neither needs the CUDA handlers, which take minutes to compile: GPU_OPS_CUDA=AUTO builds them.
 export GPU_OPS_CUDA ?= OFF
+# What is installed here runs here: a wheel for other machines has GPU_OPS_NATIVE=OFF.
+export GPU_OPS_NATIVE ?= ON
 # Bytecode is kept whatever the environment says: without it every process compiles all it imports.
 export PYTHONDONTWRITEBYTECODE =
 OPTIMIZED_TESTS := tests/arithmetic tests/layers tests/gpu_ops
