@@ -3,8 +3,9 @@
 Writes allocation.json (for launch.quantize --allocation, and for an editor), front.png and
 results.json into the workdir, and keeps measurements in sensitivity.json. Another budget there
 measures nothing again, and moves earlier results to earlier/1/ and so on. Bits of 16 stand for
-float. A budget is one of bytes=N, average_bits=N (or N,M for weights and activations),
-bit_operations=N, latency=MS, coefficients=N and degradation=X.
+float, which averages and bit operations count with the bits of its dtype, such as 32. A budget is
+one of bytes=N, average_bits=N (or N,M for weights and activations), bit_operations=N, latency=MS,
+coefficients=N and degradation=X.
 
 Example:
 
@@ -12,10 +13,12 @@ Example:
         --workdir=runs/allocation
 """
 
+import contextlib
 import dataclasses
 import itertools
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,8 @@ def main(argv: list[str]) -> None:
     values, overrides = command_line.parse(argv, define_flags, __doc__)
     config = command_line.load_config(values.config, overrides)
     recipe = experiment.recipe_of(config)
-    budget = parse_budget(values.budget, values.cost)
+    with flag_named(values.budget):
+        budget = parse_budget(values.budget, values.cost)
     choices = allocation_inputs.parse_choices(values.weight_bits, values.act_bits, values.borders)
     latencies = allocation_inputs.read_latencies(values.latencies)
     folder = Path(values.workdir)
@@ -68,11 +72,12 @@ def main(argv: list[str]) -> None:
         config, values.data_dir, values.seed
     )
     start = time.monotonic()
-    allocation = aq.allocate(
-        apply, variables, calibration, budget, choices,
-        recipe=recipe, mask=config.get("mask"), steps=values.steps, seed=values.seed,
-        compiler=aq.Compiler(gpu_ops.backend()), latencies=latencies, resume=folder,
-    )  # fmt: skip
+    with flag_named(values.budget):
+        allocation = aq.allocate(
+            apply, variables, calibration, budget, choices,
+            recipe=recipe, mask=config.get("mask"), steps=values.steps, seed=values.seed,
+            compiler=aq.Compiler(gpu_ops.backend()), latencies=latencies, resume=folder,
+        )  # fmt: skip
     seconds = time.monotonic() - start
     content = {
         "config": values.config, "budget": values.budget, "choices": list(map(str, choices)),
@@ -120,6 +125,18 @@ def keep_earlier(folder: Path, earlier: aq.Allocation | None) -> None:
     print(f"the allocation of {budget} is now in {kept}")
 
 
+@contextlib.contextmanager
+def flag_named(budget: str) -> Iterator[None]:
+    """Names the flag --budget in the InputErrors about it."""
+    try:
+        yield
+    except InputError as error:
+        what, colon, message = str(error).partition("budget: ")
+        if what or not colon:
+            raise
+        raise InputError(f"--budget={budget}: {message}") from error
+
+
 def parse_budget(text: str, cost: str) -> aq.Budget:
     """A budget from ``NAME=VALUE``.
 
@@ -133,13 +150,13 @@ def parse_budget(text: str, cost: str) -> aq.Budget:
     try:
         numbers = tuple(map(float, value.split(",")))
     except ValueError as error:
-        raise InputError(f"budget {text!r}: {value!r} is no number; give NAME=VALUE") from error
+        raise InputError(f"budget: {value!r} is no number; give NAME=VALUE") from error
     fields: dict[str, Any] = {name: numbers[0] if len(numbers) == 1 else numbers}
     try:
         return aq.Budget(**fields, cost=cost)
     except TypeError as error:
         known = "bytes, average_bits, bit_operations, latency, coefficients, degradation"
-        raise InputError(f"budget {text!r}: unknown name {name!r}; there are {known}") from error
+        raise InputError(f"budget: unknown name {name!r}; there are {known}") from error
 
 
 if __name__ == "__main__":

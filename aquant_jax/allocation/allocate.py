@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from aquant_jax.allocation.feasible import (
     check_degradation,
     check_limits,
     extremes,
+    limit_text,
     weights_of,
 )
 from aquant_jax.allocation.latency import layer_latencies
@@ -249,7 +251,7 @@ class _Result(NamedTuple):
         else:
             chosen = self._within(limits)
         if chosen is None:
-            both = " and ".join(f"{name} {limit:g}" for name, limit in limits.items())
+            both = " and ".join(itertools.starmap(limit_text, limits.items()))
             raise InputError(f"budget: no allocation keeps to {both} at once")
         point = self._point(chosen)
         front = self._front(tuple(limits or weights_of(budget.cost)))

@@ -20,7 +20,7 @@ class Entry(NamedTuple):
 
     Attributes:
       path: of the layer's weight.
-      choice: in words, such as "w3a4"; an input in float has 16 bits there.
+      choice: in words, such as "w3a4"; "w3a16" leaves the input in float, whatever its dtype.
       error: predicted output error of the network with this layer quantized alone: the measured
         one, and of it what the blocks behind leave, where whole blocks learn.
       costs: by name: "bytes", "weight_bits" and "act_bits" (its share of the averages),
@@ -151,7 +151,7 @@ class Allocation:
         alone: dict[str, dict[str, Entry]] = {}
         for entry in self.table:
             alone.setdefault(entry.path, {})[entry.choice] = entry
-        costs, before, edited = dict(self.costs), "", ""
+        costs, before, edited, floats = dict(self.costs), "", "", ""
         for entry in self.table:
             if not entry.chosen:
                 continue
@@ -159,16 +159,25 @@ class Allocation:
             same = alone[entry.path].get(choice)
             error, size = (f"{same.error:.3g}", f"{same.costs['bytes']:,.0f}") if same else ("", "")
             lines.append(f"{entry.path:40s} {choice:24s} {error:>12s} {size:>10s}".rstrip())
+            if same and _counts_float(choice, same.costs):
+                floats = " (a16 and float count with the bits of their dtype)"
             if same is None:
                 before = "before the edits: "
             elif same is not entry:
                 edited = " before the edits"
                 costs = {k: v + same.costs[k] - entry.costs[k] for k, v in costs.items()}
         costs = self.costs if before else costs
-        listed = ", ".join(f"{name} {value:,.6g}" for name, value in costs.items())
+        listed = ", ".join(f"{name} {value:,.6g}" for name, value in costs.items()) + floats
         edited = "" if before else edited
         lines.append(f"{before}predicted degradation {self.degradation:.4g}{edited}; {listed}")
         return "\n".join(lines)
+
+
+def _counts_float(choice: str, costs: Mapping[str, float]) -> bool:
+    """Whether averages count a float that a choice leaves, see `choices.Budget`."""
+    weights = choice == str(Choice())
+    inputs = weights or choice.endswith("a16")
+    return (weights and costs["weight_bits"] > 0) or (inputs and costs["act_bits"] > 0)
 
 
 def _choice(entries: Mapping[str, Entry], override: Override | None, base: Recipe) -> str:

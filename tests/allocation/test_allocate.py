@@ -152,6 +152,7 @@ def test_saved_edited_and_quantized(folder, tmp_path):
     loaded = aq.Allocation.load(tmp_path / "a.json")
     assert (loaded.recipe, loaded.front, loaded.table) == (found.recipe, found.front, found.table)
     assert str(loaded) == str(found)
+    assert "float count" not in str(found)  # the stem's input is left out of the averages
     content = json.loads((tmp_path / "a.json").read_text())
     content["layers"][FREE[0]] = {"weight_bits": 7, "act_bits": 6}
     (tmp_path / "a.json").write_text(json.dumps(content))
@@ -197,6 +198,9 @@ def test_float_and_weights_only_layers(tmp_path):
         assert all((borders[path] == "quadratic") == (act is not None)
                    for path, (_, act) in bits.items())  # fmt: skip
         assert found.costs["bytes"] == sizes(quantized).packed
+        assert str(found).endswith("(a16 and float count with the bits of their dtype)")
+    with pytest.raises(aq.InputError, match=r"weights 40 is above the most, 32 \(a float co"):
+        allocate(aq.Budget(average_bits=40), tmp_path, choices, recipe, net, x)
 
 
 def test_weights_alone_leave_every_input_in_float():
@@ -404,7 +408,7 @@ def test_bad_budgets_and_choices_are_named(folder):
 def test_budgets_out_of_reach_name_the_least_and_the_most(folder):
     with pytest.raises(aq.InputError, match=r"bytes 10 is below the least, \d+; the most is \d+$"):
         allocate(aq.Budget(bytes=10), folder)
-    with pytest.raises(aq.InputError, match=r"weight_bits 5 is above the most, 4; .* no budget is"):
+    with pytest.raises(aq.InputError, match=r"of weights 5 is above the most, 4; .* no budget is"):
         allocate(aq.Budget(average_bits=5), folder)
     few = allocate(aq.Budget(average_bits=3), folder, [aq.Choice(w, 2) for w in (2, 3, 4)])
     assert few.costs["weight_bits"] <= 3
@@ -413,7 +417,7 @@ def test_budgets_out_of_reach_name_the_least_and_the_most(folder):
     ):
         allocate(aq.Budget(degradation=9), folder)
     fixed = RECIPE.replace(overrides=({"pattern": "conv2", "weight_bits": 8},))
-    with pytest.raises(aq.InputError, match=r"weight_bits 3 is below the least, 5; .*"
+    with pytest.raises(aq.InputError, match=r"bits of weights 3 is below the least, 5; .*"
                        r"overrides fix block_1/conv2/kernel at w8a2"):  # fmt: skip
         allocate(aq.Budget(average_bits=3), None, recipe=fixed)
     assert math.isfinite(allocate(aq.Budget(average_bits=(6, 3)), None, recipe=fixed).degradation)

@@ -89,12 +89,21 @@ def test_latencies_of_another_device(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--budget=3"], "budget '3': '' is no number"),
-        (["--budget=size=3"], "unknown name 'size'; there are bytes"),
-        (["--budget=bytes=3", "--weight_bits=two"], "bits 'two' are no whole number"),
-        (["--budget=bytes=3", "--act_bits=9"], "act_bits is 9; it must be a whole number of 2"),
-        (["--budget=bytes=3", "--borders=linear:mean:3"], "border 'linear:mean:3' must be a name"),
-        (["--budget=bytes=3"], "bytes 3 is below the least"),
+        (["--budget=3"], "--budget=3: '' is no number"),
+        (["--budget=size=3"], "--budget=size=3: unknown name 'size'; there are bytes"),
+        (["--budget=bytes=-1"], "--budget=bytes=-1: bytes is -1.0; it must be a number of 0"),
+        (["--budget=bytes=3", "--weight_bits=two"], "--weight_bits has 'two'; give a list of 2"),
+        (["--budget=bytes=3", "--act_bits=9"], "--act_bits has '9'; give a list of 2 to 8"),
+        (["--budget=bytes=3", "--weight_bits="], "--weight_bits is empty; give a list of 2 to 8"),
+        (
+            ["--budget=bytes=3", "--borders=linear:mean:3"],
+            "--borders has 'linear:mean:3'; give",
+        ),
+        (["--budget=bytes=3"], "--budget=bytes=3: bytes 3 is below the least"),
+        (
+            ["--budget=average_bits=3,1"],
+            "--budget=average_bits=3,1: average_bits of activations 1 is below the least, 2",
+        ),
     ],
 )
 def test_bad_flags_are_one_line(argv, message, tmp_path, capsys):
