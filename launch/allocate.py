@@ -31,10 +31,12 @@ from aquant_jax.errors import InputError
 from aquant_jax.storage.environment import environment
 from aquant_jax.storage.folder_lock import hold
 from aquant_jax.storage.json_file import write_json
-from launch.lib import allocation_inputs, command_line, experiment, plots
+from aquant_jax.terminal import show
+from launch.lib import allocation_inputs, command_line, experiment, plots, process
+from launch.lib.allocations import FILE as ALLOCATION
 from launch.lib.run_directory import IDENTITY, RESULTS
 
-ALLOCATION, FRONT = "allocation.json", "front.png"
+FRONT = "front.png"
 EARLIER = "earlier"  # a folder for each of the allocations before
 
 
@@ -83,9 +85,9 @@ def main(argv: list[str]) -> None:
         "config": values.config, "budget": values.budget, "choices": list(map(str, choices)),
         "steps": values.steps, "seed": values.seed, "seconds": seconds,
         "measured": allocation.measured, "degradation": allocation.degradation,
-        "costs": allocation.costs, **environment(),
+        "costs": allocation.costs, "command": process.command(), **environment(),
     }  # fmt: skip
-    print(allocation)
+    show(allocation)
     if earlier != dataclasses.replace(allocation, measured=0):
         with hold(folder, lambda: None):
             keep_earlier(folder, earlier)

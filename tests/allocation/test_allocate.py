@@ -1,5 +1,6 @@
 """``allocate`` on small networks, with layers rounded to nearest."""
 
+import io
 import itertools
 import json
 import math
@@ -8,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import aquant_jax as aq
 from aquant_jax.allocation import measure
 from aquant_jax.allocation.costs import count_costs
 from aquant_jax.allocation.measure import FILE
 from aquant_jax.allocation.networks import prepare_networks
+from aquant_jax.allocation.output_error import output_error
 from aquant_jax.allocation.repair import LEFT
 from aquant_jax.deployment.checkpoint import sizes
 from tests.support.nets import images, mlp, normal, residual_net, rng_of
@@ -88,7 +91,10 @@ def test_an_error_is_that_of_the_network_with_this_layer_quantized(folder):
         overrides = ({"pattern": others, "keep_float": True},)
         recipe = RECIPE.replace(weight_bits=4, act_bits=2, overrides=overrides)
         assert alone[path, "w4a2"] == pytest.approx(divergence(rounded(recipe)), rel=1e-3)
-    assert found.degradation == pytest.approx(divergence(rounded(found.recipe)), rel=0.3)
+    quantized = rounded(found.recipe)
+    measured = output_error(quantized, *NET, X, None, "kl", batch=12)
+    assert measured == pytest.approx(divergence(quantized), rel=1e-3)
+    assert found.degradation == pytest.approx(measured, rel=0.3)
 
 
 def test_a_second_call_measures_nothing_and_a_torn_off_one_the_rest(folder, tmp_path):
@@ -152,6 +158,12 @@ def test_saved_edited_and_quantized(folder, tmp_path):
     loaded = aq.Allocation.load(tmp_path / "a.json")
     assert (loaded.recipe, loaded.front, loaded.table) == (found.recipe, found.front, found.table)
     assert str(loaded) == str(found)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(loaded)
+    shown = console.file.getvalue()
+    assert "average_bits 3" in shown
+    assert f"{FREE[0]} │ w" in shown
+    assert " ".join(shown.splitlines()[-2:]).split() == str(found).splitlines()[-1].split()
     assert "float count" not in str(found)  # the stem's input is left out of the averages
     content = json.loads((tmp_path / "a.json").read_text())
     content["layers"][FREE[0]] = {"weight_bits": 7, "act_bits": 6}
