@@ -165,7 +165,10 @@ class Budget:
 def is_amount(value: Any) -> bool:
     """Whether a value is a finite number of 0 or more."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return number and 0 <= float(value) < math.inf
+    try:
+        return number and 0 <= float(value) < math.inf
+    except OverflowError:  # of an int beyond all floats
+        return False
 
 
 def check_choices(choices: Any) -> tuple[Choice, ...]:

@@ -34,6 +34,16 @@ def extremes(problem: Problem, name: str) -> tuple[float, float]:
     return least, most
 
 
+def check_free(layers: Sequence[LayerChoices]) -> None:
+    """InputError if the recipe fixes every layer, so that none has a choice."""
+    if all(a.weights_fixed and a.input_fixed and len(a.choices) == 1 for a in layers):
+        fixed = ", ".join(f"{a.path} at {a.choices[0]}" for a in layers)
+        raise InputError(
+            f"the recipe fixes every layer, {fixed}; first_weight_bits, last_weight_bits and "
+            "last_act_bits of None leave the first and the last one free"
+        )
+
+
 def check_limits(
     problem: Problem,
     layers: Sequence[LayerChoices],
@@ -87,6 +97,6 @@ def check_degradation(problem: Problem, budget: Budget) -> None:
         advice = "" if low else ", which keeps to it: no budget is needed for that"
         raise InputError(
             f"budget: degradation {limit:g} is {'below the least' if low else 'above the most'}; "
-            f"it is {least:g} at the least, and {most:g} of the allocation of fewest "
+            f"it is {least:g} at the least, and {most:g} of the allocation of least "
             f"{budget.cost}{advice}"
         )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from aquant_jax import recipe as recipes
 from aquant_jax.allocation.choices import Budget, Choice, is_amount
-from aquant_jax.errors import InputError, reason, to_path
+from aquant_jax.errors import InputError, check_type, reason, to_path
 from aquant_jax.recipe import Override, Recipe, exactly
 from aquant_jax.storage.json_file import read_json, write_json
 from aquant_jax.storage.parsing import malformed
@@ -89,6 +89,7 @@ class Allocation:
 
     def recipe_of(self, point: FrontPoint | Allocation) -> Recipe:
         """The recipe of a point of the front."""
+        check_type("point", point, (FrontPoint, Allocation), "one of allocation.front")
         overrides = (*self.base.overrides, *point.layers.values())
         return dataclasses.replace(self.base, overrides=overrides)
 

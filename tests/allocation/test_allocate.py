@@ -425,9 +425,15 @@ def test_budgets_out_of_reach_name_the_least_and_the_most(folder):
     few = allocate(aq.Budget(average_bits=3), folder, [aq.Choice(w, 2) for w in (2, 3, 4)])
     assert few.costs["weight_bits"] <= 3
     with pytest.raises(
-        aq.InputError, match=r"degradation 9 is above the most; it is .* fewest bytes, .* no budget"
+        aq.InputError, match=r"degradation 9 is above the most; it is .* least bytes, .* no budget"
     ):
         allocate(aq.Budget(degradation=9), folder)
+    with pytest.raises(aq.InputError, match=r"^budget: bytes is 10+; it must be a number of 0"):
+        aq.Budget(bytes=10**400)
+    with pytest.raises(aq.InputError, match=r"point is of type int; it must be one of all"):
+        few.recipe_of(3)
+    with pytest.raises(aq.InputError, match=r"fixes every layer, 0/w at w8a16, 1/w at w8a8; fi"):
+        allocate(aq.Budget(average_bits=3), net=mlp(sizes=(6, 8, 4)), x=normal(rng_of(1), 16, 6))
     fixed = RECIPE.replace(overrides=({"pattern": "conv2", "weight_bits": 8},))
     with pytest.raises(aq.InputError, match=r"bits of weights 3 is below the least, 5; .*"
                        r"overrides fix block_1/conv2/kernel at w8a2"):  # fmt: skip
