@@ -15,6 +15,7 @@ Example:
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import sys
 import time
@@ -26,6 +27,7 @@ from absl import flags
 
 import aquant_jax as aq
 import gpu_ops
+from aquant_jax.allocation.choices import COSTS
 from aquant_jax.allocation.measure import FILE as MEASURED
 from aquant_jax.errors import InputError
 from aquant_jax.storage.environment import environment
@@ -34,7 +36,7 @@ from aquant_jax.storage.json_file import write_json
 from aquant_jax.terminal import show
 from launch.lib import allocation_inputs, command_line, experiment, plots, process
 from launch.lib.allocations import FILE as ALLOCATION
-from launch.lib.run_directory import IDENTITY, RESULTS
+from launch.lib.run_directory import IDENTITY, PAGE, RESULTS
 
 FRONT = "front.png"
 EARLIER = "earlier"  # a folder for each of the allocations before
@@ -53,7 +55,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text = "of launch.bench.layers, for a budget of latency; times this device if not given"
     command_line.define_path(values, "latencies", None, text)
     text = "of which the cheapest within a degradation has least"
-    flags.DEFINE_string("cost", "bytes", text, flag_values=values)
+    flags.DEFINE_enum("cost", "bytes", COSTS, text, flag_values=values)
     flags.mark_flags_as_required(["config", "workdir", "budget"], flag_values=values)
 
 
@@ -65,10 +67,13 @@ def main(argv: list[str]) -> None:
     recipe = experiment.recipe_of(config)
     with flag_named(values.budget):
         budget = parse_budget(values.budget, values.cost)
+    if values["cost"].present and budget.name != "degradation":
+        raise InputError(f"--cost={values.cost} belongs to --budget=degradation=X")
     choices = allocation_inputs.parse_choices(values.weight_bits, values.act_bits, values.borders)
     latencies = allocation_inputs.read_latencies(values.latencies)
     folder = Path(values.workdir)
-    earlier, resumed = check_workdir(folder), (folder / MEASURED).exists()
+    check_workdir(folder)
+    resumed = (folder / MEASURED).exists()
     plots.require_matplotlib()
     apply, variables, calibration = allocation_inputs.open_network(
         config, values.data_dir, values.seed
@@ -88,8 +93,8 @@ def main(argv: list[str]) -> None:
         "costs": allocation.costs, "command": process.command(), **environment(),
     }  # fmt: skip
     show(allocation)
-    if earlier != dataclasses.replace(allocation, measured=0):
-        with hold(folder, lambda: None):
+    with hold(folder, functools.partial(check_workdir, folder)) as earlier:
+        if earlier != dataclasses.replace(allocation, measured=0):
             keep_earlier(folder, earlier)
             plots.front(allocation, folder / FRONT)
             write_json(folder / RESULTS, content)
@@ -120,7 +125,7 @@ def keep_earlier(folder: Path, earlier: aq.Allocation | None) -> None:
     numbers = (folder / EARLIER / str(number) for number in itertools.count(1))
     kept = next(path for path in numbers if not path.exists())
     kept.mkdir(parents=True)
-    for name in (FRONT, RESULTS, ALLOCATION):  # the last marks the others as those of an allocation
+    for name in (FRONT, PAGE, RESULTS, ALLOCATION):  # the last marks the others as its own
         if (folder / name).exists():
             (folder / name).rename(kept / name)
     budget = f"{earlier.budget.name}={getattr(earlier.budget, earlier.budget.name)}"

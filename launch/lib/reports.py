@@ -68,7 +68,8 @@ def read(path: Path) -> tuple[list[Run], str, str | None]:
     Raises:
         InputError: see `write_report`.
     """
-    if not (path / IDENTITY).is_file() and (path / MEASURED).is_file():
+    ours = any((path / name).is_file() for name in (allocations.FILE, MEASURED))
+    if ours and not (path / IDENTITY).is_file():
         return _allocated(path)
     program = finished(path).get("program")
     if program == "quantize":

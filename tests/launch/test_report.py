@@ -116,6 +116,9 @@ def test_an_allocation_alone_and_beside_a_run_that_was_made_of_it(run, tmp_path,
     found = Page((run / "report_against.html").read_text())
     rows[2:] = [["run", "90", "0.5", "0.75"], ["allocated", "90", "0.5", "–"]]
     assert found.tables["pareto-table"][1:] == rows
+    (path / "sensitivity.json").rename(tmp_path / "sensitivity.json")  # as of an earlier one
+    assert report.main(["report", f"--workdir={path}"]) == 0
+    (tmp_path / "sensitivity.json").rename(path / "sensitivity.json")
     (path / "allocation.json").unlink()
     capsys.readouterr()
     assert report.main(["report", f"--workdir={path}"]) == 2
