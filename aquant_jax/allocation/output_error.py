@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 
 from aquant_jax.deployment.quantized import Quantized
 from aquant_jax.plan.block_program import make_block_program
-from aquant_jax.plan.network import in_batches
 from aquant_jax.reconstruction.chain import inexact
 from aquant_jax.reconstruction.loss import network_loss
 from aquant_jax.sensitivity import probed
@@ -24,16 +22,14 @@ def output_error(
     calibration: Any,
     mask: str | None,
     kind: str,
-    batch: int,
 ) -> float:
     """What an allocation predicts, of the network that was made of it.
 
     Args:
       quantized: the network.
       apply, variables, calibration, mask: as it was quantized; the first ``init_samples`` samples
-        are used, as for the prediction.
+        are used, at once, as for the prediction, or all where there are fewer.
       kind: "kl" or "mse", see `network_loss`.
-      batch: samples that the networks run at once.
     """
     recipe = quantized.recipe.replace(transforms=())  # which change no output of the float network
     net, samples = probed(apply, variables, calibration, recipe, mask)
@@ -41,10 +37,7 @@ def output_error(
     ids = program.subgraph.outputs
     outputs, targets = (
         inexact(program, ids, [jax.tree.leaves(found)[i] for i in net.targets])
-        for found in (
-            in_batches(quantized.on_host(), samples, batch),
-            in_batches(jax.jit(functools.partial(apply, variables)), samples, batch),
-        )
+        for found in (quantized.on_host()(samples), jax.jit(apply)(variables, samples))
     )
     axes = inexact(program, ids, program.position_axes)
     valid = None if net.valid_mask is None else jnp.asarray(net.valid_mask)

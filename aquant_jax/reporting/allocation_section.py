@@ -12,7 +12,7 @@ from aquant_jax.reporting.run import THIS, Run
 
 NOTE = (
     "The error of the network's output on calibration samples. Predicted: the sum that the "
-    "allocation made least. Measured: of a network that was quantized so, on the same samples."
+    "allocation made least. Measured: of a network that was quantized so."
 )
 
 

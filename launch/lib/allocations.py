@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import aquant_jax as aq
 from aquant_jax.allocation.output_error import output_error
 from aquant_jax.allocation.result import chosen_entries
+from aquant_jax.plan.network import take_samples
 from aquant_jax.reporting.run import THIS
 from aquant_jax.storage.parsing import malformed
 from launch.lib import hosts
@@ -74,10 +77,10 @@ def measured(
     origin = experiment.origin
     if "pareto" not in origin or not hosts.is_first():
         return origin
-    error = output_error(
-        quantized, experiment.apply, experiment.variables, inputs, config.get("mask"),
-        origin["pareto_loss"], config.eval_batch_size,
-    )  # fmt: skip
+    network, mask = (experiment.apply, experiment.variables), config.get("mask")
+    most = max(config.eval_batch_size, quantized.recipe.reconstruction.batch_size)
+    few = jax.tree.map(lambda leaf: take_samples(leaf, slice(most)), inputs)  # that surely fit
+    error = output_error(quantized, *network, few, mask, origin["pareto_loss"])
     *front, this = origin["pareto"]
     return {**origin, "pareto": [*front, this | {"measured": error}]}
 

@@ -92,7 +92,7 @@ def test_an_error_is_that_of_the_network_with_this_layer_quantized(folder):
         recipe = RECIPE.replace(weight_bits=4, act_bits=2, overrides=overrides)
         assert alone[path, "w4a2"] == pytest.approx(divergence(rounded(recipe)), rel=1e-3)
     quantized = rounded(found.recipe)
-    measured = output_error(quantized, *NET, X, None, "kl", batch=12)
+    measured = output_error(quantized, *NET, X, None, "kl")
     assert measured == pytest.approx(divergence(quantized), rel=1e-3)
     assert found.degradation == pytest.approx(measured, rel=0.3)
 
