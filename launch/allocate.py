@@ -1,11 +1,10 @@
 """Chooses bits of every layer of a config's network under a budget.
 
-Writes allocation.json (for launch.quantize --allocation, and for an editor), front.png and
-results.json into the workdir, and keeps measurements in sensitivity.json. Another budget there
-measures nothing again, and moves earlier results to earlier/1/ and so on. Bits of 16 stand for
-float, which averages and bit operations count with the bits of its dtype, such as 32. A budget is
-one of bytes=N, average_bits=N (or N,M for weights and activations), bit_operations=N, latency=MS,
-coefficients=N and degradation=X.
+Writes allocation.json (for launch.quantize --allocation, and an editor), front.png, results.json
+and the measurements, sensitivity.json. Another budget there measures nothing again, and moves
+earlier results to earlier/1/ and so on. Bits of 16 stand for float, which averages count with the
+bits of its dtype, such as 32. A budget is one of bytes=N, average_bits=N (or N,M for weights and
+activations), bit_operations=N, latency=MS, coefficients=N and degradation=X (for the cheapest).
 
 Example:
 
@@ -54,8 +53,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("steps", 0, text, 0, flag_values=values)
     text = "of launch.bench.layers, for a budget of latency; times this device if not given"
     command_line.define_path(values, "latencies", None, text)
-    text = "of which the cheapest within a degradation has least"
-    flags.DEFINE_enum("cost", "bytes", COSTS, text, flag_values=values)
+    flags.DEFINE_enum("cost", "bytes", COSTS, "of the cheapest", flag_values=values)
     flags.mark_flags_as_required(["config", "workdir", "budget"], flag_values=values)
 
 
