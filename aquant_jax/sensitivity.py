@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aquant_jax.arithmetic.uniform import ActivationQuantizer
+from aquant_jax.errors import ReconstructionError
 from aquant_jax.layers.compiler import Compiler
 from aquant_jax.layers.fake_quant import Weights
 from aquant_jax.plan import checks
@@ -70,19 +72,23 @@ def sensitivity(
 
     Raises:
       InputError: see `quantize`.
+      ReconstructionError: the float network computes NaN, or an error is not finite.
     """
     checks.check_recipe(recipe)
     net, calibration = probed(apply, variables, calibration, recipe)
     probe = Probe(net, calibration, compiler := Compiler())
     weights, quantizers = nearest(net, calibration, compiler)
-    reference = probe.outputs()
+    reference = float_outputs(probe)
     entries = []
     for spec in probe.specs:
         path, rounding = spec.path, {}
         if spec.tensor:
             rounding[path] = rounding_to(quantizers[spec.tensor], spec.act_bits)
         outputs = probe.outputs({path: weights[path]}, Roundings(rounding))
-        entries.append(Sensitivity(path, _error(outputs, reference)))
+        error = _error(outputs, reference)
+        if not math.isfinite(error):
+            raise ReconstructionError(f"{path}: the error of the network's output is {error}")
+        entries.append(Sensitivity(path, error))
     return sorted(entries, key=lambda entry: -entry.error)
 
 
@@ -107,6 +113,22 @@ def probed(
     calibration = jax.tree.map(lambda leaf: take_samples(leaf, slice(samples)), calibration)
     recipe = recipe.replace(batch_size=batch or samples, accumulate=1, steps=0)
     return prepare(apply, variables, calibration, recipe, mask), calibration
+
+
+def float_outputs(probe: Probe) -> Sequence[jax.Array]:
+    """The outputs of the float network.
+
+    Raises:
+      ReconstructionError: NaN is among them.
+    """
+    outputs = probe.outputs()
+    for output in outputs:
+        if jnp.issubdtype(output.dtype, jnp.inexact) and jnp.isnan(output).any():
+            raise ReconstructionError(
+                f"the float network itself computes NaN for calibration samples, in its output "
+                f"{output.dtype}{list(output.shape)}"
+            )
+    return outputs
 
 
 class Rounded(NamedTuple):
@@ -151,4 +173,5 @@ def _error(outputs: Sequence[jax.Array], reference: Sequence[jax.Array]) -> floa
         for a, b in zip(outputs, reference, strict=True) if jnp.issubdtype(b.dtype, jnp.inexact)
     ]  # fmt: skip
     errors = sum((np.abs(a - b) ** 2).sum() for a, b in pairs)
-    return float(errors / sum((np.abs(b) ** 2).sum() for _, b in pairs))
+    size = sum((np.abs(b) ** 2).sum() for _, b in pairs)
+    return float(errors / max(size, np.finfo(np.float64).tiny))  # of outputs that are all zero

@@ -1,10 +1,11 @@
-"""Draws the figures of docs/explanation/method.md (the paper's Fig. 1 and Fig. 2), from our data.
+"""Draws the figures of docs/explanation/method.md (the paper's Fig. 1 and Fig. 2), from our data,
+and the Pareto front of docs/results.md.
 
     python docs/method_figures.py
 
 Figure 1 takes a weight of the digits network at 2 bits and the border of Eq. 4, evaluated by the
 library. Figure 2 takes the propagated errors of a run of launch.quantize on ResNet-20, whose
-command is in measurements/propagated_error.json.
+command is in measurements/propagated_error.json. The front is of measurements/resnet20_allocation.
 """
 
 from __future__ import annotations
@@ -101,6 +102,33 @@ def propagated_error(figure: Figure, run: Any) -> None:
         axes.set_ylabel("mean of x' - x")
 
 
+def allocation_front(figure: Figure, measured: Any) -> None:
+    """The learned allocations of a front beside their prediction, and the uniform recipes."""
+    divergence, score = figure.subplots(1, 2)
+    points = measured["front_learned"]["points"]
+    size = [point["costs"]["bytes"] / 1000 for point in points]
+    divergence.plot(size, [point["predicted"] for point in points], "o--", mfc="none",
+                    label="predicted")  # fmt: skip
+    divergence.plot(size, [point["held_kl_2000"] for point in points], "o", label="measured")
+    divergence.set_yscale("log")
+    divergence.set_ylabel("KL divergence from float")
+    score.plot(size, [point["top1"] for point in points], "o-", color="C1", label="allocated")
+    for bits in ("uniform W2A2", "uniform W3A3"):
+        runs = [run for run in measured["runs"] if run["bits"] == bits]
+        kl = next(run["held_kl_2000"] for run in measured["learned"] if run["bits"] == bits)
+        style = {"marker": "s", "color": "black", "ls": "none", "ms": 5}
+        label = "uniform, measured" if bits == "uniform W2A2" else None
+        divergence.plot([runs[0]["packed_bytes"] / 1000], [kl], label=label, **style)
+        tops = [run["quantized"]["top1"] for run in runs]
+        score.plot([run["packed_bytes"] / 1000 for run in runs], tops, label=label, **style)
+        score.annotate(bits.split()[1], (runs[0]["packed_bytes"] / 1000, min(tops)), (6, -4),
+                       textcoords="offset points", fontsize=8)  # fmt: skip
+    score.set_ylabel("top-1 %")
+    for axes in (divergence, score):
+        axes.set_xlabel("kilobytes, with borders")
+        axes.legend(fontsize=8)
+
+
 def write(name: str, draw: Any, *arguments: Any) -> None:
     """Writes one figure, with the same bytes for the same data."""
     style = {"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "sans-serif"}
@@ -111,11 +139,17 @@ def write(name: str, draw: Any, *arguments: Any) -> None:
         figure.savefig(DOCS / "images" / f"{name}.svg", metadata=metadata)
 
 
+FROM_MEASUREMENTS = (
+    ("propagated_error", propagated_error, "propagated_error.json"),
+    ("allocation_front", allocation_front, "resnet20_allocation.json"),
+)
+
+
 def main() -> None:
-    """Draws both."""
-    run = json.loads((DOCS / "measurements" / "propagated_error.json").read_text())
+    """Draws all."""
     write("element_error", element_error, element())
-    write("propagated_error", propagated_error, run)
+    for name, draw, source in FROM_MEASUREMENTS:
+        write(name, draw, json.loads((DOCS / "measurements" / source).read_text()))
 
 
 if __name__ == "__main__":

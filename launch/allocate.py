@@ -1,10 +1,10 @@
 """Chooses bits of every layer of a config's network under a budget.
 
-Writes allocation.json (for launch.quantize --allocation, and for an editor), front.png and
-results.json into the workdir, and keeps measurements in sensitivity.json. Another budget there
-measures nothing again, and moves earlier results to earlier/1/ and so on. Bits of 16 stand for
-float. A budget is one of bytes=N, average_bits=N (or N,M for weights and activations),
-bit_operations=N, latency=MS, coefficients=N and degradation=X.
+Writes allocation.json (for launch.quantize --allocation, and an editor), front.png, results.json
+and the measurements, sensitivity.json. Another budget there measures nothing again, and moves
+earlier results to earlier/1/ and so on. Bits of 16 stand for float, which averages count with the
+bits of its dtype, such as 32. A budget is one of bytes=N, average_bits=N (or N,M for weights and
+activations), bit_operations=N, latency=MS, coefficients=N and degradation=X (for the cheapest).
 
 Example:
 
@@ -12,10 +12,13 @@ Example:
         --workdir=runs/allocation
 """
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +26,18 @@ from absl import flags
 
 import aquant_jax as aq
 import gpu_ops
+from aquant_jax.allocation.choices import COSTS
 from aquant_jax.allocation.measure import FILE as MEASURED
 from aquant_jax.errors import InputError
 from aquant_jax.storage.environment import environment
 from aquant_jax.storage.folder_lock import hold
 from aquant_jax.storage.json_file import write_json
-from launch.lib import allocation_inputs, command_line, experiment, plots
-from launch.lib.run_directory import IDENTITY, RESULTS
+from aquant_jax.terminal import show
+from launch.lib import allocation_inputs, command_line, experiment, plots, process
+from launch.lib.allocations import FILE as ALLOCATION
+from launch.lib.run_directory import IDENTITY, PAGE, RESULTS
 
-ALLOCATION, FRONT = "allocation.json", "front.png"
+FRONT = "front.png"
 EARLIER = "earlier"  # a folder for each of the allocations before
 
 
@@ -47,8 +53,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("steps", 0, text, 0, flag_values=values)
     text = "of launch.bench.layers, for a budget of latency; times this device if not given"
     command_line.define_path(values, "latencies", None, text)
-    text = "of which the cheapest within a degradation has least"
-    flags.DEFINE_string("cost", "bytes", text, flag_values=values)
+    flags.DEFINE_enum("cost", "bytes", COSTS, "of the cheapest", flag_values=values)
     flags.mark_flags_as_required(["config", "workdir", "budget"], flag_values=values)
 
 
@@ -58,31 +63,36 @@ def main(argv: list[str]) -> None:
     values, overrides = command_line.parse(argv, define_flags, __doc__)
     config = command_line.load_config(values.config, overrides)
     recipe = experiment.recipe_of(config)
-    budget = parse_budget(values.budget, values.cost)
+    with flag_named(values.budget):
+        budget = parse_budget(values.budget, values.cost)
+    if values["cost"].present and budget.name != "degradation":
+        raise InputError(f"--cost={values.cost} belongs to --budget=degradation=X")
     choices = allocation_inputs.parse_choices(values.weight_bits, values.act_bits, values.borders)
     latencies = allocation_inputs.read_latencies(values.latencies)
     folder = Path(values.workdir)
-    earlier, resumed = check_workdir(folder), (folder / MEASURED).exists()
+    check_workdir(folder)
+    resumed = (folder / MEASURED).exists()
     plots.require_matplotlib()
     apply, variables, calibration = allocation_inputs.open_network(
         config, values.data_dir, values.seed
     )
     start = time.monotonic()
-    allocation = aq.allocate(
-        apply, variables, calibration, budget, choices,
-        recipe=recipe, mask=config.get("mask"), steps=values.steps, seed=values.seed,
-        compiler=aq.Compiler(gpu_ops.backend()), latencies=latencies, resume=folder,
-    )  # fmt: skip
+    with flag_named(values.budget):
+        allocation = aq.allocate(
+            apply, variables, calibration, budget, choices,
+            recipe=recipe, mask=config.get("mask"), steps=values.steps, seed=values.seed,
+            compiler=aq.Compiler(gpu_ops.backend()), latencies=latencies, resume=folder,
+        )  # fmt: skip
     seconds = time.monotonic() - start
     content = {
         "config": values.config, "budget": values.budget, "choices": list(map(str, choices)),
         "steps": values.steps, "seed": values.seed, "seconds": seconds,
         "measured": allocation.measured, "degradation": allocation.degradation,
-        "costs": allocation.costs, **environment(),
+        "costs": allocation.costs, "command": process.command(), **environment(),
     }  # fmt: skip
-    print(allocation)
-    if earlier != dataclasses.replace(allocation, measured=0):
-        with hold(folder, lambda: None):
+    show(allocation)
+    with hold(folder, functools.partial(check_workdir, folder)) as earlier:
+        if earlier != dataclasses.replace(allocation, measured=0):
             keep_earlier(folder, earlier)
             plots.front(allocation, folder / FRONT)
             write_json(folder / RESULTS, content)
@@ -113,11 +123,23 @@ def keep_earlier(folder: Path, earlier: aq.Allocation | None) -> None:
     numbers = (folder / EARLIER / str(number) for number in itertools.count(1))
     kept = next(path for path in numbers if not path.exists())
     kept.mkdir(parents=True)
-    for name in (FRONT, RESULTS, ALLOCATION):  # the last marks the others as those of an allocation
+    for name in (FRONT, PAGE, RESULTS, ALLOCATION):  # the last marks the others as its own
         if (folder / name).exists():
             (folder / name).rename(kept / name)
     budget = f"{earlier.budget.name}={getattr(earlier.budget, earlier.budget.name)}"
     print(f"the allocation of {budget} is now in {kept}")
+
+
+@contextlib.contextmanager
+def flag_named(budget: str) -> Iterator[None]:
+    """Names the flag --budget in the InputErrors about it."""
+    try:
+        yield
+    except InputError as error:
+        what, colon, message = str(error).partition("budget: ")
+        if what or not colon:
+            raise
+        raise InputError(f"--budget={budget}: {message}") from error
 
 
 def parse_budget(text: str, cost: str) -> aq.Budget:
@@ -133,13 +155,13 @@ def parse_budget(text: str, cost: str) -> aq.Budget:
     try:
         numbers = tuple(map(float, value.split(",")))
     except ValueError as error:
-        raise InputError(f"budget {text!r}: {value!r} is no number; give NAME=VALUE") from error
+        raise InputError(f"budget: {value!r} is no number; give NAME=VALUE") from error
     fields: dict[str, Any] = {name: numbers[0] if len(numbers) == 1 else numbers}
     try:
         return aq.Budget(**fields, cost=cost)
     except TypeError as error:
         known = "bytes, average_bits, bit_operations, latency, coefficients, degradation"
-        raise InputError(f"budget {text!r}: unknown name {name!r}; there are {known}") from error
+        raise InputError(f"budget: unknown name {name!r}; there are {known}") from error
 
 
 if __name__ == "__main__":

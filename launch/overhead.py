@@ -27,6 +27,7 @@ from aquant_jax.graph.trace import trace
 from aquant_jax.layers.fake_quant import border_shape
 from aquant_jax.models import bert
 from aquant_jax.plan.assign import make_plan
+from aquant_jax.terminal import show_markdown
 from launch.lib import command_line
 
 PAPER = {
@@ -245,20 +246,19 @@ def main(argv: list[str]) -> None:
     if unknown := [name for name in names if name not in models.LINEN]:
         raise InputError(f"--models has {unknown[0]!r}; there are {', '.join(models.LINEN)}")
     counts = {name: count_layers(name) for name in names}
-    print(HEADER)
-    print("| --- " + "| ---: " * (HEADER.count("|") - 2) + "|")
+    lines = [HEADER, "| --- " + "| ---: " * (HEADER.count("|") - 2) + "|"]
+    lines += [row(name, layers) for name, layers in counts.items()]
+    lines += [
+        "",
+        f"Sizes: all weights at that many bits, quadratic borders in all layers at "
+        f"{COEFFICIENT_BITS} bits a coefficient; biases and step sizes left out.",
+        "",
+        GRANULARITY_HEADER,
+        "| --- | --- " + "| ---: " * (GRANULARITY_HEADER.count("|") - 3) + "|",
+    ]
     for name, layers in counts.items():
-        print(row(name, layers))
-    print(
-        f"\nSizes: all weights at that many bits, quadratic borders in all layers at "
-        f"{COEFFICIENT_BITS} bits a coefficient; biases and step sizes left out.\n"
-    )
-    print(GRANULARITY_HEADER)
-    print("| --- | --- " + "| ---: " * (GRANULARITY_HEADER.count("|") - 3) + "|")
-    for name, layers in counts.items():
-        print("\n".join(granularity_lines(name, layers)))
-    print()
-    print("\n".join(bert_lines()))
+        lines += granularity_lines(name, layers)
+    show_markdown("\n".join([*lines, "", *bert_lines()]))
 
 
 if __name__ == "__main__":

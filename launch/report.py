@@ -1,7 +1,8 @@
-"""Writes report.html of a finished run of launch.quantize or launch.sweep, from its workdir.
+"""Writes report.html of a finished run of quantize, sweep or allocate, from its workdir.
 
-These programs write it themselves; this one writes it again, elsewhere, or with another run beside
-it. The page is one file without references: layers, borders, errors, histograms, the command.
+The first two write it themselves; this one writes it again, elsewhere, or with another run beside
+it: with an allocation and runs made of it, what was predicted and what was measured. The page is
+one file without references: layers, borders, errors, histograms, the command.
 
 Example:
 

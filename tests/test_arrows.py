@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "sensitivity": {"reconstruction", "plan", "layers", "recipe", "graph", "arithmetic", "errors"},
     "allocation": {
         "quantize", "sensitivity", "deployment", "reconstruction", "plan", "layers", "recipe",
-        "graph", "arithmetic", "storage", "errors",
+        "graph", "arithmetic", "storage", "terminal", "errors",
     },
     "models": {"errors"},
     "data": {"errors"},

@@ -1,3 +1,6 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import aquant_jax as aq
@@ -27,6 +30,15 @@ def test_blocks_before_the_quantized_one_run_once(monkeypatch):
     monkeypatch.setattr(Probe, "_run", lambda self, i, *rest: ran.append(i) or run(self, i, *rest))
     aq.sensitivity(*mlp(), normal(rng_of(1), 16, 6), aq.recipes.nearest(3, 3))
     assert ran == [0, 1, 2, 0, 1, 2, 0, 1, 2, 1, 2]
+
+
+def test_outputs_that_are_zero_have_no_error_and_nan_is_named():
+    (apply, variables), x = mlp(sizes=(6, 4)), normal(rng_of(1), 16, 6)
+    zeros = jax.tree.map(np.zeros_like, variables)
+    assert [entry.error for entry in aq.sensitivity(apply, zeros, x, aq.recipes.nearest())] == [0]
+    message = r"the float network itself computes NaN .* in its output float32\[16, 4\]"
+    with pytest.raises(aq.ReconstructionError, match=message):
+        aq.sensitivity(lambda v, x: jnp.log(apply(v, x) - 1), zeros, x, aq.recipes.nearest())
 
 
 def test_bad_input_is_named():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,10 @@ from aquant_jax.allocation.costs import (
 )
 from aquant_jax.allocation.feasible import (
     check_degradation,
+    check_free,
     check_limits,
     extremes,
+    limit_text,
     weights_of,
 )
 from aquant_jax.allocation.latency import layer_latencies
@@ -117,16 +120,16 @@ def allocate(
       The allocation; ``.recipe`` is for `quantize`.
 
     Raises:
-      InputError: see `quantize`; no choice; choices that differ in their borders alone, without
-        `steps`; a budget below the least or above the most; a layer that an override fixes against
-        the budget; outputs that are no logits, with ``finetune_loss="kl"``; the folder cannot be
-        written, or holds the measurements of another call.
-      ReconstructionError: an error is not finite.
+      InputError: see `quantize`; no choice, or none for any layer; choices that differ in their
+        borders alone, without `steps`; a budget below the least or above the most; a layer that an
+        override fixes against the budget; outputs that are no logits, with ``finetune_loss="kl"``;
+        the folder cannot be written, or holds the measurements of another call.
+      ReconstructionError: the float network computes NaN, or an error is not finite.
     """
     recipe, choices = recipe or aquant(), check_choices(choices)
     compiler, folder = compiler or Compiler(), checks.check_resume(resume)
     check_type("compiler", compiler, Compiler, "an aq.Compiler")
-    steps = checks.check_count("steps", steps)
+    steps, seed = checks.check_count("steps", steps), checks.check_count("seed", seed)
     _check_call(budget, choices, steps, latencies)
     net, target, samples, layers = prepare_networks(
         apply, variables, calibration, choices, recipe, mask
@@ -137,6 +140,7 @@ def allocate(
             apply, variables, samples, choices, recipe=recipe, mask=mask, compiler=compiler
         )
     problem = make_problem(target, layers, latencies)
+    check_free(layers)
     limits = budget.limits(any(c.act_bits for layer in layers for c in layer.choices))
     check_limits(problem, layers, limits, functools.partial(_without_overrides, target, choices))
     call = _Call(apply, variables, samples, recipe, choices, mask, steps, seed, compiler, folder)
@@ -249,7 +253,7 @@ class _Result(NamedTuple):
         else:
             chosen = self._within(limits)
         if chosen is None:
-            both = " and ".join(f"{name} {limit:g}" for name, limit in limits.items())
+            both = " and ".join(itertools.starmap(limit_text, limits.items()))
             raise InputError(f"budget: no allocation keeps to {both} at once")
         point = self._point(chosen)
         front = self._front(tuple(limits or weights_of(budget.cost)))

@@ -20,9 +20,13 @@ LIMITS = (*COSTS, "degradation")  # the fields of a budget of which exactly one 
 class Choice:
     """One way to quantize a layer and its input.
 
+    In words, ``a16`` is an input in float, whatever its dtype.
+
     >>> import aquant_jax as aq
-    >>> str(aq.Choice(4, 8)), str(aq.Choice(3, 3, "linear", "channel")), str(aq.Choice())
-    ('w4a8', 'w3a3 linear channel', 'float')
+    >>> str(aq.Choice(4, 8)), str(aq.Choice(3, 3, "linear", "channel"))
+    ('w4a8', 'w3a3 linear channel')
+    >>> str(aq.Choice(4)), str(aq.Choice())
+    ('w4a16', 'float')
 
     Attributes:
       weight_bits: 2 to 8; None leaves weights and input in float.
@@ -95,7 +99,7 @@ class Budget:
         each tensor once however many layers read it, and of the activations that rules add. The
         layers that ``first_weight_bits``, ``last_weight_bits`` and ``last_act_bits`` fix are left
         out, and so is the network's input, so that a uniform recipe of 3 bits has average 3.
-        A float counts with the bits of its dtype.
+        A float counts with the bits of its dtype, 32 for float32, though its name is ``a16``.
       bit_operations: multiplications of one sample, each with weight bits times activation bits.
       latency: milliseconds, the sum over the layers.
       coefficients: of borders.
@@ -161,7 +165,10 @@ class Budget:
 def is_amount(value: Any) -> bool:
     """Whether a value is a finite number of 0 or more."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return number and 0 <= float(value) < math.inf
+    try:
+        return number and 0 <= float(value) < math.inf
+    except OverflowError:  # of an int beyond all floats
+        return False
 
 
 def check_choices(choices: Any) -> tuple[Choice, ...]:

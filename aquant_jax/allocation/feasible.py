@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from aquant_jax.allocation.choices import Budget
 from aquant_jax.allocation.layer_choices import LayerChoices
 from aquant_jax.allocation.solve import SLACK, Problem, cheapest, least_error
+from aquant_jax.arithmetic.uniform import MAX_BITS
 from aquant_jax.errors import InputError
 
 AVERAGES = {"weight_bits": 1.0, "act_bits": 1.0}
+SIDES = {"weight_bits": "average_bits of weights", "act_bits": "average_bits of activations"}
 
 
 def weights_of(cost: str) -> dict[str, float]:
@@ -17,10 +19,29 @@ def weights_of(cost: str) -> dict[str, float]:
     return dict(AVERAGES) if cost == "average_bits" else {cost: 1.0}
 
 
+def limit_text(name: str, limit: float) -> str:
+    """A limit of a cost, as a user gives it.
+
+    >>> limit_text("act_bits", 3.5), limit_text("bytes", 2000)
+    ('average_bits of activations 3.5', 'bytes 2,000')
+    """
+    return f"{SIDES.get(name, name)} {limit:,.10g}"
+
+
 def extremes(problem: Problem, name: str) -> tuple[float, float]:
     """The least and the most of a cost."""
     least, most = (problem.costs.total(name, cheapest(problem, {name: s})) for s in (1.0, -1.0))
     return least, most
+
+
+def check_free(layers: Sequence[LayerChoices]) -> None:
+    """InputError if the recipe fixes every layer, so that none has a choice."""
+    if all(a.weights_fixed and a.input_fixed and len(a.choices) == 1 for a in layers):
+        fixed = ", ".join(f"{a.path} at {a.choices[0]}" for a in layers)
+        raise InputError(
+            f"the recipe fixes every layer, {fixed}; first_weight_bits, last_weight_bits and "
+            "last_act_bits of None leave the first and the last one free"
+        )
 
 
 def check_limits(
@@ -44,16 +65,18 @@ def check_limits(
     ends = {name: extremes(problem, name) for name in limits}
     for name, limit in limits.items():
         least, most = ends[name]
+        counted = name in SIDES and most > MAX_BITS
+        floats = " (a float counts with the bits of its dtype)" if counted else ""
         if all(bound > ends[other][1] * (1 + SLACK) for other, bound in limits.items()):
             raise InputError(
-                f"budget: {name} {limit:,.10g} is above the most, {most:,.10g}; the least is "
-                f"{least:,.10g}; any choice keeps to it, so no budget is needed"
+                f"budget: {limit_text(name, limit)} is above the most, {most:,.10g}{floats}; the "
+                f"least is {least:,.10g}; any choice keeps to it, so no budget is needed"
             )
         if limit * (1 + SLACK) >= least:
             continue
         message = (
-            f"budget: {name} {limit:,.10g} is below the least, {least:,.10g}; the most is "
-            f"{most:,.10g}"
+            f"budget: {limit_text(name, limit)} is below the least, {least:,.10g}; the most is "
+            f"{most:,.10g}{floats}"
         )
         fixed = [f"{a.path} at {a.choices[0]}" for a in layers if a.by_override]
         free = without_overrides() if fixed else problem
@@ -74,6 +97,6 @@ def check_degradation(problem: Problem, budget: Budget) -> None:
         advice = "" if low else ", which keeps to it: no budget is needed for that"
         raise InputError(
             f"budget: degradation {limit:g} is {'below the least' if low else 'above the most'}; "
-            f"it is {least:g} at the least, and {most:g} of the allocation of fewest "
+            f"it is {least:g} at the least, and {most:g} of the allocation of least "
             f"{budget.cost}{advice}"
         )

@@ -24,7 +24,7 @@ from aquant_jax.reconstruction.chain import inexact
 from aquant_jax.reconstruction.finetune_checks import check_logits
 from aquant_jax.reconstruction.loss import network_loss
 from aquant_jax.reconstruction.probe import Probe, Roundings, rounding_to
-from aquant_jax.sensitivity import Rounded
+from aquant_jax.sensitivity import Rounded, float_outputs
 from aquant_jax.storage.folder_lock import hold
 from aquant_jax.storage.json_file import differences, holds_numbers, jsonable, read_json, write_json
 
@@ -183,7 +183,7 @@ def _probe(
     """A probe, and the outputs of the float network."""
     probe = Probe(net, calibration, compiler, specs)
     program = probe.programs[-1]
-    targets = inexact(program, program.subgraph.outputs, probe.outputs())
+    targets = inexact(program, program.subgraph.outputs, float_outputs(probe))
     if net.recipe.reconstruction.finetune_loss == "kl":
         check_logits(targets)
     return probe, targets

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from aquant_jax import recipe as recipes
 from aquant_jax.allocation.choices import Budget, Choice, is_amount
-from aquant_jax.errors import InputError, reason, to_path
+from aquant_jax.errors import InputError, check_type, reason, to_path
 from aquant_jax.recipe import Override, Recipe, exactly
 from aquant_jax.storage.json_file import read_json, write_json
 from aquant_jax.storage.parsing import malformed
+from aquant_jax.terminal import table
 
 
 class Entry(NamedTuple):
@@ -20,7 +21,7 @@ class Entry(NamedTuple):
 
     Attributes:
       path: of the layer's weight.
-      choice: in words, such as "w3a4"; an input in float has 16 bits there.
+      choice: in words, such as "w3a4"; "w3a16" leaves the input in float, whatever its dtype.
       error: predicted output error of the network with this layer quantized alone: the measured
         one, and of it what the blocks behind leave, where whole blocks learn.
       costs: by name: "bytes", "weight_bits" and "act_bits" (its share of the averages),
@@ -88,6 +89,7 @@ class Allocation:
 
     def recipe_of(self, point: FrontPoint | Allocation) -> Recipe:
         """The recipe of a point of the front."""
+        check_type("point", point, (FrontPoint, Allocation), "one of allocation.front")
         overrides = (*self.base.overrides, *point.layers.values())
         return dataclasses.replace(self.base, overrides=overrides)
 
@@ -148,27 +150,64 @@ class Allocation:
 
     def __str__(self) -> str:
         lines = [f"{'layer':40s} {'choice':24s} {'error alone':>12s} {'bytes':>10s}"]
-        alone: dict[str, dict[str, Entry]] = {}
-        for entry in self.table:
-            alone.setdefault(entry.path, {})[entry.choice] = entry
-        costs, before, edited = dict(self.costs), "", ""
-        for entry in self.table:
-            if not entry.chosen:
-                continue
-            choice = _choice(alone[entry.path], self.layers.get(entry.path), self.base)
-            same = alone[entry.path].get(choice)
-            error, size = (f"{same.error:.3g}", f"{same.costs['bytes']:,.0f}") if same else ("", "")
-            lines.append(f"{entry.path:40s} {choice:24s} {error:>12s} {size:>10s}".rstrip())
+        lines += [
+            f"{path:40s} {choice:24s} {error:>12s} {size:>10s}".rstrip()
+            for path, choice, error, size in self._rows()
+        ]
+        return "\n".join([*lines, self._total()])
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        columns = {"layer": "left", "choice": "left", "error alone": "right", "bytes": "right"}
+        title = f"{self.budget.name} {getattr(self.budget, self.budget.name)}"
+        return Group(table(title, columns, self._rows()), Text(self._total()))
+
+    def _rows(self) -> list[list[str]]:
+        """Path, choice, error alone and bytes of every layer, as far as they are known."""
+        rows = []
+        for entry, choice, same in chosen_entries(self):
+            known = [f"{same.error:.3g}", f"{same.costs['bytes']:,.0f}"] if same else ["", ""]
+            rows.append([entry.path, choice, *known])
+        return rows
+
+    def _total(self) -> str:
+        """The predicted degradation and the costs."""
+        costs, before, edited, floats = dict(self.costs), "", "", ""
+        for entry, choice, same in chosen_entries(self):
+            if same and _counts_float(choice, same.costs):
+                floats = " (a16 and float count with the bits of their dtype)"
             if same is None:
                 before = "before the edits: "
             elif same is not entry:
                 edited = " before the edits"
                 costs = {k: v + same.costs[k] - entry.costs[k] for k, v in costs.items()}
         costs = self.costs if before else costs
-        listed = ", ".join(f"{name} {value:,.6g}" for name, value in costs.items())
+        listed = ", ".join(f"{name} {value:,.6g}" for name, value in costs.items()) + floats
         edited = "" if before else edited
-        lines.append(f"{before}predicted degradation {self.degradation:.4g}{edited}; {listed}")
-        return "\n".join(lines)
+        return f"{before}predicted degradation {self.degradation:.4g}{edited}; {listed}"
+
+
+def chosen_entries(allocation: Allocation) -> list[tuple[Entry, str, Entry | None]]:
+    """By layer the entry that was chosen, the choice as it is now, and its entry, if it has one."""
+    alone: dict[str, dict[str, Entry]] = {}
+    for entry in allocation.table:
+        alone.setdefault(entry.path, {})[entry.choice] = entry
+    found = []
+    for entry in allocation.table:
+        if entry.chosen:
+            known = alone[entry.path]
+            choice = _choice(known, allocation.layers.get(entry.path), allocation.base)
+            found.append((entry, choice, known.get(choice)))
+    return found
+
+
+def _counts_float(choice: str, costs: Mapping[str, float]) -> bool:
+    """Whether averages count a float that a choice leaves, see `choices.Budget`."""
+    weights = choice == str(Choice())
+    inputs = weights or choice.endswith("a16")
+    return (weights and costs["weight_bits"] > 0) or (inputs and costs["act_bits"] > 0)
 
 
 def _choice(entries: Mapping[str, Entry], override: Override | None, base: Recipe) -> str:

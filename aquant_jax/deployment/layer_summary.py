@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from aquant_jax.terminal import table
+
+COLUMNS = ("layer", "kind", "weights", "bits", "step size", "zero point", "border")
 
 
 class LayerSummary(NamedTuple):
@@ -47,3 +51,30 @@ class LayerSummary(NamedTuple):
     phi: str
     border_granularity: str
     codes: np.ndarray
+
+    @property
+    def cells(self) -> list[str]:
+        """The texts under `COLUMNS`; 16 bits stand for float, as in the names of variants."""
+        exact = self.weight_bits is self.act_bits is None
+        bits = "float" if exact else f"w{self.weight_bits or 16}a{self.act_bits or 16}"
+        step = "" if self.step_size is None else f"{self.step_size:.4g}"
+        zero = "" if self.zero_point is None else str(self.zero_point)
+        border = f"{self.border_function} {self.border_granularity}" if self.border else ""
+        return [self.path, self.kind, "x".join(map(str, self.shape)), bits, step, zero, border]
+
+    def __repr__(self) -> str:
+        return f"LayerSummary({' '.join(filter(None, self.cells))})"
+
+
+class Summary(list[LayerSummary]):
+    """The layers of a network: a list that prints a line a layer, and in rich a table."""
+
+    def __repr__(self) -> str:
+        rows = [COLUMNS, *(layer.cells for layer in self)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+    def __rich__(self) -> Any:
+        right = ("step size", "zero point")
+        columns = {name: "right" if name in right else "left" for name in COLUMNS}
+        return table(f"{len(self)} layers", columns, [layer.cells for layer in self])

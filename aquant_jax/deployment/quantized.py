@@ -17,7 +17,7 @@ from aquant_jax.arithmetic.uniform import ActivationQuantizer
 from aquant_jax.deployment import stacked
 from aquant_jax.deployment.explicit_axes import with_auto_axes
 from aquant_jax.deployment.integer_program import run_integers
-from aquant_jax.deployment.layer_summary import LayerSummary
+from aquant_jax.deployment.layer_summary import LayerSummary, Summary
 from aquant_jax.deployment.states import on_host, store_stacked
 from aquant_jax.errors import InputError, check_type
 from aquant_jax.graph.fold import fold
@@ -213,9 +213,12 @@ class Quantized:
         """The same network in numpy arrays, each state by its path."""
         return self.with_states(map(on_host, self.states))
 
-    def summary(self) -> list[LayerSummary]:
-        """Path, shape, bits, step size, zero point, borders and codes of every layer."""
-        return [self._summarize(spec) for spec in self.specs]
+    def summary(self) -> Summary:
+        """Path, shape, bits, step size, zero point, borders and codes of every layer.
+
+        A list of `LayerSummary`, which prints a line a layer; ``rich.print`` shows a table.
+        """
+        return Summary(map(self._summarize, self.specs))
 
     def _summarize(self, spec: LayerSpec) -> LayerSummary:
         state = jax.tree.map(np.asarray, self.layers[spec.path])

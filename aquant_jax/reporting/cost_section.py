@@ -12,6 +12,9 @@ from aquant_jax.reporting.run import Run
 
 def section(runs: Sequence[Run]) -> list[Element] | None:
     """A row a run; of a single one, figures of the parts and of the blocks."""
+    runs = [run for run in runs if run.results["blocks"] or run.results.get("bytes")]
+    if not runs:
+        return None  # allocations
     columns = [
         Column("run", False), Column("float bytes"), Column("packed bytes"),
         Column("times smaller", decimals=1), Column("of them borders"),

@@ -8,7 +8,13 @@ from importlib import resources
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from aquant_jax.reporting import block_section, cost_section, figures, layer_sections
+from aquant_jax.reporting import (
+    allocation_section,
+    block_section,
+    cost_section,
+    figures,
+    layer_sections,
+)
 from aquant_jax.reporting.html import Column, document, number, table, tag
 from aquant_jax.reporting.run import Run, metric_name
 
@@ -28,7 +34,8 @@ def page(runs: Sequence[Run], title: str, command: str | None = None) -> str:
     """
     sections = [
         ("runs", "Runs", _runs(runs) if len(runs) > 1 else None),
-        ("pareto", "Pareto front", _pareto(runs)),
+        ("pareto", "Pareto front", allocation_section.front(runs)),
+        ("allocation", "Allocation", allocation_section.layers(runs)),
         ("layers", "Layers", layer_sections.table_of(runs)),
         ("blocks", "Blocks", block_section.section(_drawn(runs))),
         ("details", "Borders and grids", layer_sections.figures_of(runs)),
@@ -84,7 +91,8 @@ def _tiles(runs: Sequence[Run]) -> Element | None:
     if size:
         packed = sum(value for name, value in size.items() if name != "floating")
         found.append(("of the float network's bytes", f"{100 * packed / size['floating']:.1f}%"))
-    found.append(("of reconstruction", f"{best.results['seconds']:.0f} s"))
+    made = "reconstruction" if best.results["blocks"] else "measuring"
+    found.append((f"of {made}", f"{best.results['seconds']:.0f} s"))
     tiles = [tag("div", tag("b", value), tag("span", text), class_="tile") for text, value in found]
     return tag("div", *tiles, class_="tiles")
 
@@ -138,30 +146,6 @@ def _drawn(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         first.setdefault(run.label, run._replace(name=run.label))
     return list(first.values())[:MOST_DRAWN]
-
-
-def _pareto(runs: Sequence[Run]) -> list[Element] | None:
-    """A figure and a table of each front, which several runs may share."""
-    fronts: list[tuple[Run, Sequence[Mapping[str, Any]]]] = []
-    for run in runs:
-        points = run.results.get("pareto") or ()
-        if points and all(points != known for _, known in fronts):
-            fronts.append((run, points))
-    found: list[Element] = []
-    for index, (run, points) in enumerate(fronts):
-        unit = run.results.get("pareto_cost", "cost")
-        columns = [
-            Column("allocation", False), Column(unit), Column("predicted"), Column("measured"),
-        ]  # fmt: skip
-        rows = [
-            [point.get("name", i), point["cost"], point["predicted"], point.get("measured")]
-            for i, point in enumerate(points)
-        ]
-        title = "Pareto front" if len(fronts) == 1 else f"Pareto front of {run.name}"
-        name = f"pareto-table-{index}" if index else "pareto-table"
-        found.append(tag("figure", figures.pareto(points, unit), class_="wide"))
-        found.append(table(name, columns, rows, title))
-    return found or None
 
 
 def _origin(runs: Sequence[Run], command: str | None) -> list[Element]:

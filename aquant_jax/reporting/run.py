@@ -9,6 +9,7 @@ from aquant_jax.deployment.checkpoint import sizes
 from aquant_jax.deployment.quantized import Quantized
 
 Report = Mapping[str, Any]  # fields of a block's report
+THIS = "this"  # the name of the point of a Pareto front that a run was made of
 
 
 class Run(NamedTuple):
@@ -19,8 +20,9 @@ class Run(NamedTuple):
       results: `describe` of its network; and, where they are known, ``metric``, ``float`` and
         ``quantized`` (scores by metric), ``seed``, ``config``, ``command``, ``device``,
         ``versions``, ``test_samples``, ``peak_bytes`` and ``pareto``, a list of points: ``cost``,
-        ``name``, ``predicted`` and ``measured`` degradation (or None), with ``pareto_cost``, what
-        the cost is.
+        ``name`` (`THIS` for the run itself), ``predicted`` and ``measured`` degradation (or None),
+        with ``pareto_cost``, what the cost is; and ``allocation``,
+        by layer its ``layer``, ``choice``, ``error`` and ``bytes``.
       curves: the loss curve ``[k, 2]`` of every block, by its index.
       layers: see `layers.layer_records`.
       link: the address of its own report, or None.

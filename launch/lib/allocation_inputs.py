@@ -9,6 +9,7 @@ from absl import flags
 
 import aquant_jax as aq
 from aquant_jax.allocation.costs import check_latencies
+from aquant_jax.arithmetic.uniform import MAX_BITS, MIN_BITS
 from aquant_jax.errors import InputError, reason
 from aquant_jax.storage.json_file import read_json
 from launch.lib import experiment
@@ -68,9 +69,9 @@ def parse_choices(
     ['w4a4', 'w4a16', 'float']
 
     Raises:
-        InputError: bits that are no number, or out of range; an unknown border.
+        InputError: no bits, or some that are no number or out of range; an unknown border.
     """
-    weights, acts = (list(map(_bits, bits)) for bits in (weight_bits, act_bits))
+    weights, acts = _bits("weight_bits", weight_bits), _bits("act_bits", act_bits)
     kinds: list[Any] = [_border(border) for border in borders] or [()]
     found = []
     for weight, act in itertools.product(weights, acts):
@@ -84,13 +85,16 @@ def parse_choices(
 def _border(text: str) -> list[str]:
     kind = text.split(":")
     if len(kind) > 2 or "" in kind:
-        raise InputError(f"border {text!r} must be a name or name:granularity")
+        raise InputError(f"--borders has {text!r}; give name or name:granularity")
     return kind
 
 
-def _bits(text: str) -> int | None:
-    try:
-        bits = int(text)
-    except ValueError as error:
-        raise InputError(f"bits {text!r} are no whole number; give a list such as 2,3,4") from error
-    return None if bits == FLOAT_BITS else bits
+def _bits(flag: str, texts: Sequence[str]) -> list[int | None]:
+    wanted = f"give a list of 2 to 8, such as 2,3,4, or {FLOAT_BITS} for float"
+    if not texts:
+        raise InputError(f"--{flag} is empty; {wanted}")
+    known = {str(bits): bits for bits in range(MIN_BITS, MAX_BITS + 1)} | {str(FLOAT_BITS): None}
+    for text in texts:
+        if text.strip() not in known:
+            raise InputError(f"--{flag} has {text!r}; {wanted}")
+    return [known[text.strip()] for text in texts]

@@ -1,4 +1,4 @@
-"""Allocations in files, as the recipes of runs."""
+"""Allocations in files: as the recipes of runs, and beside what these runs measure."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import aquant_jax as aq
+from aquant_jax.allocation.output_error import output_error
+from aquant_jax.allocation.result import chosen_entries
+from aquant_jax.plan.network import take_samples
+from aquant_jax.reporting.run import THIS
 from aquant_jax.storage.parsing import malformed
+from launch.lib import hosts
 from launch.lib.command_line import Config
+
+FILE = "allocation.json"
 
 
 def use(config: Config, path: str) -> dict[str, Any]:
@@ -29,14 +38,51 @@ def use(config: Config, path: str) -> dict[str, Any]:
     with config.unlocked():
         for name in fields:
             config.recipe[name] = recipe.to_dict()[name]
-    counted = allocation.budget.counted
-    named = [*((str(i), point) for i, point in enumerate(allocation.front)), ("this", allocation)]
     with malformed(Path(path)):
-        points = [
-            {"name": name, "cost": cost_of(point.costs, counted), "predicted": point.degradation}
-            for name, point in named
-        ]
-    return {"pareto": points, "pareto_cost": counted.replace("_", " ")}
+        return points(allocation)
+
+
+def points(allocation: aq.Allocation) -> dict[str, Any]:
+    """Fields of results: the front of an allocation with itself as the last, and its layers."""
+    counted = allocation.budget.counted
+    named = [*((str(i), point) for i, point in enumerate(allocation.front)), (THIS, allocation)]
+    found = [
+        {"name": name, "cost": cost_of(point.costs, counted), "predicted": point.degradation}
+        for name, point in named
+    ]
+    loss = allocation.base.reconstruction.finetune_loss
+    layers = [
+        {"layer": entry.path, "choice": choice, "error": same and same.error,
+         "bytes": same and same.costs["bytes"]}
+        for entry, choice, same in chosen_entries(allocation)
+    ]  # fmt: skip
+    return {
+        "pareto": found, "pareto_cost": counted.replace("_", " "), "pareto_loss": loss,
+        "allocation": layers,
+    }  # fmt: skip
+
+
+def measured(
+    experiment: Any, quantized: aq.Quantized, inputs: Any, config: Config
+) -> dict[str, Any]:
+    """The fields of `use` with the output error of the network that was made of them.
+
+    Args:
+        experiment: an `experiment.Experiment`, whose ``origin`` the fields are; without a front, or
+            in another process than the first, they stay as they are.
+        quantized: the network.
+        inputs: of the calibration set.
+        config: of the run.
+    """
+    origin = experiment.origin
+    if "pareto" not in origin or not hosts.is_first():
+        return origin
+    network, mask = (experiment.apply, experiment.variables), config.get("mask")
+    most = max(config.eval_batch_size, quantized.recipe.reconstruction.batch_size)
+    few = jax.tree.map(lambda leaf: take_samples(leaf, slice(most)), inputs)  # that surely fit
+    error = output_error(quantized, *network, few, mask, origin["pareto_loss"])
+    *front, this = origin["pareto"]
+    return {**origin, "pareto": [*front, this | {"measured": error}]}
 
 
 def cost_of(costs: Mapping[str, float], name: str) -> float:

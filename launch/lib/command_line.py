@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from aquant_jax.errors import InputError, ReconstructionError, reason
-from aquant_jax.recipe import Recipe, Reconstruction
+from aquant_jax.recipe import PRESETS, Recipe, Reconstruction
 from aquant_jax.recipe_checks import RENAMED, hint
 from launch.lib import hosts, process
 from launch.lib.help_text import help_text
@@ -200,7 +200,12 @@ def load_config(spec: str, overrides: dict[str, str], variant: str = "") -> Conf
     path, _, argument = spec.partition(":")
     if "preset" in overrides:
         # The other fields would stay those of the preset that the variant names.
-        raise InputError(f"name the preset in the variant: {spec},preset={overrides['preset']}")
+        if variant:
+            raise InputError("--config.preset: a sweep takes --presets, or --rows of a --table")
+        kept = [part for part in argument.split(",") if part.split("=")[-1] not in ("", *PRESETS)]
+        meant = ",".join([*kept, f"preset={overrides['preset']}"])
+        _run_file(path, meant)  # which names the presets that there are, if this is none of them
+        raise InputError(f"name the preset in the variant: {path}:{meant}")
     config = _run_file(path, ",".join(part for part in (argument, variant) if part))
     override(config, overrides)
     return config.lock()

@@ -20,6 +20,7 @@ from aquant_jax.reporting.run import describe
 from aquant_jax.storage import json_file
 from aquant_jax.storage.environment import environment
 from launch.lib import augmentations, hosts, plots, preprocessing, process, progress, reports
+from launch.lib.allocations import measured
 from launch.lib.command_line import Config, absolute
 from launch.lib.metrics import Predict, evaluate_batches, float_network
 from launch.lib.run_directory import RunDirectory
@@ -209,7 +210,7 @@ def run(
     metrics = score(quantized, dataset, config, "quantized", corrupt, check, mesh)
     content = {
         "config": spec,
-        **describe(quantized) | experiment.origin,
+        **describe(quantized) | measured(experiment, quantized, calibration.inputs, config),
         "seed": seed,
         **_scores(experiment, metrics),
         "calibration_samples": len(calibration.labels),

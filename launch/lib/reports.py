@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 import aquant_jax as aq
+from aquant_jax.allocation.measure import FILE as MEASURED
 from aquant_jax.errors import InputError
 from aquant_jax.plan.network import take_samples
 from aquant_jax.reporting import svg
@@ -17,12 +18,13 @@ from aquant_jax.reporting.report import write
 from aquant_jax.reporting.run import Run
 from aquant_jax.storage.json_file import jsonable, read_json, write_json
 from aquant_jax.storage.parsing import malformed
+from launch.lib import allocations
 from launch.lib.paper_tables import cell_name
 from launch.lib.run_directory import IDENTITY, LAYERS, LOG, NETWORK, PAGE, RESULTS, finished
 
 SAMPLES = 16  # for the histograms of activations
 SHOWN = ("preset", "weight_bits", "act_bits", "recipe", "seconds", "seed", "blocks", "metric")
-NO_REPORT = "launch.report knows runs of launch.quantize and launch.sweep"
+NO_REPORT = "launch.report knows runs of launch.quantize, launch.sweep and launch.allocate"
 
 
 def measure(quantized: aq.Quantized, inputs: Any, variables: Any, path: Path) -> None:
@@ -66,6 +68,9 @@ def read(path: Path) -> tuple[list[Run], str, str | None]:
     Raises:
         InputError: see `write_report`.
     """
+    ours = any((path / name).is_file() for name in (allocations.FILE, MEASURED))
+    if ours and not (path / IDENTITY).is_file():
+        return _allocated(path)
     program = finished(path).get("program")
     if program == "quantize":
         results = _results(path, SHOWN)
@@ -81,6 +86,21 @@ def read(path: Path) -> tuple[list[Run], str, str | None]:
     ]
     name = results["config"] if "rows" in results else f"Table {results['table']} of the paper"
     return runs, f"Presets on {name}" if "rows" in results else name, results.get("command")
+
+
+def _allocated(path: Path) -> tuple[list[Run], str, str | None]:
+    """What `read` returns, of a workdir of launch.allocate, which has no identity."""
+    if not (path / allocations.FILE).is_file():
+        raise InputError(f"{path} holds no finished allocation: no {allocations.FILE} is in it")
+    results = _results(path, ("config", "budget", "seconds"))
+    with malformed(path / allocations.FILE):
+        allocation = aq.Allocation.load(path / allocations.FILE)
+        found = allocations.points(allocation)
+    recipe = allocation.recipe
+    fields = {name: getattr(recipe, name) for name in ("preset", "weight_bits", "act_bits")}
+    fields |= {"recipe": recipe.to_dict(), "blocks": []}
+    title = f"Allocation of {results['config']}, {results['budget']}"
+    return [Run("allocation", results | fields | found, {})], title, results.get("command")
 
 
 def _cells(path: Path, results: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """``allocate`` on small networks, with layers rounded to nearest."""
 
+import io
 import itertools
 import json
 import math
@@ -8,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import aquant_jax as aq
 from aquant_jax.allocation import measure
 from aquant_jax.allocation.costs import count_costs
 from aquant_jax.allocation.measure import FILE
 from aquant_jax.allocation.networks import prepare_networks
+from aquant_jax.allocation.output_error import output_error
 from aquant_jax.allocation.repair import LEFT
 from aquant_jax.deployment.checkpoint import sizes
 from tests.support.nets import images, mlp, normal, residual_net, rng_of
@@ -88,7 +91,10 @@ def test_an_error_is_that_of_the_network_with_this_layer_quantized(folder):
         overrides = ({"pattern": others, "keep_float": True},)
         recipe = RECIPE.replace(weight_bits=4, act_bits=2, overrides=overrides)
         assert alone[path, "w4a2"] == pytest.approx(divergence(rounded(recipe)), rel=1e-3)
-    assert found.degradation == pytest.approx(divergence(rounded(found.recipe)), rel=0.3)
+    quantized = rounded(found.recipe)
+    measured = output_error(quantized, *NET, X, None, "kl")
+    assert measured == pytest.approx(divergence(quantized), rel=1e-3)
+    assert found.degradation == pytest.approx(measured, rel=0.3)
 
 
 def test_a_second_call_measures_nothing_and_a_torn_off_one_the_rest(folder, tmp_path):
@@ -152,6 +158,13 @@ def test_saved_edited_and_quantized(folder, tmp_path):
     loaded = aq.Allocation.load(tmp_path / "a.json")
     assert (loaded.recipe, loaded.front, loaded.table) == (found.recipe, found.front, found.table)
     assert str(loaded) == str(found)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(loaded)
+    shown = console.file.getvalue()
+    assert "average_bits 3" in shown
+    assert f"{FREE[0]} │ w" in shown
+    assert " ".join(shown.splitlines()[-2:]).split() == str(found).splitlines()[-1].split()
+    assert "float count" not in str(found)  # the stem's input is left out of the averages
     content = json.loads((tmp_path / "a.json").read_text())
     content["layers"][FREE[0]] = {"weight_bits": 7, "act_bits": 6}
     (tmp_path / "a.json").write_text(json.dumps(content))
@@ -197,6 +210,9 @@ def test_float_and_weights_only_layers(tmp_path):
         assert all((borders[path] == "quadratic") == (act is not None)
                    for path, (_, act) in bits.items())  # fmt: skip
         assert found.costs["bytes"] == sizes(quantized).packed
+        assert str(found).endswith("(a16 and float count with the bits of their dtype)")
+    with pytest.raises(aq.InputError, match=r"weights 40 is above the most, 32 \(a float co"):
+        allocate(aq.Budget(average_bits=40), tmp_path, choices, recipe, net, x)
 
 
 def test_weights_alone_leave_every_input_in_float():
@@ -404,16 +420,22 @@ def test_bad_budgets_and_choices_are_named(folder):
 def test_budgets_out_of_reach_name_the_least_and_the_most(folder):
     with pytest.raises(aq.InputError, match=r"bytes 10 is below the least, \d+; the most is \d+$"):
         allocate(aq.Budget(bytes=10), folder)
-    with pytest.raises(aq.InputError, match=r"weight_bits 5 is above the most, 4; .* no budget is"):
+    with pytest.raises(aq.InputError, match=r"of weights 5 is above the most, 4; .* no budget is"):
         allocate(aq.Budget(average_bits=5), folder)
     few = allocate(aq.Budget(average_bits=3), folder, [aq.Choice(w, 2) for w in (2, 3, 4)])
     assert few.costs["weight_bits"] <= 3
     with pytest.raises(
-        aq.InputError, match=r"degradation 9 is above the most; it is .* fewest bytes, .* no budget"
+        aq.InputError, match=r"degradation 9 is above the most; it is .* least bytes, .* no budget"
     ):
         allocate(aq.Budget(degradation=9), folder)
+    with pytest.raises(aq.InputError, match=r"^budget: bytes is 10+; it must be a number of 0"):
+        aq.Budget(bytes=10**400)
+    with pytest.raises(aq.InputError, match=r"point is of type int; it must be one of all"):
+        few.recipe_of(3)
+    with pytest.raises(aq.InputError, match=r"fixes every layer, 0/w at w8a16, 1/w at w8a8; fi"):
+        allocate(aq.Budget(average_bits=3), net=mlp(sizes=(6, 8, 4)), x=normal(rng_of(1), 16, 6))
     fixed = RECIPE.replace(overrides=({"pattern": "conv2", "weight_bits": 8},))
-    with pytest.raises(aq.InputError, match=r"weight_bits 3 is below the least, 5; .*"
+    with pytest.raises(aq.InputError, match=r"bits of weights 3 is below the least, 5; .*"
                        r"overrides fix block_1/conv2/kernel at w8a2"):  # fmt: skip
         allocate(aq.Budget(average_bits=3), None, recipe=fixed)
     assert math.isfinite(allocate(aq.Budget(average_bits=(6, 3)), None, recipe=fixed).degradation)

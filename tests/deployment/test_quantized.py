@@ -1,10 +1,12 @@
 import functools
+import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from rich.console import Console
 
 import aquant_jax as aq
 import gpu_ops
@@ -83,6 +85,21 @@ def test_summary_tells_what_is_deployed():
     assert conv.phi in ("identity", "clamp")
     assert conv.border_granularity == "element"
     assert all(isinstance(entry.codes, np.ndarray) for entry in summary.values())
+
+
+def test_a_summary_prints_a_line_a_layer():
+    found = quantized().summary()
+    lines = [line.split() for line in str(found).splitlines()]
+    assert [line[0] for line in lines] == ["layer", *(entry.path for entry in found)]
+    assert lines[1] == ["stem/kernel", "conv", "2x2x3x4", "w8a16"]
+    step = f"{found[1].step_size:.4g}"
+    assert lines[2][1:] == ["conv", "2x2x4x4", "w3a3", step, "0", "quadratic", "element"]
+    assert repr(found[0]) == "LayerSummary(stem/kernel conv 2x2x3x4 w8a16)"
+    console = Console(file=io.StringIO(), width=100)
+    console.print(found)
+    shown = console.file.getvalue().splitlines()
+    assert shown[0].strip() == "4 layers"
+    assert sum("│" in line and "kernel" in line for line in shown) == 4
 
 
 @pytest.mark.parametrize("bits", [2, 4])

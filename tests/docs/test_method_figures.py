@@ -30,14 +30,20 @@ def test_the_border_makes_both_ends_equally_bad_and_the_error_unbiased(element, 
     assert abs(one.error(np.linspace(-0.5, 0.5, 101)).mean()) > 0.1
 
 
-def test_the_propagated_error_is_drawn_from_the_measurement(figures, tmp_path, monkeypatch):
-    run = json.loads((DOCS / "measurements" / "propagated_error.json").read_text())
+@pytest.mark.parametrize(
+    ("index", "name", "shown"),
+    [(0, "propagated_error", "input of layer1_1"), (1, "allocation_front", "W3A3")],
+)
+def test_a_figure_is_drawn_from_its_measurement(index, name, shown, figures, tmp_path, monkeypatch):
+    drawn, draw, source = figures.FROM_MEASUREMENTS[index]
     monkeypatch.setattr(figures, "DOCS", tmp_path)
     (tmp_path / "images").mkdir()
-    figures.write("propagated_error", figures.propagated_error, run)
-    texts = [
-        re.findall(r"<text[^>]*>([^<]+)</text>", (folder / "propagated_error.svg").read_text())
-        for folder in (tmp_path / "images", DOCS / "images")
-    ]
+    figures.write(drawn, draw, json.loads((DOCS / "measurements" / source).read_text()))
+    texts, marks = (
+        [re.findall(pattern, (folder / f"{name}.svg").read_text())
+         for folder in (tmp_path / "images", DOCS / "images")]
+        for pattern in (r"<text[^>]*>([^<]+)</text>", r'<use .*? x="([\d.]+)"')
+    )  # fmt: skip
     assert texts[0] == texts[1]
-    assert "input of layer1_1" in texts[0]
+    assert shown in texts[0]
+    assert len(marks[0]) == len(marks[1])

@@ -78,6 +78,16 @@ def test_a_variant_sets_bits_and_preset(path, preset):
     assert (recipe.reconstruction.steps == 0) == (preset == "nearest")
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+@pytest.mark.parametrize("variant", ["", ":w4a4,preset=adaround"])
+def test_the_hint_for_a_preset_is_a_config(path, variant):
+    with pytest.raises(InputError, match="name the preset in the variant: ") as caught:
+        command_line.load_config(f"{path}{variant}", {"preset": "nearest"})
+    config = command_line.load_config(str(caught.value).rpartition(" ")[2], {})
+    assert config.preset == "nearest"
+    assert not variant or config.recipe.weight_bits == 4
+
+
 def test_an_empty_part_is_the_default():
     assert variants.parse("", preset=("a", "b")) == variants.Variant(2, 2, {"preset": "a"})
     assert variants.parse("w4a4,", preset=("a", "b")).weight_bits == 4
@@ -125,7 +135,7 @@ def test_overrides_reach_any_field():
         ({"recipes.steps": "7"}, r"no field 'recipes.steps'; there are .*recipe"),
         ({"recipe": "7"}, r"recipe is a section; set its fields: recipe.act_bits"),
         ({"recipe.blocks": ""}, r"recipe.blocks is a list; it cannot become ''"),
-        ({"preset": "qdrop"}, r"name the preset in the variant"),
+        ({"preset": "qdorp"}, r"unknown preset 'qdorp'; there are aquant.*qdrop"),
     ],
 )
 def test_wrong_overrides_name_the_field(overrides, message):

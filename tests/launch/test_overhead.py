@@ -39,13 +39,16 @@ def test_the_networks_are_those_of_the_flag_in_its_order(table):
     assert list(table) == NAMES
 
 
-def test_by_default_the_papers_networks_stand_first(monkeypatch, capsys):
+def test_by_default_the_papers_networks_stand_first(monkeypatch):
+    """In a text that is tables on a terminal."""
+    shown = []
+    monkeypatch.setattr(overhead, "show_markdown", shown.append)
     monkeypatch.setattr(overhead, "count_layers", lambda name: [])
     monkeypatch.setattr(overhead, "row", lambda name, layers: f"| {name} |")
     monkeypatch.setattr(overhead, "granularity_lines", lambda name, layers: [])
     monkeypatch.setattr(overhead, "bert_lines", list)
     assert overhead.main(["overhead"]) == 0
-    printed = [line.strip("| ") for line in capsys.readouterr().out.splitlines()]
+    printed = [line.strip("| ") for line in shown[0].splitlines()]
     names = [name for name in printed if name in models.LINEN]
     assert names[:6] == list(overhead.PAPER)
     assert sorted(names) == sorted(models.LINEN)

@@ -8,8 +8,10 @@ import subprocess
 
 import pytest
 
+import aquant_jax as aq
+from aquant_jax.allocation.result import Entry, FrontPoint
 from launch import report
-from launch.lib import reports
+from launch.lib import allocations, reports
 from launch.lib.run_directory import RunDirectory
 from tests.support.html_page import Page
 
@@ -78,6 +80,45 @@ def test_two_runs_and_a_sweep(run, sweep, tmp_path, capsys):
     assert [row[0] for row in found.tables["runs-table"][1:]] == ["aquant-s0", "qdrop-s0"]
     assert "qdrop-s0/report.html" in found.named("href")
     assert "python -m launch.sweep" in found.text
+
+
+def allocated(path):
+    """A workdir of launch.allocate, with one layer and a front of two."""
+    path.mkdir()
+    costs = {"bytes": 90.0, "weight_bits": 2.0, "act_bits": 3.0}
+    table = (Entry("a", "w2a3", 0.5, costs, True), Entry("a", "w3a3", 0.25, costs, False))
+    layers = {"a": aq.Override("^a$", weight_bits=2)}
+    front = (FrontPoint(0.5, costs, layers), FrontPoint(0.25, costs | {"bytes": 120.0}, {}))
+    budget = aq.Budget(bytes=100)
+    aq.Allocation(aq.recipes.aquant(3, 3), layers, budget, 0.5, costs, front, table).save(
+        path / "allocation.json"
+    )
+    content = {"config": "configs/x.py", "budget": "bytes=100", "seconds": 2.5, "command": "typed"}
+    (path / "results.json").write_text(json.dumps(content))
+    return path
+
+
+def test_an_allocation_alone_and_beside_a_run_that_was_made_of_it(run, tmp_path, capsys):
+    path = allocated(tmp_path / "allocated")
+    assert report.main(["report", f"--workdir={path}"]) == 0
+    found = Page((path / "report.html").read_text())
+    assert found.tables["allocation-table"][1:] == [["a", "w2a3", "0.5", "90"]]
+    rows = [["0", "90", "0.5", "–"], ["1", "120", "0.25", "–"], ["this", "90", "0.5", "–"]]
+    assert found.tables["pareto-table"][1:] == rows
+    for words in ("Allocation of configs/x.py, bytes=100", "typed", "2 sof measuring"):
+        assert words in found.text
+    results = json.loads((run / "results.json").read_text())
+    origin = allocations.points(aq.Allocation.load(path / "allocation.json"))
+    origin["pareto"][-1]["measured"] = 0.75
+    (run / "results.json").write_text(json.dumps(results | origin))
+    assert report.main(["report", f"--workdir={run}", f"--against={path}"]) == 0
+    found = Page((run / "report_against.html").read_text())
+    rows[2:] = [["run", "90", "0.5", "0.75"], ["allocated", "90", "0.5", "–"]]
+    assert found.tables["pareto-table"][1:] == rows
+    (path / "allocation.json").rename(path / "sensitivity.json")  # as before the end
+    capsys.readouterr()
+    assert report.main(["report", f"--workdir={path}"]) == 2
+    assert "no finished allocation: no allocation.json is in it" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line_and_leaves_everything(run, tmp_path, capsys, monkeypatch):

@@ -106,6 +106,7 @@ MODE = "give --config=FILE to compare presets, or --table to fill a table"
         (["--table=1", "--seeds=0,-1"], "seeds must be whole numbers such as 0,1,2, not '0,-1'"),
         ([DIGITS, "--presets=x"], "unknown preset 'x'; there are aquant, nearest"),
         ([DIGITS, "--presets="], "no presets; there are: nearest"),
+        ([DIGITS, "--config.preset=nearest"], "--config.preset: a sweep takes --presets"),
         ([DIGITS, "--config.recipe.settle=0.3"], "'settle' is now 'reconstruction.final_full"),
         ([DIGITS, "--config.recipe.steps=3"], "it is now 'recipe.reconstruction.steps'"),
         (

@@ -145,6 +145,15 @@ def test_a_pareto_front_is_drawn_and_listed():
     both = Page(page(runs, "Title")).tables
     assert [both[name][1][0] for name in ("pareto-table", "pareto-table-1")] == ["3 bits", "2 bits"]
     assert "pareto-table-2" not in both
+    # Runs of one front stand on it, with what each measured.
+    runs = [
+        run(name, pareto=[*points, {"name": "this", "cost": 250, "predicted": 1.0, "measured": m}])
+        for name, m in (("s0", 0.75), ("s1", 0.875))
+    ]
+    both = Page(page(runs, "Title")).tables
+    assert [row[0] for row in both["pareto-table"][1:]] == ["3 bits", "2 bits", "s0", "s1"]
+    assert both["pareto-table"][-1][-1] == "0.875"
+    assert "pareto-table-1" not in both
 
 
 def test_a_large_network_stays_under_3_mb(monkeypatch):
