@@ -1,7 +1,9 @@
 """Programs to run from a checkout: ``python -m launch.NAME``."""
 
+import os
+import signal
 import sys
-from types import TracebackType
+from types import FrameType, TracebackType
 
 _show = sys.excepthook
 
@@ -16,4 +18,12 @@ def show_error(
     raise SystemExit(2)
 
 
+def stop_import(number: int, frame: FrameType | None) -> None:
+    """Ends the process at Ctrl-C: imports and the collector's callbacks may lose an exception."""
+    os.write(2, b"error: interrupted\n")
+    os._exit(128 + number)
+
+
 sys.excepthook = show_error
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, stop_import)  # until `process.interruptible`

@@ -63,7 +63,7 @@ def program(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
         process.remember_command(main.__module__, arguments[1:])
         show = TRACEBACK in arguments
         try:
-            with process.flushed_output(), process.progress_on_stderr():
+            with process.flushed_output(), process.progress_on_stderr(), process.interruptible():
                 code = main([text for text in arguments if text != TRACEBACK]) or 0
         except (Exception, KeyboardInterrupt) as error:
             if show and not hosts.connected():

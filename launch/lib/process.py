@@ -9,7 +9,9 @@ import logging
 import os
 import resource
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,29 @@ def flushed_output() -> Iterator[None]:
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again
             raise InputError(f"{OUTPUT}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Makes Ctrl-C end the program in the middle of a garbage collection too.
+
+    Python reports an exception of the collector's callbacks, of which JAX has one, and ignores it.
+    """
+    if signal.getsignal(signal.SIGINT) is launch.stop_import:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    report = sys.unraisablehook
+
+    def send_again(ignored: Any) -> None:
+        if ignored.exc_type is not KeyboardInterrupt:
+            return report(ignored)
+        to_main = threading.main_thread().ident, signal.SIGINT
+        return threading.Timer(0.01, signal.pthread_kill, to_main).start()
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
 
 
 @contextlib.contextmanager

@@ -1,9 +1,14 @@
 """Settings of the programs' processes."""
 
+import gc
+import signal
+import time
+
 import jax
 import pytest
 
-from launch.lib import process
+import launch
+from launch.lib import command_line, process
 from tests.support.process import run_python
 
 PROGRAM = """
@@ -70,3 +75,33 @@ def test_the_folder_of_compiled_programs(settings, monkeypatch, given, base, exp
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "aquant-jax").write_text("a file")
     assert run(XDG_CACHE_HOME=str(tmp_path)) == [False, False]
+
+
+def test_ctrl_c_in_a_garbage_collection_ends_the_program(capsys):
+    def interrupt(phase, info):
+        gc.callbacks.remove(interrupt)
+        signal.raise_signal(signal.SIGINT)
+
+    @command_line.program
+    def main(argv):
+        gc.callbacks.append(interrupt)
+        gc.collect()
+        time.sleep(5)
+
+    signal.signal(signal.SIGINT, launch.stop_import)  # as `python -m launch.NAME` starts
+    assert main(["program"]) == 130
+    assert (error := capsys.readouterr().err).startswith("error: interrupted")
+    assert error.count("\n") == 1
+
+
+def test_ctrl_c_while_a_program_is_imported_ends_it():
+    done = run_python("""
+import signal, sys
+sys.argv = ["-m"]
+import launch
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    pass
+""")
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
