@@ -466,9 +466,10 @@ def test_folding_changes_nothing(case):
     assert max(errors(run_folded(case.net, case.x), case.expected)) < case.tolerance
 
 
-# keras_cnn and linen_decoder have the layers of keras_decoder. Of layers over one axis and of half
-# precision there are tests in tests/deployment/test_onnx_integers.py and tests/test_quantize.py.
-SLOW = ("keras_decoder", "one_dimensional", "half_precision")
+# keras_cnn and linen_decoder have the layers of keras_decoder, haiku_decoder those of attention.
+# tests/deployment/test_onnx_integers.py has layers over one axis, tests/test_quantize.py half
+# precision.
+SLOW = ("keras_decoder", "one_dimensional", "half_precision", "attention")
 
 
 @pytest.mark.parametrize(

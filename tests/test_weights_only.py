@@ -105,7 +105,8 @@ def test_it_is_saved_exported_and_resumed(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("act_bits", [None, 8])
+# tests/deployment/test_onnx_integers.py has activations.
+@pytest.mark.parametrize("act_bits", [None, pytest.param(8, marks=pytest.mark.slow)])
 def test_onnxruntime_gives_the_same_outputs(act_bits, tmp_path):
     pytest.importorskip("jax2onnx", reason="needs aquant-jax[onnx]")
     pytest.importorskip("onnxruntime", reason="needs aquant-jax[onnx]")

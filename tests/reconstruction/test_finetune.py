@@ -242,7 +242,8 @@ class TestResume:
         with pytest.raises(StopHereError):
             quantize(recipe, resume=folder, observer=Stop())
 
-    @pytest.mark.parametrize("at", [2, 6])
+    # Step 2 is before the first checkpoint, where all starts again.
+    @pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 6])
     def test_to_the_same_bits(self, tmp_path, at):
         self.interrupt(tmp_path, at)
         observer = Recorder()
