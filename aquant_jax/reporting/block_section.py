@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 from xml.etree.ElementTree import Element
 
@@ -32,7 +33,26 @@ def section(runs: Sequence[Run]) -> list[Element] | None:
             made.append(_legend(alike))
         made += _group(alike)
     made += [element for place, run in enumerate(runs) for element in _stage(place, run)]
+    made += [tag("p", text, class_="note") for run in runs if (text := _devices(run))]
     return made or None
+
+
+def _devices(run: Run) -> str | None:
+    """Which blocks were learned on how many devices, unless all were on one."""
+    stages = [*run.results["blocks"], *filter(None, [run.results.get("finetune")])]
+    found = groupby(stages, lambda stage: stage.get("devices", 1))
+    groups = [(devices, [stage["name"] for stage in alike]) for devices, alike in found]
+    if len(groups) < 2:
+        several = [devices for devices, _ in groups if devices > 1]
+        return f"{run.name}: learned on {several[0]} devices." if several else None
+    listed = ", ".join(
+        f"{' to '.join(dict.fromkeys((names[0], names[-1])))} on {devices}"
+        for devices, names in groups
+    )
+    return (
+        f"{run.name}: learned on different numbers of devices: {listed}. From {groups[1][1][0]} "
+        "on, codes may differ from those of a run on one number of devices."
+    )
 
 
 def _legend(runs: Mapping[int, Run]) -> Element:

@@ -121,6 +121,19 @@ def test_seeds_have_a_mean_and_runs_share_the_axes_of_their_blocks():
     assert "layers-table" not in found.tables
 
 
+def test_blocks_learned_on_other_numbers_of_devices_are_named():
+    resumed = run()
+    blocks = resumed.results["blocks"]
+    assert "devices" not in Page(page([resumed], "Title")).text
+    blocks[0]["devices"] = blocks[1]["devices"] = 4
+    assert "aquant: learned on 4 devices." in Page(page([resumed], "Title")).text
+    blocks[1]["devices"] = 1
+    assert (
+        "learned on different numbers of devices: stem on 4, head on 1. From head on, codes may "
+        "differ" in Page(page([resumed], "Title")).text
+    )
+
+
 def test_two_runs_stand_side_by_side():
     found = Page(page([run(), run("qdrop", score=80.0)], "Title"))
     rows = found.tables["layers-table"][1:]
