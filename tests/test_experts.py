@@ -83,7 +83,10 @@ def quantize(pattern, recipe, **options):
     )
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+# two_experts selects as gathered does.
+@pytest.mark.parametrize(
+    "pattern", [pytest.param(p, marks=[pytest.mark.slow] * (p is gathered)) for p in PATTERNS]
+)
 def test_selected_weights_are_quantized(pattern, tmp_path):
     quantized = quantize(pattern, aq.recipes.nearest(8, 8))
     assert not quantized.unquantized
@@ -98,7 +101,8 @@ def test_selected_weights_are_quantized(pattern, tmp_path):
     np.testing.assert_array_equal(quantized.with_backend(gpu_ops.backend())(X), quantized(X))
 
 
-@pytest.mark.parametrize("pattern", [two_experts, ragged])
+# test_selected_weights_are_quantized has ragged products.
+@pytest.mark.parametrize("pattern", [two_experts, pytest.param(ragged, marks=pytest.mark.slow)])
 def test_learned_experts_beat_nearest(pattern):
     wanted = network(pattern)(weights(), X)
     learned = quantize(pattern, aq.recipes.aquant(4, 4, steps=20))

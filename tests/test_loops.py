@@ -139,7 +139,8 @@ def counters_keys_and_a_reversed_loop():
     return Pattern(apply, variables, ["u", "k", "head", "head#2"])
 
 
-@foreign
+# nnx_scan_and_lstm has a recurrent layer of the same library.
+@functools.partial(foreign, marks=pytest.mark.slow)
 def linen_rnn():
     linen = pytest.importorskip("flax.linen")
 

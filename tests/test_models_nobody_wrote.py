@@ -468,8 +468,10 @@ def test_folding_changes_nothing(case):
 
 # keras_cnn and linen_decoder have the layers of keras_decoder, haiku_decoder those of attention.
 # tests/deployment/test_onnx_integers.py has layers over one axis, tests/test_quantize.py half
-# precision.
-SLOW = ("keras_decoder", "one_dimensional", "half_precision", "attention")
+# precision. keras_cnn has the layers of linen_cnn and nnx_cnn.
+SLOW = (
+    "keras_decoder", "one_dimensional", "half_precision", "attention", "linen_cnn", "nnx_cnn",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

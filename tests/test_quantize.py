@@ -107,8 +107,8 @@ class TestAquantIsQdropAtOneHalf:
         assert relative_error(pair[1](fresh), pair[0](fresh)) < 1e-3
 
 
-# QDrop: test_sample_counts_that_are_no_multiple_of_the_batch.
-@pytest.mark.parametrize("preset", ["brecq", "aquant"])
+# QDrop: test_sample_counts_that_are_no_multiple_of_the_batch. BRECQ learns a part of AQuant's.
+@pytest.mark.parametrize("preset", [pytest.param("brecq", marks=pytest.mark.slow), "aquant"])
 def test_eight_bits_are_close_to_float(preset):
     apply, variables = small_net()
     quantized = quantize(preset, 8, 8)
@@ -255,18 +255,21 @@ def test_layer_units():
     assert relative_error(quantized(X), apply(variables, X)) < 0.02
 
 
-def test_other_border_functions_go_through():
+# Linear ones are learned by test_overrides_set_the_border_of_a_layer in test_border_choice.py.
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [pytest.param("linear", "element", marks=pytest.mark.slow), ("test_wave", "mean")],
+)
+def test_other_border_functions_go_through(name, granularity):
     def init(shape, half):
         return {"a": jnp.full(shape, half, jnp.float32), "b": jnp.zeros(shape, jnp.float32)}
 
     aq.register_border("test_wave", init, lambda c, u: c["a"] + c["b"] * jnp.sin(u))
     try:
-        for name in ("linear", "test_wave"):
-            granularity = "element" if name == "linear" else "mean"
-            quantized = quantize("aquant", border=name, border_granularity=granularity)
-            entry = quantized.summary()[1]
-            assert set(entry.border) == set(border.get(name).init((1, 1), 0.5))
-            assert any((c != c.flat[0]).any() for c in entry.border.values())
+        quantized = quantize("aquant", border=name, border_granularity=granularity)
+        entry = quantized.summary()[1]
+        assert set(entry.border) == set(border.get(name).init((1, 1), 0.5))
+        assert any((c != c.flat[0]).any() for c in entry.border.values())
     finally:
         del border.BORDERS["test_wave"]
 

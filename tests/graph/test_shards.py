@@ -60,7 +60,14 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize(("apply", "grids"), MESHES.values(), ids=MESHES)
+# test_sharded_layers_are_learned has the channels.
+@pytest.mark.parametrize(
+    ("apply", "grids"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name == "channels"))
+        for name, case in MESHES.items()
+    ],
+)
 def test_sharded_layers_are_quantized(apply, grids, tmp_path):
     recipe = aq.recipes.nearest(8, 8, batch_size=BATCH)
     quantized = aq.quantize(apply, V, X, recipe, observer=aq.Observer(), compiler=COMPILER)

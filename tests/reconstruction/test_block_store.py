@@ -48,7 +48,8 @@ def interrupt_after(count, folder, **more):
         quantize(resume=folder, observer=Recorder(stop), **more)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+# With one block: test_an_interrupted_call_resumes_with_more_seeds in tests/test_quantize_seeds.py.
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_resumes_to_the_same_bits(tmp_path, count, caplog):
     interrupt_after(count, tmp_path)
     observer = Recorder()

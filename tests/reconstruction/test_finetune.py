@@ -205,6 +205,8 @@ class TestWhatIsLearned:
         for q in (other, finetuned()):
             assert one.layers["head/kernel"].bias.tolist() != q.layers["head/kernel"].bias.tolist()
 
+    # A checkpoint does not know what learned it: tests/deployment/test_checkpoint.py.
+    @pytest.mark.slow
     def test_saved_and_restored(self, tmp_path):
         aq.save(finetuned(), tmp_path / "net", X[:2])
         restored = aq.restore(tmp_path / "net")

@@ -85,7 +85,11 @@ def optimize(program, quantizers, data, recipe, seed=0):
 
 
 class TestStep:
-    @pytest.mark.parametrize("preset", ["adaround", "qdrop", "aquant"])
+    # A step of aquant has all that those of the others have.
+    @pytest.mark.parametrize(
+        "preset",
+        [*(pytest.param(p, marks=pytest.mark.slow) for p in ("adaround", "qdrop")), "aquant"],
+    )
     def test_our_part_of_a_step_promotes_nothing(self, preset):
         program, quantizers, data, recipe = block_problem(preset, steps=1, granularity="block")
         trainer = Trainer(program, recipe.reconstruction, optax.sgd(1e-3), run_layer)
@@ -121,7 +125,7 @@ class TestStep:
         ):
             assert quantizer.step_size != start.step_size
 
-    @pytest.mark.parametrize("step_lr", [1.0, 1e4])
+    @pytest.mark.parametrize("step_lr", [pytest.param(1.0, marks=pytest.mark.slow), 1e4])
     def test_step_sizes_stay_positive(self, step_lr):
         problem = block_problem(step_lr=step_lr, steps=5)
         learned = optimize(*problem).activations
@@ -205,8 +209,9 @@ def test_batches_hold_no_sample_twice():
     assert set(index.ravel()) == set(samples)
 
 
-# Of qdrop, TestStep.test_seeds_draw_batches_and_masks has one block.
-@pytest.mark.parametrize("preset", [pytest.param("qdrop", marks=pytest.mark.slow), "aquant"])
+# Of one block, test_seeds_draw_batches_and_masks; of networks, tests/test_quantize_seeds.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["qdrop", "aquant"])
 def test_same_seed_same_codes_bit_for_bit(preset):
     one, again, other = (quantize(preset, seed=s, weight_lr=0.05, steps=6) for s in (3, 3, 4))
     assert same(one, again)
