@@ -209,9 +209,8 @@ def test_batches_hold_no_sample_twice():
     assert set(index.ravel()) == set(samples)
 
 
-# Of one block, test_seeds_draw_batches_and_masks; of networks, tests/test_quantize_seeds.py.
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", ["qdrop", "aquant"])
+# Of qdrop, TestStep.test_seeds_draw_batches_and_masks has one block.
+@pytest.mark.parametrize("preset", [pytest.param("qdrop", marks=pytest.mark.slow), "aquant"])
 def test_same_seed_same_codes_bit_for_bit(preset):
     one, again, other = (quantize(preset, seed=s, weight_lr=0.05, steps=6) for s in (3, 3, 4))
     assert same(one, again)
