@@ -101,8 +101,7 @@ def test_selected_weights_are_quantized(pattern, tmp_path):
     np.testing.assert_array_equal(quantized.with_backend(gpu_ops.backend())(X), quantized(X))
 
 
-# test_selected_weights_are_quantized has ragged products.
-@pytest.mark.parametrize("pattern", [two_experts, pytest.param(ragged, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pattern", [two_experts, ragged])
 def test_learned_experts_beat_nearest(pattern):
     wanted = network(pattern)(weights(), X)
     learned = quantize(pattern, aq.recipes.aquant(4, 4, steps=20))

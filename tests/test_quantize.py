@@ -255,11 +255,7 @@ def test_layer_units():
     assert relative_error(quantized(X), apply(variables, X)) < 0.02
 
 
-# Linear ones are learned by test_overrides_set_the_border_of_a_layer in test_border_choice.py.
-@pytest.mark.parametrize(
-    ("name", "granularity"),
-    [pytest.param("linear", "element", marks=pytest.mark.slow), ("test_wave", "mean")],
-)
+@pytest.mark.parametrize(("name", "granularity"), [("linear", "element"), ("test_wave", "mean")])
 def test_other_border_functions_go_through(name, granularity):
     def init(shape, half):
         return {"a": jnp.full(shape, half, jnp.float32), "b": jnp.zeros(shape, jnp.float32)}

@@ -31,10 +31,6 @@ def decoder(v, x):
     return lax.conv_transpose(h, v["up"], (2, 2), "SAME", transpose_kernel=True)
 
 
-# Of borders a channel, test_fusion.py and test_onnx_integers.py in tests/deployment have a network.
-GRANULARITIES = ["element", pytest.param("channel", marks=pytest.mark.slow)]
-
-
 @functools.cache
 def learned(granularity, steps=20):
     preset = aq.recipes.nearest if granularity == "nearest" else aq.recipes.aquant
@@ -43,7 +39,7 @@ def learned(granularity, steps=20):
     return aq.quantize(decoder, WEIGHTS, X, recipe, observer=aq.Observer(), compiler=COMPILER)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", ["element", "channel"])
 def test_its_border_is_learned(granularity):
     quantized = learned(granularity)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(quantized))
@@ -69,7 +65,7 @@ def moved(quantized):
     return dataclasses.replace(quantized, layers=layers)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", ["element", "channel"])
 def test_inserted_zeros_have_the_same_code_in_every_program(granularity, tmp_path):
     quantized = moved(learned(granularity))
     expected = np.asarray(quantized(X))

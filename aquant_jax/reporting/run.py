@@ -21,8 +21,8 @@ class Run(NamedTuple):
         ``quantized`` (scores by metric), ``seed``, ``config``, ``command``, ``device``,
         ``versions``, ``test_samples``, ``peak_bytes`` and ``pareto``, a list of points: ``cost``,
         ``name`` (`THIS` for the run itself), ``predicted`` and ``measured`` degradation (or None),
-        with ``pareto_cost``, what the cost is; and ``allocation``,
-        by layer its ``layer``, ``choice``, ``error`` and ``bytes``.
+        with ``pareto_cost``, what the cost is, and ``pareto_loss``, what the degradation is; and
+        ``allocation``, by layer its ``layer``, ``choice``, ``error`` and ``bytes``.
       curves: the loss curve ``[k, 2]`` of every block, by its index.
       layers: see `layers.layer_records`.
       link: the address of its own report, or None.

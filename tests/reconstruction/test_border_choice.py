@@ -115,9 +115,6 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
         assert one.candidates == two.candidates
 
 
-# The stage reads the recipe with the chosen borders: test_its_recipe_quantizes_with_the_same_
-# borders_and_tries_nothing. That it learns borders: TestWhatIsLearned in test_finetune.py.
-@pytest.mark.slow
 def test_the_whole_network_stage_learns_the_chosen_borders():
     recipe = AUTO.replace(border_tolerance=0.011, finetune_steps=3, finetune_eval_every=1)
     network = quantize(recipe)
