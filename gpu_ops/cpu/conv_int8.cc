@@ -117,6 +117,15 @@ float MostValue(const Results& r, int64_t outputs, int64_t elements) {
   return std::max({2.0f * most, r.low, -r.high});
 }
 
+// Whether the borders are within the bounds that others are clamped to, as those of rounding to
+// nearest are.
+bool IsClamped(const CodeTensor& tensor, int64_t outputs) {
+  const float* b0 = tensor.coefficients;
+  return tensor.phi != Phi::kIdentity ||
+         (Largest(b0 + outputs, 2 * outputs) == 0.0f &&
+          std::all_of(b0, b0 + outputs, [](float b) { return b >= 0.0f && b <= kBelowOne; }));
+}
+
 // What becomes of the sums, by grids and zero points whose values are checked here.
 ffi::Error MakeResults(const DeployedConvolution& c, const ConvolutionOperands& o,
                        const ConvolutionAttributes& a, Results& r) {
@@ -139,7 +148,7 @@ ffi::Error MakeResults(const DeployedConvolution& c, const ConvolutionOperands& 
     // A window of padding alone has no value.
     codes.bounded = !c.Pooled() && most * codes.grid.inv_step < kMaxUnits / 2;
     codes.positive = codes.bounded && r.low >= 0.0f && zero == 0.0f &&
-                     codes.phi != Phi::kIdentity &&
+                     IsClamped(tensor, c.outputs) &&
                      Largest(codes.coefficients, 3 * c.outputs) < kMaxUnits;
     r.codes.push_back(codes);
     WillWrite(tensor.codes, c.Count());

@@ -31,6 +31,7 @@ namespace gpu_ops {
 constexpr int64_t kPanelBytes = 1 << 17;
 constexpr int64_t kPooledBytes = 1 << 19;  // of the floats that a task takes maxima of
 constexpr int64_t kSumPixels = 48;  // most whose sums stay in the first-level cache
+constexpr int64_t kTilePixels = 2 * kTileRows;  // of two runs
 
 // Bytes of a core's second-level cache that weights, or columns, may take.
 inline int64_t CacheShare() {
@@ -161,7 +162,7 @@ struct PackedWeights {
 
 inline bool Int8Convolution::RowsAreTiles() const {
   const Geometry& g = columns.g;
-  return instructions->tap_dot != nullptr && !per_element && !RowsAreColumns() && g.groups == 1 &&
+  return instructions->tiles && !per_element && !RowsAreColumns() && g.groups == 1 &&
          g.channels % kTileBytes == 0 && 4 * g.Out(1) >= 3 * RoundTo(g.Out(1), kTileRows) &&
          PackedWeights::Bytes(*this) <= CacheShare();
 }
@@ -193,7 +194,7 @@ struct TaskScratch {
         codes(job.RowElement() == sizeof(float) ? 0 : RowElements(job, rows) + kSlack),
         panel(job.NeedsPanel() ? Pixels(job) * PanelRow(job) + kSlack : 0),
         column(job.per_element && !job.Depthwise() ? job.Window().Column() + kSlack : 0),
-        sums(job.Depthwise() ? 0 : kSumPixels * kSlice),
+        sums(job.Depthwise() ? 0 : SumPixels(job) * kSlice),
         code_sums(job.Depthwise() || job.weight_bits < 8 ? 0 : CodeSums(job)),
         pixel(job.columns) {}
 
@@ -213,9 +214,12 @@ struct TaskScratch {
     const int64_t pixels = RoundTo(bytes / std::max<int64_t>(PanelRow(job), 1), kTileRows);
     return std::min(std::max(pixels, kTileRows), most);
   }
-  // Of a panel, or of two runs of pixels.
+  // Of a product; tiles have those of the one before besides.
+  static int64_t SumPixels(const Int8Convolution& job) {
+    return job.RowsAreTiles() ? 2 * kTilePixels : kSumPixels;
+  }
   static int64_t CodeSums(const Int8Convolution& job) {
-    return std::max(Pixels(job), 2 * kTileRows);
+    return job.RowsAreTiles() ? 2 * kTilePixels : Pixels(job);
   }
   static int64_t RowElements(const Int8Convolution& job, int64_t rows) {
     return job.columns.InputRows(rows) * job.columns.Line();
@@ -227,7 +231,7 @@ struct TaskScratch {
     const int64_t pooled = job.Pooled() ? SumValues(job, rows) : 0;
     return RowElements(job, rows) * job.RowElement() + pooled * sizeof(float) +
            Pixels(job) * PanelRow(job) + CodeSums(job) * sizeof(int32_t) +
-           kSumPixels * kSlice * 4 * sizeof(int32_t) + job.Window().Column() +
+           (SumPixels(job) + 3 * kSumPixels) * kSlice * sizeof(int32_t) + job.Window().Column() +
            ColumnScratch::Bytes(job.Window());
   }
 };
@@ -248,6 +252,10 @@ void FillRows(const Int8Convolution& job, const uint8_t* image, const Task& task
 // if they are not made of the rows.
 void MultiplyRows(const Int8Convolution& job, const PackedWeights& w, const uint8_t* direct,
                   const Task& task, TaskScratch& s);
+
+// Those of a task whose rows are tiles.
+void MultiplyTiles(const Int8Convolution& job, const PackedWeights& w, const Task& task,
+                   TaskScratch& s);
 
 // Rows of the result of a pooled convolution, from the floats of a task that has multiplied.
 void PoolRows(const Int8Convolution& job, const RowRange& rows, const Task& task, TaskScratch& s);

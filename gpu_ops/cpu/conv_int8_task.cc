@@ -110,25 +110,6 @@ inline void SumCodes(const PackedWeights& w, DotFunction dot, const uint8_t* pan
   });
 }
 
-// A slice's sums become results; `to` is the place of its pixels, `codes` the sums of their codes.
-VECTORISED void FinishSlice(const Int8Convolution& job, const PackedWeights& w, int64_t group,
-                            int64_t slice, Place to, const int32_t* codes, TaskScratch& s) {
-  const int64_t first = group * w.width + w.First(slice);
-  const bool whole = w.ones.empty();
-  to.first = group * job.Outer() + w.First(slice);
-  to.size = std::min(w.Count(slice), job.Outer() - w.First(slice));
-  Finish(job.results, to, s.values.data(), s.strip, [&](int64_t o, auto value) INLINED_LAMBDA {
-    using Value = decltype(value);
-    const int32_t* sums = s.sums.data() + o;
-    const auto constant = LoadIntegers<Value>(w.constant.data() + first + o);
-    const auto factor = LoadIntegers<Value>(w.factor.data() + first + o);
-    return [=](int64_t i) INLINED_LAMBDA {
-      const auto sum = LoadIntegers<Value>(sums + i * kSlice) + constant;
-      return ToFloats(whole ? sum : sum + factor * codes[i]);
-    };
-  });
-}
-
 // The results of the pixels of a panel, from `start` on.
 void MultiplyPanel(const Int8Convolution& job, const PackedWeights& w, const uint8_t* panel,
                    int64_t row, const Place& start, const Task& task, TaskScratch& s) {
@@ -141,8 +122,11 @@ void MultiplyPanel(const Int8Convolution& job, const PackedWeights& w, const uin
       EachSums(start.count, [&](int64_t p, int64_t count) {
         dot(codes + p * row, row, count, w.packed.data() + w.At(group, slice, quads), quads,
             w.Count(slice), s.sums.data());
-        const Place to{start.pixel + p, start.local + p, count, start.outputs, 0, 0};
-        FinishSlice(job, w, group, slice, to, s.code_sums.data() + p, s);
+        const int64_t size = std::min(w.Count(slice), job.Outer() - w.First(slice));
+        const Place to{start.pixel + p, start.local + p, count, job.outputs,
+                       group * job.Outer() + w.First(slice), size};
+        FinishSlice(job, w, group * w.width + w.First(slice), to, s.sums.data(),
+                    s.code_sums.data() + p, s);
       });
   }
 }
@@ -165,35 +149,6 @@ BORDER_INLINE void Multiply(const Int8Convolution& job, const PackedWeights& w,
     const Place start{pixel - s.filled, p - s.filled, s.filled, job.outputs, 0, 0};
     MultiplyPanel(job, w, panel, row, start, task, s);
     s.filled = 0;
-  }
-}
-
-// The results of a task whose codes are multiplied where they lie, two runs of pixels at a time.
-void MultiplyTiles(const Int8Convolution& job, const PackedWeights& w, const Task& task,
-                   TaskScratch& s) {
-  const Geometry& g = job.Window();
-  const TapDotFunction dot = job.instructions->tap_dot;
-  const int64_t width = g.Out(1), pixels = task.rows * width, step = g.stride[1] * g.channels;
-  const int64_t row = g.stride[0] * job.columns.Line();
-  // Runs of one length, as shaping tiles takes time.
-  const int64_t runs = (width + kTileRows - 1) / kTileRows, length = (width + runs - 1) / runs;
-  const int64_t pixel = (task.n * g.Out(0) + task.first) * width;
-  TapCodes codes{{}, {}, step, g.channels, s.pixel.taps};
-  for (int64_t p = 0, end = 0; p < pixels; p = end) {
-    for (int64_t run = 0; run < 2; ++run) {
-      codes.first[run] = s.codes.data() + end / width * row + end % width * step;
-      codes.count[run] = std::min({length, width - end % width, pixels - end});
-      end += codes.count[run];
-    }
-    int32_t* code_sums = s.code_sums.data();
-    if (!w.ones.empty()) {
-      dot(codes, w.ones.data(), kLane, s.sums.data());
-      for (int64_t i = 0; i < end - p; ++i) code_sums[i] = s.sums.data()[i * kSlice];
-    }
-    for (int64_t slice = task.slice; slice < task.slices; ++slice) {
-      dot(codes, w.packed.data() + w.At(0, slice, job.Quads()), w.Count(slice), s.sums.data());
-      FinishSlice(job, w, 0, slice, {pixel + p, p, end - p, job.outputs, 0, 0}, code_sums, s);
-    }
   }
 }
 
@@ -248,6 +203,22 @@ BORDER_INLINE void MultiplyDepthwise(const Int8Convolution& job, const PackedWei
 }
 
 }  // namespace
+
+VECTORISED void FinishSlice(const Int8Convolution& job, const PackedWeights& w, int64_t first,
+                            const Place& to, const int32_t* slice, const int32_t* codes,
+                            TaskScratch& s) {
+  const bool whole = w.ones.empty();
+  Finish(job.results, to, s.values.data(), s.strip, [&](int64_t o, auto value) INLINED_LAMBDA {
+    using Value = decltype(value);
+    const int32_t* sums = slice + o;
+    const auto constant = LoadIntegers<Value>(w.constant.data() + first + o);
+    const auto factor = LoadIntegers<Value>(w.factor.data() + first + o);
+    return [=](int64_t i) INLINED_LAMBDA {
+      const auto sum = LoadIntegers<Value>(sums + i * kSlice) + constant;
+      return ToFloats(whole ? sum : sum + factor * codes[i]);
+    };
+  });
+}
 
 VECTORISED void MultiplyRows(const Int8Convolution& job, const PackedWeights& w,
                              const uint8_t* direct, const Task& task, TaskScratch& s) {

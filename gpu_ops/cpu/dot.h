@@ -5,14 +5,13 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 namespace gpu_ops {
 
 constexpr int64_t kQuad = 4;
 constexpr int64_t kLane = 16;   // outputs that a packed vector holds
 constexpr int64_t kSlice = 64;  // most outputs of one product
-constexpr int64_t kTileRows = 16;  // most of a tile of AMX
+constexpr int64_t kTileRows = 16;   // most of a tile of AMX
 constexpr int64_t kTileBytes = 64;  // of a row
 
 inline int64_t RoundTo(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
@@ -22,26 +21,13 @@ inline int64_t RoundTo(int64_t count, int64_t of) { return (count + of - 1) / of
 using DotFunction = void (*)(const uint8_t* codes, int64_t row, int64_t rows,
                              const int8_t* weights, int64_t quads, int64_t outputs, int32_t* sums);
 
-// Codes of two runs of pixels where they lie: `first` is the first tap of the first pixel of each,
-// `count` how many pixels it has, at most kTileRows, and `step` the distance of one to the next. A
-// tap has `size` codes, a multiple of a tile's.
-struct TapCodes {
-  const uint8_t* first[2];
-  int64_t count[2], step, size;
-  const std::vector<int64_t>& taps;  // their distances from the first one
-};
-
-// The sums of both runs, one after the other, as those of rows that have all taps.
-using TapDotFunction = void (*)(const TapCodes& codes, const int8_t* weights, int64_t outputs,
-                                int32_t* sums);
-
 // Products by one kind of instructions. A thread that has called one calls `end` after the last.
 struct InstructionSet {
   const char* name;
   bool present;  // on this CPU
   DotFunction dot;
   void (*end)();
-  TapDotFunction tap_dot = nullptr;  // without, columns are gathered
+  bool tiles = false;  // of codes where they lie can be multiplied; else columns are gathered
 };
 
 // That of AMX, in tiles of 16 rows and 16 outputs.

@@ -1,43 +1,10 @@
 // The products of dot.h by AMX: 16 rows of codes and four tiles of 16 outputs at a time, whose sums stay
 // in tiles. Rows of codes and weights are loaded six times as fast where they are aligned to 64 bytes.
-#include "dot.h"
-
-#if defined(__x86_64__) && defined(__linux__) && !defined(DOT_PLAIN)
-#include <cpuid.h>
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#define HAS_AMX
-#endif
+#include "amx.h"
 
 namespace gpu_ops {
 #ifdef HAS_AMX
 namespace {
-
-#define AMX __attribute__((target("amx-tile,amx-int8")))
-
-constexpr int64_t kTileQuads = kTileBytes / kQuad;
-
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};  // of a row
-  uint8_t rows[16] = {};
-
-  void Shape(int tile, int64_t height, int64_t quads) {
-    rows[tile] = static_cast<uint8_t>(quads > 0 ? height : 0);
-    bytes[tile] = static_cast<uint16_t>(height > 0 ? quads * kQuad : 0);
-  }
-};
-
-// What the tiles of this thread have been shaped for: rows and the quads that are left, or two runs.
-thread_local int64_t shaped_for[2] = {};
-
-AMX void LoadShapes(const TileShapes& shapes, int64_t first, int64_t second) {
-  asm volatile("" ::: "memory");  // GCC 12 takes it that only the first eight bytes are read
-  _tile_loadconfig(&shapes);
-  shaped_for[0] = first;
-  shaped_for[1] = second;
-}
 
 // Tiles 0 to 3 are sums, 4 and 5 codes and weights of 16 quads, 6 and 7 those of the quads that are
 // left.
@@ -50,19 +17,6 @@ AMX void ShapeTiles(int64_t rows, int64_t rest) {
   shapes.Shape(6, rows, rest);
   shapes.Shape(7, rest, kLane);
   LoadShapes(shapes, rows, rest);
-}
-
-// Tiles 0 to 3 are the sums of both runs with 32 outputs, 4 and 5 codes, 6 and 7 weights.
-AMX void ShapeRuns(const TapCodes& codes) {
-  const int64_t first = -1 - codes.count[0], second = codes.count[1];  // of no ShapeTiles
-  if (first == shaped_for[0] && second == shaped_for[1]) return;
-  TileShapes shapes;
-  for (int run = 0; run < 2; ++run) {
-    for (int lane = 0; lane < 2; ++lane) shapes.Shape(2 * run + lane, codes.count[run], kLane);
-    shapes.Shape(4 + run, codes.count[run], kTileQuads);
-    shapes.Shape(6 + run, kTileQuads, kLane);
-  }
-  LoadShapes(shapes, first, second);
 }
 
 // Tiles that are in use are saved whenever the thread is switched.
@@ -133,54 +87,6 @@ void Dot(const uint8_t* codes, int64_t row, int64_t rows, const int8_t* weights,
   }
 }
 
-// The sums of both runs, or of the first alone, with one or two lanes of outputs.
-template <bool kBoth, bool kPair>
-AMX inline void Runs(const TapCodes& codes, const int8_t* weights, int64_t line, int32_t* sums) {
-  constexpr int64_t stride = kSlice * sizeof(int32_t), lane = kLane * kQuad;
-  _tile_zero(0);
-  if (kPair) _tile_zero(1);
-  if (kBoth) _tile_zero(2);
-  if (kBoth && kPair) _tile_zero(3);
-  for (const int64_t tap : codes.taps)
-    for (int64_t k = tap; k < tap + codes.size; k += kTileBytes, weights += kTileQuads * line) {
-      _tile_loadd(6, weights, line);
-      _tile_loadd(4, codes.first[0] + k, codes.step);
-      _tile_dpbusd(0, 4, 6);
-      if (kPair) {
-        _tile_loadd(7, weights + lane, line);
-        _tile_dpbusd(1, 4, 7);
-      }
-      if (kBoth) {
-        _tile_loadd(5, codes.first[1] + k, codes.step);
-        _tile_dpbusd(2, 5, 6);
-      }
-      if (kBoth && kPair) _tile_dpbusd(3, 5, 7);
-    }
-  _tile_stored(0, sums, stride);
-  if (kPair) _tile_stored(1, sums + kLane, stride);
-  int32_t* second = sums + codes.count[0] * kSlice;
-  if (kBoth) _tile_stored(2, second, stride);
-  if (kBoth && kPair) _tile_stored(3, second + kLane, stride);
-}
-
-template <bool kBoth>
-AMX inline void EachPair(const TapCodes& codes, const int8_t* weights, int64_t outputs, int32_t* sums) {
-  ShapeRuns(codes);
-  const int64_t line = outputs * kQuad;
-  for (int64_t o = 0; o < outputs; o += 2 * kLane)
-    if (outputs - o > kLane)
-      Runs<kBoth, true>(codes, weights + o * kQuad, line, sums + o);
-    else
-      Runs<kBoth, false>(codes, weights + o * kQuad, line, sums + o);
-}
-
-void TapDot(const TapCodes& codes, const int8_t* weights, int64_t outputs, int32_t* sums) {
-  if (codes.count[1] > 0)
-    EachPair<true>(codes, weights, outputs, sums);
-  else
-    EachPair<false>(codes, weights, outputs, sums);
-}
-
 // Whether the CPU has AMX, and Linux lets this process use it.
 bool Present() {
   unsigned a, b, c, d;
@@ -192,7 +98,7 @@ bool Present() {
 
 }  // namespace
 
-InstructionSet Amx() { return {"amx_int8", Present(), Dot, End, TapDot}; }
+InstructionSet Amx() { return {"amx_int8", Present(), Dot, End, true}; }
 #else
 InstructionSet Amx() { return {"amx_int8", false, nullptr, nullptr}; }
 #endif

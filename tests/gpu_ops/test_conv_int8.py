@@ -40,6 +40,7 @@ LAYERS = {
     "heavy": ((8, 4, 4, 384), (3, 3), 400, 1, 4, 8),  # above half of a cache of 2 MiB
     "tiles": ((2, 3, 38, 64), (3, 3), 112),  # codes lie in the rows as AMX reads them
     "tile bytes": ((1, 5, 29, 128), (1, 1), 70, 1, 4, 8, (2, 2)),  # the same, with sums of codes
+    "odd tiles": ((1, 3, 13, 64), (3, 1), 88),  # neither pixels nor outputs fill whole pieces
     "long tiles": ((1, 2, 15, 1024), (3, 3), 16, 1, 4, 8),  # more pixels than a panel would have
     "one": ((1, 3, 3, 20), (3, 3), 300),  # tasks of some slices each
     "odd": ((2, 3, 5, 7), (2, 3), 9),
@@ -171,6 +172,27 @@ def test_bounds_that_are_known_change_no_bit(name, scale, low, zero):
     found, expected = conv_border_int8(*operands, epilogue), by_columns(*operands, epilogue)
     assert np.isinf(expected.values).any() == (scale == 1e38)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("name", ["tiles", "tile bytes", "odd tiles"])
+def test_codes_of_an_inner_layer(name, added):
+    """A lowest value of zero, no other bound, no zero point, no values: AMX has a path for it."""
+    *others, weights, rounding, geometry = layer(*LAYERS[name])
+    weights = weights._replace(scale=np.float32(0.1) * weights.scale)  # so no value can be large
+    operands = (*others, weights, rounding, geometry)
+    outputs, rng = weights.scale.size, rng_of(3)
+    every = dict(zip(WANTED, requantizations(rng, outputs, zero=0), strict=True))
+    shape = conv_border_int8(*operands).values.shape
+    residual = Codes(jnp.asarray(rng.integers(0, 256, shape), jnp.uint8), GRID)
+    epilogue = Epilogue(
+        bias=normal(rng, outputs), residual=residual if added else None, low=0.0, values=False,
+        requantizations=(every["nearest"], every["linear"], every["quadratic"]),
+    )  # fmt: skip
+    found, expected = conv_border_int8(*operands, epilogue), by_columns(*operands, epilogue)
+    assert [len(np.unique(codes)) > 2 for codes in found.codes] == [True] * 3
+    for one, other in zip(found.codes, expected.codes, strict=True):
         np.testing.assert_array_equal(one, other)
 
 

@@ -13,7 +13,7 @@ from tests.support.process import REPOSITORY
 # How long each sanitizer looks for new calls; by default as long as a hundred seeds take.
 SECONDS = os.environ.get("AQUANT_FUZZ_SECONDS", "1")
 FLAGS = (
-    "-std=c++17", "-O0", "-g1", "-ffp-contract=off", "-pthread", "-DVECTORISED=",
+    "-std=c++17", "-O0", "-g1", "-march=native", "-ffp-contract=off", "-pthread", "-DVECTORISED=",
     "-DINLINED_LAMBDA=", "-DBORDER_INLINE=inline", "-D_GLIBCXX_ASSERTIONS",
     "-fno-sanitize-recover=all",
 )  # fmt: skip

@@ -11,6 +11,7 @@
 #include "../../gpu_ops/cpu/conv_int8.cc"
 #include "../../gpu_ops/cpu/conv_int8_rows.cc"
 #include "../../gpu_ops/cpu/conv_int8_task.cc"
+#include "../../gpu_ops/cpu/conv_int8_tiles.cc"
 #include "../../gpu_ops/cpu/depthwise.cc"
 #include "../../gpu_ops/cpu/dot.cc"
 #include "../../gpu_ops/cpu/dot_amx.cc"
