@@ -108,6 +108,7 @@ def test_only_the_first_prints(two):
             r"process 1 on HOST makes another call than process 0 on HOST: it differs in calib",
         ),
         ("recipe", r"it differs in recipe.reconstruction.steps (4 there, 8 here)"),
+        ("code", "process 1 on HOST makes another call than process 0 on HOST: it differs in code"),
         ("nan", "process 1 on HOST: calibration has 132 of 132 values that are NaN or infinite"),
         (
             "folder",

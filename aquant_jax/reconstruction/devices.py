@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, get_mesh
 
 from aquant_jax.errors import InputError, check_type
+from aquant_jax.graph.ir import Layer
 from aquant_jax.plan.network import Network, take_samples
 
 # Axes of a caller's mesh, and their names while it is in force: one that the caller has in force
@@ -86,6 +87,11 @@ def in_force(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 def count() -> int:
     """The number of devices of the mesh in force, or 1."""
     return max(1, _devices(DATA)) * max(1, _devices(MODEL))
+
+
+def share_memory() -> bool:
+    """Whether the devices of a process share its memory."""
+    return jax.default_backend() == "cpu"
 
 
 def on_host(net: Network) -> Network:
@@ -195,11 +201,16 @@ def split_batch(values: jax.Array) -> jax.Array:
 
 def split_channels(weight: Any, axes: Sequence[int]) -> jax.Array:
     """A weight, split along the first of its output channel axes that the devices divide."""
-    devices = _devices(MODEL)
-    for axis in axes if devices else ():
-        if weight.shape[axis] % devices == 0:
-            return put(weight, _sharding(*[None] * axis, NAMES[MODEL]))
-    return jnp.asarray(weight)
+    axis = _split_axis(weight.shape, axes)
+    if axis is None:
+        return jnp.asarray(weight)
+    return put(weight, _sharding(*[None] * axis, NAMES[MODEL]))
+
+
+def channel_devices(layer: Layer) -> int:
+    """The number of devices that `split_channels` splits the weight of a layer over."""
+    axis = _split_axis(layer.weight_shape, layer.channel_axes)
+    return 1 if axis is None else _devices(MODEL)
 
 
 def take_batch(leaf: Any, index: Any) -> Any:
@@ -232,6 +243,12 @@ def _in_numpy(leaf: Any) -> Any:
 def _devices(axis: str) -> int:
     """How many devices of the mesh in force an axis has; 0 without such an axis."""
     return dict(get_abstract_mesh().shape).get(NAMES[axis], 0)
+
+
+def _split_axis(shape: Sequence[int], axes: Sequence[int]) -> int | None:
+    """The first of a weight's output channel axes that the devices divide, if any."""
+    devices = _devices(MODEL)
+    return next((axis for axis in axes if devices and shape[axis] % devices == 0), None)
 
 
 def _split(values: Any, devices: int, axes: str | Sequence[str]) -> jax.Array:

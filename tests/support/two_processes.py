@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 import aquant_jax as aq
+from aquant_jax.reconstruction import hosts as shared
 from aquant_jax.reconstruction import memory
 from launch.lib import command_line, hosts, meshes
 from tests.support import searched_ranges
@@ -85,6 +87,8 @@ def bad_input(mesh, workdir, process):
             "nan": run(mesh, None, x * (np.nan if process else 1)),
             "folder": run(mesh, f"{workdir}/elsewhere/{process}"),
         }
+    with mock.patch.object(shared, "code", return_value=f"code {process}"):
+        messages["code"] = run(mesh, None)
     try:
         meshes.parse("2")
     except aq.InputError as error:
