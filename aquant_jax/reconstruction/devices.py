@@ -19,8 +19,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, get_mesh
 
 from aquant_jax.errors import InputError, check_type
-from aquant_jax.graph.ir import Layer
+from aquant_jax.graph.ir import Layer, path_names
 from aquant_jax.plan.network import Network, take_samples
+from aquant_jax.plan.shared_samples import SharedSamples
+from aquant_jax.recipe import Recipe
 
 # Axes of a caller's mesh, and their names while it is in force: one that the caller has in force
 # for another purpose is not meant.
@@ -133,6 +135,25 @@ def of_processes(values: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(words)).view(np.float64)
 
 
+def shared(calibration: Any, mesh: Mesh | None, recipe: Recipe, mask: str | None) -> Any:
+    """A calibration set that a process can read; where its rows lie split along the axis "data" of
+    a mesh of several processes, they stay there, but for the first few and those of the mask."""
+    if mesh is None or not mesh.is_multi_process:
+        return calibration
+    split = NamedSharding(mesh, PartitionSpec(DATA))
+    first = recipe.reconstruction.init_samples + recipe.reconstruction.batch_size
+
+    def leaf(name: str, array: Any) -> Any:
+        if not isinstance(array, jax.Array) or not array.ndim or array.is_fully_addressable:
+            return array
+        if not array.sharding.is_equivalent_to(split, array.ndim):
+            return read(array)
+        return SharedSamples(array, len(array) if name == mask else first)
+
+    leaves, structure = jax.tree.flatten(calibration)
+    return structure.unflatten(map(leaf, path_names(calibration), leaves))
+
+
 def whole(tree: Any, mesh: Mesh | None) -> Any:
     """A pytree of arrays that a process can read, on a mesh of several: see `read`."""
     return jax.tree.map(read, tree) if mesh is not None and mesh.is_multi_process else tree
@@ -177,10 +198,19 @@ def empty(samples: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.zeros((rows, *shape), dtype, device=_sharding(NAMES[DATA]))
 
 
+def on_hosts(leaf: Any) -> Any:
+    """A leaf of the calibration set as the caller has it, but whole in every process."""
+    return leaf.gather(len(leaf)) if isinstance(leaf, SharedSamples) else leaf
+
+
 def split_samples(leaf: Any) -> jax.Array:
     """A leaf of the calibration set, its samples split as those of `empty`; a scalar is whole."""
     if not _devices(DATA) or not np.ndim(leaf):
         return jnp.asarray(leaf)
+    if isinstance(leaf, SharedSamples):  # in its place, under the name of the axis in force
+        parts = [shard.data for shard in leaf.array.addressable_shards]
+        there = _sharding(NAMES[DATA])
+        return jax.make_array_from_single_device_arrays(leaf.shape, there, parts)
     return _split(leaf, _devices(DATA), NAMES[DATA])
 
 
