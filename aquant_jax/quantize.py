@@ -73,7 +73,8 @@ def quantize(
       variables: pytree of float32, bfloat16 or float16 arrays (others are passed through).
       calibration: unlabelled inputs, a pytree of arrays with a leading sample axis: float32,
         bfloat16, float16 or integers. A scalar, such as a decode index, belongs to every sample;
-        ranges are searched for its value alone.
+        ranges are searched for its value alone. On a mesh of several processes, a `jax.Array` that
+        is split over them along the axis "data" is read where it lies, by no process as a whole.
       recipe: see `recipes`; the same recipe, seed and machine give the same codes, bit for bit.
       mask: path of the calibration leaf ``[samples, positions]`` that is one at the positions of a
         sequence and zero at its padding. Padding is excluded from losses and from the range search.
@@ -236,7 +237,8 @@ def _quantize(
 
 def _accepted(shared: _Shared) -> tuple[Any, Network]:
     """The calibration set and the prepared network of arguments that are in order."""
-    calibration = checks.host_arrays(devices.whole(shared.calibration, shared.mesh))
+    given = devices.shared(shared.calibration, shared.mesh, shared.recipe, shared.mask)
+    calibration = checks.host_arrays(given)
     variables = devices.whole(shared.variables, shared.mesh)
     net = prepare(shared.apply, variables, calibration, shared.recipe, shared.mask)
     devices.check_batch(shared.mesh, net.batch)
@@ -253,8 +255,7 @@ def _runs(
     """The fixed part of every seed, checked, on the devices of the mesh in force."""
     compiler, augment = shared.compiler, shared.augment
     leaves = jax.tree.leaves(calibration)
-    if memory.inputs_on_device:
-        leaves = map(devices.split_samples, leaves)
+    leaves = map(devices.split_samples if memory.inputs_on_device else devices.on_hosts, leaves)
     inputs = dict(zip(net.graph.inputs, leaves, strict=True))
     net = net if shared.mesh is None else devices.on_host(net)
     on_leaves = augmentation.on_leaves(augment, calibration, net) if augment else None

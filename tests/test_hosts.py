@@ -64,10 +64,16 @@ def two(tmp_path_factory):
     return ends, [found_in(folder, process) for process in range(2)]
 
 
-def test_codes_and_step_sizes_are_those_of_one_process(two, tmp_path):
-    code, _, err = end(start(tmp_path, 4))
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """What one process of as many devices found."""
+    folder = tmp_path_factory.mktemp("one")
+    code, _, err = end(start(folder, 4))
     assert code == 0, err
-    one = found_in(tmp_path)
+    return found_in(folder)
+
+
+def test_codes_and_step_sizes_are_those_of_one_process(two, one):
     assert [found["codes"] for found in two[1]] == [one["codes"]] * 2
     assert two[1][0]["devices"] == [4, 4]
     one, *ranges = [found["ranges"] for found in (one, *two[1])]
@@ -81,6 +87,18 @@ def test_codes_and_step_sizes_are_those_of_one_process(two, tmp_path):
     samples, everywhere, channels = np.transpose(first + second)  # of which each is counted once
     assert samples.tolist() == everywhere.tolist() == channels.tolist() == first[:, 1].tolist()
     assert second[:, [0, 2]].all()
+
+
+def test_each_process_reads_its_share_of_the_samples(two, one):
+    """To the codes, and the fingerprint, of one process that has read all of them."""
+    expected, found = one["shares"], [found["shares"] for found in two[1]]
+    assert [len(share["read"]) for share in found] == [12, 12]
+    assert found[0]["read"] + found[1]["read"] == expected["read"]
+    for share in found:
+        for name in ("codes", "few", "fingerprint"):
+            assert share[name] == expected[name]
+        assert share["less"]["codes"] == expected["codes"]
+        assert set(share["less"]["places"]) == {"disk"}
 
 
 def test_all_read_the_blocks_that_the_first_has_written(two):
@@ -108,7 +126,13 @@ def test_only_the_first_prints(two):
             r"process 1 on HOST makes another call than process 0 on HOST: it differs in calib",
         ),
         ("recipe", r"it differs in recipe.reconstruction.steps (4 there, 8 here)"),
+        ("code", "process 1 on HOST makes another call than process 0 on HOST: it differs in code"),
         ("nan", "process 1 on HOST: calibration has 132 of 132 values that are NaN or infinite"),
+        (
+            "share",
+            "process 1 on HOST: calibration has 30 of 30 values that are NaN or "
+            "infinite, the first in sample 10",
+        ),
         (
             "folder",
             "elsewhere/1 is empty here, but not for process 0; the folder must be on a file",

@@ -38,9 +38,18 @@ def test_losses_are_those_of_one_device(found, mesh):
     np.testing.assert_allclose(found[mesh]["outputs"], found["one"]["outputs"], atol=0.01 * scale)
 
 
+def test_losses_of_two_devices_are_those_of_one(found):
+    np.testing.assert_allclose(found["2x1"]["few_losses"], found["one"]["few_losses"], rtol=1e-4)
+
+
+def test_the_axis_model_has_memory_for_a_block_that_one_device_has_not(found):
+    """2x2 ran in as much memory, and its losses are those of one device."""
+    assert "block 0 conv needs about 2.07 MiB of memory on device, and 1.43" in found["refused"]
+
+
 def test_the_same_batches_are_drawn(found):
     assert len({found[mesh]["batches"] for mesh in MESHES}) == 1
-    assert found["4x1"]["few"] == found["one"]["few"]  # none held out
+    assert found["2x1"]["few"] == found["one"]["few"]  # none held out
 
 
 def test_one_device_of_a_mesh_gives_the_same_bits(found):

@@ -57,8 +57,9 @@ class Dataset:
         _check("calibration", n, self.name, "training", self.train_size)
 
     def calibration(
-        self, n: int, seed: int = 0, on_corrupt: OnCorrupt = None, allocate: Allocate = np.empty
-    ) -> Split:
+        self, n: int, seed: int = 0, on_corrupt: OnCorrupt = None, allocate: Allocate = np.empty,
+        rows: slice = slice(None),
+    ) -> Split:  # fmt: skip
         """Draws ``n`` different training samples, the same ones for the same seed.
 
         Args:
@@ -68,6 +69,7 @@ class Dataset:
                 None makes such an image an error.
             allocate: ``allocate(shape, dtype)`` makes the array of an input, which is filled a few
                 samples at a time; it may be mapped from a file.
+            rows: those of the samples that are read, which is done without the others.
 
         Raises:
             InputError: ``n`` is not positive or more than the training split has, an image cannot
@@ -75,7 +77,7 @@ class Dataset:
         """
         self.check_calibration(n)
         indices = np.random.default_rng(seed).permutation(self.train_size)[:n]
-        return self._read("train", indices, seed, on_corrupt, allocate)
+        return self._read("train", indices[rows], seed, on_corrupt, allocate)
 
     def test(self, limit: int | None = None) -> Split:
         """Reads the test split, or its first ``limit`` images, into memory.

@@ -16,6 +16,7 @@ from jaxtyping import Bool
 from aquant_jax.errors import InputError, check_type, to_path
 from aquant_jax.graph.ir import Graph, path_names
 from aquant_jax.graph.partition import Block
+from aquant_jax.plan.shared_samples import SharedSamples
 from aquant_jax.recipe import Recipe
 
 MIN_SAMPLES = 2
@@ -70,13 +71,15 @@ def check_variables(variables: Any) -> Any:
 
 
 def host_arrays(calibration: Any) -> Any:
-    """The calibration set as NumPy arrays in the byte order of this machine.
+    """The calibration set as NumPy arrays in the byte order of this machine, or `SharedSamples`.
 
     Raises:
       InputError: a leaf is not an array of numbers, is a tracer or is deleted.
     """
 
-    def on_host(path: str, leaf: Any) -> np.ndarray:
+    def on_host(path: str, leaf: Any) -> np.ndarray | SharedSamples:
+        if isinstance(leaf, SharedSamples):
+            return leaf
         readable = _readable(path, leaf)
         _check_numbers(path, jnp.result_type(readable))
         return np.asarray(readable, None if np.ndim(leaf) else jnp.result_type(readable))
@@ -220,18 +223,21 @@ def _check_finite(argument: str, tree: Any) -> None:
         if not jnp.issubdtype(dtype, jnp.inexact):
             continue
         single = np.float32 if jnp.issubdtype(dtype, jnp.floating) else np.complex64
-        parts = (np.asarray(part, single) for part in row_parts(np.asarray(leaf)))
-        bad = sum(int(np.count_nonzero(~np.isfinite(part))) for part in parts)
-        if bad:
-            raise InputError(
-                f"{_join(argument, name)} has {bad} of {np.size(leaf)} values that are NaN or "
-                f"infinite{_first_sample(leaf) if argument == 'calibration' else ''}"
-            )
+        own = leaf.own if isinstance(leaf, SharedSamples) else {0: np.asarray(leaf)}
+        for start, rows in own.items():
+            parts = (np.asarray(part, single) for part in row_parts(rows))
+            bad = sum(int(np.count_nonzero(~np.isfinite(part))) for part in parts)
+            if bad:
+                raise InputError(
+                    f"{_join(argument, name)} has {bad} of {rows.size} values that are NaN or "
+                    f"infinite{_first_sample(rows, start) if argument == 'calibration' else ''}"
+                )
 
 
-def _first_sample(leaf: Any) -> str:
-    """The first sample that is not finite; empty for a scalar."""
-    bad = (i for i, row in enumerate(np.atleast_1d(leaf)) if not np.isfinite(row).all())
+def _first_sample(leaf: Any, start: int) -> str:
+    """The first sample that is not finite, counted from `start`; empty for a scalar."""
+    rows = enumerate(np.atleast_1d(leaf), start)
+    bad = (i for i, row in rows if not np.isfinite(row).all())
     return f", the first in sample {next(bad)}" if np.ndim(leaf) else ""
 
 

@@ -19,7 +19,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh, get_mesh
 
 from aquant_jax.errors import InputError, check_type
+from aquant_jax.graph.ir import Layer, path_names
 from aquant_jax.plan.network import Network, take_samples
+from aquant_jax.plan.shared_samples import SharedSamples
+from aquant_jax.recipe import Recipe
 
 # Axes of a caller's mesh, and their names while it is in force: one that the caller has in force
 # for another purpose is not meant.
@@ -88,6 +91,11 @@ def count() -> int:
     return max(1, _devices(DATA)) * max(1, _devices(MODEL))
 
 
+def share_memory() -> bool:
+    """Whether the devices of a process share its memory."""
+    return jax.default_backend() == "cpu"
+
+
 def on_host(net: Network) -> Network:
     """A network with its arrays in numpy, from which they can be moved to any device."""
     arrays = net.variables, net.folded, net.graph.constants
@@ -125,6 +133,25 @@ def of_processes(values: np.ndarray) -> np.ndarray:
         return values[None]
     words = values.view(np.uint32)  # JAX would round float64
     return np.asarray(multihost_utils.process_allgather(words)).view(np.float64)
+
+
+def shared(calibration: Any, mesh: Mesh | None, recipe: Recipe, mask: str | None) -> Any:
+    """A calibration set that a process can read; where its rows lie split along the axis "data" of
+    a mesh of several processes, they stay there, but for the first few and those of the mask."""
+    if mesh is None or not mesh.is_multi_process:
+        return calibration
+    split = NamedSharding(mesh, PartitionSpec(DATA))
+    first = recipe.reconstruction.init_samples + recipe.reconstruction.batch_size
+
+    def leaf(name: str, array: Any) -> Any:
+        if not isinstance(array, jax.Array) or not array.ndim or array.is_fully_addressable:
+            return array
+        if not array.sharding.is_equivalent_to(split, array.ndim):
+            return read(array)
+        return SharedSamples(array, len(array) if name == mask else first)
+
+    leaves, structure = jax.tree.flatten(calibration)
+    return structure.unflatten(map(leaf, path_names(calibration), leaves))
 
 
 def whole(tree: Any, mesh: Mesh | None) -> Any:
@@ -171,10 +198,19 @@ def empty(samples: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.zeros((rows, *shape), dtype, device=_sharding(NAMES[DATA]))
 
 
+def on_hosts(leaf: Any) -> Any:
+    """A leaf of the calibration set as the caller has it, but whole in every process."""
+    return leaf.gather(len(leaf)) if isinstance(leaf, SharedSamples) else leaf
+
+
 def split_samples(leaf: Any) -> jax.Array:
     """A leaf of the calibration set, its samples split as those of `empty`; a scalar is whole."""
     if not _devices(DATA) or not np.ndim(leaf):
         return jnp.asarray(leaf)
+    if isinstance(leaf, SharedSamples):  # in its place, under the name of the axis in force
+        parts = [shard.data for shard in leaf.array.addressable_shards]
+        there = _sharding(NAMES[DATA])
+        return jax.make_array_from_single_device_arrays(leaf.shape, there, parts)
     return _split(leaf, _devices(DATA), NAMES[DATA])
 
 
@@ -195,11 +231,16 @@ def split_batch(values: jax.Array) -> jax.Array:
 
 def split_channels(weight: Any, axes: Sequence[int]) -> jax.Array:
     """A weight, split along the first of its output channel axes that the devices divide."""
-    devices = _devices(MODEL)
-    for axis in axes if devices else ():
-        if weight.shape[axis] % devices == 0:
-            return put(weight, _sharding(*[None] * axis, NAMES[MODEL]))
-    return jnp.asarray(weight)
+    axis = _split_axis(weight.shape, axes)
+    if axis is None:
+        return jnp.asarray(weight)
+    return put(weight, _sharding(*[None] * axis, NAMES[MODEL]))
+
+
+def channel_devices(layer: Layer) -> int:
+    """The number of devices that `split_channels` splits the weight of a layer over."""
+    axis = _split_axis(layer.weight_shape, layer.channel_axes)
+    return 1 if axis is None else _devices(MODEL)
 
 
 def take_batch(leaf: Any, index: Any) -> Any:
@@ -232,6 +273,12 @@ def _in_numpy(leaf: Any) -> Any:
 def _devices(axis: str) -> int:
     """How many devices of the mesh in force an axis has; 0 without such an axis."""
     return dict(get_abstract_mesh().shape).get(NAMES[axis], 0)
+
+
+def _split_axis(shape: Sequence[int], axes: Sequence[int]) -> int | None:
+    """The first of a weight's output channel axes that the devices divide, if any."""
+    devices = _devices(MODEL)
+    return next((axis for axis in axes if devices and shape[axis] % devices == 0), None)
 
 
 def _split(values: Any, devices: int, axes: str | Sequence[str]) -> jax.Array:

@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 
 from aquant_jax.errors import InputError, byte_size
+from aquant_jax.graph.ir import Layer
 from aquant_jax.graph.partition import Block
 from aquant_jax.graph.subgraph import extract_subgraph
 from aquant_jax.plan.checks import boundary_bytes
@@ -51,7 +52,7 @@ class BlockMemory(NamedTuple):
     Attributes:
       name: of the block.
       step: activations and gradients of one batch, on each device.
-      state: weights, learned parameters and optimizer state.
+      state: weights, learned parameters and optimizer state, on each device.
       caches: of the model's inputs, of its inputs and of its outputs; see `MemoryPlan.places`.
     """
 
@@ -188,7 +189,7 @@ def plan_memory(
 def _planned(
     net: Network, limit: int | None, files: Path, free: dict[str, int], seeds: int
 ) -> MemoryPlan:
-    on_cpu, several = jax.default_backend() == "cpu", devices.several_processes()
+    on_cpu, several = devices.share_memory(), devices.several_processes()
     share = jax.process_count() if several and on_cpu else devices.count()
     share = 1 if on_cpu and not several else share  # devices of a CPU share its memory
     blocks = tuple(_needs(net, block, seeds, share) for block in net.blocks)
@@ -209,7 +210,7 @@ def _planned(
 def _free_places(limit: int | None, files: Path) -> dict[str, int]:
     """Bytes that are free in every place that this process can use."""
     free = {DEVICE: free_bytes(limit)}
-    if jax.default_backend() != "cpu":
+    if not devices.share_memory():
         free[HOST] = psutil.virtual_memory().available
     return free | {DISK: shutil.disk_usage(_existing(files)).free}
 
@@ -260,7 +261,7 @@ def _needs(net: Network, block: Block, seeds: int, share: int) -> BlockMemory:
     subgraph = extract_subgraph(graph, block.start, tuple(dict.fromkeys(block.end + block.targets)))
     values = sum(_bytes(graph.avals[v].shape) for op in subgraph.ops for v in op.outputs)
     layers = [_bytes(graph.avals[op.x].shape) for op in subgraph.weighted]
-    weights = sum(_bytes(op.layer.weight_shape) for op in subgraph.weighted)
+    weights = sum(_weight_bytes(op.layer) for op in subgraph.weighted)
     step, state = FORWARD_COPIES * (values + sum(layers)), FORWARD_STATE_COPIES * weights
     if learning.steps:
         copies = REMATERIALIZED_COPIES if learning.rematerialize else STEP_COPIES
@@ -279,6 +280,12 @@ def _needs(net: Network, block: Block, seeds: int, share: int) -> BlockMemory:
 
 def _bytes(shape: Sequence[int]) -> int:
     return 4 * math.prod(shape)
+
+
+def _weight_bytes(layer: Layer) -> int:
+    """Bytes of a weight on each device."""
+    parts = 1 if devices.share_memory() else devices.channel_devices(layer)
+    return _bytes(layer.weight_shape) // parts
 
 
 def _on_host(samples: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -15,7 +15,6 @@ import gpu_ops
 from aquant_jax import data, models
 from aquant_jax.errors import InputError
 from aquant_jax.models import bert
-from aquant_jax.reconstruction.memory import allocate_inputs
 from aquant_jax.reporting.run import describe
 from aquant_jax.storage import json_file
 from aquant_jax.storage.environment import environment
@@ -24,6 +23,7 @@ from launch.lib.allocations import measured
 from launch.lib.command_line import Config, absolute
 from launch.lib.metrics import Predict, evaluate_batches, float_network
 from launch.lib.run_directory import RunDirectory
+from launch.lib.shares import read_calibration
 
 BERT = "bert"
 LENGTHS = ("max_length", "calibration_length")
@@ -193,11 +193,10 @@ def run(
     recipe = recipe_of(config)
     dataset, check, mesh = experiment.dataset, experiment.check, experiment.mesh
     corrupt: list[str] = []
-    calibration = experiment.calibration.calibration(
-        config.calibration_size, seed, on_corrupt(config, corrupt),
-        functools.partial(allocate_inputs, directory.path, experiment.memory_limit),
-    )  # fmt: skip
-    check(calibration.inputs)
+    few = max(config.eval_batch_size, recipe.reconstruction.batch_size, reports.SAMPLES)
+    skip = on_corrupt(config, corrupt)
+    size = config.calibration_size
+    calibration = read_calibration(experiment, size, seed, directory.path, skip, few)
     quantized = aq.quantize(
         experiment.apply, experiment.variables, calibration.inputs, recipe,
         mask=config.get("mask"), seed=seed, observer=progress.observer(directory),
@@ -210,16 +209,16 @@ def run(
     metrics = score(quantized, dataset, config, "quantized", corrupt, check, mesh)
     content = {
         "config": spec,
-        **describe(quantized) | measured(experiment, quantized, calibration.inputs, config),
+        **describe(quantized) | measured(experiment, quantized, calibration.few, config),
         "seed": seed,
         **_scores(experiment, metrics),
-        "calibration_samples": len(calibration.labels),
+        "calibration_samples": calibration.samples,
         "corrupt_images": corrupt,
         **process.usage(),
         **environment(),
     }
     if hosts.is_first():
-        _finish(quantized, content, directory, (calibration.inputs, experiment.variables))
+        _finish(quantized, content, directory, (calibration.few, experiment.variables))
     return json_file.jsonable(content)
 
 

@@ -34,6 +34,8 @@ def test_calibration_is_a_seeded_draw_without_repetition(digits):
     np.testing.assert_array_equal(first.inputs, again.inputs)
     assert np.any(first.inputs != other.inputs)
     assert len({image.tobytes() for image in first.inputs}) == 64
+    some = digits.calibration(64, rows=slice(16, 20))
+    np.testing.assert_array_equal(some.inputs, first.inputs[16:20])
 
 
 def test_test_limit_takes_the_first(digits):

@@ -1,18 +1,21 @@
 """A program of four CPU devices: it quantizes on meshes of them and prints what it saw, as JSON."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import aquant_jax as aq
 import gpu_ops
 from aquant_jax.arithmetic import range_search
-from aquant_jax.reconstruction import optimize
+from aquant_jax.reconstruction import memory, optimize
 from launch.lib import metrics
 from tests.support import ir_contexts, searched_ranges
 from tests.support.nets import conv, images, normal, rng_of
@@ -114,6 +117,24 @@ def scored(mesh):
     return shares
 
 
+@contextlib.contextmanager
+def little_memory():
+    """Devices with memory of their own, in which half of the first block's weights fit."""
+    sizes = {"free_bytes": lambda limit: 1.5e6, "STATE_COPIES": 11_000}
+    apart = mock.patch.object(memory.devices, "share_memory", return_value=False)
+    with apart, mock.patch.multiple(memory, **sizes):
+        yield
+
+
+def refused():
+    """What one device with as little memory says."""
+    with little_memory():
+        try:
+            quantized(None, recipe=FEW)
+        except aq.InputError as error:
+            return str(error)
+
+
 def main():
     optimize.LOG_EVERY = 1
     drawn, draw = [], optimize.draw_batches
@@ -138,17 +159,20 @@ def main():
         spy, drawn[:] = Spy(), []
         rows.clear()
         mesh = jax.make_mesh((data, model), ("data", "model"))
-        result = quantized(mesh, spy)
+        with little_memory() if model > 1 else contextlib.nullcontext():
+            result = quantized(mesh, spy)
         result |= {"gathered": spy.gathered, "reduced": spy.reduced}
         result |= {"shares": spy.shares, "caches": spy.caches, "images": spy.images}
         result |= {"batches": digest(drawn), "rows": sorted(rows), "scored": scored(mesh)}
         found[f"{data}x{model}"] = result
         if (data, model) == (4, 1):
             found["again"] = quantized(mesh, spy)
-    for name, mesh in (("one", None), ("4x1", jax.make_mesh((4,), ("data",)))):
+    found["2x1"] = {}
+    for name, mesh in (("one", None), ("2x1", Mesh(np.array(jax.devices()[:2]), ("data",)))):
         drawn.clear()
-        quantized(mesh, recipe=FEW)
-        found[name]["few"] = digest(drawn)
+        losses = quantized(mesh, recipe=FEW)["losses"]
+        found[name] |= {"few": digest(drawn), "few_losses": losses}
+    found["refused"] = refused()
     print(json.dumps(found))
 
 

@@ -7,6 +7,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
@@ -14,8 +16,10 @@ from absl import flags
 from jax.sharding import Mesh
 
 import aquant_jax as aq
+from aquant_jax import data
+from aquant_jax.reconstruction import hosts as shared
 from aquant_jax.reconstruction import memory
-from launch.lib import command_line, hosts, meshes
+from launch.lib import command_line, hosts, meshes, shares
 from tests.support import searched_ranges
 from tests.support.nets import mlp, normal, rng_of
 
@@ -63,15 +67,42 @@ def run(mesh, store, samples=None, recipe=RECIPE, observer=None):
     return {"codes": codes, "devices": [report.devices for report in result.reports]}
 
 
-def in_less_memory(mesh, plan, process):
-    """Codes and places of caches where not all of them fit on the devices."""
-    for name in ("STEP_COPIES", "STATE_COPIES", "FORWARD_COPIES", "FORWARD_STATE_COPIES"):
-        setattr(memory, name, 0)
-    most = max(sum(block.caches) // plan.share for block in plan.blocks)
-    # The first process has more, and processes of one machine share what there is.
-    memory.free_bytes = lambda limit=None: 2 * most - 1 if process else 10**9
+def read_shares(mesh, workdir, x):
+    """Calibration samples, of which every process reads its share, and the numbers of the rows that
+    this one reads."""
+    read = []
+
+    def stream(split, indices, seed, size, on_corrupt):
+        read.extend(indices.tolist())
+        yield data.Split(x[indices], np.zeros(len(indices)))
+
+    rows = data.Dataset("rows", 2, len(x), 0, stream)
+    of = SimpleNamespace(calibration=rows, check=len, mesh=mesh, memory_limit=None)
+    return shares.read_calibration(of, len(x), 0, Path(workdir), None, 5), read
+
+
+def of_shares(mesh, workdir):
+    """What a process reads of its share, and the codes and the fingerprint that come of it."""
+    store = Path(workdir, "shares")
+    calibration, read = read_shares(mesh, workdir, normal(rng_of(1), 24, 6))
+    recipe = RECIPE.replace(transforms=("shift_scale",))
+    found = run(mesh, store, calibration.inputs, recipe)
+    known = json.loads((store / "fingerprint.json").read_text())["call"]["calibration"]
+    found |= {"read": read, "few": calibration.few.tolist(), "fingerprint": known}
+    if hosts.connected():
+        process = jax.process_index()
+        found["less"] = in_less_memory(mesh, 0, process, calibration.inputs, recipe)
+    return found
+
+
+def in_less_memory(mesh, most, process, samples=None, recipe=RECIPE):
+    """Codes and places of caches where `most` bytes of them fit on the devices, less one."""
+    names = ("STEP_COPIES", "STATE_COPIES", "FORWARD_COPIES", "FORWARD_STATE_COPIES")
     watcher = Watcher()
-    codes = run(mesh, None, observer=watcher)["codes"]
+    # The first process has more, and processes of one machine share what there is.
+    free = max(2 * most - 1, 0) if process else 10**9
+    with mock.patch.multiple(memory, **dict.fromkeys(names, 0), free_bytes=lambda limit: free):
+        codes = run(mesh, None, samples, recipe, watcher)["codes"]
     return {"codes": codes, "places": watcher.plan.places}
 
 
@@ -85,6 +116,10 @@ def bad_input(mesh, workdir, process):
             "nan": run(mesh, None, x * (np.nan if process else 1)),
             "folder": run(mesh, f"{workdir}/elsewhere/{process}"),
         }
+        x[:] = np.nan if process else x
+        messages["share"] = run(mesh, None, read_shares(mesh, workdir, x[:20])[0].inputs)
+    with mock.patch.object(shared, "code", return_value=f"code {process}"):
+        messages["code"] = run(mesh, None)
     try:
         meshes.parse("2")
     except aq.InputError as error:
@@ -107,11 +142,14 @@ def main(argv):
     recipe = RECIPE if values.dies is None else NEAREST
     found = run(mesh, store, recipe=recipe, observer=watchers[0])
     found["ranges"] = searched_ranges.searched(mesh)
+    found["shares"] = of_shares(mesh, values.workdir) if values.dies is None else {}
     if hosts.connected():
         found["again"] = run(mesh, store, observer=watchers[1])
         found["learned"] = [watcher.learned for watcher in watchers]
         found["messages"] = bad_input(mesh, values.workdir, process)
-        found["less"] = in_less_memory(mesh, watchers[0].plan, process)
+        plan = watchers[0].plan
+        most = max(sum(block.caches) // plan.share for block in plan.blocks)
+        found["less"] = in_less_memory(mesh, most, process)
     Path(values.workdir, f"{process}.json").write_text(json.dumps(found))
     print("done")
 
