@@ -53,7 +53,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("steps", 0, text, 0, flag_values=values)
     text = "of launch.bench.layers, for a budget of latency; times this device if not given"
     command_line.define_path(values, "latencies", None, text)
-    flags.DEFINE_enum("cost", "bytes", COSTS, "of the cheapest", flag_values=values)
+    text = "of the cheapest; bytes if not given"
+    flags.DEFINE_enum("cost", None, COSTS, text, flag_values=values)
     flags.mark_flags_as_required(["config", "workdir", "budget"], flag_values=values)
 
 
@@ -63,10 +64,10 @@ def main(argv: list[str]) -> None:
     values, overrides = command_line.parse(argv, define_flags, __doc__)
     config = command_line.load_config(values.config, overrides)
     recipe = experiment.recipe_of(config)
+    if values.cost and not values.budget.startswith("degradation="):
+        raise InputError(f"--cost={values.cost} belongs to --budget=degradation=X")
     with flag_named(values.budget):
         budget = parse_budget(values.budget, values.cost)
-    if values["cost"].present and budget.name != "degradation":
-        raise InputError(f"--cost={values.cost} belongs to --budget=degradation=X")
     choices = allocation_inputs.parse_choices(values.weight_bits, values.act_bits, values.borders)
     latencies = allocation_inputs.read_latencies(values.latencies)
     folder = Path(values.workdir)
@@ -142,10 +143,10 @@ def flag_named(budget: str) -> Iterator[None]:
         raise InputError(f"--budget={budget}: {message}") from error
 
 
-def parse_budget(text: str, cost: str) -> aq.Budget:
+def parse_budget(text: str, cost: str | None) -> aq.Budget:
     """A budget from ``NAME=VALUE``.
 
-    >>> parse_budget("average_bits=3,4", "bytes").average_bits
+    >>> parse_budget("average_bits=3,4", None).average_bits
     (3.0, 4.0)
 
     Raises:

@@ -249,14 +249,14 @@ class _Result(NamedTuple):
           InputError: each of several limits can be kept, but not all of them.
         """
         if budget.degradation is not None:
-            chosen = cheapest(self.problem, weights_of(budget.cost), budget.degradation)
+            chosen = cheapest(self.problem, weights_of(budget.counted), budget.degradation)
         else:
             chosen = self._within(limits)
         if chosen is None:
             both = " and ".join(itertools.starmap(limit_text, limits.items()))
             raise InputError(f"budget: no allocation keeps to {both} at once")
         point = self._point(chosen)
-        front = self._front(tuple(limits or weights_of(budget.cost)))
+        front = self._front(tuple(limits or weights_of(budget.counted)))
         return Allocation(
             self.recipes.base, point.layers, budget, point.degradation, point.costs, front,
             self._table(chosen), measured,

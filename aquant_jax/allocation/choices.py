@@ -104,8 +104,8 @@ class Budget:
       latency: milliseconds, the sum over the layers.
       coefficients: of borders.
       degradation: predicted output error; the allocation is the cheapest that keeps to it.
-      cost: with `degradation`, what the cheapest has least of: one of the other five names. Of
-        "average_bits" it is the sum of both averages.
+      cost: with `degradation`, what the cheapest has least of: one of the other five names; None
+        takes "bytes". Of "average_bits" it is the sum of both averages.
     """
 
     bytes: int | None = None
@@ -114,7 +114,7 @@ class Budget:
     latency: float | None = None
     coefficients: int | None = None
     degradation: float | None = None
-    cost: str = "bytes"
+    cost: str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in LIMITS if getattr(self, name) is not None]
@@ -123,9 +123,13 @@ class Budget:
                 f"budget: {' and '.join(given) or 'nothing'} given; exactly one of "
                 f"{', '.join(LIMITS)} must be"
             )
-        if self.cost not in COSTS:
-            raise InputError(f"budget: cost is {self.cost!r}; known: {', '.join(COSTS)}")
         value = getattr(self, given[0])
+        if self.cost not in (None, *COSTS):
+            raise InputError(f"budget: cost is {self.cost!r}; known: {', '.join(COSTS)}")
+        if self.cost is not None and given != ["degradation"]:
+            raise InputError(
+                f"budget: cost {self.cost!r} belongs to degradation; {given[0]}={value!r} is given"
+            )
         if isinstance(value, list):  # from JSON
             value = tuple(value)
             object.__setattr__(self, given[0], value)
@@ -142,7 +146,7 @@ class Budget:
     @property
     def counted(self) -> str:
         """The cost that the budget limits, or asks for the least of."""
-        return self.cost if self.name == "degradation" else self.name
+        return self.cost or "bytes" if self.name == "degradation" else self.name
 
     def limits(self, activations: bool) -> dict[str, float]:
         """The limit of each cost that is limited; empty for a budget of degradation.

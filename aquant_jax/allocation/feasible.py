@@ -91,12 +91,12 @@ def check_degradation(problem: Problem, budget: Budget) -> None:
     if limit is None:
         return
     least = problem.degradation(least_error(problem, {}))
-    most = problem.degradation(cheapest(problem, weights_of(budget.cost)))
+    most = problem.degradation(cheapest(problem, weights_of(budget.counted)))
     if not least <= limit * (1 + SLACK) or limit > most * (1 + SLACK):
         low = limit < least
         advice = "" if low else ", which keeps to it: no budget is needed for that"
         raise InputError(
             f"budget: degradation {limit:g} is {'below the least' if low else 'above the most'}; "
             f"it is {least:g} at the least, and {most:g} of the allocation of least "
-            f"{budget.cost}{advice}"
+            f"{budget.counted}{advice}"
         )

@@ -174,18 +174,15 @@ class Allocation:
 
     def _total(self) -> str:
         """The predicted degradation and the costs."""
-        costs, before, edited, floats = dict(self.costs), "", "", ""
+        edited, floats, costs = "", "", costs_now(self)
+        before = "before the edits: " if costs is None else ""
         for entry, choice, same in chosen_entries(self):
             if same and _counts_float(choice, same.costs):
                 floats = " (a16 and float count with the bits of their dtype)"
-            if same is None:
-                before = "before the edits: "
-            elif same is not entry:
+            if same is not entry and not before:
                 edited = " before the edits"
-                costs = {k: v + same.costs[k] - entry.costs[k] for k, v in costs.items()}
-        costs = self.costs if before else costs
+        costs = self.costs if costs is None else costs
         listed = ", ".join(f"{name} {value:,.6g}" for name, value in costs.items()) + floats
-        edited = "" if before else edited
         return f"{before}predicted degradation {self.degradation:.4g}{edited}; {listed}"
 
 
@@ -201,6 +198,17 @@ def chosen_entries(allocation: Allocation) -> list[tuple[Entry, str, Entry | Non
             choice = _choice(known, allocation.layers.get(entry.path), allocation.base)
             found.append((entry, choice, known.get(choice)))
     return found
+
+
+def costs_now(allocation: Allocation) -> dict[str, float] | None:
+    """The costs after the edits by hand; None where an edit is no choice of its table."""
+    costs = dict(allocation.costs)
+    for entry, _, same in chosen_entries(allocation):
+        if same is None:
+            return None
+        if same is not entry:
+            costs = {k: v + same.costs[k] - entry.costs[k] for k, v in costs.items()}
+    return costs
 
 
 def _counts_float(choice: str, costs: Mapping[str, float]) -> bool:

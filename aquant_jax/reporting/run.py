@@ -22,7 +22,8 @@ class Run(NamedTuple):
         ``versions``, ``test_samples``, ``peak_bytes`` and ``pareto``, a list of points: ``cost``,
         ``name`` (`THIS` for the run itself), ``predicted`` and ``measured`` degradation (or None),
         with ``pareto_cost``, what the cost is, and ``pareto_loss``, what the degradation is; and
-        ``allocation``, by layer its ``layer``, ``choice``, ``error`` and ``bytes``.
+        ``allocation``, by layer its ``layer``, ``choice``, ``error`` and ``bytes``, with its
+        ``average_bits`` of weights and activations.
       curves: the loss curve ``[k, 2]`` of every block, by its index.
       layers: see `layers.layer_records`.
       link: the address of its own report, or None.
@@ -65,7 +66,7 @@ class Run(NamedTuple):
     @property
     def bits(self) -> str:
         """Such as ``w4a4``."""
-        return bit_width(self.results["weight_bits"], self.results["act_bits"])
+        return bits_of(self.results)
 
 
 def describe(quantized: Quantized) -> dict[str, Any]:
@@ -92,6 +93,18 @@ def split_reports(reports: Sequence[Report]) -> tuple[list[Report], list[Report]
     """The fields of the reports of blocks, and those of the whole-network stage, if it ran."""
     blocks = [report for report in reports if "held_out_curve" not in report]
     return blocks, [report for report in reports if "held_out_curve" in report]
+
+
+def bits_of(results: Mapping[str, Any]) -> str:
+    """The bit-width of a run; of one that an allocation gave its bits, the averages.
+
+    >>> bits_of({"weight_bits": 3, "act_bits": 3, "average_bits": [2.5, 3.0]})
+    'w2.5a3 on average'
+    """
+    if (average := results.get("average_bits")) is None:
+        return bit_width(results["weight_bits"], results["act_bits"])
+    weights, acts = average
+    return f"w{weights:.3g}a{acts or 16:.3g} on average"
 
 
 def bit_width(weight_bits: int, act_bits: int | None) -> str:

@@ -86,6 +86,10 @@ def _border(text: str) -> list[str]:
     kind = text.split(":")
     if len(kind) > 2 or "" in kind:
         raise InputError(f"--borders has {text!r}; give name or name:granularity")
+    try:
+        aq.Choice(MIN_BITS, MIN_BITS, *kind)
+    except InputError as error:
+        raise InputError(f"--borders has {text!r}; {error}") from error
     return kind
 
 

@@ -10,7 +10,7 @@ import jax
 
 import aquant_jax as aq
 from aquant_jax.allocation.output_error import output_error
-from aquant_jax.allocation.result import chosen_entries
+from aquant_jax.allocation.result import chosen_entries, costs_now
 from aquant_jax.plan.network import take_samples
 from aquant_jax.reporting.run import THIS
 from aquant_jax.storage.parsing import malformed
@@ -58,8 +58,18 @@ def points(allocation: aq.Allocation) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "pareto": found, "pareto_cost": counted.replace("_", " "), "pareto_loss": loss,
-        "allocation": layers,
+        "allocation": layers, "average_bits": _average_bits(allocation),
     }  # fmt: skip
+
+
+def _average_bits(allocation: aq.Allocation) -> list[float | None] | None:
+    """Of weights and activations (None: all in float); None where edits leave them unknown."""
+    costs = costs_now(allocation)
+    if costs is None:
+        return None
+    choices = [choice.split()[0] for _, choice, _ in chosen_entries(allocation)]
+    floats = all(choice.endswith(("a16", "float")) for choice in choices)
+    return [costs["weight_bits"], None if floats else costs["act_bits"]]
 
 
 def measured(

@@ -75,7 +75,8 @@ def read(path: Path) -> tuple[list[Run], str, str | None]:
     if program == "quantize":
         results = _results(path, SHOWN)
         run = _run(path, results["preset"])._replace(layers=_layers(path))
-        title = f"{run.name} {run.bits}, seed {results['seed']}"
+        with malformed(path / RESULTS):
+            title = f"{run.name} {run.bits}, seed {results['seed']}"
         return [run], title, results.get("command")
     if program != "sweep":
         raise InputError(f"{path} holds a run of launch.{program}: {NO_REPORT}")

@@ -391,6 +391,7 @@ def test_bad_budgets_and_choices_are_named(folder):
         ({"bytes": -1}, "bytes is -1; it must be a number of 0 or more"),
         ({"average_bits": (3, 3, 3)}, "or a pair"),
         ({"degradation": 1, "cost": "size"}, "cost is 'size'; known: bytes"),
+        ({"bytes": 9, "cost": "bytes"}, "cost 'bytes' belongs to degradation; bytes=9 is given"),
     ):
         with pytest.raises(aq.InputError, match=message):
             aq.Budget(**fields)

@@ -110,6 +110,7 @@ def test_latencies_of_another_device(tmp_path, capsys):
             ["--budget=bytes=3", "--borders=linear:mean:3"],
             "--borders has 'linear:mean:3'; give",
         ),
+        (["--budget=bytes=3", "--borders=foo"], "--borders has 'foo'; unknown border 'foo'"),
         (["--budget=bytes=3"], "--budget=bytes=3: bytes 3 is below the least"),
         (
             ["--budget=average_bits=3,1"],

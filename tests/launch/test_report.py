@@ -113,6 +113,8 @@ def test_an_allocation_alone_and_beside_a_run_that_was_made_of_it(run, tmp_path,
     (run / "results.json").write_text(json.dumps(results | origin))
     assert report.main(["report", f"--workdir={run}", f"--against={path}"]) == 0
     found = Page((run / "report_against.html").read_text())
+    assert [row[1] for row in found.tables["runs-table"][1:]] == 2 * ["w2a3 on average"]
+    assert "top-1, quantized to w2a3 on average" in found.text
     rows[2:] = [["run", "90", "0.5", "0.75"], ["allocated", "90", "0.5", "–"]]
     assert found.tables["pareto-table"][1:] == rows
     (path / "allocation.json").rename(path / "sensitivity.json")  # as before the end
