@@ -15,7 +15,8 @@ export GPU_OPS_CUDA ?= OFF
 export GPU_OPS_NATIVE ?= ON
 # Bytecode is kept whatever the environment says: without it every process compiles all it imports.
 export PYTHONDONTWRITEBYTECODE =
-OPTIMIZED_TESTS := tests/arithmetic tests/layers tests/gpu_ops
+OPTIMIZED_TESTS := tests/arithmetic tests/gpu_ops/test_backend.py \
+  $(addprefix tests/layers/test_,golden_codes.py rematerialize.py)
 MATRIX := 3.11-0.10 3.12-0.11 3.13-0.12
 DEMO_PRESETS := nearest,adaround,brecq,qdrop,aquant
 
@@ -36,7 +37,8 @@ test: $(VENV)/.test
 	$(MAKE) --no-print-directory -j 2 type optimized-tests
 	$(RUN) -m pytest -n 3 --fast-compile $(addprefix --ignore=,$(OPTIMIZED_TESTS))
 
-# Where rounding may depend on how machine code is optimized, tests compile as users do.
+# Where a product may be contracted with a sum, or memory depends on what XLA optimizes, tests compile
+# as users do.
 optimized-tests: $(VENV)/.test
 	$(RUN) -m pytest -n 2 $(OPTIMIZED_TESTS)
 

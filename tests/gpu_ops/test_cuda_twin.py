@@ -70,7 +70,7 @@ def compiled(tmp_path_factory):
 
 def compile_twin(library):
     sources = REPOSITORY / "gpu_ops"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra"]
+    flags = ["-std=c++17", "-Og", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra"]
     include = [f"-I{sources / name}" for name in ("include", "cuda")]
     system = ["-isystem", jax.ffi.include_dir()]
     twin = ["-x", "c++", str(REPOSITORY / "tests" / "support" / "twin.cc"), "-o", str(library)]
