@@ -335,7 +335,7 @@ def text_size(quantized):
 
 def test_stacked_layers_compile_once_and_run_in_a_loop(monkeypatch):
     sizes, compiled, compiler = [], [], aq.Compiler()
-    for layers in (5, 8):
+    for layers in (5, 6):
         variables = stack_weights(layers)
         recipe = aq.recipes.preset("qdrop", weight_bits=4, act_bits=4, steps=1, batch_size=BATCH)
         quantized = aq.quantize(stack, variables, X, recipe, compiler=compiler)

@@ -7,6 +7,7 @@ within 2% of float, and the result can be jitted and called on another batch siz
 import functools
 import importlib.util
 import os
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -406,7 +407,10 @@ def keras_with_jax():
         pytest.skip("keras is not installed (pip install keras)")
     if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
         pytest.skip(f"KERAS_BACKEND is {os.environ['KERAS_BACKEND']}, not jax")
-    import keras
+    with pytest.MonkeyPatch.context() as patch:
+        for optional in ("matplotlib", "sklearn"):  # half of the time of the import
+            patch.setitem(sys.modules, optional, None)
+        import keras
 
     keras.utils.set_random_seed(0)
     return keras

@@ -91,7 +91,7 @@ def test_groups_are_those_of_numpy():
 
 
 def test_it_is_saved_exported_and_resumed(tmp_path):
-    network = learned("brecq", 4, weight_group=8, steps=4)
+    network = learned("brecq", 2, weight_group=8, steps=2)
     found = network(X)
     aq.save(network, tmp_path / "saved")
     restored = aq.restore(tmp_path / "saved")
@@ -100,7 +100,9 @@ def test_it_is_saved_exported_and_resumed(tmp_path):
     np.testing.assert_array_equal(network.with_backend(gpu_ops.backend())(X), found)
     recipe, blocks = network.recipe, tmp_path / "blocks"
     for _ in range(2):  # the second call reads the blocks of the first
-        again = aq.quantize(apply, VARIABLES, X, recipe, observer=aq.Observer(), resume=blocks)
+        again = aq.quantize(
+            apply, VARIABLES, X, recipe, observer=aq.Observer(), resume=blocks, compiler=COMPILER
+        )
         np.testing.assert_array_equal(again(X), found)
 
 
