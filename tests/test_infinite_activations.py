@@ -10,6 +10,7 @@ from aquant_jax.reconstruction.loss import network_loss
 from tests.support.nets import mlp, normal, relative_error, rng_of
 
 MASK = np.array([True, True, False, True])
+COMPILER = aq.Compiler()
 LOWEST = np.finfo(np.float32).min
 RECIPES = [aq.recipes.nearest(8, 8), aq.recipes.brecq(8, None, steps=2)]
 
@@ -23,7 +24,7 @@ def test_masked_logits_are_left_out_of_the_error(fill, recipe):
     def masked(variables, x):
         return jnp.where(MASK, apply(variables, x).astype(fill.dtype), fill)
 
-    network = aq.quantize(masked, variables, x, recipe, observer=aq.Observer())
+    network = aq.quantize(masked, variables, x, recipe, observer=aq.Observer(), compiler=COMPILER)
     logits, outputs = apply(variables, x), np.asarray(network(x))
     assert (outputs[:, ~MASK] == fill).all()
     assert relative_error(outputs[:, MASK], logits[:, MASK]) < 0.02
@@ -65,4 +66,4 @@ def test_a_block_that_is_not_finite_in_float_is_named_with_its_sample(bad, dtype
     variables = jax.tree.map(lambda w: w.astype(dtype), {"a": first["w"], "b": second["w"]})
     recipe = aq.recipes.nearest(8, None, blocks=("a", "b"), init_samples=8)
     with pytest.raises(aq.ReconstructionError, match=r"^a: .* NaN or infinity .* sample 40, in"):
-        aq.quantize(apply, variables, x, recipe, observer=aq.Observer())
+        aq.quantize(apply, variables, x, recipe, observer=aq.Observer(), compiler=COMPILER)
