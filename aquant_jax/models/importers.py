@@ -128,6 +128,8 @@ def write(path: str | Path, content: bytes) -> None:
         InputError: the file cannot be written.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} cannot be written: it is a folder or a device")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         try:

@@ -20,7 +20,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text, likewise."""
+    """Write a text, likewise; links stay, and so do devices, which take the text as it comes."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    path = Path(os.path.realpath(path))
     temporary = path.parent / f".{path.name}.{os.getpid()}"  # "." and "/" have no name
     try:
         with temporary.open("w", encoding="utf-8") as file:

@@ -54,6 +54,8 @@ def read_latencies(path: str | None) -> dict[str, dict[str, float]] | None:
         content = read_json(Path(path))
     except OSError as error:
         raise InputError(f"--latencies={path} cannot be read: {reason(error)}") from error
+    except InputError as error:
+        raise InputError(f"--latencies={error}") from error
     if not isinstance(content, dict) or LATENCIES not in content:
         raise InputError(f"--latencies={path} holds no milliseconds of layers by choice")
     check_latencies(content[LATENCIES], f"--latencies={path}")

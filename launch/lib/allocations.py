@@ -11,6 +11,7 @@ import jax
 import aquant_jax as aq
 from aquant_jax.allocation.output_error import output_error
 from aquant_jax.allocation.result import chosen_entries, costs_now
+from aquant_jax.errors import InputError
 from aquant_jax.plan.network import take_samples
 from aquant_jax.reporting.run import THIS
 from aquant_jax.storage.parsing import malformed
@@ -31,15 +32,19 @@ def use(config: Config, path: str) -> dict[str, Any]:
     Raises:
         InputError: the file is no allocation, or lacks a cost that its budget counts.
     """
-    allocation = aq.Allocation.load(path)
+    try:
+        allocation = aq.Allocation.load(path)
+        with malformed(Path(path)):
+            found = points(allocation)
+    except InputError as error:
+        raise InputError(f"--allocation={error}") from error
     recipe, fields = allocation.recipe, ("overrides",)
     if recipe.act_bits is None:  # its overrides have the bits of the activations
         fields = ("act_bits", "border", "overrides")
     with config.unlocked():
         for name in fields:
             config.recipe[name] = recipe.to_dict()[name]
-    with malformed(Path(path)):
-        return points(allocation)
+    return found
 
 
 def points(allocation: aq.Allocation) -> dict[str, Any]:

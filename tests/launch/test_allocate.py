@@ -88,6 +88,9 @@ def test_latencies_of_another_device(tmp_path, capsys):
     out.write_text(json.dumps(table))
     assert run(tmp_path / "b", "--budget=latency=50", *bits, flag) == 2
     assert f"{out}: {free[0]} at 'w3a3' is 'fast'; it must be a number" in capsys.readouterr().err
+    out.write_text("")
+    assert run(tmp_path / "b", "--budget=latency=50", *bits, flag) == 2
+    assert f"error: {flag} is not JSON" in capsys.readouterr().err
     out.write_text("[]")
     assert run(tmp_path / "b", "--budget=latency=50", *bits, flag) == 2
     assert f"{out} holds no milliseconds of layers by choice" in capsys.readouterr().err
@@ -140,5 +143,5 @@ def test_an_allocation_with_damaged_costs_is_one_line(costs, tmp_path, capsys):
     file.write_text(json.dumps(content))
     argv = ["quantize", DIGITS, f"--workdir={tmp_path / 'q'}", f"--allocation={file}"]
     assert quantize.main(argv) == 2
-    assert f"error: {file} is malformed" in capsys.readouterr().err
+    assert f"error: --allocation={file} is malformed" in capsys.readouterr().err
     assert not (tmp_path / "q").exists()

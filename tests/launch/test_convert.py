@@ -281,6 +281,12 @@ class TestWriting:
 
         monkeypatch.setattr(Path, "write_bytes", half)
 
+    def test_a_device_stays(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(InputError, match="pipe cannot be written: it is a folder or a device"):
+            importers.save(tmp_path / "pipe", {"a": np.zeros(2)})
+        assert (tmp_path / "pipe").is_fifo()
+
     def test_a_full_disk_leaves_nothing_half_written(self, tmp_path, run, full_disk):
         refused(run("w.safetensors"), "out.safetensors cannot be written: No space left on device")
         assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
