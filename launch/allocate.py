@@ -53,7 +53,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("steps", 0, text, 0, flag_values=values)
     text = "of launch.bench.layers, for a budget of latency; times this device if not given"
     command_line.define_path(values, "latencies", None, text)
-    text = "of the cheapest; bytes if not given"
+    text = "of the cheapest (bytes)"
     flags.DEFINE_enum("cost", None, COSTS, text, flag_values=values)
     flags.mark_flags_as_required(["config", "workdir", "budget"], flag_values=values)
 

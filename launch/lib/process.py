@@ -122,7 +122,10 @@ def interruptible() -> Iterator[None]:
         if ignored.exc_type is not KeyboardInterrupt:
             return report(ignored)
         to_main = threading.main_thread().ident, signal.SIGINT
-        return threading.Timer(0.01, signal.pthread_kill, to_main).start()
+        try:
+            threading.Timer(0.1, signal.pthread_kill, to_main).start()
+        except KeyboardInterrupt:  # a slow machine is not out of here yet, and would ignore it too
+            send_again(ignored)
 
     sys.unraisablehook = send_again
     try:
